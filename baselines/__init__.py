@@ -1,0 +1,1 @@
+"""The methods that D3PO is compared with, one file each."""

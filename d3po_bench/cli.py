@@ -1,0 +1,236 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.exceptions import NoArgsIsHelpError
+
+from d3po_bench import __version__
+from d3po_bench.errors import UserError
+
+
+class _Command(click.Group):
+    """A group whose unknown command gets a suggestion, and whose order is that of use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        from d3po_bench.registry import unknown
+
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            raise unknown("command", args[0], list(self.commands))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="d3po-bench")
+def cli() -> None:
+    """Fine-tune text-to-image diffusion models from preferences and rewards.
+
+    \b
+    Example, minutes on a laptop, no download:
+        d3po-bench run --method d3po --objective incompress --seeds 5
+        d3po-bench plot
+    """  # noqa: D301
+
+
+@cli.command()
+@click.option("--method", required=True, help="What learns: see `d3po-bench list`.")
+@click.option("--objective", required=True, help="What it learns to please.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of seeds: 5 means seeds 0 to 4.",
+)
+@click.option(
+    "--seed-start", type=click.IntRange(min=0), default=0, show_default=True, help="First seed."
+)
+@click.option(
+    "--model",
+    default="tiny",
+    show_default=True,
+    help="tiny, sd15, a diffusers folder, or a hub id.",
+)
+@click.option("--preset", help="Settings to start from; default: the one made for the model.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one setting; repeatable. See `d3po-bench list --settings`.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), help="Sampling rounds (the paper's epochs).")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Seeds run side by side; default: one per core for tiny on a CPU, else 1.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of run folders.",
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on with runs that are already there.",
+)
+@click.option(
+    "--track",
+    type=click.Choice(["tensorboard"]),
+    help="Also write the metrics for a tracker (extra `track`).",
+)
+def run(
+    method: str,
+    objective: str,
+    seeds: int,
+    seed_start: int,
+    model: str,
+    preset: str | None,
+    settings: tuple[str, ...],
+    rounds: int | None,
+    device: str,
+    jobs: int | None,
+    out: Path,
+    resume: bool,
+    track: str | None,
+) -> None:
+    """Fine-tune a model with METHOD on OBJECTIVE, a run for each seed.
+
+    Writes OUT/MODEL/OBJECTIVE/METHOD/seed-N/ with metrics, evaluation rows, samples and the
+    final LoRA. The same command goes on where it was interrupted.
+
+    \b
+    Example:
+        d3po-bench run --method d3po --objective incompress --seeds 5
+        d3po-bench run --method d3po --objective compress --set learning_rate=1e-3 --rounds 20
+    """  # noqa: D301
+    from d3po_bench import launch
+
+    launch.run(
+        launch.Request(
+            method=method,
+            objective=objective,
+            model=model,
+            preset=preset,
+            settings=_pairs(settings),
+            rounds=rounds,
+            seeds=range(seed_start, seed_start + seeds),
+            device=device,
+            jobs=jobs,
+            out=out,
+            resume=resume,
+            track=track,
+        )
+    )
+
+
+def _pairs(settings: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE strings as a dictionary."""
+    for text in settings:
+        if "=" not in text:
+            raise UserError(f"Expected --set KEY=VALUE, got {text!r}. Put a = between the two.")
+    return dict(text.split("=", 1) for text in settings)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--x",
+    type=click.Choice(["pairs", "images", "seconds"]),
+    default="pairs",
+    show_default=True,
+    help="What the horizontal axis counts.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the figures.")
+def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
+    """Draw learning curves with intervals, and before/after sheets.
+
+    RUNS are run folders or folders of them; default: runs/.
+
+    \b
+    Example:
+        d3po-bench plot
+        d3po-bench plot runs/tiny/incompress --x images --out figures
+    """  # noqa: D301
+    from eval.report import plot as draw
+
+    for path in draw(runs or (Path("runs"),), out, x):
+        click.echo(path)
+
+
+@cli.command(name="list")
+@click.option("--settings", is_flag=True, help="List what --set can change instead.")
+@click.option("--method", default="d3po", show_default=True, help="Whose options to list.")
+def list_(settings: bool, method: str) -> None:
+    """List methods, objectives, scorers, models, presets and prompt lists.
+
+    \b
+    Example:
+        d3po-bench list
+        d3po-bench list --settings --method d3po
+    """  # noqa: D301
+    from d3po_bench import listing
+
+    for line in listing.settings(method) if settings else listing.everything():
+        click.echo(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors become one line on stderr and an exit status of 1 or 2.
+
+    Args:
+        arguments: what follows the program's name; None for the process's own.
+    """
+    try:
+        cli(arguments, "d3po-bench", standalone_mode=False)
+    except NoArgsIsHelpError as problem:
+        click.echo(problem.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as problem:
+        _fail(_said(problem), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("Interrupted. The same command goes on from the last checkpoint.", 1)
+    except UserError as problem:
+        _fail(str(problem), problem.exit_code)
+    except OSError as problem:
+        if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        raise
+
+
+def _said(problem: click.ClickException) -> str:
+    """A mistake that click found, in three parts."""
+    from d3po_bench.registry import unknown
+
+    context: click.Context | None = getattr(problem, "ctx", None)
+    manual = f"`{context.command_path if context else 'd3po-bench'} --help`"
+    if isinstance(problem, click.NoSuchOption) and context:
+        known = [name for option in context.command.get_params(context) for name in option.opts]
+        return str(unknown("option", problem.option_name, known))
+    if isinstance(problem, click.MissingParameter) and problem.param:
+        return f"Expected {problem.param.opts[0]}, got a command without it. See {manual}."
+    if isinstance(problem, click.BadParameter) and problem.param:
+        name = problem.param.opts[0]
+        return f"Expected a value that fits {name}, got another: {problem.message} See {manual}."
+    return f"Expected a command as in {manual}, got another: {problem.format_message()}"
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)

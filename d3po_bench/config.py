@@ -1,0 +1,269 @@
+"""RunConfig: everything that decides a run's numbers. Execution: how it is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from d3po_bench import registry
+from d3po_bench.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: a method pushing an objective on a base model from a seed.
+
+    Two runs with equal configs, code, versions and machine write equal numbers. What only
+    decides where or how fast is in `Execution`. Defaults are the paper's (Table 2).
+    """
+
+    method: str
+    objective: str
+    model: str = "tiny"
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own options that differ from its defaults."""
+    prompts: str = ""
+    """A prompt list's name or file; the objective's own if empty."""
+    rounds: int = 400
+    """Sampling rounds; the paper's epochs."""
+    prompts_per_round: int = 20
+    images_per_prompt: int = 0
+    """K; 0 means the method's own."""
+    sampling_steps: int = 20
+    eta: float = 1.0
+    guidance: float = 5.0
+    learning_rate: float = 3e-5
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """The paper says Adam with weight decay, its code is AdamW; "adam" decays through the loss."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    units_per_update: int = 1
+    """Pairs (or images) in one optimizer step."""
+    timestep_fraction: float = 1.0
+    skip_steps: int = 0
+    """Last denoising steps that are sampled but not learnt from. The next-to-last is
+    23 to 76 times as sensitive to the network's output as the others at T = 20, 40 to 74 at 10."""
+    update_every: Literal["unit", "timestep"] = "unit"
+    passes: int = 1
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    full: bool = False
+    """Train the whole UNet instead of a LoRA."""
+    lora_rank: int = 4
+    lora_alpha: float = 0.0
+    """Scale times rank; 0 means scale 1."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    eval_every: int = 10
+    """Rounds between evaluations; 0 switches evaluation off."""
+    eval_prompts: int = 45
+    """Prompts of the list that are evaluated, evenly spread."""
+    eval_images: int = 2
+    """Images for each of them and each sampler (eta 1, eta 0)."""
+    eval_scorers: tuple[str, ...] = ()
+    """Scorers beside the objective's."""
+
+    @property
+    def run_id(self) -> str:
+        """Twelve hex digits that name this config."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_json(self) -> str:
+        """The config as it lies in a run folder."""
+        return json.dumps({**asdict(self), "run_id": self.run_id}, indent=1, sort_keys=True) + "\n"
+
+    def check(self) -> None:
+        """Refuse values that no run can have, the method's options included.
+
+        Raises:
+            UserError: naming the field, what it must be and what it is.
+        """
+        _check_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
+        registry.objective(self.objective)
+        method_of(self)
+        for scorer in self.eval_scorers:
+            if scorer not in registry.names("scorer"):
+                raise registry.unknown("scorer", scorer, registry.names("scorer"))
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31), "rounds": (1, 10**6), "prompts_per_round": (1, 10**5),
+    "images_per_prompt": (0, 1000), "sampling_steps": (1, 999), "eta": (1e-3, 1),
+    "guidance": (0, 100), "learning_rate": (1e-12, 10), "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.999999), "adam_epsilon": (0, 1), "weight_decay": (0, 10),
+    "max_grad_norm": (1e-12, 1e12), "units_per_update": (1, 10**6),
+    "timestep_fraction": (1e-3, 1), "passes": (1, 10**4), "skip_steps": (0, 998),
+    "lora_rank": (1, 1024),
+    "lora_alpha": (0, 10**4), "eval_every": (0, 10**6), "eval_prompts": (1, 10**5),
+    "eval_images": (1, 1000),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where and how fast: none of it may change a result beyond rounding."""
+
+    device: str = "auto"
+    threads: int = 0
+    """CPU threads of a run; 0 means 1 for the embedded model and all cores otherwise."""
+    sample_batch: int = 128
+    """Images sampled side by side."""
+    micro_batch: int = 32
+    """Items (steps of a pair, or of an image) in one forward and backward pass."""
+    reference_batch: int = 128
+    decode_batch: int = 16
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+    def check(self) -> None:
+        """Refuse batches of nothing.
+
+        Raises:
+            UserError: naming the field, what it must be and what it is.
+        """
+        batches = ("sample_batch", "micro_batch", "reference_batch", "decode_batch")
+        _check_ranges(self, {"threads": (0, 1024)} | dict.fromkeys(batches, (1, 10**6)))
+
+
+def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    for name, (low, high) in ranges.items():
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise UserError(
+                f"Expected {name} from {low:g} to {high:g}, got {value}. "
+                f"Change it with --set {name}=..."
+            )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "rounds": 24,
+        "prompts_per_round": 32,
+        "sampling_steps": 10,
+        "skip_steps": 5,
+        "timestep_fraction": 0.8,
+        "units_per_update": 4,
+        "learning_rate": 2.5e-3,
+        "eval_every": 6,
+        "eval_images": 1,
+        "eval_scorers": ("animal",),
+        "method_options": {"d3po": {"clip_range": 0.2}},
+    },
+    "paper": {
+        "prompts_per_round": 80,
+        "units_per_update": 4,
+        "dtype": "fp16",
+        "lora_targets": ("to_q", "to_k", "to_v"),
+    },
+    "official_code": {"prompts_per_round": 20, "units_per_update": 1, "dtype": "fp16"},
+}
+"""`method_options` are those of single methods; everything else is a field of RunConfig.
+
+quick: minutes on a laptop, for the embedded model. paper: Table 2 on synchronised devices.
+official_code: what one of the published code's devices runs."""
+
+PRESET_SUMMARIES = {
+    "quick": "minutes on one core, for the embedded model",
+    "paper": "Table 2: 80 pairs a round, 400 rounds, lr 3e-5, LoRA on q, k, v",
+    "official_code": "one device of the published code: 20 pairs, one pair per update",
+}
+
+
+def make(
+    method: str, objective: str, preset: str, changes: Mapping[str, str], **given: Any
+) -> tuple[RunConfig, Execution]:
+    """The config of a command line: defaults, then the preset, then `given`, then `changes`.
+
+    Args:
+        method: name of a method.
+        objective: name of an objective.
+        preset: a key of `PRESETS`.
+        changes: KEY -> VALUE of `--set`; fields of RunConfig or Execution, or method options.
+        given: RunConfig fields that have an option of their own.
+
+    Raises:
+        UserError: an unknown name or a value of the wrong type.
+    """
+    if preset not in PRESETS:
+        raise registry.unknown("preset", preset, list(PRESETS))
+    known = settings(method)
+    parsed: dict[str, dict[str, Any]] = {"run": {}, "execution": {}, "options": {}}
+    for key, text in changes.items():
+        group = next((g for g, kinds in known.items() if key in kinds), None)
+        if group is None:
+            raise _no_setting(key, text, known)
+        parsed[group][key] = _parse(key, text, known[group][key])
+    chosen = {**PRESETS[preset], **given, **parsed["run"]}
+    by_method = chosen.pop("method_options", {}).get(method, {})
+    options = {**by_method, **parsed["options"]}
+    config = RunConfig(method=method, objective=objective, options=options, **chosen)
+    execution = Execution(**parsed["execution"])
+    config.check()
+    execution.check()
+    return config, execution
+
+
+_ELSEWHERE = {
+    "method": "--method", "objective": "--objective", "model": "--model", "seed": "--seed-start",
+    "device": "--device",
+}  # fmt: skip
+"""Fields with an option of their own, which `--set` would only contradict."""
+
+
+def settings(method: str) -> dict[str, dict[str, Any]]:
+    """What `--set` can change: name -> type in each of the groups options, run, execution."""
+    kinds: dict[str, Any] = {
+        "options": registry.method(method), "run": RunConfig, "execution": Execution
+    }  # fmt: skip
+    return {
+        group: {
+            f.name: get_type_hints(kind)[f.name]
+            for f in fields(kind)
+            if f.name not in {*_ELSEWHERE, "options"}
+        }
+        for group, kind in kinds.items()
+    }
+
+
+def _no_setting(key: str, text: str, known: Mapping[str, Mapping[str, Any]]) -> UserError:
+    if key in _ELSEWHERE:
+        return UserError(
+            f"Expected {_ELSEWHERE[key]} to say the {key}, got --set {key}={text}. Use that option."
+        )
+    names = [name for kinds in known.values() for name in kinds]
+    return registry.unknown("setting", key, names, "`d3po-bench list --settings`")
+
+
+def method_of(config: RunConfig) -> Any:
+    """The method with its options."""
+    return registry.method(config.method)(**config.options)
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    """The value of `text` as `kind`, one of the few types that settings have."""
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    try:
+        if choices:
+            return {str(c): c for c in choices}[text]
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if get_origin(kind) is tuple:
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError(text)
+        return value
+    except (KeyError, ValueError):
+        words = {bool: "true or false", int: "a whole number", float: "a finite number"}
+        wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
+        raise UserError(
+            f"Expected {wanted} for {key}, got {text!r}. Change the value after --set."
+        ) from None

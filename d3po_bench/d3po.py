@@ -1,0 +1,197 @@
+"""D3PO: direct preference for denoising diffusion policy optimization (arXiv:2311.13231).
+
+Two images of a prompt grow from the same noise; the better one wins. Every denoising step of
+the pair is a preference of its own (Eq. 13), with the loss of Eq. 14. Differences from the
+published code are switches: see the fields of `D3PO`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import logsigmoid
+
+from d3po_bench.errors import UserError
+from d3po_bench.policy import Policy
+from d3po_bench.types import Method, Metrics, Reference, Rollout, Rows
+
+
+@dataclass(frozen=True)
+class Pairs(Rows):
+    """One row is one pair of images of a prompt, the preferred one first."""
+
+    x_t: Tensor
+    """[M, T, 2, C, H, W]."""
+    x_next: Tensor
+    """[M, T, 2, C, H, W]."""
+    reference: Tensor
+    """[M, T, 2, C, H, W] means of the reference policy."""
+    t: Tensor
+    """[M, T]."""
+    text: Tensor
+    """[M, T, L, E]."""
+    preference: Tensor
+    """[M, T]; 1, or 0 for a tie."""
+
+
+def d3po_loss(
+    log_ratio: Tensor,
+    preference: Tensor,
+    *,
+    beta: float = 0.1,
+    clip: Literal["ratio", "one_sided", "none"] = "ratio",
+    clip_range: float = 0.1,
+    elements: int = 1,
+) -> Tensor:
+    """Step-wise preference loss of D3PO, Eq. 14.
+
+        L = -log sigmoid(beta h (q_w - q_l)),   q = log pi(a|s) - log pi_ref(a|s)
+
+    With clip "ratio" each q is clamped to [log(1 - clip_range), log(1 + clip_range)], as the
+    published code clamps the ratio: the clamp is the trust region, and a row whose two ratios
+    are outside has zero gradient. It is applied to the logarithm: exp first gives a gradient
+    of 0 * inf at large ratios. "one_sided" clamps only the winner from above and the loser
+    from below, so that a winner that fell or a loser that rose is still pulled back.
+
+    Args:
+        log_ratio: [N, 2], preferred image first; nats.
+        preference: [N]; 1, or 0 for a tie (which costs log 2 and has no gradient).
+        beta: temperature, dimensionless.
+        clip: where to clamp.
+        clip_range: largest change of a probability ratio from 1.
+        elements: latent elements that `log_ratio` sums over; 1 for a mean. beta is divided
+            and the clamp multiplied by it.
+
+    Returns:
+        Loss of each row, [N]; log 2 where the policy equals the reference.
+    """
+    low, high = elements * math.log(1 - clip_range), elements * math.log(1 + clip_range)
+    winner, loser = log_ratio.unbind(1)
+    if clip == "ratio":
+        winner, loser = winner.clamp(low, high), loser.clamp(low, high)
+    elif clip == "one_sided":
+        winner, loser = winner.clamp(max=high), loser.clamp(min=low)
+    return -logsigmoid(beta / elements * preference * (winner - loser))
+
+
+def preferred(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of images of each prompt, the one with the larger score first.
+
+    Args:
+        scores: [P, K], or [P, K, m] for m criteria: then an image wins only if it is at least
+            as good in all and better in one (Pareto), else the pair is a tie.
+
+    Returns:
+        prompt [M], images [M, 2] and preference [M] (0 for a tie, whose images keep their
+        order), pairs in lexicographic order.
+
+    Raises:
+        UserError: there are no two images to compare.
+    """
+    if scores.shape[1] < 2:
+        raise UserError(
+            f"Expected at least 2 images of each prompt, got {scores.shape[1]}. Use --set "
+            "images_per_prompt=2."
+        )
+    scores = scores if scores.ndim == 3 else scores.unsqueeze(-1)
+    pairs = torch.tensor(list(combinations(range(scores.shape[1]), 2)))
+    first, second = scores[:, pairs[:, 0]], scores[:, pairs[:, 1]]
+    wins = (first >= second).all(-1) & (first > second).any(-1)
+    loses = (second >= first).all(-1) & (second > first).any(-1)
+    images = torch.where(loses.unsqueeze(-1), pairs.flip(1), pairs).flatten(0, 1)
+    prompt = torch.arange(len(scores)).repeat_interleave(len(pairs))
+    return prompt, images, (wins | loses).flatten().float()
+
+
+@dataclass(frozen=True)
+class D3PO:
+    """Defaults follow the published code, in log space and with the mean log-probability.
+
+    Table 2 of the paper prints beta and no clip range; the code clips at 0.1.
+    """
+
+    beta: float = 0.1
+    clip: Literal["ratio", "one_sided", "none"] = "ratio"
+    clip_range: float = 0.1
+    log_prob: Literal["mean", "sum"] = "mean"
+    """Over latent elements: the code's mean, or the joint density of the paper's Eq. 14."""
+    reference: Reference = "pretrained"
+    """Algorithm 1's fixed copy, or, as in section 5.2, the model at the start of the round."""
+    shared_noise: bool = True
+    skip_ties: bool = False
+    """Leave ties out instead of letting them dilute the mean at zero gradient, as the code does."""
+
+    images_per_prompt: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        """Refuse options without a meaning.
+
+        Raises:
+            UserError: naming them.
+        """
+        if not (0 < self.clip_range < 1 and self.beta > 0):
+            raise UserError(
+                "Expected clip_range between 0 and 1 and beta above 0, got "
+                f"{self.clip_range} and {self.beta}. Change them with --set."
+            )
+
+    def rows(self, rollout: Rollout, rng: Generator) -> Pairs:
+        """Pair up the images of each prompt, winner first."""
+        prompt, images, preference = preferred(rollout.scores)
+        if self.skip_ties:
+            kept = preference > 0
+            prompt, images, preference = prompt[kept], images[kept], preference[kept]
+        if rollout.reference is None:
+            raise ValueError("D3PO needs rollout.reference: see engine.with_reference")
+        index = prompt.unsqueeze(1), images
+        steps = len(rollout.timesteps)
+        latents = rollout.latents[index].transpose(1, 2)
+        count = len(prompt)
+        return Pairs(
+            x_t=latents[:, :-1],
+            x_next=latents[:, 1:],
+            reference=rollout.reference[index].transpose(1, 2),
+            t=rollout.timesteps.expand(count, steps),
+            text=rollout.text[prompt].unsqueeze(1).expand(-1, steps, -1, -1),
+            preference=preference.to(latents.device).unsqueeze(1).expand(count, steps),
+        )
+
+    def loss(self, policy: Policy, items: Pairs) -> tuple[Tensor, Metrics]:
+        """Mean of Eq. 14 over the items, both images of all pairs in one network call."""
+        step = policy.step(
+            items.x_t.flatten(0, 1),
+            items.t.repeat_interleave(2),
+            items.text.repeat_interleave(2, 0),
+        )
+        reference = items.reference.flatten(0, 1)
+        elements = reference[0].numel() if self.log_prob == "sum" else 1
+        log_ratio = step.log_ratio(reference, items.x_next.flatten(0, 1)).view(-1, 2) * elements
+        loss = d3po_loss(
+            log_ratio,
+            items.preference,
+            beta=self.beta,
+            clip=self.clip,
+            clip_range=self.clip_range,
+            elements=elements,
+        )
+        return loss.mean(), self._diagnostics(log_ratio.detach() / elements, items.preference)
+
+    def _diagnostics(self, log_ratio: Tensor, preference: Tensor) -> Metrics:
+        """What a loss that must stand near log 2 cannot show."""
+        low, high = math.log(1 - self.clip_range), math.log(1 + self.clip_range)
+        ahead = (log_ratio[:, 0] - log_ratio[:, 1]).sign()
+        return {
+            # A tie, and a pair of equal ratios, count as half right: so does chance.
+            "accuracy": ((ahead * preference + 1) / 2).mean(),
+            "abs_log_ratio": log_ratio.abs().mean(),
+            "saturated": ((log_ratio < low) | (log_ratio > high)).float().mean(),
+            "ties": 1 - preference.mean(),
+        }
+
+
+METHOD: type[Method[Pairs]] = D3PO

@@ -1,0 +1,290 @@
+"""`d3po-bench run`: seeds one after the other or side by side, with progress."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from d3po_bench import train
+from d3po_bench.config import Execution, RunConfig, make
+from d3po_bench.errors import RunError, UserError
+from d3po_bench.store import RunStore, require_same
+from d3po_bench.train import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    method: str
+    objective: str
+    model: str
+    preset: str | None
+    settings: Mapping[str, str]
+    rounds: int | None
+    seeds: range
+    device: str
+    jobs: int | None
+    out: Path
+    resume: bool
+    track: str | None = None
+
+
+def run(request: Request) -> None:
+    """Run every seed of a request; a failed seed does not stop the others.
+
+    Raises:
+        UserError: bad input.
+        RunError: a run failed, or its process was killed; the others have finished.
+    """
+    config, execution = _config(request)
+    jobs = request.jobs or _jobs(config, execution)
+    runs = [replace(config, seed=seed) for seed in request.seeds]
+    work = [(c, execution, _folder(request, c), request.resume) for c in runs]
+    _check(request, work)
+    with _bars(list(request.seeds)) as report, _terminable():
+        side_by_side = min(jobs, len(work)) > 1
+        failed = _side_by_side(work, jobs, report) if side_by_side else _in_turn(work, report)
+    if request.track:
+        track([folder for _, _, folder, _ in work])
+    if failed:
+        worst = failed[0] if len(failed) == 1 else _joined(failed)
+        raise worst
+    click.echo(f"Runs are in {request.out}. Draw them: d3po-bench plot {request.out}", err=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Take SIGTERM, as a cluster sends it, for Ctrl-C: no worker goes on without its parent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check(request: Request, work: list[Work]) -> None:
+    """Refuse, before hours are spent, what would fail at the end of them."""
+    train.model_source(work[0][0].model)
+    train.device_of(request.device)
+    for config, _, folder, resume in work:
+        require_same(folder, config, resume)
+    if request.track and find_spec("tensorboard") is None:
+        raise UserError(
+            "Expected the extra `track` for --track tensorboard, got an environment without it. "
+            "Install it: pip install -c constraints.txt 'd3po-bench[track]'."
+        )
+
+
+def _config(request: Request) -> tuple[RunConfig, Execution]:
+    model = request.model.rstrip("/")
+    preset = request.preset or train.model_source(model).preset
+    given: dict[str, Any] = {"model": model, "seed": request.seeds.start}
+    if request.rounds is not None:
+        given["rounds"] = request.rounds
+    config, execution = make(request.method, request.objective, preset, request.settings, **given)
+    return config, replace(execution, device=request.device)
+
+
+def _jobs(config: RunConfig, execution: Execution) -> int:
+    """One seed per core for the embedded model on a CPU; else the model may not fit twice."""
+    if config.model != "tiny" or train.device_of(execution.device).type != "cpu":
+        return 1
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _folder(request: Request, config: RunConfig) -> Path:
+    model = config.model.replace("/", "--").strip("-.") or "model"
+    return request.out / model / config.objective / config.method / f"seed-{config.seed}"
+
+
+# ---- one after the other, or side by side: the same bytes
+
+Work = tuple[RunConfig, Execution, Path, bool]
+
+
+def _one(work: Work, report: Report) -> None:
+    config, execution, folder, resume = work
+    try:
+        train.run_seed(config, execution, folder, resume=resume, report=report)
+    except MemoryError as problem:
+        raise out_of_memory() from problem
+    except RuntimeError as problem:
+        if "out of memory" in str(problem) or "can't allocate memory" in str(problem):
+            raise out_of_memory() from problem
+        raise
+
+
+def out_of_memory() -> RunError:
+    """The error for a device or machine without enough memory."""
+    return RunError(
+        "Expected enough memory for a batch, got none left. Make the batches smaller: --set "
+        "micro_batch=8 --set sample_batch=16 --set reference_batch=16, or --set "
+        "gradient_checkpointing=true."
+    )
+
+
+def _in_turn(work: list[Work], report: Report) -> list[UserError]:
+    failed: list[UserError] = []
+    for item in work:
+        try:
+            _one(item, report)
+        except RunError as problem:
+            failed.append(problem)
+    return failed
+
+
+_events: Any = None
+
+
+def _share(events: Any) -> None:
+    """In a worker process: keep the queue, and leave Ctrl-C to the parent, who ends us."""
+    global _events
+    _events = events
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+
+
+def _remote(work: Work) -> None:
+    """In a worker process: run one seed, sending its progress to the parent."""
+    try:
+        _one(work, _tell)
+    except SystemExit:
+        os._exit(1)  # what was open is closed; the pool would go on with the next seed
+
+
+def _tell(progress: train.Progress) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        sys.exit(1)
+    _events.put(progress)
+
+
+def _side_by_side(work: list[Work], jobs: int, report: Report) -> list[UserError]:
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    failed: list[UserError] = []
+    with ProcessPoolExecutor(jobs, context, _share, (events,)) as pool:
+        futures = [pool.submit(_remote, item) for item in work]
+        try:
+            while not all(f.done() for f in futures):
+                _drain(events, report, wait=0.2)
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+        _drain(events, report, wait=0.0)
+    for future in futures:
+        failed += _failure(future)
+    return failed
+
+
+def _drain(events: Any, report: Report, wait: float) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            report(events.get(timeout=wait) if wait else events.get_nowait())
+
+
+def _failure(future: Future[None]) -> list[UserError]:
+    problem = future.exception()
+    if problem is None:
+        return []
+    if isinstance(problem, UserError):
+        return [problem]
+    if isinstance(problem, RuntimeError) and "terminated abruptly" in str(problem):
+        return [
+            RunError(
+                "Expected a worker process that finishes, got one that was killed (out of "
+                "memory?). Run the same command again, with --jobs 1 if memory is short: it goes "
+                "on from the last checkpoint."
+            )
+        ]
+    raise problem
+
+
+def _joined(failed: list[UserError]) -> UserError:
+    """Several seeds' errors as one; equal ones are said once."""
+    kind = type(failed[0])
+    return kind(" ".join(dict.fromkeys(str(problem) for problem in failed)))
+
+
+# ---- progress and tracking
+
+
+@contextlib.contextmanager
+def _bars(seeds: list[int]) -> Iterator[Report]:
+    """A bar for each seed with the time left; without a terminal, a line now and then."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (TextColumn("seed {task.fields[seed]}"), BarColumn(20), TaskProgressColumn(),
+               TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        tasks = {s: bars.add_task("waiting", total=1.0, seed=s, start=False) for s in seeds}
+
+        def show(p: train.Progress) -> None:
+            if p.text and not bars.tasks[tasks[p.seed]].started:
+                bars.start_task(tasks[p.seed])
+            bars.update(tasks[p.seed], completed=p.done, description=p.text)
+
+        yield show
+
+
+class _Lines:
+    """Progress for logs: a line each time a seed has done another tenth."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last: dict[int, int] = {}
+        self.began: dict[int, tuple[float, float]] = {}
+
+    def __call__(self, progress: train.Progress) -> None:
+        """Print the line, if it is time."""
+        tenth = int(progress.done * 10)
+        if self.last.get(progress.seed) != tenth:
+            self.last[progress.seed] = tenth
+            text = f"seed {progress.seed}  {progress.done:4.0%}  {progress.text}"
+            self.console.print(text + self._left(progress), highlight=False, soft_wrap=True)
+
+    def _left(self, progress: train.Progress) -> str:
+        """The time left, once there is something to tell it from."""
+        now, done = time.monotonic(), progress.done
+        start, before = self.began.setdefault(progress.seed, (now, done))
+        if not before < done < 1:
+            return ""
+        seconds = (now - start) * (1 - done) / (done - before)
+        return f"  {timedelta(seconds=round(seconds))} left"
+
+
+def track(folders: list[Path]) -> None:
+    """Write the metrics of runs as TensorBoard event files in each run folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for folder in folders:
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
+            for line in RunStore(folder).metrics:
+                for name in line.keys() - {"round"}:
+                    writer.add_scalar(name, line[name], line["round"])

@@ -1,0 +1,1 @@
+"""The embedded model's weights, the recipe that made them, and its independent classifier."""

@@ -1,0 +1,1 @@
+"""One file for each objective: which prompts, whose score, which sign."""

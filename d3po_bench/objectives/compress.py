@@ -1,0 +1,5 @@
+"""Compressibility: animals whose JPEG is as small as possible (arXiv:2305.13301)."""
+
+from d3po_bench.types import Objective
+
+OBJECTIVE = Objective(prompts="animals", scorer="jpeg_size", sign=-1)

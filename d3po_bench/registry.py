@@ -1,0 +1,134 @@
+"""A name on the command line -> the file that answers to it. No table to edit.
+
+A method is a file with `METHOD = ...` beside `d3po.py` or in `baselines/`; a scorer one with
+`def load(` in `eval/scorers/`; an objective one with `OBJECTIVE = ...`; a model one with
+`SOURCE = ...`. Packages elsewhere add methods and scorers through the entry points
+`d3po_bench.methods` and `d3po_bench.scorers`.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from d3po_bench.errors import UserError
+from d3po_bench.types import Method, Objective, Scorer
+
+Kind = Literal["method", "objective", "scorer", "model"]
+
+HOME = Path(__file__).parent.parent
+_FOLDERS: dict[Kind, tuple[str, ...]] = {
+    "method": ("d3po_bench", "baselines"),
+    "objective": ("d3po_bench.objectives",),
+    "scorer": ("eval.scorers",),
+    "model": ("d3po_bench.models",),
+}
+_MARKS: dict[Kind, str] = {
+    "method": "\nMETHOD",
+    "objective": "\nOBJECTIVE",
+    "scorer": "\ndef load(",
+    "model": "\nSOURCE",
+}
+
+
+@cache
+def _package(name: str) -> Path:
+    """Folder of one of our packages; refuses a stranger's package of the same name."""
+    path = Path(*name.split("."))
+    found = Path(str(importlib.import_module(name).__file__)).parent
+    if found.resolve() != (HOME / path).resolve():
+        raise UserError(
+            f"Expected the package {name!r} beside d3po_bench in {HOME}, got {found}. Another "
+            "project with that import name comes first: use an environment of its own."
+        )
+    return found
+
+
+@cache
+def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
+    """Name -> (module, file) of everything of a kind that lies in our folders."""
+    found = {}
+    for package in _FOLDERS[kind]:
+        for path in sorted(_package(package).glob("*.py")):
+            if _MARKS[kind] in path.read_text(encoding="utf-8") and path.stem != "registry":
+                found[path.stem] = (f"{package}.{path.stem}", path)
+    return found
+
+
+def _plugins(kind: Kind) -> dict[str, Any]:
+    return {e.name: e for e in entry_points(group=f"d3po_bench.{kind}s")}
+
+
+def names(kind: Kind) -> list[str]:
+    """All names of a kind, ours first."""
+    return list(dict.fromkeys([*_files(kind), *_plugins(kind)]))
+
+
+def summary(kind: Kind, name: str) -> str:
+    """The first line of the file's docstring, read without importing it."""
+    if name not in _files(kind):
+        return f"from {_plugins(kind)[name].value}"
+    source = _files(kind)[name][1].read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> UserError:
+    """The error for a name that nothing answers to, with the nearest one that something does.
+
+    Args:
+        kind: of what nothing has that name.
+        name: what was given.
+        known: the names that there are.
+        listed: where they are listed, if they are too many for a line.
+    """
+    article = "an" if kind[0] in "aeiou" else "a"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    rest = f"See {listed}." if listed else f"Known: {', '.join(known)}."
+    return UserError(f"Expected {article} {kind}, got {name!r}. {hint}{rest}")
+
+
+def _module(kind: Kind, name: str) -> Any:
+    if name in _files(kind):
+        return importlib.import_module(_files(kind)[name][0])
+    if name in _plugins(kind):
+        return _plugins(kind)[name].load()
+    raise unknown(kind, name, names(kind))
+
+
+def method(name: str) -> Callable[..., Method[Any]]:
+    """The class behind a method's name; its arguments are the method's options."""
+    module = _module("method", name)
+    found: Callable[..., Method[Any]] = getattr(module, "METHOD", module)
+    return found
+
+
+def objective(name: str) -> Objective:
+    """The objective of that name."""
+    found: Objective = _module("objective", name).OBJECTIVE
+    return found
+
+
+def scorer(name: str, device: Any) -> Scorer:
+    """The scorer of that name, loaded on `device`."""
+    module = _module("scorer", name)
+    found: Scorer = getattr(module, "load", module)(device)
+    return found
+
+
+def model_source(name: str) -> Any:
+    """Where the model of that name comes from (a `models.stable_diffusion.Source`)."""
+    return _module("model", name).SOURCE
+
+
+def evaluator() -> ModuleType:
+    """The evaluator: `eval` is not imported before a run needs it."""
+    _package("eval")
+    return importlib.import_module("eval.evaluator")

@@ -1,0 +1,331 @@
+"""RunStore: one folder per run, written so that a kill never leaves half a file."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import fcntl
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from d3po_bench.config import RunConfig
+from d3po_bench.errors import RunError, UserError
+
+PACKAGES = (
+    "d3po-bench", "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside, fsync, rename: `path` holds the old bytes or the new ones, never a part.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written, naming the file.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as problem:
+        raise write_error(path, problem) from problem
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_error(path: Path, problem: Exception) -> UserError:
+    """What to tell people about a file that could not be written."""
+    full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(problem):
+        return RunError(
+            f"Expected room to write {path}, got a full disk. Free some space and run the same "
+            "command again: it goes on from the last checkpoint."
+        )
+    reason = getattr(problem, "strerror", None) or problem
+    return UserError(
+        f"Expected to be able to write {path}, got: {reason}. Give a writable folder with --out."
+    )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in somebody else's writing of `path` into our errors.
+
+    Raises:
+        UserError: as `write_atomically` does.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as problem:
+        raise write_error(path, problem) from problem
+
+
+def _csv(rows: Sequence[Row]) -> bytes:
+    buffer = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(buffer, names, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def _json_lines(rows: Sequence[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+class RunStore:
+    """The files of one run. Open it with `RunStore.open`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is in `folder`.
+
+        Raises:
+            UserError: a file in it is damaged.
+        """
+        self.folder = folder
+        self.metrics: list[Row] = _read_json_lines(folder / "metrics.jsonl")
+        self.timing: list[Row] = _read_json_lines(folder / "timing.jsonl")
+        self.evaluation: list[Row] = _read_csv(folder / "eval.csv")
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: Path, config: RunConfig, *, resume: bool) -> Iterator[RunStore]:
+        """Take the folder for this process, fresh or to go on; a fresh one is gone if unused.
+
+        Raises:
+            UserError: it cannot be written, belongs to another config, is in use, or holds a
+                run that was not to be resumed.
+        """
+        with _taken(folder):
+            require_same(folder, config, resume)
+            yield cls(folder)
+
+    # ---- writing
+
+    def start(self, config: RunConfig, **facts: Any) -> None:
+        """Make the folder this config's, and record `facts` about where it is run."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            write_atomically(path, config.to_json().encode())
+        self.write_provenance(**facts)
+
+    def log(self, metrics: Row, timing: Row) -> None:
+        """Add a round: its line of metrics and its seconds."""
+        self.metrics.append(metrics)
+        self.timing.append(timing)
+        write_atomically(self.folder / "timing.jsonl", _json_lines(self.timing))
+        write_atomically(self.folder / "metrics.jsonl", _json_lines(self.metrics))
+
+    def log_evaluation(self, rows: Sequence[Row]) -> None:
+        """Add evaluation rows, one for each image."""
+        self.evaluation.extend(rows)
+        write_atomically(self.folder / "eval.csv", _csv(self.evaluation))
+
+    def save_sample(self, round_: int, prompt: str, image: Tensor) -> None:
+        """Keep one evaluation image [3, h, w] uint8 as PNG."""
+        from PIL import Image
+
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+        path = self.folder / "samples" / f"round-{round_:05d}" / f"{name}.png"
+        write_atomically(path, buffer.getvalue())
+
+    def keep_until(self, round_: int) -> None:
+        """Forget what was logged after round `round_`: the run goes on from there."""
+        self.metrics = [m for m in self.metrics if m["round"] <= round_]
+        self.timing = [t for t in self.timing if t["round"] <= round_]
+        self.evaluation = [e for e in self.evaluation if int(e["round"]) <= round_]
+
+    def checkpoint(self, tensors: Mapping[str, Tensor], facts: Row) -> None:
+        """Replace the checkpoint by one that holds `tensors` and `facts`."""
+        from safetensors.torch import save
+
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        data = save(contiguous, metadata={"facts": json.dumps(facts)})
+        write_atomically(self.folder / "checkpoints" / "last.safetensors", data)
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], Row] | None:
+        """The checkpoint's tensors and facts; None where there is none yet.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        from safetensors import safe_open
+
+        path = self.folder / "checkpoints" / "last.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
+            raise UserError(
+                f"Expected a whole checkpoint at {path}, got a damaged one ({problem}). Remove "
+                "the run folder and start again."
+            ) from problem
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended."""
+        return (self.folder / "provenance.json").exists() and "ended" in self.provenance()
+
+    def provenance(self) -> Row:
+        """What is known about where the run was made."""
+        path = self.folder / "provenance.json"
+        with _reading(path):
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_provenance(self, **facts: Any) -> None:
+        """Record versions, machine, commit and `facts`, keeping what was recorded before."""
+        known = {**_environment(), **self.provenance(), **facts}
+        data = json.dumps(known, indent=1, sort_keys=True).encode() + b"\n"
+        write_atomically(self.folder / "provenance.json", data)
+
+
+@contextlib.contextmanager
+def _taken(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, making the folder if need be and removing it if left empty."""
+    path = folder / ".lock"
+    try:
+        fresh = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except (FileExistsError, NotADirectoryError) as problem:
+        raise UserError(
+            f"Expected a folder at {folder}, got a file on the way. Give another --out."
+        ) from problem
+    except OSError as problem:
+        raise write_error(folder, problem) from problem
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UserError(
+                f"Expected {folder} to be free, got another process running in it. Wait for it, "
+                "or give another --out."
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for place in fresh:
+                    place.rmdir()
+
+
+def require_same(folder: Path, config: RunConfig, resume: bool) -> None:
+    """Refuse a folder that holds another run, or one that is not to be resumed.
+
+    Raises:
+        UserError: saying what differs.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    with _reading(path):
+        found: Row = dict(json.loads(path.read_text(encoding="utf-8")))
+        run_id = found["run_id"]
+    if run_id != config.run_id:
+        mine = json.loads(config.to_json())
+        changed = [k for k in mine if k != "run_id" and found.get(k) != mine[k]]
+        detail = ", ".join(f"{k} {found.get(k)!r} -> {mine[k]!r}" for k in changed[:3])
+        raise UserError(
+            f"Expected the run {config.run_id} in {folder}, got {run_id} ({detail}). "
+            "Give another --out, or remove that folder."
+        )
+    if not resume:
+        raise UserError(
+            f"Expected an empty folder, got a run in {folder}. Go on with --resume, give "
+            "another --out, or remove that folder."
+        )
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say which file of a run is damaged or cannot be read."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OSError) as problem:
+        raise UserError(
+            f"Expected what a run writes in {path}, got a damaged file ({problem}). Give another "
+            "--out, or remove that folder."
+        ) from problem
+
+
+def _read_json_lines(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with _reading(path):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _read_csv(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with _reading(path), path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _environment() -> Row:
+    """Versions, machine and commit, for provenance.json."""
+    return {
+        "started": now(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        **_commit(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> Row:
+    """The commit this code runs from and whether it is changed; nothing for an installed wheel."""
+    home = Path(__file__).resolve().parent.parent
+    try:
+        top, head = _git(home, "rev-parse", "--show-toplevel", "HEAD").splitlines()
+        dirty = bool(_git(home, "status", "--porcelain").strip())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+    # An environment inside somebody's repository is not that repository.
+    return {"commit": head, "dirty": dirty} if Path(top) == home else {}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+
+
+def now() -> str:
+    """The present time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,372 @@
+"""One run: the rounds of sampling, scoring and learning, with evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d3po_bench import registry
+from d3po_bench.config import Execution, RunConfig, method_of
+from d3po_bench.engine import Draws, Updates, sample, update, with_reference
+from d3po_bench.errors import RunError, UserError
+from d3po_bench.gaussian import Gaussian
+from d3po_bench.models.stable_diffusion import Source, Training, load
+from d3po_bench.policy import Policy
+from d3po_bench.prompts import read_prompts
+from d3po_bench.seeding import stream
+from d3po_bench.store import Row, RunStore, now, writing
+from d3po_bench.types import Rollout, Scorer
+
+SHOWN = 10
+"""Prompts whose evaluation images are kept as PNG files."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, for whoever shows it."""
+
+    seed: int
+    done: float
+    """Share of the run, 0 to 1."""
+    text: str
+
+
+Report = Callable[[Progress], None]
+
+
+def model_source(name: str) -> Source:
+    """A named model, or a diffusers folder, or a hub id.
+
+    Raises:
+        UserError: `name` looks like neither.
+    """
+    if name in registry.names("model"):
+        source: Source = registry.model_source(name)
+        return source
+    if Path(name).exists() or (name.count("/") == 1 and not name.startswith((".", "/"))):
+        return Source(path=name)
+    raise registry.unknown("model", name, [*registry.names("model"), "FOLDER", "HUB/ID"])
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; auto takes the first accelerator there is.
+
+    Raises:
+        UserError: torch cannot use it here.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as problem:
+        raise UserError(
+            f"Expected a device that torch can use, got {name!r}. Give --device auto, cpu or cuda."
+        ) from problem
+
+
+class Trainer:
+    """A model, a method and an objective, and the rounds between them."""
+
+    def __init__(self, config: RunConfig, execution: Execution) -> None:
+        """Load what the config names; nothing is written yet."""
+        self.config, self.execution = config, execution
+        self.device = device_of(execution.device)
+        self.method = method_of(config)
+        self.objective = registry.objective(config.objective)
+        self.scorer = registry.scorer(self.objective.scorer, self.device)
+        self.prompts = read_prompts(config.prompts or self.objective.prompts)
+        self.model = load(model_source(config.model), self.device, self._training())
+        self.model.encode([*self.prompts, ""])
+        self.model.add_adapter(config.seed)
+        self.policy = Policy(
+            self.model, steps=config.sampling_steps, eta=config.eta, guidance=config.guidance
+        )
+        self.policy.schedule.require_noise()
+        self.optimizer = self._optimizer()
+        scaled = config.dtype == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
+        self.images = config.images_per_prompt or self.method.images_per_prompt
+        self.counts = {"pairs": 0, "images": 0, "scorer_calls": 0}
+        self.round = 0
+
+    def _training(self) -> Training:
+        c, e = self.config, self.execution
+        return Training(
+            dtype=c.dtype,
+            full=c.full,
+            lora_rank=c.lora_rank,
+            lora_alpha=c.lora_alpha or None,
+            lora_targets=c.lora_targets,
+            gradient_checkpointing=e.gradient_checkpointing,
+            channels_last=e.channels_last,
+            compile=e.compile,
+            decode_batch=e.decode_batch,
+        )
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        c = self.config
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
+        optimizer: torch.optim.Optimizer = kind(
+            list(self.model.trainable().values()),
+            lr=c.learning_rate,
+            betas=(c.adam_beta1, c.adam_beta2),
+            eps=c.adam_epsilon,
+            weight_decay=c.weight_decay,
+        )
+        return optimizer
+
+    # ---- a round
+
+    def train_round(self, report: Callable[[str, float], None]) -> tuple[Row, Row]:
+        """Sample, score, learn: the round's line of metrics and its seconds by stage."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "sample"):
+            rollout = self._sample(report)
+        with _timed(seconds, "score"):
+            rollout, scores = self._score(rollout)
+        with _timed(seconds, "reference"):
+            rollout = with_reference(
+                self.policy, rollout, self.method,
+                untrained=self.round == 0, batch=self.execution.reference_batch,
+                skip=self.config.skip_steps,
+            )  # fmt: skip
+        with _timed(seconds, "update"):
+            learnt = self._learn(rollout, report)
+        self.round += 1
+        metrics = {
+            "round": self.round,
+            **self._spent(),
+            "score_mean": float(scores.mean()),
+            "score_std": float(scores.std(correction=0)),
+            "reward_mean": float(rollout.scores.mean()),
+            **({"kl": self._kl(rollout)} if self._reference_is_pretrained() else {}),
+            **learnt,
+        }
+        return metrics, {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
+
+    def _sample(self, report: Callable[[str, float], None]) -> Rollout:
+        c = self.config
+        rng = stream(c.seed, "prompts", self.round)
+        drawn = torch.randint(len(self.prompts), (c.prompts_per_round,), generator=rng)
+        return sample(
+            self.policy,
+            [self.prompts[i] for i in drawn],
+            Draws(seed=c.seed, round=self.round),
+            images_per_prompt=self.images,
+            shared_noise=self.method.shared_noise,
+            batch=self.execution.sample_batch,
+            progress=lambda share: report("sampling", share * 0.5),
+        )
+
+    def _score(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
+        """The rollout with its rewards, and the raw scores [P, K]."""
+        p, k = rollout.means.shape[:2]
+        images = self.model.decode(rollout.latents[:, :, -1].flatten(0, 1))
+        prompts = [prompt for prompt in rollout.prompts for _ in range(k)]
+        scores = self.scorer(images, prompts).view(p, k)
+        if not bool(torch.isfinite(scores).all()):
+            raise RunError(
+                f"Expected finite scores, got {scores[~torch.isfinite(scores)][0]} from "
+                f"{self.objective.scorer}. Check that scorer."
+            )
+        self.counts["images"] += p * k
+        self.counts["scorer_calls"] += p * k
+        return replace(rollout, scores=scores * self.objective.sign), scores
+
+    def _learn(self, rollout: Rollout, report: Callable[[str, float], None]) -> dict[str, float]:
+        c = self.config
+        rows = self.method.rows(rollout, stream(c.seed, "rows", self.round))
+        self.counts["pairs"] += len(rows)
+        updates = Updates(
+            units=c.units_per_update,
+            timestep_fraction=c.timestep_fraction,
+            skip=c.skip_steps,
+            every=c.update_every,
+            passes=c.passes,
+            micro_batch=self.execution.micro_batch,
+            max_grad_norm=c.max_grad_norm,
+        )
+        return update(
+            self.policy, self.method, rows, self.optimizer, updates,
+            stream(c.seed, "shuffle", self.round), self.scaler,
+            progress=lambda share: report("learning", 0.5 + share * 0.5),
+        )  # fmt: skip
+
+    def _spent(self) -> Row:
+        return {
+            **self.counts,
+            "unet_forwards": self.model.forwards,
+            "unet_backwards": self.model.backwards,
+        }
+
+    def _reference_is_pretrained(self) -> bool:
+        return bool(self.method.reference == "pretrained")
+
+    def _kl(self, rollout: Rollout) -> float:
+        """KL of a step to the pretrained model, mean over the round's images and learnt steps."""
+        if rollout.reference is None:
+            raise ValueError("the rollout carries no reference")
+        learnt = self.config.sampling_steps - self.config.skip_steps
+        std = self.policy.schedule.std[:learnt].float().to(rollout.means.device)
+        ours, theirs = (m[:, :, :learnt].flatten(0, 2) for m in (rollout.means, rollout.reference))
+        return float(Gaussian(ours, std.repeat(rollout.scores.numel())).kl(theirs).mean())
+
+    # ---- checkpoints
+
+    def state(self) -> tuple[dict[str, Tensor], Row]:
+        """Everything that the next round depends on: tensors and numbers."""
+        tensors = {f"weight/{n}": p for n, p in self.model.trainable().items()}
+        for name, p in self.model.trainable().items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{key}/{name}"] = value
+        facts = {"round": self.round, **self._spent()}
+        if self.scaler is not None:
+            facts["scaler"] = self.scaler.state_dict()
+        return tensors, facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: Row) -> None:
+        """Go back to a state that `state` returned."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            key, _, parameter = name.partition("/")
+            parts.setdefault(key, {})[parameter] = value
+        self.model.load_trainable(parts.pop("weight"))
+        for name, p in self.model.trainable().items():
+            kept = {k: v[name] for k, v in parts.items() if name in v}
+            if kept:
+                moved = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
+                self.optimizer.state[p] = moved
+        self.round = facts["round"]
+        self.counts = {name: facts[name] for name in self.counts}
+        self.model.forwards, self.model.backwards = facts["unet_forwards"], facts["unet_backwards"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(facts["scaler"])
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - start
+
+
+class Evaluation:
+    """The evaluations of one run; their passes do not count as the run's cost."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        """Load the further scorers."""
+        c = trainer.config
+        self.trainer = trainer
+        self.evaluator: Any = registry.evaluator()
+        self.scorers: dict[str, Scorer] = {"score": trainer.scorer}
+        for name in c.eval_scorers:
+            self.scorers[name] = registry.scorer(name, trainer.device)
+        self.what = self.evaluator.EvaluationSet(
+            prompts=self.evaluator.spread(trainer.prompts, c.eval_prompts),
+            images=c.eval_images,
+            steps=c.sampling_steps,
+            guidance=c.guidance,
+            batch=trainer.execution.sample_batch,
+        )
+
+    def due(self) -> bool:
+        """Whether to evaluate now: at the start, every `eval_every` rounds, and at the end."""
+        c, done = self.trainer.config, self.trainer.round
+        return c.eval_every > 0 and (done % c.eval_every == 0 or done == c.rounds)
+
+    def run(self, store: RunStore) -> float:
+        """Draw, score and write; returns the mean score with the training sampler."""
+        model = self.trainer.model
+        spent = model.forwards, model.backwards
+        rows, pictures = self.evaluator.evaluate(model, self.what, self.scorers)
+        model.forwards, model.backwards = spent
+        store.log_evaluation([{"round": self.trainer.round, **row} for row in rows])
+        self._save_samples(store, pictures["eta0"])
+        scores = [row["score"] for row in rows if row["sampler"] == "eta1"]
+        return float(sum(scores) / len(scores))
+
+    def _save_samples(self, store: RunStore, images: Tensor) -> None:
+        """The first image of some evenly spread prompts, deployment sampler, as PNG."""
+        prompts = list(self.what.prompts)
+        for prompt in self.evaluator.spread(prompts, SHOWN):
+            image = images[prompts.index(prompt) * self.what.images]
+            store.save_sample(self.trainer.round, prompt, image)
+
+
+def run_seed(
+    config: RunConfig,
+    execution: Execution,
+    folder: Path,
+    *,
+    resume: bool = True,
+    report: Report = lambda progress: None,
+) -> None:
+    """Run one seed into `folder`, going on from its checkpoint if there is one.
+
+    Raises:
+        UserError: bad input, found before the first round.
+        RunError: the run failed on the way; what it had written is kept.
+    """
+    with RunStore.open(folder, config, resume=resume) as store:
+        if store.finished:
+            report(Progress(config.seed, 1.0, "finished before"))
+            return
+        torch.set_num_threads(threads_of(config, execution))
+        trainer = Trainer(config, execution)
+        _restore(trainer, store)
+        evaluation = Evaluation(trainer)
+        store.start(config, device=str(trainer.device), threads=torch.get_num_threads())
+        _rounds(trainer, store, evaluation, report)
+        with writing(folder / "lora"):
+            trainer.model.save(folder / "lora")
+        store.write_provenance(ended=now(), execution=vars(execution).copy())
+
+
+def threads_of(config: RunConfig, execution: Execution) -> int:
+    """CPU threads of a run: two of the embedded model beat one on two threads."""
+    if execution.threads:
+        return execution.threads
+    return 1 if config.model == "tiny" else torch.get_num_threads()
+
+
+def _restore(trainer: Trainer, store: RunStore) -> None:
+    checkpoint = store.load_checkpoint()
+    if checkpoint is not None:
+        trainer.restore(*checkpoint)
+    store.keep_until(trainer.round if checkpoint is not None else -1)
+
+
+def _rounds(trainer: Trainer, store: RunStore, evaluation: Evaluation, report: Report) -> None:
+    """Rounds until the last, each written before its checkpoint."""
+    config, text = trainer.config, ""
+    if trainer.round == 0 and evaluation.due() and not store.evaluation:
+        report(Progress(config.seed, 0.0, "evaluating the base model"))
+        text = f"held-out {evaluation.run(store):.3f} {trainer.scorer.unit}"
+        store.checkpoint(*trainer.state())
+    while trainer.round < config.rounds:
+        done = trainer.round
+
+        def stage(name: str, share: float, done: int = done, text: str = text) -> None:
+            place = (done + share) / config.rounds
+            report(Progress(config.seed, place, f"round {done + 1}/{config.rounds} {text}"))
+
+        try:
+            metrics, timing = trainer.train_round(stage)
+        except RunError as problem:
+            raise RunError(f"Round {done + 1}, seed {config.seed}: {problem}") from problem
+        text = f"reward {metrics['reward_mean']:+.3f} {trainer.scorer.unit}"
+        start = time.monotonic()
+        if evaluation.due():
+            evaluation.run(store)
+        store.log(metrics, timing | {"evaluate": round(time.monotonic() - start, 3)})
+        store.checkpoint(*trainer.state())
+    report(Progress(config.seed, 1.0, text))

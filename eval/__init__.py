@@ -1,0 +1,1 @@
+"""Scorers, evaluation, statistics and figures."""

@@ -1,0 +1,69 @@
+"""A policy, fixed prompts and fixed noise -> one row for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from d3po_bench.engine import Draws, sample
+from d3po_bench.policy import Policy
+from d3po_bench.types import Model, Scorer
+
+SAMPLERS = {"eta1": 1.0, "eta0": 0.0}
+"""Training sampler and deployment sampler."""
+
+NOISE_SEED = 20231122
+"""Seed of the evaluation streams: the same for every run, so that runs can be paired."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """What is drawn at every evaluation: `images` of each prompt, from fixed noise."""
+
+    prompts: Sequence[str]
+    images: int = 1
+    steps: int = 20
+    guidance: float = 5.0
+    batch: int = 128
+
+
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the prompts, evenly spread over the list."""
+    if len(prompts) <= count:
+        return list(prompts)
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def evaluate(
+    model: Model, what: EvaluationSet, scorers: Mapping[str, Scorer]
+) -> tuple[list[Row], dict[str, Tensor]]:
+    """Draw the set with both samplers and score it.
+
+    Args:
+        model: with its adapter as it now is.
+        what: prompts and noise.
+        scorers: column name -> scorer.
+
+    Returns:
+        Rows of sampler, prompt, index and a column for each scorer; and the images
+        [P * images, 3, h, w] uint8 of each sampler, in the order of the rows.
+    """
+    rows: list[Row] = []
+    pictures: dict[str, Tensor] = {}
+    draws = Draws(seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps")
+    prompts = [p for p in what.prompts for _ in range(what.images)]
+    for sampler, eta in SAMPLERS.items():
+        policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance)
+        rollout = sample(policy, prompts, draws, batch=what.batch)
+        images = model.decode(rollout.latents[:, 0, -1])
+        scores = {name: scorer(images, prompts) for name, scorer in scorers.items()}
+        for i, prompt in enumerate(prompts):
+            row = {"sampler": sampler, "prompt": prompt, "index": i % what.images}
+            rows.append(row | {name: round(float(s[i]), 6) for name, s in scores.items()})
+        pictures[sampler] = images
+    return rows, pictures

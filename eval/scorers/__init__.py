@@ -1,0 +1,1 @@
+"""One file for each scorer: `load(device)` gives a `types.Scorer`."""

@@ -1,0 +1,45 @@
+"""Everything CI runs, each session in a virtual environment of its own.
+
+`nox` runs lint, types and tests; `nox -s bench` the speed benchmark. Another Python version:
+`nox --force-python 3.12`.
+"""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "tests"]
+
+
+def _install(session: nox.Session) -> None:
+    """The README's install, with the pinned versions that the numbers depend on."""
+    session.install("-c", "constraints.txt", "-e", ".[test]")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    _install(session)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    _install(session)
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests without network; `nox -s tests -- -m slow` chooses another tier."""
+    _install(session)
+    session.run("pytest", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Print the UNet's share of a training round and the speed against the published loop."""
+    _install(session)
+    session.run("python", "-m", "tests.bench", *session.posargs)

@@ -1,0 +1,226 @@
+"""What a command line becomes: presets, --set, and the hash that names a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from d3po_bench import config, registry
+from d3po_bench.config import PRESETS, Execution, RunConfig, make
+from d3po_bench.errors import UserError
+
+CONFIG = RunConfig(method="d3po", objective="incompress")
+
+
+def made(**changes: str) -> tuple[RunConfig, Execution]:
+    return make("d3po", "incompress", "quick", changes)
+
+
+def refused(**changes: str) -> str:
+    with pytest.raises(UserError) as problem:
+        made(**changes)
+    assert problem.value.exit_code == 2
+    text = str(problem.value)
+    assert text.startswith("Expected ")
+    assert "got " in text
+    return text
+
+
+# ---- presets
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("objective", registry.names("objective"))
+@pytest.mark.parametrize("method", registry.names("method"))
+def test_every_preset_fits_every_method_and_objective(
+    method: str, objective: str, preset: str
+) -> None:
+    run, execution = make(method, objective, preset, {})
+    assert (run.method, run.objective) == (method, objective)
+    assert execution == Execution()
+    for name, value in PRESETS[preset].items():
+        found = run.options if name == "method_options" else getattr(run, name)
+        assert found == (value.get(method, {}) if name == "method_options" else value)
+
+
+def test_every_preset_is_described() -> None:
+    assert config.PRESET_SUMMARIES.keys() == PRESETS.keys()
+
+
+def test_the_paper_preset_is_table_2() -> None:
+    run, _ = make("d3po", "incompress", "paper", {})
+    assert (run.rounds, run.learning_rate, run.weight_decay) == (400, 3e-5, 1e-4)
+    assert (run.sampling_steps, run.guidance, run.lora_rank) == (20, 5.0, 4)
+
+
+def test_later_beats_earlier() -> None:
+    given = make("d3po", "incompress", "quick", {}, rounds=3)[0]
+    assert PRESETS["quick"]["rounds"] != 3
+    assert given.rounds == 3
+    assert make("d3po", "incompress", "quick", {"rounds": "4"}, rounds=3)[0].rounds == 4
+
+
+# ---- --set
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("rounds", "7", 7),
+        ("learning_rate", "1e-3", 1e-3),
+        ("learning_rate", "1", 1.0),
+        ("optimizer", "adam", "adam"),
+        ("prompts", "hand", "hand"),
+        ("prompts", "", ""),
+        ("full", "true", True),
+        ("full", "TRUE", True),
+        ("full", "1", True),
+        ("full", "false", False),
+        ("full", "0", False),
+        ("lora_targets", "to_q,to_v", ("to_q", "to_v")),
+        ("lora_targets", "to_q, to_v,", ("to_q", "to_v")),
+        ("eval_scorers", "", ()),
+        ("eval_scorers", "jpeg_size", ("jpeg_size",)),
+    ],
+)
+def test_a_setting_of_each_type(key: str, text: str, value: Any) -> None:
+    found = getattr(made(**{key: text})[0], key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_settings_of_execution_and_method() -> None:
+    changes = {"micro_batch": "3", "compile": "true", "beta": "2", "clip": "none", "skip_ties": "1"}
+    run, execution = make("d3po", "incompress", "paper", changes)
+    assert execution == Execution(micro_batch=3, compile=True)
+    assert run.options == {"beta": 2.0, "clip": "none", "skip_ties": True}
+    method = config.method_of(run)
+    assert (method.beta, method.clip, method.skip_ties) == (2.0, "none", True)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("rounds", "1.5", "Expected a whole number for rounds, got '1.5'"),
+        ("rounds", "", "Expected a whole number for rounds, got ''"),
+        ("rounds", "-1", "Expected rounds from 1 to 1e+06, got -1"),
+        ("learning_rate", "fast", "Expected a finite number for learning_rate, got 'fast'"),
+        ("learning_rate", "nan", "Expected a finite number for learning_rate, got 'nan'"),
+        ("learning_rate", "0", "Expected learning_rate from 1e-12 to 10, got 0"),
+        ("beta", "inf", "Expected a finite number for beta, got 'inf'"),
+        ("full", "maybe", "Expected true or false for full, got 'maybe'"),
+        ("clip", "both", "Expected ratio or one_sided or none for clip, got 'both'"),
+        ("dtype", "fp8", "Expected fp32 or bf16 or fp16 for dtype, got 'fp8'"),
+        ("micro_batch", "0", "Expected micro_batch from 1 to 1e+06, got 0"),
+        ("threads", "-1", "Expected threads from 0 to 1024, got -1"),
+        ("eval_scorers", "jpegsize", "Expected a scorer, got 'jpegsize'. Did you mean 'jpeg_size'"),
+        ("learning_rte", "1", "Did you mean 'learning_rate'? See `d3po-bench list --settings`"),
+        ("", "1", "Expected a setting, got ''"),
+        ("options", "1", "Expected a setting, got 'options'"),
+        ("seed", "3", "Expected --seed-start to say the seed, got --set seed=3"),
+        ("device", "cpu", "Expected --device to say the device, got --set device=cpu"),
+        ("method", "d3po", "Expected --method to say the method, got --set method=d3po"),
+    ],
+)
+def test_a_wrong_setting_is_refused(key: str, text: str, said: str) -> None:
+    assert said in refused(**{key: text})
+
+
+def test_a_wrong_preset_method_or_objective_is_refused() -> None:
+    with pytest.raises(UserError, match="Did you mean 'quick'"):
+        make("d3po", "incompress", "quik", {})
+    with pytest.raises(UserError, match="Did you mean 'd3po'"):
+        make("d3p", "incompress", "quick", {})
+    with pytest.raises(UserError, match="Did you mean 'incompress'"):
+        make("d3po", "incompres", "quick", {})
+
+
+@pytest.mark.parametrize("name", config._RANGES)
+def test_ranges_are_closed_on_both_sides(name: str) -> None:
+    low, high = config._RANGES[name]
+    long = replace(CONFIG, sampling_steps=999)
+    kind = type(getattr(CONFIG, name))
+    step = 1 if kind is int else max(abs(high), 1.0) * 1e-3
+    for inside in (low, high):
+        replace(long, **{name: kind(inside)}).check()
+    for outside in (low - step, high + step):
+        with pytest.raises(UserError, match=f"Expected {name} from"):
+            replace(long, **{name: kind(outside)}).check()
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = {f.name for f in fields(RunConfig) if type(f.default) in (int, float)}
+    assert numbers == config._RANGES.keys()
+
+
+def test_some_steps_are_left_to_learn_from() -> None:
+    assert made(sampling_steps="7", skip_steps="6")[0].skip_steps == 6
+    said = refused(sampling_steps="6", skip_steps="6")
+    assert "Expected skip_steps from 0 to 5, got 6" in said
+
+
+def test_a_preset_holds_options_of_a_method() -> None:
+    options = PRESETS["quick"]["method_options"]["d3po"]
+    assert made()[0].options == options
+    name, value = next(iter(options.items()))
+    assert made(**{name: str(value / 2)})[0].options == options | {name: value / 2}
+
+
+def test_what_set_can_change() -> None:
+    known = config.settings("d3po")
+    own = {"method", "objective", "model", "seed", "options"}
+    assert known["run"].keys() == {f.name for f in fields(RunConfig)} - own
+    assert known["execution"].keys() == {f.name for f in fields(Execution)} - {"device"}
+    assert {"beta", "clip", "reference"} <= known["options"].keys()
+    assert "images_per_prompt" not in known["options"]
+
+
+# ---- run_id
+
+
+def another(value: Any) -> Any:
+    """A value of the same type that is not `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, tuple):
+        return (*value, "x")
+    return {**value, "beta": 0.2}
+
+
+def test_run_id_changes_with_every_field() -> None:
+    ids = {CONFIG.run_id}
+    for f in fields(RunConfig):
+        ids.add(replace(CONFIG, **{f.name: another(getattr(CONFIG, f.name))}).run_id)
+    assert len(ids) == 1 + len(fields(RunConfig))
+
+
+def test_run_id_is_stable() -> None:
+    assert CONFIG.run_id == replace(CONFIG, seed=0).run_id
+    first = replace(CONFIG, options={"beta": 1.0, "clip": "none"})
+    assert first.run_id == replace(CONFIG, options={"clip": "none", "beta": 1.0}).run_id
+
+
+def test_run_id_does_not_change_with_execution() -> None:
+    plain, _ = made()
+    for f in fields(Execution):
+        if f.name != "device":
+            run, execution = made(**{f.name: str(another(f.default))})
+            assert getattr(execution, f.name) != f.default
+            assert run.run_id == plain.run_id
+
+
+def test_the_json_holds_every_field_and_the_id() -> None:
+    found = json.loads(CONFIG.to_json())
+    assert found.pop("run_id") == CONFIG.run_id
+    assert found.keys() == {f.name for f in fields(RunConfig)}
+    found["lora_targets"], found["eval_scorers"] = map(
+        tuple, (found["lora_targets"], found["eval_scorers"])
+    )
+    assert RunConfig(**found) == CONFIG

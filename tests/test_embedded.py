@@ -1,0 +1,130 @@
+"""The embedded model: what ships, what it draws, and that its recipe runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from d3po_bench import registry
+from d3po_bench.models.embedded import card, recipe, render
+from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
+from d3po_bench.models.tiny import SOURCE
+from d3po_bench.prompts import read_prompts
+from tests.conftest import CPU
+
+HOME = Path(recipe.__file__).parent
+needs_font = pytest.mark.skipif(
+    not render.FONT.exists(), reason="needs the font: apt-get install fonts-noto-color-emoji"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> StableDiffusion:
+    return load(SOURCE, CPU, Training())
+
+
+def test_everything_together_is_at_most_12_mb() -> None:
+    weights = [p for p in HOME.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}]
+    assert any(p.suffix == ".safetensors" for p in weights)
+    assert not [p for p in weights if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+    assert sum(p.stat().st_size for p in weights) <= 12e6
+
+
+def test_plain_diffusers_loads_the_folder_and_draws_from_it() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(SOURCE.path)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    rng = torch.Generator().manual_seed(0)
+    images = pipe(
+        ["fox", "frog"], num_inference_steps=20, guidance_scale=5.0, generator=rng,
+        output_type="pt",
+    ).images  # fmt: skip
+    judge: Any = registry.scorer("animal", CPU)
+    scores = judge(images.mul(255).round().to(torch.uint8), ["fox", "frog"])
+    assert scores.min() > 0.5
+
+
+def test_samples_are_recognised(tiny: StableDiffusion) -> None:
+    # a smaller draw of what card.json records: two of each animal
+    facts = card.measure(tiny, images=2, steps=20)
+    assert facts["eta1"]["top1"] >= 0.92
+    assert facts["eta0"]["top1"] >= 0.92
+    recorded = json.loads((HOME / "card.json").read_text())["measured"]["20"]
+    assert recorded["images"] >= 10
+    assert recorded["eta1"]["top1"] >= 0.95
+    assert recorded["flat_jpeg_kb"] == facts["flat_jpeg_kb"]
+
+
+def test_the_card_is_what_its_figures_say() -> None:
+    facts = json.loads((HOME / "card.json").read_text())
+    written = (HOME / "CARD.md").read_text()
+    for line in card.write_card(facts).splitlines():
+        if "MB with the classifier" not in line:  # the card's own size counts in it
+            assert line in written
+
+
+def test_every_animal_is_one_token_and_captions_fit(tiny: StableDiffusion) -> None:
+    animals = read_prompts("animals")
+    assert len(animals) == len(set(animals)) == 45
+    assert animals == list(render.GLYPHS)
+    for animal in animals:
+        assert len(tiny.tokenizer(animal).input_ids) == 3
+    longest = [
+        render.caption(a, p, c) for a in animals for p in render.PATTERNS for c in render.COLOURS
+    ]
+    assert max(len(tiny.tokenizer(text).input_ids) for text in longest) <= recipe.TEXT_LENGTH
+
+
+def test_judge_wants_the_right_animal(tiny: StableDiffusion) -> None:
+    image = card.draw(tiny, ["frog"], eta=0.0, steps=20)
+    judge = registry.scorer("animal", CPU)
+    right, wrong, none = (float(judge(image, [p])[0]) for p in ("a frog", "whale", "1 hand"))
+    assert right > 0.5 > wrong
+    assert none != none  # NaN: the prompt names no animal
+
+
+def test_captions() -> None:
+    assert render.caption("cat", "striped", "red") == "a cat on a red striped background"
+    assert render.caption("ant", "plain", "orange") == "an ant on an orange background"
+
+
+@needs_font
+def test_pictures_are_a_function_of_seed_and_index() -> None:
+    one, text, label = render.sample(0, 7)
+    same, again, _ = render.sample(0, 7)
+    other, _, _ = render.sample(1, 7)
+    assert one.shape == (32, 32, 4)
+    assert np.array_equal(one, same)
+    assert text == again
+    assert list(render.GLYPHS)[label] in text
+    assert not np.array_equal(one, other)
+
+
+@needs_font
+@pytest.mark.parametrize("animal", render.GLYPHS)
+def test_every_glyph_is_in_the_font(animal: str) -> None:
+    picture = render.draw(animal, "plain", "white", np.random.default_rng(0))
+    assert (picture[..., 3] > 128).mean() > 0.1
+
+
+@needs_font
+def test_the_recipe_runs_from_font_to_pipeline(tmp_path: Path) -> None:
+    settings = ["pictures=2600", "processes=1", "bf16=false"]
+    settings += [f"{stage}_steps=2" for stage in ("vae", "unet", "classifier")]
+    settings += [f"{stage}_batch=4" for stage in ("vae", "unet", "classifier")]
+    out = tmp_path / "out"
+    arguments = ["all", "--work", str(tmp_path / "work"), "--out", str(out)]
+    arguments += [part for s in settings for part in ("--set", s)]
+    result = CliRunner().invoke(recipe.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    pipe = StableDiffusionPipeline.from_pretrained(out / "tiny")
+    assert pipe.unet.config.sample_size == 8
+    made = json.loads((out / "card.json").read_text())
+    assert made["stages"]["unet"]["steps"] == 2

@@ -1,0 +1,264 @@
+"""Who may import whom, what loads late, how long functions are, and that they are documented."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("d3po_bench", "baselines", "eval")
+HEAVY = {"torch", "diffusers", "transformers", "peft", "matplotlib", "pandas", "scipy"}
+LONGEST = 50
+"""Lines of a function, its docstring included."""
+
+
+def module_name(path: Path) -> str:
+    """`a/b/__init__.py` is a.b."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path.read_text(encoding="utf-8")
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+ALLOWED = {
+    "d3po_bench.errors": set[str](),
+    "d3po_bench.types": set[str](),
+    "d3po_bench.seeding": set[str](),
+    "d3po_bench.parallel": set[str](),
+    "d3po_bench.gaussian": {"types", "errors"},
+    "d3po_bench.policy": {"types", "errors", "gaussian"},
+    "d3po_bench.engine": {"types", "errors", "gaussian", "policy", "parallel", "seeding"},
+    "d3po_bench.d3po": {"types", "errors", "gaussian", "policy"},
+    "d3po_bench.prompts": {"errors"},
+    "d3po_bench.objectives": {"types"},
+    "d3po_bench.registry": {"types", "errors"},
+    "d3po_bench.config": {"errors", "registry"},
+    "baselines": {"types", "errors", "gaussian", "policy"},
+    "eval.scorers": {"types", "errors", "eval.weights", "models.embedded"},
+}
+"""Module or package -> what of ours it may import; the rest may import all but the cli."""
+
+ONLY_IN = {
+    "diffusers": ("d3po_bench.models",),
+    "peft": ("d3po_bench.models",),
+    "transformers": ("d3po_bench.models", "eval.scorers"),
+    "matplotlib": ("eval.report",),
+    "scipy": ("eval",),
+    "pandas": ("eval",),
+}
+
+LIGHT = (
+    "d3po_bench", "d3po_bench.cli", "d3po_bench.config", "d3po_bench.errors", "d3po_bench.listing",
+    "d3po_bench.models", "d3po_bench.objectives", "d3po_bench.prompts", "d3po_bench.registry",
+    "d3po_bench.types", "baselines", "eval", "eval.scorers",
+)  # fmt: skip
+"""What `--help` and `list` load; of the packages among them, the `__init__.py`."""
+
+
+# ---- what a source imports
+
+
+def _blocks(tree: ast.AST, *, late: bool) -> Iterator[ast.AST]:
+    """The nodes that run on import; with `late` also function bodies; never TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if not late and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield node
+        yield from _blocks(node, late=late)
+
+
+def imported(source: str, *, late: bool = True) -> set[str]:
+    """Full names of what is imported: `from a import b` gives a.b, whether b is a module or not."""
+    names: set[str] = set()
+    for node in _blocks(ast.parse(source), late=late):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{'.' * node.level}{node.module or ''}.{a.name}" for a in node.names}
+    return names
+
+
+def within(name: str, place: str) -> bool:
+    """Whether `name` is the module or package `place`, or lies in it."""
+    return f"{name}.".startswith(f"{place}.")
+
+
+def ours(names: set[str]) -> set[str]:
+    """Those of our packages, but for the bare `import d3po_bench` and its version."""
+    return {n for n in names if n.split(".")[0] in PACKAGES} - {
+        "d3po_bench",
+        "d3po_bench.__version__",
+    }
+
+
+# ---- the rules, each as the list of what breaks it
+
+
+def forbidden_imports(module: str, source: str) -> list[str]:
+    """Imports of ours that section 4 of the architecture does not allow."""
+    found = ours(imported(source))
+    wrong = {n for n in found if within(n, "d3po_bench.cli") and module != "d3po_bench.__main__"}
+    if module.startswith("d3po_bench.") and module != "d3po_bench.cli":
+        wrong |= {n for n in found if not within(n, "d3po_bench")}
+    for place, allowed in ALLOWED.items():
+        if within(module, place):
+            full = [n if n.startswith("eval.") else f"d3po_bench.{n}" for n in allowed]
+            wrong |= {n for n in found if not any(within(n, place) for place in full)}
+    return sorted(wrong)
+
+
+def misplaced(module: str, source: str) -> list[str]:
+    """Third-party packages that this module must leave to others."""
+    found = {name.split(".")[0] for name in imported(source)}
+    places = {name: ONLY_IN[name] for name in found & ONLY_IN.keys()}
+    return [n for n, where in places.items() if not any(within(module, place) for place in where)]
+
+
+def early(module: str, source: str) -> list[str]:
+    """What a light module loads at once though it is heavy."""
+    if module not in LIGHT:
+        return []
+    found = imported(source, late=False)
+    inside = {n for n in ours(found) if not any(within(n, light) for light in LIGHT[1:])}
+    return sorted(inside | {n for n in found if n.split(".")[0] in HEAVY})
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions of more than LONGEST lines."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > LONGEST
+    ]
+
+
+def undocumented(source: str) -> list[str]:
+    """The module, or public classes, functions and methods in it, without a docstring."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+    def below(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+        if ast.get_docstring(node) is None:
+            yield getattr(node, "name", "the module")
+        for child in node.body:
+            if isinstance(child, kinds) and not child.name.startswith("_"):
+                if isinstance(child, ast.ClassDef):
+                    yield from below(child)
+                elif ast.get_docstring(child) is None:
+                    yield child.name
+
+    return list(below(ast.parse(source)))
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_follow_the_architecture(module: str) -> None:
+    assert forbidden_imports(module, SOURCES[module]) == []
+    assert misplaced(module, SOURCES[module]) == []
+    assert early(module, SOURCES[module]) == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_functions_are_short_and_documented(module: str) -> None:
+    assert long_functions(SOURCES[module]) == []
+    assert undocumented(SOURCES[module]) == []
+
+
+def test_only_the_registry_imports_by_name() -> None:
+    naming = [m for m, source in SOURCES.items() if "import_module" in source]
+    assert naming == ["d3po_bench.registry"]
+
+
+def test_tests_shadow_no_package() -> None:
+    # tests/eval/__init__.py would hide the package eval from every test
+    assert not [p for p in PACKAGES if (ROOT / "tests" / p).exists()]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("d3po_bench.store", "from d3po_bench import cli", ["d3po_bench.cli"]),
+        ("eval.report", "from d3po_bench.cli import main", ["d3po_bench.cli.main"]),
+        ("d3po_bench.train", "def f():\n  from eval import evaluator", ["eval.evaluator"]),
+        ("d3po_bench.gaussian", "import d3po_bench.policy", ["d3po_bench.policy"]),
+        ("d3po_bench.types", "from d3po_bench.errors import E", ["d3po_bench.errors.E"]),
+        ("d3po_bench.d3po", "from d3po_bench import engine", ["d3po_bench.engine"]),
+        ("d3po_bench.objectives.x", "from eval.scorers import y", ["eval.scorers.y"]),
+        ("baselines.ddpo", "from baselines.dpok import f", ["baselines.dpok.f"]),
+        ("baselines.ddpo", "from d3po_bench.engine import f", ["d3po_bench.engine.f"]),
+        ("eval.scorers.x", "from eval.scorers.y import f", ["eval.scorers.y.f"]),
+        ("eval.scorers.x", "from eval.weights import fetch", []),
+        ("d3po_bench.cli", "def f():\n  from eval import report", []),
+        ("d3po_bench.types", "if TYPE_CHECKING:\n  from d3po_bench.policy import P", []),
+    ],
+)
+def test_a_forbidden_import_is_found(module: str, source: str, found: list[str]) -> None:
+    assert forbidden_imports(module, source) == found
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("d3po_bench.train", "def f():\n  from diffusers.utils import x", ["diffusers"]),
+        ("eval.report", "from matplotlib import pyplot", []),
+        ("eval.statistics", "import matplotlib", ["matplotlib"]),
+        ("eval.scorers.x", "import transformers", []),
+        ("d3po_bench.policy", "import transformers", ["transformers"]),
+    ],
+)
+def test_a_misplaced_import_is_found(module: str, source: str, found: list[str]) -> None:
+    assert misplaced(module, source) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch.nn", ["torch.nn"]),
+        ("try:\n  import scipy\nexcept ImportError:\n  pass", ["scipy"]),
+        ("from d3po_bench import launch", ["d3po_bench.launch"]),
+        ("from d3po_bench.errors import UserError", []),
+        ("def f():\n  import torch", []),
+        ("if TYPE_CHECKING:\n  import torch", []),
+    ],
+)
+def test_an_early_import_is_found(source: str, found: list[str]) -> None:
+    assert early("d3po_bench.config", source) == found
+
+
+def test_long_and_undocumented_functions_are_found() -> None:
+    assert long_functions("def f():\n" + "  x = 1\n" * 49) == []
+    assert long_functions("def f():\n" + "  x = 1\n" * 50) == ["f"]
+    source = '"""Doc."""\nclass A:\n  def f(self): pass\n  def _g(self): pass\ndef _h(): pass'
+    assert undocumented(source) == ["A", "f"]
+
+
+LOADS_LITTLE = f"""
+import contextlib, io, sys, time
+from d3po_bench.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    main(["--help"])
+    help_seconds = time.process_time()
+    main(["run", "--help"])
+    main(["plot", "--help"])
+    main(["list"])
+print(sorted({HEAVY!r} & sys.modules.keys()), help_seconds)
+"""
+
+
+def test_help_and_list_load_nothing_heavy_and_are_quick() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_LITTLE], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded, _, seconds = done.stdout.strip().rpartition(" ")
+    assert loaded == "[]"
+    assert float(seconds) < 0.5

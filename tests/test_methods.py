@@ -1,0 +1,126 @@
+"""What holds for every method: these tests are not edited when one is added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from d3po_bench import registry
+from d3po_bench.engine import Draws, Updates, sample, update, with_reference
+from d3po_bench.models.embedded import recipe
+from d3po_bench.policy import Policy
+from d3po_bench.seeding import stream
+from d3po_bench.types import Method, Model, Rollout, Rows
+
+METHODS = registry.names("method")
+
+
+class Toy:
+    """A linear "UNet" on latents of eight numbers; implements `types.Model`.
+
+    The best noise predictor of N(0, I) data, plus a trainable offset.
+    """
+
+    latent_shape = (1, 1, 8)
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.alphas_cumprod: Tensor = recipe.new_scheduler().alphas_cumprod
+        self.offset = torch.zeros(8, requires_grad=True)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompts), 1, 1)
+
+    def noise(self, x_t: Tensor, t: Tensor, text: Tensor, *, frozen: bool = False) -> Tensor:
+        best = (1 - self.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1) * x_t
+        return best if frozen else best + self.offset
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.mul(40).add(128).clamp(0, 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+    def trainable(self) -> dict[str, Tensor]:
+        return {"offset": self.offset}
+
+
+def rollout(policy: Policy, method: Method[Any], seed: int, round_: int) -> Rollout:
+    """A round whose reward is the mean of the final latent."""
+    drawn = sample(
+        policy, ["a", "b"] * 4, Draws(seed=seed, round=round_),
+        images_per_prompt=max(2, method.images_per_prompt), shared_noise=method.shared_noise,
+    )  # fmt: skip
+    scored = replace(drawn, scores=drawn.latents[:, :, -1].flatten(2).mean(2))
+    return with_reference(policy, scored, method, untrained=round_ == 0, batch=64)
+
+
+def train(name: str, seed: int = 0, rounds: int = 30) -> tuple[list[float], Tensor]:
+    """Rewards of every round, and the trained offset."""
+    toy = Toy()
+    assert isinstance(toy, Model)
+    method = registry.method(name)()
+    policy = Policy(toy, steps=5, guidance=1.0)
+    optimizer = torch.optim.AdamW(list(toy.trainable().values()), 0.05, weight_decay=0.0)
+    rewards = []
+    for round_ in range(rounds):
+        drawn = rollout(policy, method, seed, round_)
+        rewards.append(float(drawn.scores.mean()))
+        rows = method.rows(drawn, stream(seed, "rows", round_))
+        update(policy, method, rows, optimizer, Updates(units=8), stream(seed, "shuffle", round_))
+    return rewards, toy.offset.detach().clone()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_learns_a_reward_that_is_linear_in_the_mean(name: str) -> None:
+    rewards, offset = train(name)
+    before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5
+    assert after > before + 0.2
+    assert offset.mean() < -0.1  # less predicted noise makes the next latent larger
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_same_weights(name: str) -> None:
+    assert torch.equal(train(name, rounds=3)[1], train(name, rounds=3)[1])
+    assert not torch.equal(train(name, rounds=3)[1], train(name, seed=1, rounds=3)[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_are_units_by_steps(name: str) -> None:
+    method = registry.method(name)()
+    policy = Policy(Toy(), steps=5, guidance=1.0)
+    rows = method.rows(rollout(policy, method, 0, 0), stream(0, "rows"))
+    assert isinstance(rows, Rows)
+    shapes = {f.name: getattr(rows, f.name).shape[:2] for f in fields(rows)}
+    assert set(shapes.values()) == {(len(rows), rows.steps)}
+    item = rows.take(torch.tensor([1, 0]), torch.tensor([2, 4]))
+    for f in fields(rows):
+        assert torch.equal(getattr(item, f.name)[0], getattr(rows, f.name)[1, 2])
+        assert torch.equal(getattr(item, f.name)[1], getattr(rows, f.name)[0, 4])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_is_a_mean_over_items(name: str) -> None:
+    method = registry.method(name)()
+    policy = Policy(Toy(), steps=5, guidance=1.0)
+    rows = method.rows(rollout(policy, method, 0, 0), stream(0, "rows"))
+    unit, step = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 4, 2, 1])
+    whole, metrics = method.loss(policy, rows.take(unit, step))
+    parts = [method.loss(policy, rows.take(unit[i : i + 1], step[i : i + 1])) for i in range(4)]
+    torch.testing.assert_close(whole, torch.stack([p[0] for p in parts]).mean())
+    for key, value in metrics.items():
+        torch.testing.assert_close(value, torch.stack([p[1][key] for p in parts]).mean())
+    assert whole.requires_grad
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_are_documented_fields_of_a_frozen_dataclass(name: str) -> None:
+    method = registry.method(name)()
+    options: Any = registry.method(name)
+    assert is_dataclass(options)
+    with pytest.raises(FrozenInstanceError):
+        setattr(method, fields(options)[0].name, None)
+    assert registry.summary("method", name)

@@ -1,0 +1,136 @@
+"""Names on the command line find their files, and a wrong one finds the nearest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from d3po_bench import listing, prompts, registry
+from d3po_bench.d3po import D3PO
+from d3po_bench.errors import UserError
+from d3po_bench.prompts import read_prompts
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_names_are_the_files() -> None:
+    assert registry.names("method")[0] == "d3po"
+    assert {"compress", "incompress"} <= set(registry.names("objective"))
+    assert {"animal", "jpeg_size"} <= set(registry.names("scorer"))
+    assert {"tiny", "sd15"} <= set(registry.names("model"))
+    # modules beside the methods, and packages' own files, answer to no name
+    assert not {"registry", "engine", "types", "__init__"} & set(registry.names("method"))
+    assert not {"stable_diffusion", "__init__"} & set(registry.names("model"))
+
+
+@pytest.mark.parametrize("kind", get_args(registry.Kind))
+def test_every_name_has_a_summary(kind: registry.Kind) -> None:
+    for name in registry.names(kind):
+        assert len(registry.summary(kind, name)) > 10
+
+
+def test_every_objective_resolves() -> None:
+    for name in registry.names("objective"):
+        objective = registry.objective(name)
+        assert objective.prompts in prompts.names()
+        assert objective.scorer in registry.names("scorer")
+        assert objective.sign in (-1, 1)
+
+
+def test_names_give_the_objects() -> None:
+    assert registry.method("d3po") is D3PO
+    assert registry.scorer("jpeg_size", torch.device("cpu")).unit == "kB"
+    assert registry.model_source("sd15").revision is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("method", "d3p", "Expected a method, got 'd3p'. Did you mean 'd3po'? Known: d3po"),
+        ("objective", "incompres", "Expected an objective, got 'incompres'. Did you mean 'incom"),
+        ("scorer", "jpegsize", "Did you mean 'jpeg_size'?"),
+        ("model", "tinny", "Did you mean 'tiny'?"),
+    ],
+)
+def test_a_wrong_name_gets_a_suggestion(kind: registry.Kind, name: str, said: str) -> None:
+    with pytest.raises(UserError) as problem:
+        registry._module(kind, name)
+    assert said in str(problem.value)
+
+
+def test_a_name_like_no_other_gets_the_list_alone() -> None:
+    said = str(registry.unknown("preset", "zzz", ["quick", "paper"]))
+    assert said == "Expected a preset, got 'zzz'. Known: quick, paper."
+    said = str(registry.unknown("setting", "quik", ["quick"], "`list`"))
+    assert said == "Expected a setting, got 'quik'. Did you mean 'quick'? See `list`."
+
+
+@pytest.mark.parametrize("package", ["eval", "baselines"])
+def test_a_strangers_package_is_refused(tmp_path: Path, package: str) -> None:
+    (tmp_path / package / "scorers").mkdir(parents=True)
+    for folder in (package, f"{package}/scorers"):
+        (tmp_path / folder / "__init__.py").touch()
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "d3po_bench", "list"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Expected the package '" + package)
+    assert f"got {tmp_path}" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_plugins_come_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entries(group: str) -> list[EntryPoint]:
+        here = {"d3po_bench.methods": ["mine", "d3po"]}.get(group, [])
+        return [EntryPoint(name, "decimal:Decimal", group) for name in here]
+
+    monkeypatch.setattr(registry, "entry_points", entries)
+    assert "mine" in registry.names("method")
+    assert registry.names("method").count("d3po") == 1
+    found: Any = registry.method("mine")
+    assert found.__name__ == "Decimal"
+    assert registry.method("d3po") is D3PO
+    assert registry.summary("method", "mine") == "from decimal:Decimal"
+
+
+# ---- prompt lists
+
+
+def test_the_papers_prompt_lists() -> None:
+    assert len(read_prompts("animals")) == 45
+    assert len(read_prompts("safety")) == 14
+    assert read_prompts("hand") == ["1 hand"]
+
+
+def test_a_prompt_file_is_read_without_blank_lines_and_mark(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeffcat\r\n\r\n  a dog \r\nécureuil\n\n".encode())
+    assert read_prompts(str(path)) == ["cat", "a dog", "écureuil"]
+
+
+# ---- listing
+
+
+def test_the_list_has_every_name() -> None:
+    text = "\n".join(listing.everything())
+    for kind in get_args(registry.Kind):
+        assert all(f"\n  {name} " in text for name in registry.names(kind))
+    assert "\n  paper " in text
+    assert "\n  hand     1 prompt\n" in text
+
+
+def test_the_settings_have_defaults_choices_and_meanings() -> None:
+    lines = [" ".join(line.split()) for line in listing.settings("d3po")]
+    assert "eval_every=10 Rounds between evaluations; 0 switches evaluation off." in lines
+    assert "dtype=fp32 fp32 or bf16 or fp16" in lines
+    assert "beta=0.1" in lines
+    assert not [line for line in lines if line.startswith(("seed=", "device=", "options="))]

@@ -1,0 +1,513 @@
+"""Figures from made-up runs whose numbers can be checked by hand."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from d3po_bench.config import RunConfig
+from d3po_bench.errors import RunError, UserError
+from eval import report
+from eval.statistics import interval
+
+ROUNDS = (0, 5, 10)
+PAIRS, IMAGES = 32, 64
+"""Of one round."""
+
+
+def write_run(
+    root: Path,
+    objective: str = "incompress",
+    method: str = "d3po",
+    seed: int = 0,
+    *,
+    model: str = "tiny",
+    rounds: Sequence[int] = ROUNDS,
+    gain: float = 0.1,
+    animal: bool = True,
+    **settings: Any,
+) -> Path:
+    """A run with held-out score 7 + seed / 10 + gain * round (eta1) and 1 kB more with eta0."""
+    folder = root / model / objective / method / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    config = RunConfig(method=method, objective=objective, model=model, seed=seed, **settings)
+    (folder / "config.json").write_text(config.to_json())
+    write_evaluation(folder, rounds, 7 + seed / 10, gain, animal)
+    metrics, timing = [], []
+    for n in range(1, max(rounds) + 1):
+        metrics.append({"round": n, "pairs": n * PAIRS, "images": n * IMAGES, "kl": 0.1})
+        timing.append({"round": n, "sample": 2.0, "update": 1.0, "evaluate": 100.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    (folder / "timing.jsonl").write_text("".join(json.dumps(t) + "\n" for t in timing))
+    return folder
+
+
+def write_evaluation(
+    folder: Path, rounds: Sequence[int], base: float, gain: float, animal: bool
+) -> None:
+    """Two prompts and two images of each, half a kB to both sides of the mean."""
+    lines = ["round,sampler,prompt,index,score" + ",animal" * animal]
+    for n, sampler in itertools.product(rounds, ("eta1", "eta0")):
+        for i, prompt in itertools.product((0, 1), ("cat", "sea horse")):
+            score = base + gain * n + (sampler == "eta0") + i - 0.5
+            lines.append(f"{n},{sampler},{prompt},{i},{score:.6f}" + ",0.8" * animal)
+    (folder / "eval.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_samples(folder: Path, rounds: Sequence[int] = ROUNDS, side: int = 64) -> None:
+    for n, (i, name) in itertools.product(rounds, enumerate(("cat", "sea-horse"))):
+        path = folder / "samples" / f"round-{n:05d}" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side), (n * 20, 100, i * 200)).save(path)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """2 objectives x 2 methods x 3 seeds; the second method gains nothing."""
+    for objective, method in itertools.product(("compress", "incompress"), ("d3po", "ddpo")):
+        for seed in range(3):
+            gain = {"d3po": 0.1, "ddpo": 0.0}[method]
+            folder = write_run(tmp_path / "runs", objective, method, seed, gain=gain)
+        write_samples(folder)
+    return tmp_path / "runs"
+
+
+def table(root: Path, x: str = "pairs") -> Any:
+    return report.curves([report.read_run(f) for f in report.find_runs([root])], x)
+
+
+def legend_of(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+# ---- the command
+
+
+def test_files_written(runs: Path) -> None:
+    files = report.plot([runs])
+    names = ["curves.png", "curves.svg"] + [
+        f"samples-tiny-{objective}-{method}.png"
+        for objective, method in itertools.product(("compress", "incompress"), ("d3po", "ddpo"))
+    ]
+    assert files == [runs / "plots" / name for name in names]
+    for file in files:
+        start = b"<?xml" if file.suffix == ".svg" else b"\x89PNG"
+        assert file.read_bytes().startswith(start)
+    assert sorted(path.name for path in (runs / "plots").iterdir()) == sorted(names)
+
+
+def test_same_runs_same_bytes(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        write_samples(write_run(runs, seed=seed))
+    first, second = (report.plot([runs], tmp_path / name) for name in "ab")
+    assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
+    assert b"date" not in first[1].read_bytes()
+    with Image.open(first[0]) as image:
+        assert "Software" not in image.info
+
+
+def test_matplotlibrc_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "runs")
+    before = report.plot([run], tmp_path / "a")[1].read_bytes()
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["serif"])
+    monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "black")
+    assert report.plot([run], tmp_path / "b")[1].read_bytes() == before
+
+
+def test_one_run_by_itself(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, animal=False)
+    names = [file.name for file in report.plot([folder], tmp_path / "figures")]
+    assert names == ["curves.png", "curves.svg"]
+
+
+def test_import_is_cheap() -> None:
+    heavy = "{'matplotlib', 'numpy', 'pandas', 'PIL', 'scipy', 'torch'}"
+    code = f"import sys, eval.report; print(*({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+# ---- the numbers
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    # 5 rounds of 32 pairs and 64 images; 2 s of sampling + 1 s of learning, evaluation left out
+    [("pairs", [0, 160, 320]), ("images", [0, 320, 640]), ("seconds", [0, 15, 30])],
+)
+def test_x(tmp_path: Path, x: str, expected: list[float]) -> None:
+    write_run(tmp_path, seed=1)
+    assert table(tmp_path, x)["x"].tolist() == expected
+
+
+def test_curve_by_hand(tmp_path: Path) -> None:
+    write_run(tmp_path, seed=1)
+    found = table(tmp_path)
+    assert list(found.columns[:5]) == ["model", "objective", "method", "seed", "round"]
+    assert found["round"].tolist() == [0, 5, 10]
+    # 7 + 1 / 10 + 0.1 * round; rows of eta0 are 1 kB higher and must not count
+    np.testing.assert_allclose(found["score"], [7.1, 7.6, 8.1])
+    np.testing.assert_allclose(found["animal"], 0.8)
+
+
+def test_averages_by_hand(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, seed=seed)
+    found = report.averages(table(tmp_path))
+    assert found["seeds"].tolist() == [3, 3, 3]
+    np.testing.assert_allclose(found["mean"], [7.1, 7.6, 8.1])
+    # with three seeds the 95 % percentile interval is lowest to highest: see `interval`
+    np.testing.assert_allclose(found["low"], [7.0, 7.5, 8.0])
+    np.testing.assert_allclose(found["high"], [7.2, 7.7, 8.2])
+
+
+def test_running_seeds_meet_at_shared_rounds(tmp_path: Path) -> None:
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, seed=1, rounds=(0, 5))
+    found = table(tmp_path)
+    assert len(found) == 5
+    assert report.averages(found)["round"].tolist() == [0, 5]
+
+
+def test_evaluated_but_not_logged_round_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:9]) + "\n")
+    assert table(tmp_path)["round"].tolist() == [0, 5]
+
+
+def test_images_of_no_animal_do_not_count(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    text = (folder / "eval.csv").read_text()
+    (folder / "eval.csv").write_text(text.replace("cat,0,6.500000,0.8", "cat,0,6.500000,nan"))
+    np.testing.assert_allclose(table(tmp_path)["animal"], 0.8)
+
+
+def test_interval_holds_the_mean_and_narrows() -> None:
+    rng = np.random.default_rng(0)
+    few, many = rng.normal(size=(5, 4)), rng.normal(size=(200, 4))
+    low, high = interval(few)
+    assert low.shape == high.shape == (4,)
+    assert ((low < few.mean(0)) & (few.mean(0) < high)).all()
+    # normal approximation: 2 * 1.96 / sqrt(200) = 0.277
+    low, high = interval(many)
+    np.testing.assert_allclose(high - low, 0.277 * many.std(0), rtol=0.1)
+
+
+def test_interval_against_all_resamples() -> None:
+    # All 4^4 equally likely resamples of four seeds, in place of random ones
+    seeds = np.array([1.0, 2.0, 4.0, 8.0])
+    means = [np.mean(chosen) for chosen in itertools.product(seeds, repeat=4)]
+    expected = np.quantile(means, [0.025, 0.975])
+    np.testing.assert_allclose(interval(seeds), expected, atol=0.25)  # neighbouring means
+
+
+def test_interval_is_deterministic() -> None:
+    values = np.random.default_rng(1).normal(size=(7, 3))
+    np.testing.assert_array_equal(interval(values), interval(values))
+
+
+def test_interval_of_equal_seeds_is_their_value() -> None:
+    np.testing.assert_array_equal(interval(np.full((3, 2), 5.0)), np.full((2, 2), 5.0))
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert np.isnan(interval([[1.0, 2.0]])).all()
+
+
+@pytest.mark.parametrize("values", [[], 3.0])
+def test_no_seed(values: Any) -> None:
+    with pytest.raises(ValueError, match="S >= 1 seeds"):
+        interval(values)
+
+
+# ---- the figure
+
+
+def test_panels_and_legend(runs: Path) -> None:
+    figure = report.curves_figure(table(runs), "pairs")
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["compress (↓ is better)", "incompress (↑ is better)"]
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["held-out score (kB)", "recognisable"] * 2
+    methods = ["d3po (3 seeds)", "ddpo (3 seeds)"]
+    assert legend_of(figure) == [*methods, "base model", "95 % interval over seeds"]
+
+
+def points(line: Line2D) -> Any:
+    """[R, 2] points of a line."""
+    return np.column_stack([line.get_xdata(), line.get_ydata()])
+
+
+def test_lines_of_a_panel(runs: Path) -> None:
+    axes = report.curves_figure(table(runs, "images"), "images").axes[0]
+    base, seeds, means = axes.lines[0], axes.lines[1:7], axes.lines[7:]
+    np.testing.assert_allclose(points(base)[:, 1], 7.1)
+    assert [len(points(line)) for line in seeds] == [3] * 6
+    assert [line.get_color() for line in means] == ["#0072B2", "#D55E00"]
+    np.testing.assert_allclose(points(means[0]), [[0, 7.1], [320, 7.6], [640, 8.1]])
+
+
+# Lowest and highest seed: 7.0 at first, and 7.2 + 0.1 * 10 at the end
+@pytest.mark.parametrize(("seeds", "expected"), [(1, []), (3, [7.0, 8.2])])
+def test_band(tmp_path: Path, seeds: int, expected: list[float]) -> None:
+    for seed in range(seeds):
+        write_run(tmp_path, seed=seed)
+    figure = report.curves_figure(table(tmp_path), "pairs")
+    paths = figure.axes[0].collections[0].get_paths()
+    heights = [np.asarray(path.vertices)[:, 1] for path in paths]
+    found = [end for height in heights for end in (height.min(), height.max())]
+    np.testing.assert_allclose(found, expected)
+    assert ("95 % interval over seeds" in legend_of(figure)) == (seeds > 1)
+
+
+def test_one_seed_in_legend(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    figure = report.curves_figure(table(tmp_path), "pairs")
+    assert legend_of(figure) == ["d3po (1 seed)", "base model"]
+
+
+def test_animals_of_one_objective_only(tmp_path: Path) -> None:
+    write_run(tmp_path, "compress", animal=False)
+    write_run(tmp_path, "incompress")
+    below = report.curves_figure(table(tmp_path), "pairs").axes[1::2]
+    assert [np.isfinite(points(line)).all() for axes in below for line in axes.lines[1:]] == [
+        False, True, True
+    ]  # fmt: skip
+
+
+def test_unequal_numbers_of_seeds(tmp_path: Path) -> None:
+    for objective, seed in (("compress", 0), ("compress", 1), ("incompress", 0)):
+        write_run(tmp_path, objective, seed=seed)
+    assert report.seeds_label(table(tmp_path), "d3po") == "d3po (1-2 seeds)"
+
+
+def test_a_row_for_each_model(tmp_path: Path) -> None:
+    write_run(tmp_path, model="tiny", animal=False)
+    write_run(tmp_path, model="hub/some-model", animal=False)
+    figure = report.curves_figure(table(tmp_path), "pairs")
+    arrow = "(↑ is better)"
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [f"incompress {arrow}\nsome-model", f"incompress {arrow}\ntiny"]
+
+
+def test_colours_stay_with_methods(tmp_path: Path) -> None:
+    write_run(tmp_path, "compress", "ddpo")
+    write_run(tmp_path, "incompress", "d3po")
+    write_run(tmp_path, "incompress", "stranger")
+    figure = report.curves_figure(table(tmp_path), "pairs")
+    above = [axes for axes in figure.axes if axes.get_title()]
+    assert above[0].lines[-1].get_color() == "#D55E00"
+    assert [line.get_color() for line in above[1].lines[-2:]] == ["#0072B2", "#56B4E9"]
+
+
+def test_unknown_objective_has_no_arrow(tmp_path: Path) -> None:
+    write_run(tmp_path, "my_objective", animal=False)
+    axes = report.curves_figure(table(tmp_path), "pairs").axes[0]
+    assert axes.get_title() == "my_objective"
+    assert axes.get_ylabel() == "held-out score"
+
+
+# ---- the sheets
+
+
+def sheet(folder: Path) -> Image.Image:
+    found = report.samples_sheet([report.read_run(folder)])
+    assert found is not None
+    return Image.open(io.BytesIO(found))
+
+
+def test_sheet_shows_first_middle_and_last_round(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    write_samples(folder, (0, 3, 5, 8, 10))
+    image = sheet(folder)
+    colours = {colour for _, colour in image.getcolors(1 << 20) or []}
+    assert {(n * 20, 100, blue) for n in (0, 5, 10) for blue in (0, 200)} <= colours
+    assert not {(n * 20, 100, 0) for n in (3, 8)} & colours
+
+
+@pytest.mark.parametrize(("side", "shown"), [(64, 128), (40, 120), (100, 100), (512, 160)])
+def test_pictures_have_a_readable_size(tmp_path: Path, side: int, shown: int) -> None:
+    folder = write_run(tmp_path)
+    write_samples(folder, (0,), side)
+    pixels = np.asarray(sheet(folder))
+    assert (pixels == (0, 100, 0)).all(-1).sum() == shown**2
+
+
+def test_upscaling_keeps_pixels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    shown = np.asarray(report._picture(tmp_path / "a.png"))
+    np.testing.assert_array_equal(shown, pixels.repeat(2, 0).repeat(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("round_", "spent", "label"),
+    [
+        (0, {"pairs": 0.0, "images": 0.0}, "base model"),
+        (9, {"pairs": 1600.0, "images": 3200.0}, "after 1,600 pairs"),
+        (9, {"pairs": 3200.0, "images": 3200.0}, "after 3,200 images"),
+        (9, {}, "after round 9"),
+    ],
+)
+def test_row_labels(round_: int, spent: dict[str, float], label: str) -> None:
+    assert report._when(round_, spent) == label
+
+
+def test_mean_beside_pictures_is_of_their_sampler(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    write_samples(folder)
+    # 7 + 0.1 * 10, and 1 kB more with eta0
+    strip = report._strip(report.read_run(folder), 10)
+    assert strip.label == "after 320 pairs\nmean 9.00 kB"
+
+
+def test_lowest_seed_with_samples(runs: Path) -> None:
+    # only seed 2 has any
+    folders = report.find_runs([runs / "tiny" / "compress" / "d3po"])
+    members = [report.read_run(f) for f in folders]
+    assert report.samples_sheet(members) == report.samples_sheet(members[2:])
+    assert report.samples_sheet(members[:2]) is None
+
+
+# ---- errors
+
+
+def refused(call: Any) -> str:
+    """What an error says; three parts, one line."""
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert text.startswith("Expected")
+    assert "got" in text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", ["empty", "missing"])
+def test_nothing_found(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / name) in refused(lambda: report.plot([tmp_path / name]))
+
+
+def test_no_path_at_all() -> None:
+    refused(lambda: report.plot([]))
+
+
+def test_run_without_evaluation_is_no_run(tmp_path: Path) -> None:
+    (write_run(tmp_path) / "eval.csv").unlink()
+    assert "eval.csv" in refused(lambda: report.plot([tmp_path]))
+
+
+def test_overlapping_paths_count_once(runs: Path) -> None:
+    assert len(report.find_runs([runs, runs / "tiny", runs / "tiny" / "compress"])) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", "{}"),
+        ("config.json", '{"model": "tiny", "objective": null, "method": "d3po", "seed": 0}'),
+        ("config.json", '{"model": "tiny", "objective": "a", "method": "d3po", "seed": "0"}'),
+        ("eval.csv", ""),
+        ("eval.csv", "\n"),
+        ("eval.csv", "round,sampler,prompt,index\n0,eta1,cat,0\n"),
+        ("eval.csv", "round,sampler,prompt,index,score\n0,eta1,cat,0,big\n"),
+        ("eval.csv", "round,sampler,prompt,index,score\n,eta1,cat,0,1\n"),
+        ("eval.csv", "round,prompt,index,score\n0,cat,0,1\n"),
+        ("metrics.jsonl", "{"),
+        ("metrics.jsonl", "3\n"),
+        ("metrics.jsonl", '{"round": 1}\n'),
+        ("metrics.jsonl", '{"round": 1, "pairs": "x", "images": 2}\n'),
+        ("timing.jsonl", '{"round": 1, "sample": "x"}\n'),
+        ("timing.jsonl", '{"sample": 1.0}\n'),
+    ],
+)
+def test_unreadable(tmp_path: Path, name: str, content: str) -> None:
+    folder = write_run(tmp_path)
+    (folder / name).write_text(content)
+    assert str(folder) in refused(lambda: report.plot([tmp_path]))
+
+
+def test_not_text(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (folder / "eval.csv").write_bytes(b"\xff\xfe\x00")
+    refused(lambda: report.plot([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    "rows", ["", "0,eta0,cat,0,7.0\n", "0,eta1,cat,0,\n", "99,eta1,cat,0,7.0\n"]
+)
+def test_no_evaluation_rows(tmp_path: Path, rows: str) -> None:
+    folder = write_run(tmp_path)
+    (folder / "eval.csv").write_text("round,sampler,prompt,index,score\n" + rows)
+    assert str(folder / "eval.csv") in refused(lambda: report.plot([tmp_path]))
+
+
+def test_seconds_without_timing(tmp_path: Path) -> None:
+    (write_run(tmp_path) / "timing.jsonl").unlink()
+    assert "--x pairs" in refused(lambda: report.plot([tmp_path], x="seconds"))
+    assert report.plot([tmp_path], x="pairs")
+
+
+def test_same_seed_twice(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    assert "seed 0" in refused(lambda: report.plot([tmp_path]))
+
+
+def test_seeds_with_other_settings(tmp_path: Path) -> None:
+    write_run(tmp_path, seed=0, learning_rate=1e-3)
+    write_run(tmp_path, seed=1, learning_rate=3e-3)
+    assert "learning_rate 0.001" in refused(lambda: report.plot([tmp_path]))
+
+
+def test_damaged_sample(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    write_samples(folder)
+    path = folder / "samples" / "round-00010" / "cat.png"
+    path.write_bytes(path.read_bytes()[:60])
+    assert str(path) in refused(lambda: report.plot([tmp_path]))
+
+
+def test_strange_sample_folder(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    write_samples(folder)
+    (folder / "samples" / "round-00010").rename(folder / "samples" / "round-last")
+    assert "round-last" in refused(lambda: report.plot([tmp_path]))
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = write_run(tmp_path / "runs")
+    with pytest.raises(UserError, match=r"write .*curves\.png.* --out"):
+        report.plot([folder], tmp_path / "file" / "figures")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_full_disk(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "runs")
+    (tmp_path / "curves.png.part").symlink_to("/dev/full")
+    with pytest.raises(RunError, match="full disk"):
+        report.plot([folder], tmp_path)
+
+
+def test_unknown_x(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pairs, images, seconds"):
+        report.plot([tmp_path], x="epochs")

@@ -1,0 +1,354 @@
+"""A run folder: never half a file, one process at a time, its own config only."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from d3po_bench import store
+from d3po_bench.config import RunConfig
+from d3po_bench.errors import RunError, UserError
+from d3po_bench.store import RunStore, write_atomically
+
+CONFIG = RunConfig(method="d3po", objective="incompress")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunStore:
+    """A started run."""
+    folder = tmp_path / "seed-0"
+    with RunStore.open(folder, CONFIG, resume=True) as started:
+        started.start(CONFIG, device="cpu")
+    return RunStore(folder)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def failing(problem: BaseException) -> Any:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise problem
+
+    return fail
+
+
+# ---- write_atomically
+
+
+def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    for data in (b"one", b"2"):
+        write_atomically(path, data)
+        assert path.read_bytes() == data
+    assert files(tmp_path) == ["a", "a/b.txt"]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace"), (Path, "open")])
+@pytest.mark.parametrize("old", [b"old", None])
+@pytest.mark.parametrize(
+    ("problem", "kind", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), RunError, 1, "got a full disk"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), RunError, 1, "got a full disk"),
+        (OSError(errno.EROFS, "Read-only file system"), UserError, 2, "got: Read-only file system"),
+    ],
+)
+def test_a_failed_write_leaves_the_old_file_and_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, old: bytes | None,
+    problem: OSError, kind: type[UserError], code: int, said: str,
+) -> None:  # fmt: skip
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_bytes(old)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(problem))
+        with pytest.raises(UserError) as raised:
+            write_atomically(path, b"new")
+    assert type(raised.value) is kind
+    assert raised.value.exit_code == code
+    assert said in str(raised.value)
+    assert str(path) in str(raised.value)
+    assert files(tmp_path) == ([] if old is None else ["file"])
+    assert old is None or path.read_bytes() == old
+
+
+def test_ctrl_c_in_a_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, "fsync", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", b"new")
+    assert files(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_part_left_by_a_kill_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(b"half of a longer file")
+    write_atomically(tmp_path / "file", b"new")
+    assert files(tmp_path) == ["file"]
+
+
+def test_a_full_disk_in_somebody_elses_writer() -> None:
+    problem = SafetensorError("Error while serializing: I/O error: No space left on device")
+    with pytest.raises(RunError, match="got a full disk"), store.writing(Path("lora")):
+        raise problem
+    with pytest.raises(UserError, match="got: odd"), store.writing(Path("lora")):
+        raise SafetensorError("odd")
+
+
+# ---- a folder is one run's
+
+
+def test_a_folder_that_was_not_used_is_gone(tmp_path: Path) -> None:
+    def use() -> None:
+        with RunStore.open(tmp_path / "a" / "b", CONFIG, resume=True):
+            assert files(tmp_path) == ["a", "a/b", "a/b/.lock"]
+            raise UserError("no prompts")
+
+    with pytest.raises(UserError, match="no prompts"):
+        use()
+    assert files(tmp_path) == []
+
+
+def test_a_folder_of_the_user_stays(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with RunStore.open(tmp_path / "a" / "b", CONFIG, resume=True):
+        pass
+    assert files(tmp_path) == ["a"]
+
+
+def test_a_started_run_keeps_config_and_provenance(run: RunStore) -> None:
+    assert files(run.folder) == ["config.json", "provenance.json"]
+    assert (run.folder / "config.json").read_text() == CONFIG.to_json()
+
+
+def test_a_second_process_is_refused(run: RunStore) -> None:
+    with (run.folder / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with (
+            pytest.raises(UserError, match="got another process running in it"),
+            RunStore.open(run.folder, CONFIG, resume=True),
+        ):
+            pass
+        assert (run.folder / ".lock").exists()  # the other one's
+    with (
+        RunStore.open(run.folder, CONFIG, resume=True),
+        pytest.raises(UserError, match="got another process running in it"),
+        RunStore.open(run.folder, CONFIG, resume=True),
+    ):
+        pass
+
+
+def test_a_lock_file_that_was_just_removed_does_not_count(
+    run: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_first(file: Any, how: int) -> None:
+        (run.folder / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with (
+        pytest.raises(UserError, match="got another process"),
+        RunStore.open(run.folder, CONFIG, resume=True),
+    ):
+        pass
+
+
+def test_another_config_is_refused_by_what_differs(run: RunStore) -> None:
+    other = replace(CONFIG, rounds=7, learning_rate=1.0)
+    with pytest.raises(UserError) as problem:
+        store.require_same(run.folder, other, resume=True)
+    text = str(problem.value)
+    assert f"Expected the run {other.run_id} in {run.folder}, got {CONFIG.run_id}" in text
+    assert "(learning_rate 3e-05 -> 1.0, rounds 400 -> 7)" in text
+
+
+def test_a_run_that_is_not_to_be_resumed_is_refused(run: RunStore) -> None:
+    store.require_same(run.folder, CONFIG, resume=True)
+    with pytest.raises(UserError, match="Go on with --resume"):
+        store.require_same(run.folder, CONFIG, resume=False)
+
+
+@pytest.mark.parametrize("text", ["", "{broken", "[]", "3", "{}", "\udcff"])
+def test_a_damaged_config_is_refused(run: RunStore, text: str) -> None:
+    path = run.folder / "config.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="got a damaged file") as problem:
+        store.require_same(run.folder, CONFIG, resume=True)
+    assert str(path) in str(problem.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+def test_damaged_metrics_are_refused(run: RunStore, name: str) -> None:
+    (run.folder / name).write_text('{"round": 1}\n{"rou')
+    with pytest.raises(UserError, match="got a damaged file"):
+        RunStore(run.folder)
+
+
+# ---- metrics and evaluation
+
+
+def row(round_: int, score: float) -> dict[str, Any]:
+    return {"round": round_, "sampler": "eta1", "prompt": 'a "b", c', "index": 0, "score": score}
+
+
+def test_what_is_logged_is_read_back(run: RunStore) -> None:
+    run.log({"round": 1, "loss": 0.1}, {"round": 1, "sample": 1.5})
+    run.log({"round": 2, "loss": 0.2}, {"round": 2, "sample": 1.0})
+    run.log_evaluation([row(0, 0.1)])
+    run.log_evaluation([row(2, 1 / 3)])
+    again = RunStore(run.folder)
+    assert again.metrics == run.metrics
+    assert again.timing == run.timing
+    assert [e["score"] for e in again.evaluation] == ["0.1", str(1 / 3)]
+    assert again.evaluation[0]["prompt"] == 'a "b", c'
+
+
+def test_going_on_from_a_round_writes_the_same_bytes(run: RunStore) -> None:
+    def go(target: RunStore, start: int, stop: int) -> None:
+        for n in range(start, stop):
+            target.log({"round": n, "loss": n / 3}, {"round": n})
+            target.log_evaluation([row(n, n / 7)])
+
+    def written() -> list[bytes]:
+        names = ("metrics.jsonl", "timing.jsonl", "eval.csv")
+        return [(run.folder / name).read_bytes() for name in names]
+
+    go(run, 1, 6)
+    whole = written()
+    again = RunStore(run.folder)
+    again.keep_until(3)
+    assert [m["round"] for m in again.metrics] == [1, 2, 3]
+    assert [t["round"] for t in again.timing] == [1, 2, 3]
+    assert [e["round"] for e in again.evaluation] == ["1", "2", "3"]
+    again.log({"round": 4, "loss": 0.0}, {"round": 4})
+    assert written()[0] != whole[0]
+    again.keep_until(3)
+    go(again, 4, 6)
+    assert written() == whole
+
+
+def test_a_column_that_comes_later_is_empty_before(run: RunStore) -> None:
+    run.log_evaluation([{"round": 0, "score": 1}])
+    run.log_evaluation([{"round": 1, "score": 2, "animal": 0.5}])
+    assert (run.folder / "eval.csv").read_text() == "round,score,animal\n0,1,\n1,2,0.5\n"
+
+
+def test_a_sample_is_a_png_named_after_its_prompt(run: RunStore) -> None:
+    from PIL import Image
+
+    image = torch.zeros(3, 4, 6, dtype=torch.uint8)
+    image[0, 1, 2] = 200
+    run.save_sample(3, "A cat, on / a mat!", image)
+    run.save_sample(3, "猫", image)
+    folder = run.folder / "samples" / "round-00003"
+    assert files(folder) == ["a-cat-on-a-mat.png", "prompt.png"]
+    with Image.open(folder / "prompt.png") as picture:
+        assert picture.size == (6, 4)
+        assert picture.getpixel((2, 1)) == (200, 0, 0)
+
+
+# ---- checkpoints
+
+
+def test_a_checkpoint_comes_back(run: RunStore) -> None:
+    assert run.load_checkpoint() is None
+    tensors = {
+        "weight/a": torch.arange(6.0).view(2, 3).t(),  # not contiguous
+        "step/a": torch.tensor(3.0),
+        "weight/b": torch.ones(2, dtype=torch.bfloat16, requires_grad=True),
+    }
+    facts = {"round": 2, "pairs": 64, "scaler": {"scale": 65536.0}}
+    run.checkpoint(tensors, {"round": 1})
+    run.checkpoint(tensors, facts)
+    found = RunStore(run.folder).load_checkpoint()
+    assert found is not None
+    assert found[1] == facts
+    assert found[0].keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(found[0][name], value)
+        assert found[0][name].dtype == value.dtype
+    assert files(run.folder / "checkpoints") == ["last.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_a_damaged_checkpoint_is_refused(run: RunStore, keep: int) -> None:
+    run.checkpoint({"weight/a": torch.ones(4)}, {"round": 1})
+    path = run.folder / "checkpoints" / "last.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"Expected a whole checkpoint .* got a damaged one"):
+        run.load_checkpoint()
+
+
+def test_a_strangers_safetensors_is_refused_as_a_checkpoint(run: RunStore) -> None:
+    from safetensors.torch import save
+
+    run.checkpoint({"weight/a": torch.ones(4)}, {"round": 1})
+    (run.folder / "checkpoints" / "last.safetensors").write_bytes(save({"a": torch.ones(1)}))
+    with pytest.raises(UserError, match="got a damaged one"):
+        run.load_checkpoint()
+
+
+# ---- provenance
+
+
+def test_provenance_says_where_the_run_was_made(run: RunStore) -> None:
+    facts = run.provenance()
+    assert {"started", "python", "platform", "machine", "packages", "device"} <= facts.keys()
+    assert facts["device"] == "cpu"
+    assert facts["packages"]["torch"] == torch.__version__
+    assert {"diffusers", "transformers", "peft", "pillow"} <= facts["packages"].keys()
+    assert json.loads((run.folder / "provenance.json").read_text()) == facts
+
+
+def test_provenance_keeps_the_start_and_tells_the_end(run: RunStore) -> None:
+    started = run.provenance()["started"]
+    before = run.finished
+    run.write_provenance(ended="2030-01-01T00:00:00+00:00", device="cuda")
+    assert (before, run.finished) == (False, True)
+    assert run.provenance()["started"] == started
+    assert run.provenance()["device"] == "cuda"
+
+
+def test_a_damaged_provenance_is_refused(run: RunStore) -> None:
+    (run.folder / "provenance.json").write_text("{")
+    with pytest.raises(UserError, match="got a damaged file"):
+        _ = run.finished
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_of_this_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def here(path: str) -> dict[str, Any]:
+        monkeypatch.setattr(store, "__file__", str(tmp_path / path))
+        return store._commit()
+
+    (tmp_path / "d3po_bench").mkdir()
+    (tmp_path / "d3po_bench" / "store.py").touch()
+    assert here("d3po_bench/store.py") == {}
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    found = here("d3po_bench/store.py")
+    assert len(found["commit"]) == 40
+    assert found["dirty"] is False
+    (tmp_path / "new").touch()
+    assert here("d3po_bench/store.py")["dirty"] is True
+    # an environment inside somebody's repository: that commit is not ours
+    (tmp_path / "venv" / "d3po_bench").mkdir(parents=True)
+    assert here("venv/d3po_bench/store.py") == {}
