@@ -155,7 +155,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 6,
         "eval_images": 1,
         "eval_scorers": ("animal",),
-        "method_options": {"d3po": {"clip_range": 0.2}},
+        "by_method": {
+            "d3po": {"clip_range": 0.2},
+            "ddpo": {"prompts_per_round": 8, "images_per_prompt": 8, "clip_range": 0.1},
+            "dpok": {"prompts_per_round": 8, "images_per_prompt": 8, "clip_range": 0.1},
+            "reward_weighted": {"skip_steps": 0},
+            "preferred_images": {"skip_steps": 0},
+        },
     },
     "paper": {
         "prompts_per_round": 80,
@@ -165,7 +171,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "official_code": {"prompts_per_round": 20, "units_per_update": 1, "dtype": "fp16"},
 }
-"""`method_options` are those of single methods; everything else is a field of RunConfig.
+"""`by_method` holds what differs between methods: their options, or fields of RunConfig as the
+rest.
 
 quick: minutes on a laptop, for the embedded model. paper: Table 2 on synchronised devices.
 official_code: what one of the published code's devices runs."""
@@ -201,9 +208,11 @@ def make(
         if group is None:
             raise _no_setting(key, text, known)
         parsed[group][key] = _parse(key, text, known[group][key])
-    chosen = {**PRESETS[preset], **given, **parsed["run"]}
-    by_method = chosen.pop("method_options", {}).get(method, {})
-    options = {**by_method, **parsed["options"]}
+    common = dict(PRESETS[preset])
+    own = common.pop("by_method", {}).get(method, {})
+    options = {k: v for k, v in own.items() if k in known["options"]} | parsed["options"]
+    own = {k: v for k, v in own.items() if k not in known["options"]}
+    chosen = {**common, **own, **given, **parsed["run"]}
     config = RunConfig(method=method, objective=objective, options=options, **chosen)
     execution = Execution(**parsed["execution"])
     config.check()

@@ -124,18 +124,30 @@ class Policy:
         row = self._table[self._position[t]]
         return step_gaussian(x_t, output, row, self.model.prediction)
 
-    def denoising_error(self, x_0: Tensor, text: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Squared error of the conditional noise prediction, mean over elements, [N].
+    def noise_gap(self, step: Gaussian, other_mean: Tensor, t: Tensor) -> Tensor:
+        """Squared difference of the noise predictions behind two means, mean over elements, [N].
+
+        The means differ by e_coef times the noises, so this is the step's KL times
+        2 std^2 / e_coef^2.
+        """
+        e_coef = self._table[self._position[t], 1]
+        return (step.mean - other_mean).square().flatten(1).mean(1) / e_coef.square()
+
+    def denoising_error(
+        self, x_0: Tensor, text: Tensor, t: Tensor, noise: Tensor, *, guided: bool = False
+    ) -> Tensor:
+        """Squared error of the noise prediction, mean over elements, [N].
 
         Args:
             x_0: [N, C, H, W] clean latents.
             text: [N, L, E].
             t: [N] int64, any training timestep.
             noise: [N, C, H, W] standard normal.
+            guided: of the guided prediction instead of the conditional one.
         """
         a = self._alphas[t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
-        output = self.model.noise(x_t, t, text)
+        output = self.noise(x_t, t, text) if guided else self.model.noise(x_t, t, text)
         if self.model.prediction == "v_prediction":
             output = a.sqrt() * output + (1 - a).sqrt() * x_t
         return (output - noise).square().flatten(1).mean(1)

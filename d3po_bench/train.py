@@ -24,6 +24,9 @@ from d3po_bench.seeding import stream
 from d3po_bench.store import Row, RunStore, now, writing
 from d3po_bench.types import Rollout, Scorer
 
+HISTORY = 64
+"""Rewards of each prompt that are kept from round to round."""
+
 SHOWN = 10
 """Prompts whose evaluation images are kept as PNG files."""
 
@@ -96,6 +99,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self.images = config.images_per_prompt or self.method.images_per_prompt
         self.counts = {"pairs": 0, "images": 0, "scorer_calls": 0}
+        self.history: dict[str, list[float]] = {}
+        self.memory: dict[str, Tensor] = {}
         self.round = 0
 
     def _training(self) -> Training:
@@ -180,12 +185,14 @@ class Trainer:
             )
         self.counts["images"] += p * k
         self.counts["scorer_calls"] += p * k
-        return replace(rollout, scores=scores * self.objective.sign), scores
+        rewards = scores * self.objective.sign
+        return replace(rollout, scores=rewards, history=self.history, memory=self.memory), scores
 
     def _learn(self, rollout: Rollout, report: Callable[[str, float], None]) -> dict[str, float]:
         c = self.config
         rows = self.method.rows(rollout, stream(c.seed, "rows", self.round))
         self.counts["pairs"] += len(rows)
+        self._remember(rollout)
         updates = Updates(
             units=c.units_per_update,
             timestep_fraction=c.timestep_fraction,
@@ -200,6 +207,11 @@ class Trainer:
             stream(c.seed, "shuffle", self.round), self.scaler,
             progress=lambda share: report("learning", 0.5 + share * 0.5),
         )  # fmt: skip
+
+    def _remember(self, rollout: Rollout) -> None:
+        """Keep each prompt's newest rewards for the methods that compare with them."""
+        for prompt, rewards in zip(rollout.prompts, rollout.scores.tolist(), strict=True):
+            self.history[prompt] = (self.history.get(prompt, []) + rewards)[-HISTORY:]
 
     def _spent(self) -> Row:
         return {
@@ -228,7 +240,8 @@ class Trainer:
         for name, p in self.model.trainable().items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"{key}/{name}"] = value
-        facts = {"round": self.round, **self._spent()}
+        tensors |= {f"memory/{name}": value for name, value in self.memory.items()}
+        facts = {"round": self.round, **self._spent(), "history": self.history}
         if self.scaler is not None:
             facts["scaler"] = self.scaler.state_dict()
         return tensors, facts
@@ -240,6 +253,8 @@ class Trainer:
             key, _, parameter = name.partition("/")
             parts.setdefault(key, {})[parameter] = value
         self.model.load_trainable(parts.pop("weight"))
+        self.memory = parts.pop("memory", {})
+        self.history = facts["history"]
         for name, p in self.model.trainable().items():
             kept = {k: v[name] for k, v in parts.items() if name in v}
             if kept:

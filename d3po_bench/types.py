@@ -9,8 +9,8 @@ Shape letters used throughout:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
@@ -44,6 +44,30 @@ class Rollout:
     """[P, K]; larger is better (the objective's sign is already applied)."""
     reference: Tensor | None = None
     """[P, K, T, C, H, W]; mean of each step under the method's reference, where it has one."""
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Scores of each prompt in earlier rounds, oldest first; the last 64 at most."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """What a method keeps from round to round. It may change this; it is part of a checkpoint."""
+
+    def advantages(self, buffer: int = 16, minimum: int = 16) -> Tensor:
+        """Scores in standard deviations above the mean of their prompt, [P, K].
+
+        Statistics are those of a prompt's last `buffer` scores, this round's included, or of
+        this whole round while it has fewer than `minimum` (Black et al. 2023, appendix). With
+        `buffer` 0 they are those of the round for every prompt.
+        """
+        import torch
+
+        scores = self.scores.double()
+        kept = {prompt: list(self.history.get(prompt, ())) for prompt in set(self.prompts)}
+        for prompt, values in zip(self.prompts, scores.tolist(), strict=True):
+            kept[prompt] += values
+        rows = []
+        for prompt, values in zip(self.prompts, scores, strict=True):
+            own = torch.tensor(kept[prompt][-buffer:], dtype=torch.float64)
+            seen = own if buffer and len(own) >= minimum else scores.flatten()
+            rows.append((values - seen.mean()) / (seen.std(correction=0) + 1e-6))
+        return torch.stack(rows).float()
 
 
 @dataclass(frozen=True)
@@ -67,6 +91,36 @@ class Rows:
         """The N items (unit[i], step[i]): every field becomes [N, ...]."""
         picked = {f.name: getattr(self, f.name)[unit, step] for f in fields(self)}
         return type(self)(**picked)
+
+
+@dataclass(frozen=True)
+class ImageRows(Rows):
+    """One row is one image with its steps, as methods that learn from single images need it."""
+
+    x_t: Tensor
+    """[M, T, C, H, W]."""
+    x_next: Tensor
+    """[M, T, C, H, W]."""
+    sampled: Tensor
+    """[M, T, C, H, W] means under the policy that sampled the image."""
+    t: Tensor
+    """[M, T]."""
+    text: Tensor
+    """[M, T, L, E]."""
+
+    @staticmethod
+    def of(rollout: Rollout) -> ImageRows:
+        """All images of a rollout, those of a prompt next to each other."""
+        images, steps = rollout.scores.shape[1], len(rollout.timesteps)
+        latents = rollout.latents.flatten(0, 1)
+        text = rollout.text.repeat_interleave(images, 0).unsqueeze(1)
+        return ImageRows(
+            x_t=latents[:, :-1],
+            x_next=latents[:, 1:],
+            sampled=rollout.means.flatten(0, 1),
+            t=rollout.timesteps.expand(len(latents), steps),
+            text=text.expand(-1, steps, -1, -1),
+        )
 
 
 R = TypeVar("R", bound=Rows)

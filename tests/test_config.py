@@ -41,9 +41,10 @@ def test_every_preset_fits_every_method_and_objective(
     run, execution = make(method, objective, preset, {})
     assert (run.method, run.objective) == (method, objective)
     assert execution == Execution()
-    for name, value in PRESETS[preset].items():
-        found = run.options if name == "method_options" else getattr(run, name)
-        assert found == (value.get(method, {}) if name == "method_options" else value)
+    common = dict(PRESETS[preset])
+    own = common.pop("by_method", {}).get(method, {})
+    for name, value in {**common, **own}.items():
+        assert (run.options[name] if name in run.options else getattr(run, name)) == value
 
 
 def test_every_preset_is_described() -> None:
@@ -163,7 +164,7 @@ def test_some_steps_are_left_to_learn_from() -> None:
 
 
 def test_a_preset_holds_options_of_a_method() -> None:
-    options = PRESETS["quick"]["method_options"]["d3po"]
+    options = PRESETS["quick"]["by_method"]["d3po"]
     assert made()[0].options == options
     name, value = next(iter(options.items()))
     assert made(**{name: str(value / 2)})[0].options == options | {name: value / 2}

@@ -310,24 +310,30 @@ def test_8_two_ranks_give_the_same_weights(micro: Path, tmp_path: Path) -> None:
     )
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[0], second[0])
-    torch.testing.assert_close(one[1], first[1], rtol=1e-4, atol=1e-6)
+    near(first[1], one[1])  # the ranks split the sums elsewhere: equal up to rounding
 
 
 def test_9_micro_batches_do_not_change_the_result(micro: Path) -> None:
-    ends, logs = [], []
+    gradients, logs, ends = [], [], []
     for size in (1, 7, 64):
         model = load(Source(path=str(micro)), CPU, Training())
         model.add_adapter(0)
         disturb(model, 0.01)
         policy = Policy(model, steps=5)
         optimizer = NoStep(model)
-        updates = Updates(units=3, micro_batch=size)
         rows = rows_of(policy)
+        updates = Updates(units=3, micro_batch=size)
         logs.append(update(policy, D3PO(), rows, optimizer, updates, stream(0, "shuffle")))
-        ends.append(optimizer.kept)
-    for end, log in zip(ends[1:], logs[1:], strict=True):
-        near(end, ends[0], 1e-5)
-        assert log == pytest.approx(logs[0], rel=1e-5)
+        gradients.append(optimizer.kept)
+        updates = Updates(units=1, micro_batch=size)
+        update(policy, D3PO(), rows, adam(model, 1e-3), updates, stream(0, "shuffle"))
+        ends.append(weights(model))
+    for kept, log, end in zip(gradients[1:], logs[1:], ends[1:], strict=True):
+        near(end, ends[0], 1e-5)  # weights after three steps
+        # The sums of a gradient cancel between the images of a pair; what rounding is left of
+        # them depends on the CPU: 5e-6 to 1.1e-5 seen. A wrong share of a micro-batch gives 1e-2.
+        near(kept, gradients[0], 1e-4)
+        assert log == pytest.approx(logs[0], rel=1e-3)
 
 
 def test_10_evaluation_draws_from_streams_of_its_own(micro_model: StableDiffusion) -> None:

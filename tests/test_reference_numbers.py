@@ -13,10 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from baselines.ddpo import ppo_loss
+from baselines.dpok import DPOK
+from baselines.reward_weighted import softmax_weights
 from d3po_bench.d3po import d3po_loss, preferred
 from d3po_bench.errors import UserError
 from d3po_bench.models.embedded import recipe
 from d3po_bench.policy import Schedule, step_gaussian
+from d3po_bench.types import Rollout
 from eval.scorers.jpeg_size import JpegSize
 
 Numbers = dict[str, Any]
@@ -214,3 +218,95 @@ def test_jpeg_reward(reference_numbers: Numbers) -> None:
     assert sums == case["uint8_checksums"]
     sizes = JpegSize()(uint8, [""] * len(uint8))
     close(sizes, case["incompressibility"], 0.003 / max(case["incompressibility"]))
+
+
+# ---- the baselines
+
+
+@pytest.mark.parametrize(("buffer", "minimum"), [(16, 16), (4, 2)])
+def test_per_prompt_advantages(reference_numbers: Numbers, buffer: int, minimum: int) -> None:
+    history: dict[str, list[float]] = {}
+    nothing = torch.empty(0)
+    for update in reference_numbers["stat_tracker"]["updates"]:
+        rewards = torch.tensor(update["rewards"], dtype=torch.float64)
+        rollout = Rollout(
+            prompts=update["prompts"], text=nothing, latents=nothing, means=nothing,
+            timesteps=nothing, scores=rewards.unsqueeze(1), history=history,
+        )  # fmt: skip
+        recorded = update[f"advantages_buf{buffer}_min{minimum}"]
+        close(rollout.advantages(buffer, minimum).flatten(), recorded, 1e-6)
+        for prompt, reward in zip(update["prompts"], update["rewards"], strict=True):
+            history.setdefault(prompt, []).append(reward)
+    final = reference_numbers["stat_tracker"]["final_stats_buf16_min16"]
+    for prompt, expected in final.items():
+        kept = torch.tensor(history[prompt][-16:], dtype=torch.float64)
+        assert len(kept) == expected["count"]
+        assert kept.mean().item() == pytest.approx(expected["mean"])
+
+
+def test_whole_number_rewards_are_not_cut(reference_numbers: Numbers) -> None:
+    trap = reference_numbers["stat_tracker"]["int_reward_trap"]
+    rollout = Rollout(
+        prompts=trap["prompts"], text=torch.empty(0), latents=torch.empty(0),
+        means=torch.empty(0), timesteps=torch.empty(0),
+        scores=torch.tensor(trap["rewards"]).unsqueeze(1),
+    )  # fmt: skip
+    assert trap["advantages"] == [-1, 0, 1]  # the published code: (1 - 2) / 0.8165 cut to -1
+    close(rollout.advantages().flatten(), [-1.2247434, 0.0, 1.2247434], 1e-6)
+
+
+@pytest.mark.parametrize("code", ["ddpo_d3po_repo", "ddpo_kvablack"])
+def test_ddpo_loss(reference_numbers: Numbers, code: str) -> None:
+    numbers = reference_numbers["ddpo_dpok_loss"]
+    recorded = numbers[code]
+    log_ratio = torch.tensor(numbers["delta"], dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor(numbers["advantages"], dtype=torch.float64).clamp(-5, 5)
+    loss = ppo_loss(log_ratio, advantage, numbers["clip_range"])
+    close(loss.mean(), recorded["loss"], 1e-9)
+    (gradient,) = torch.autograd.grad(loss.mean(), log_ratio)
+    close(gradient, recorded["grad_log_prob"], 1e-9)
+    close(log_ratio.exp(), recorded["ratio"], 1e-9)
+    for ours, one in zip(loss, recorded["batch_size_1"], strict=True):
+        assert ours.item() == pytest.approx(one["loss"], abs=1e-9)
+
+
+def test_dpok_of_the_published_code_is_ddpo_for_one_image(reference_numbers: Numbers) -> None:
+    numbers = reference_numbers["ddpo_dpok_loss"]
+    single = numbers["dpok_d3po_repo"]["batch_size_1"]
+    assert [one["kl"] for one in single] == [0.0] * 8
+    log_ratio = torch.tensor(numbers["delta"], dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor(numbers["advantages"], dtype=torch.float64).clamp(-5, 5)
+    loss = DPOK(kl="none", clip_range=numbers["clip_range"])._policy_loss(log_ratio, advantage)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
+    close(loss, [one["loss"] for one in single], 1e-9)
+    close(gradient, [one["grad"][0] for one in single], 1e-9)
+
+
+def test_dpok_kl(reference_numbers: Numbers) -> None:
+    numbers = reference_numbers["derived_dpok_kl"]
+    ours, theirs = (
+        torch.tensor(numbers[k], dtype=torch.float64) for k in ("policy_pred", "pretrained_pred")
+    )
+    noise_mse = (ours - theirs).square().flatten(1).mean(1)
+    close(noise_mse, numbers["derived_google_noise_mse_per_sample"], 1e-9)
+    schedule = Schedule.ddim(alphas("float64_full"), 20)
+    x = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for case in numbers["rows"]:
+        row = rows(schedule, [case["t"]] * 2, torch.float64)
+        prediction = ours.clone().requires_grad_()
+        step = step_gaussian(x, prediction, row, "epsilon")
+        pretrained = step_gaussian(x, theirs, row, "epsilon").mean
+        kl = step.kl(pretrained)
+        close(kl, case["derived_gaussian_kl_mean_dims"], 1e-5)
+        (gradient,) = torch.autograd.grad(kl.sum(), prediction)
+        close(gradient, case["derived_grad_policy_pred"], 1e-5)
+        # Policy.noise_gap is the same distance without the step's weight.
+        close(kl * 2 * row[:, 2].square() / row[:, 1].square(), noise_mse.tolist(), 1e-9)
+
+
+def test_rwr_weights(reference_numbers: Numbers) -> None:
+    numbers = reference_numbers["rwr_weights"]
+    rewards = torch.tensor(numbers["rewards"], dtype=torch.float64)
+    for case in numbers["cases"]:
+        prompts = numbers["prompts"] if case["by_prompt"] else None
+        close(softmax_weights(rewards, case["inverse_temperature"], prompts), case["weights"], 1e-9)

@@ -1,0 +1,90 @@
+"""DDPO: policy gradient over denoising steps (Black et al. 2023, arXiv:2305.13301).
+
+Every denoising step of an image is an action, its reward that of the finished image (their
+Eq. 4 with advantages, and Eq. 5, the importance-sampled form, with PPO's clip). Same loss as
+kvablack/ddpo-pytorch and yk7333/d3po; `score_function` is their Eq. 4, which neither has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from d3po_bench.errors import UserError
+from d3po_bench.policy import Policy
+from d3po_bench.types import ImageRows, Method, Metrics, Reference, Rollout
+
+LARGEST = 20.0
+"""Log-ratios are cut here: exp of more than 88 has a gradient of 0 * inf behind the clip."""
+
+
+@dataclass(frozen=True)
+class Advantages(ImageRows):
+    """One row is one image."""
+
+    advantage: Tensor
+    """[M, T]; standard deviations above the mean, the same for all steps of an image."""
+
+
+def ppo_loss(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """PPO's clipped loss max(-A r, -A clamp(r, 1 - c, 1 + c)), [N], for log r and A [N]."""
+    ratio = log_ratio.clamp(max=LARGEST).exp()
+    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+@dataclass(frozen=True)
+class DDPO:
+    """Defaults are the published code's."""
+
+    loss_form: Literal["importance", "score_function"] = "importance"
+    """PPO, or -A log p: then set units_per_update so that a round is one optimizer step."""
+    clip_range: float = 1e-4
+    advantage_clip: float = 5.0
+    buffer: int = 16
+    """Scores of a prompt that its advantage is taken over; 0: over the round, for all prompts."""
+    minimum: int = 16
+    """Scores that a prompt needs before its own statistics count."""
+    shared_noise: bool = False
+
+    images_per_prompt: ClassVar[int] = 1
+    reference: ClassVar[Reference | None] = None
+
+    def __post_init__(self) -> None:
+        """Refuse options without a meaning.
+
+        Raises:
+            UserError: naming them.
+        """
+        if not (0 < self.clip_range < 1 and self.advantage_clip > 0 and 0 <= self.buffer <= 64):
+            raise UserError(
+                "Expected clip_range between 0 and 1, advantage_clip above 0 and buffer from 0 to "
+                f"64, got {self.clip_range}, {self.advantage_clip} and {self.buffer}. Change them "
+                "with --set."
+            )
+
+    def rows(self, rollout: Rollout, rng: Generator) -> Advantages:
+        """All images, each with its advantage."""
+        images = ImageRows.of(rollout)
+        advantage = rollout.advantages(self.buffer, self.minimum).flatten().to(images.x_t.device)
+        clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
+        return Advantages(**vars(images), advantage=clipped.unsqueeze(1).expand(images.t.shape))
+
+    def loss(self, policy: Policy, items: Advantages) -> tuple[Tensor, Metrics]:
+        """Mean loss of the items' steps."""
+        step = policy.step(items.x_t, items.t, items.text)
+        log_ratio = step.log_ratio(items.sampled, items.x_next)
+        if self.loss_form == "score_function":
+            loss = -items.advantage * step.log_prob(items.x_next)
+        else:
+            loss = ppo_loss(log_ratio, items.advantage, self.clip_range)
+        moved = log_ratio.detach()
+        return loss.mean(), {
+            "abs_log_ratio": moved.abs().mean(),
+            "clipped": ((moved.exp() - 1).abs() > self.clip_range).float().mean(),
+        }
+
+
+METHOD: type[Method[Advantages]] = DDPO

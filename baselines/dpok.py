@@ -1,0 +1,170 @@
+"""DPOK: policy gradient with a KL penalty to the pretrained model (Fan et al. 2023, 2305.16381).
+
+Their Eq. 8: reward-weighted log-probabilities plus beta times the KL divergence of every
+denoising step to the pretrained model. Between steps of equal variance that KL is exact.
+Differences: yk7333/d3po's "KL" is one between categorical distributions over the batch, which
+is zero for one image (`kl=none` is the same as that code); google-research/dpok penalises the
+squared difference of the noises (`noise_mse`), clamps the ratio without PPO's maximum
+(`hard_clamp`), and subtracts a learnt value (`value`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from d3po_bench.errors import UserError
+from d3po_bench.gaussian import Gaussian
+from d3po_bench.policy import Policy
+from d3po_bench.types import ImageRows, Method, Metrics, Reference, Rollout
+
+
+@dataclass(frozen=True)
+class Regularised(ImageRows):
+    """One row is one image."""
+
+    advantage: Tensor
+    """[M, T]."""
+    pretrained: Tensor
+    """[M, T, C, H, W] means of the pretrained model; the sampled ones where there is no penalty."""
+
+
+@dataclass(frozen=True)
+class DPOK:
+    """Advantage and ratio default to DDPO's, so that the penalty is all that differs."""
+
+    kl: Literal["gaussian", "noise_mse", "none"] = "gaussian"
+    kl_weight: float = 0.01
+    ratio: Literal["ppo", "hard_clamp"] = "ppo"
+    value: Literal["off", "on"] = "off"
+    """Subtract a value that a small network learns for every latent on the way."""
+    clip_range: float = 1e-4
+    advantage_clip: float = 5.0
+    buffer: int = 16
+    minimum: int = 16
+    shared_noise: bool = False
+
+    images_per_prompt: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Refuse options without a meaning.
+
+        Raises:
+            UserError: naming them.
+        """
+        if not (0 < self.clip_range < 1 and self.kl_weight >= 0 and 0 <= self.buffer <= 64):
+            raise UserError(
+                "Expected clip_range between 0 and 1, kl_weight of at least 0 and buffer from 0 "
+                f"to 64, got {self.clip_range}, {self.kl_weight} and {self.buffer}. Change them "
+                "with --set."
+            )
+
+    @property
+    def reference(self) -> Reference | None:
+        """The pretrained model, unless there is no penalty."""
+        return None if self.kl == "none" else "pretrained"
+
+    def rows(self, rollout: Rollout, rng: Generator) -> Regularised:
+        """All images, each with its advantage and what the pretrained model would have done."""
+        images = ImageRows.of(rollout)
+        means = rollout.means if rollout.reference is None else rollout.reference
+        advantage = rollout.advantages(self.buffer, self.minimum).flatten().unsqueeze(1)
+        advantage = advantage.to(images.x_t.device).expand(images.t.shape)
+        if self.value == "on":
+            advantage = advantage - learnt_value(images, advantage, rollout.memory, rng)
+        clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
+        return Regularised(**vars(images), advantage=clipped, pretrained=means.flatten(0, 1))
+
+    def loss(self, policy: Policy, items: Regularised) -> tuple[Tensor, Metrics]:
+        """Mean over the items of the clipped policy gradient and the weighted penalty."""
+        step = policy.step(items.x_t, items.t, items.text)
+        log_ratio = step.log_ratio(items.sampled, items.x_next)
+        loss = self._policy_loss(log_ratio, items.advantage)
+        metrics = {"abs_log_ratio": log_ratio.detach().abs().mean()}
+        if self.kl != "none":
+            penalty = self.penalty(policy, step, items)
+            loss = loss + self.kl_weight * penalty
+            metrics["penalty"] = penalty.detach().mean()
+        return loss.mean(), metrics
+
+    def _policy_loss(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """PPO's loss, or the ratio cut at the clip range, [N]."""
+        ratio = log_ratio.clamp(max=20).exp()  # more than exp(88) is infinite: 0 * inf behind clamp
+        cut = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        if self.ratio == "hard_clamp":
+            return -advantage * cut
+        return torch.max(-advantage * ratio, -advantage * cut)
+
+    def penalty(self, policy: Policy, step: Gaussian, items: Regularised) -> Tensor:
+        """Distance of each step to the pretrained model's, [N]; nats or squared noise."""
+        if self.kl == "noise_mse":
+            return policy.noise_gap(step, items.pretrained, items.t)
+        return step.kl(items.pretrained)
+
+
+class Value(nn.Module):
+    """The reward to expect from a latent: three layers, scaled by an embedding of the step."""
+
+    def __init__(self, inputs: int, steps: int, width: int = 256) -> None:
+        super().__init__()
+        sizes = [inputs, width, width, width]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.scales = nn.ModuleList(nn.Embedding(steps, width) for _ in range(3))
+        self.last = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        """Values [N] of features [N, F] at steps [N]."""
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            x = torch.relu(layer(x) * (1 + scale(step)))
+        values: Tensor = self.last(x)
+        return values.squeeze(1)
+
+
+def learnt_value(
+    images: ImageRows, target: Tensor, memory: dict[str, Tensor], rng: Generator
+) -> Tensor:
+    """Values [M, T] of every latent, before five steps of learning from `target` [M, T].
+
+    Batches of 256 transitions, AdamW at 1e-4; the weights and moments live in `memory`.
+    """
+    features = torch.cat([images.x_t.flatten(2), images.text.mean(2)], 2).flatten(0, 1)
+    step = torch.arange(images.steps, device=features.device).repeat(len(images))
+    goal = target.flatten()
+    network, optimizer = _recall(features, images.steps, memory, rng)
+    with torch.no_grad():
+        values: Tensor = network(features, step)
+    for _ in range(5):
+        batch = torch.randperm(len(goal), generator=rng)[:256].to(features.device)
+        optimizer.zero_grad()
+        (network(features[batch], step[batch]) - goal[batch]).square().mean().backward()
+        optimizer.step()
+    for name, p in network.named_parameters():
+        memory[f"value.{name}"] = p.detach().clone()
+        memory.update({f"{k}.{name}": optimizer.state[p][k].clone() for k in MOMENTS})
+    return values.view(target.shape)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def _recall(
+    features: Tensor, steps: int, memory: dict[str, Tensor], rng: Generator
+) -> tuple[Value, torch.optim.Optimizer]:
+    """The value network and its optimizer as the last round left them, or fresh ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
+        network = Value(features.shape[1], steps).to(features.device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    if memory:
+        for name, p in network.named_parameters():
+            p.data.copy_(memory[f"value.{name}"])
+            optimizer.state[p] = {k: memory[f"{k}.{name}"].to(p.device) for k in MOMENTS}
+            optimizer.state[p]["step"] = memory[f"step.{name}"].cpu()
+    return network, optimizer
+
+
+METHOD: type[Method[Regularised]] = DPOK

@@ -1,0 +1,145 @@
+"""Reward Weighted regression: the denoising loss on own samples, weighted by their reward.
+
+Lee et al. 2023 (arXiv:2302.12192), in the online form of Black et al. 2023 (section 4.2, RWR).
+The D3PO paper compares with it and prints no settings; its code has none of it. Default
+weights: softmax of the per-prompt advantage over the round. Switches: softmax of the raw reward
+(jannerm/ddpo, whose "temperature" multiplies), the best tenth alone (their RWR-sparse), and
+rewards in [0, 1] as they are (Lee et al.). Their pretraining-data term is left out: no such
+data is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from d3po_bench.errors import UserError
+from d3po_bench.policy import Policy
+from d3po_bench.types import Method, Metrics, Reference, Rollout, Rows
+
+
+@dataclass(frozen=True)
+class Weighted(Rows):
+    """One row is one image, with T random noise levels."""
+
+    x_0: Tensor
+    """[M, T, C, H, W]."""
+    noise: Tensor
+    """[M, T, C, H, W]."""
+    t: Tensor
+    """[M, T]."""
+    text: Tensor
+    """[M, T, L, E]."""
+    weight: Tensor
+    """[M, T]."""
+    effective: Tensor
+    """[M, T]; share of the round that the weights amount to."""
+
+
+def softmax_weights(
+    scores: Tensor, inverse_temperature: float, prompts: Sequence[str] | None = None
+) -> Tensor:
+    """N softmax(b s) of scores [N], over all, or over those of each of `prompts`; mean 1."""
+    names = list(prompts) if prompts is not None else [""] * len(scores)
+    weights = torch.empty_like(scores)
+    for name in dict.fromkeys(names):
+        own = torch.tensor([n == name for n in names])
+        weights[own] = own.sum() * (inverse_temperature * scores[own]).softmax(0)
+    return weights
+
+
+@dataclass(frozen=True)
+class RewardWeighted:
+    """Defaults: own choice, as no publication prints all of them."""
+
+    weight: Literal["softmax_advantage", "softmax_raw", "sparse", "lee"] = "softmax_advantage"
+    inverse_temperature: float = 1.0
+    """Multiplies advantages or rewards; 0.2 per kB in jannerm/ddpo."""
+    per_prompt: bool = False
+    """Softmax within the images of each prompt instead of over the round."""
+    largest_weight: float = 10.0
+    quantile: float = 0.9
+    """Of the round's rewards that `sparse` keeps what is above."""
+    buffer: int = 16
+    minimum: int = 16
+    timesteps: Literal["all", "sampler"] = "all"
+    """Noise levels of all 1000 training timesteps, or of the sampler's T."""
+    guided: bool = False
+    """Put guidance into the loss, as jannerm/ddpo does."""
+    shared_noise: bool = False
+
+    images_per_prompt: ClassVar[int] = 2
+    reference: ClassVar[Reference | None] = None
+
+    def __post_init__(self) -> None:
+        """Refuse options without a meaning.
+
+        Raises:
+            UserError: naming them.
+        """
+        if not (self.largest_weight > 0 and 0 <= self.quantile < 1 and 0 <= self.buffer <= 64):
+            raise UserError(
+                "Expected largest_weight above 0, quantile from 0 to 1, buffer from 0 to 64, got "
+                f"{self.largest_weight}, {self.quantile} and {self.buffer}. Change them with --set."
+            )
+
+    def weights(self, rollout: Rollout) -> Tensor:
+        """Weight of every image, [P * K].
+
+        Raises:
+            UserError: `lee` with rewards outside 0 to 1.
+        """
+        rewards = rollout.scores.flatten()
+        if self.weight == "softmax_advantage":
+            rewards = rollout.advantages(self.buffer, self.minimum).flatten()
+        elif self.weight == "sparse":
+            return (rewards >= rewards.quantile(self.quantile)).float()
+        elif self.weight == "lee":
+            if rewards.min() < 0 or rewards.max() > 1:
+                raise UserError(
+                    "Expected rewards from 0 to 1 for weight=lee, got "
+                    f"{float(rewards.min()):g} to {float(rewards.max()):g}. Use another weight."
+                )
+            return rewards
+        prompts = [p for p in rollout.prompts for _ in range(rollout.scores.shape[1])]
+        weights = softmax_weights(
+            rewards, self.inverse_temperature, prompts if self.per_prompt else None
+        )
+        return weights.clamp(max=self.largest_weight)
+
+    def rows(self, rollout: Rollout, rng: Generator) -> Weighted:
+        """All images, each with its weight and T draws of a noise level and noise."""
+        x_0 = rollout.latents[:, :, -1].flatten(0, 1)
+        steps, images = len(rollout.timesteps), rollout.scores.shape[1]
+        t = torch.randint(1000, (len(x_0), steps), generator=rng)
+        if self.timesteps == "sampler":
+            t = rollout.timesteps.cpu()[t % steps]
+        noise = torch.randn((len(x_0), steps, *x_0.shape[1:]), generator=rng)
+        weight = self.weights(rollout).to(x_0.device)
+        effective = weight.sum().square() / weight.square().sum() / len(weight)
+        text = rollout.text.repeat_interleave(images, 0).unsqueeze(1)
+        return Weighted(
+            x_0=x_0.unsqueeze(1).expand(noise.shape),
+            noise=noise.to(x_0.device),
+            t=t.to(x_0.device),
+            text=text.expand(-1, steps, -1, -1),
+            weight=weight.unsqueeze(1).expand(t.shape),
+            effective=effective.expand(t.shape),
+        )
+
+    def loss(self, policy: Policy, items: Weighted) -> tuple[Tensor, Metrics]:
+        """Weighted mean squared error of the predicted noise."""
+        error = policy.denoising_error(
+            items.x_0, items.text, items.t, items.noise, guided=self.guided
+        )
+        return (items.weight * error).mean(), {
+            "denoising_error": error.detach().mean(),
+            "effective_share": items.effective.mean(),
+        }
+
+
+METHOD: type[Method[Weighted]] = RewardWeighted

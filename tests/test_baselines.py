@@ -1,0 +1,273 @@
+"""The baselines' losses and weights, by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from baselines.ddpo import DDPO, ppo_loss
+from baselines.dpok import DPOK
+from baselines.preferred_images import PreferredImages
+from baselines.reward_weighted import RewardWeighted, softmax_weights
+from d3po_bench.engine import Draws, Updates, sample, update, with_reference
+from d3po_bench.errors import RunError, UserError
+from d3po_bench.models.stable_diffusion import StableDiffusion
+from d3po_bench.policy import Policy
+from d3po_bench.seeding import stream
+from d3po_bench.types import ImageRows, Method, Rollout
+from tests.conftest import disturb
+
+PROMPTS = ["cat", "dog", "cat"]
+SCORES = [[1.0, 2.0], [5.0, 3.0], [0.0, 4.0]]
+
+
+def rollout_of(policy: Policy, method: Method[Any], untrained: bool = False) -> Rollout:
+    drawn = sample(policy, PROMPTS, Draws(seed=0, round=0), images_per_prompt=2)
+    scored = replace(drawn, scores=torch.tensor(SCORES))
+    return with_reference(policy, scored, method, untrained=untrained, batch=100)
+
+
+@pytest.fixture
+def policy(micro_model: StableDiffusion) -> Policy:
+    disturb(micro_model)
+    return Policy(micro_model, steps=4)
+
+
+def everything(method: Method[Any], policy: Policy) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss over all items of a rollout of the policy itself."""
+    rows = method.rows(rollout_of(policy, method), stream(0, "rows"))
+    unit = torch.arange(len(rows)).repeat_interleave(rows.steps)
+    step = torch.arange(rows.steps).repeat(len(rows))
+    return method.loss(policy, rows.take(unit, step))
+
+
+def gradient(loss: Tensor, policy: Policy) -> Tensor:
+    grads = torch.autograd.grad(loss, list(policy.model.trainable().values()))
+    return torch.cat([g.flatten() for g in grads])
+
+
+# ---- advantages
+
+
+def bare(prompts: list[str], scores: list[list[float]], **history: list[float]) -> Rollout:
+    nothing = torch.empty(0)
+    return Rollout(
+        prompts=prompts, text=nothing, latents=nothing, means=nothing, timesteps=nothing,
+        scores=torch.tensor(scores), history=history,
+    )  # fmt: skip
+
+
+def test_a_prompt_without_a_past_is_compared_with_the_round() -> None:
+    # mean 2, population variance (1 + 1 + 1 + 9) / 4 - ... = of 1, 3, 1, 3: mean 2, std 1
+    found = bare(["cat", "dog"], [[1, 3], [1, 3]]).advantages()
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]))
+
+
+def test_a_prompt_with_a_past_is_compared_with_itself() -> None:
+    # cat: 0, 0, then 4, 4 now: mean 2, std 2. dog has one image: the round, 4 4 10, mean 6,
+    # std sqrt(8).
+    found = bare(["cat", "cat", "dog"], [[4], [4], [10]], cat=[0, 0]).advantages(4, 4)
+    expected = torch.tensor([[1.0], [1.0], [4 / math.sqrt(8)]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_buffer_forgets() -> None:
+    # Of cat's 100, 1, 3 a buffer of 2 keeps the newest.
+    found = bare(["cat"], [[1, 3]], cat=[100]).advantages(2, 2)
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0]]))
+
+
+def test_without_a_buffer_the_round_counts() -> None:
+    found = bare(["cat", "dog"], [[1], [3]], cat=[100] * 20).advantages(0, 0)
+    torch.testing.assert_close(found, torch.tensor([[-1.0], [1.0]]))
+
+
+# ---- DDPO
+
+
+def test_ppo_by_hand() -> None:
+    # A = 2: ratio 1.2 cut to 1.1 -> max(-2.4, -2.2). A = -1: max(1.2, 1.1), ratio 0.8 -> 0.9.
+    log_ratio = torch.tensor([1.2, 1.2, 0.8, 0.8]).log()
+    loss = ppo_loss(log_ratio, torch.tensor([2.0, -1.0, 2.0, -1.0]), 0.1)
+    torch.testing.assert_close(loss, torch.tensor([-2.2, 1.2, -1.6, 0.9]))
+
+
+def test_ppo_has_a_finite_gradient_anywhere() -> None:
+    log_ratio = torch.tensor([100.0, 100.0, -100.0], requires_grad=True)
+    ppo_loss(log_ratio, torch.tensor([1.0, -1.0, 1.0]), 0.1).sum().backward()
+    assert log_ratio.grad is not None
+    assert torch.isfinite(log_ratio.grad).all()
+
+
+def test_the_score_function_is_the_importance_form_on_policy(policy: Policy) -> None:
+    forms = [DDPO(loss_form="importance"), DDPO(loss_form="score_function")]
+    first, second = (gradient(everything(form, policy)[0], policy) for form in forms)
+    assert first.norm() > 0
+    assert (first - second).norm() <= 1e-3 * first.norm()
+
+
+def test_advantages_are_clipped(policy: Policy) -> None:
+    rows = DDPO(advantage_clip=0.5).rows(rollout_of(policy, DDPO()), stream(0, "rows"))
+    assert rows.advantage.abs().max() == 0.5
+    assert (rows.advantage[:, :1] == rows.advantage).all()
+
+
+# ---- DPOK
+
+
+def test_dpok_without_a_penalty_is_ddpo(policy: Policy) -> None:
+    ours = gradient(everything(DPOK(kl="none"), policy)[0], policy)
+    ddpo = gradient(everything(DDPO(), policy)[0], policy)
+    assert torch.equal(ours, ddpo)
+    for kl in ("gaussian", "noise_mse"):
+        assert not torch.equal(gradient(everything(DPOK(kl=kl), policy)[0], policy), ddpo)
+
+
+def test_the_penalty_alone_pulls_back_to_the_pretrained_model(policy: Policy) -> None:
+    method = DPOK(kl_weight=1e4)
+    optimizer = torch.optim.SGD(list(policy.model.trainable().values()), lr=0.1)
+    before, after = (_penalty_after(policy, method, optimizer if i else None) for i in range(2))
+    assert 0 < after < before
+
+
+def _penalty_after(policy: Policy, method: DPOK, optimizer: torch.optim.Optimizer | None) -> float:
+    rows = method.rows(rollout_of(policy, method), stream(0, "rows"))
+    if optimizer is not None:
+        updates = Updates(units=6)
+        update(policy, method, rows, optimizer, updates, stream(0, "shuffle"))
+    return float(everything(method, policy)[1]["penalty"])
+
+
+def test_noise_mse_is_the_kl_without_the_weight_of_the_step(policy: Policy) -> None:
+    method = DPOK()
+    rows = method.rows(rollout_of(policy, method), stream(0, "rows"))
+    items = rows.take(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]))
+    step = policy.step(items.x_t, items.t, items.text)
+    schedule = policy.schedule
+    weight = (schedule.e_coef.square() / (2 * schedule.std.square())).float()
+    kl = DPOK(kl="gaussian").penalty(policy, step, items)
+    noise = DPOK(kl="noise_mse").penalty(policy, step, items)
+    assert kl.min() > 0
+    torch.testing.assert_close(kl, weight * noise, rtol=1e-4, atol=0)
+
+
+def test_a_hard_clamp_has_no_gradient_outside(policy: Policy) -> None:
+    log_ratio = torch.tensor([0.2, -0.2], requires_grad=True)
+    advantage = torch.tensor([-1.0, 1.0])  # where PPO still pulls back
+    method = DPOK(ratio="hard_clamp", clip_range=0.1)
+    method._policy_loss(log_ratio, advantage).sum().backward()
+    assert log_ratio.grad is not None
+    assert log_ratio.grad.abs().sum() == 0
+
+
+def test_the_value_is_learnt_and_remembered(policy: Policy) -> None:
+    method = DPOK(value="on", buffer=0)
+    rollout = rollout_of(policy, method)
+    target = rollout.advantages(0, 0).flatten()
+    errors = []
+    for number in range(40):
+        rows = method.rows(rollout, stream(0, "rows", number))
+        errors.append(float(rows.advantage.square().mean()))
+    assert errors[-1] < 0.5 * errors[0]
+    assert float(rollout.memory["step.last.bias"]) == 200
+    plain = DPOK(buffer=0).rows(rollout, stream(0, "rows"))
+    torch.testing.assert_close(plain.advantage[:, 0], target)
+
+
+# ---- Reward Weighted and preferred images
+
+
+def test_softmax_weights_by_hand() -> None:
+    # e^0 : e^ln3 = 1 : 3, times two images
+    weights = softmax_weights(torch.tensor([0.0, math.log(3)]), 1.0)
+    torch.testing.assert_close(weights, torch.tensor([0.5, 1.5]))
+    own = softmax_weights(torch.tensor([0.0, math.log(3), 7.0]), 1.0, ["cat", "cat", "dog"])
+    torch.testing.assert_close(own, torch.tensor([0.5, 1.5, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"weight": "sparse", "quantile": 0.7}, [0, 0, 1, 0, 0, 1]),  # of 0 1 2 3 4 5: above 3.5
+        ({"weight": "softmax_raw", "inverse_temperature": 1e-9}, [1] * 6),
+        ({"weight": "softmax_raw", "inverse_temperature": 9.0, "largest_weight": 2.0},
+         [0, 0, 2, 0, 0, 7e-4]),
+    ],
+)  # fmt: skip
+def test_weights(policy: Policy, options: dict[str, Any], expected: list[float]) -> None:
+    found = RewardWeighted(**options).weights(rollout_of(policy, RewardWeighted()))
+    torch.testing.assert_close(found, torch.tensor(expected).float(), atol=1e-4, rtol=0)
+
+
+def test_lee_takes_rewards_as_they_are_and_only_from_0_to_1() -> None:
+    method = RewardWeighted(weight="lee")
+    assert method.weights(bare(["cat"], [[0.25, 1.0]])).tolist() == [0.25, 1.0]
+    with pytest.raises(UserError, match="Expected rewards from 0 to 1 for weight=lee, got 0 to 3"):
+        method.weights(bare(["cat"], [[0.0, 3.0]]))
+
+
+def test_weighted_loss_by_hand(policy: Policy) -> None:
+    method = RewardWeighted(buffer=0)
+    rollout = rollout_of(policy, method)
+    rows = method.rows(rollout, stream(0, "rows"))
+    assert torch.equal(rows.x_0[3, 1], rollout.latents[1, 1, -1])
+    assert rows.t.unique().numel() > 4
+    items = rows.take(torch.tensor([0, 3]), torch.tensor([1, 2]))
+    alpha = policy.model.alphas_cumprod[items.t].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * items.x_0 + (1 - alpha).sqrt() * items.noise
+    error = (policy.model.noise(noisy, items.t, items.text) - items.noise).square().mean((1, 2, 3))
+    loss, metrics = method.loss(policy, items)
+    torch.testing.assert_close(loss, (error * items.weight).mean())
+    share = rows.weight[:, 0].sum() ** 2 / rows.weight[:, 0].square().sum() / 6
+    torch.testing.assert_close(metrics["effective_share"], share)
+
+
+def test_the_samplers_noise_levels(policy: Policy) -> None:
+    for method in (RewardWeighted(timesteps="sampler"), PreferredImages(timesteps="sampler")):
+        rows = method.rows(rollout_of(policy, method), stream(0, "rows"))
+        assert set(rows.t.unique().tolist()) <= set(policy.timesteps.tolist())
+
+
+def test_guidance_in_the_loss_changes_it(policy: Policy) -> None:
+    for kind in (RewardWeighted, PreferredImages):
+        plain, guided = (everything(kind(guided=g), policy)[0] for g in (False, True))
+        assert abs(plain - guided) > 1e-5
+
+
+def test_winners_alone_are_learnt_from(policy: Policy) -> None:
+    method = PreferredImages()
+    rollout = rollout_of(policy, method)
+    rows = method.rows(rollout, stream(0, "rows"))
+    winners = torch.stack([rollout.latents[i, k, -1] for i, k in ((0, 1), (1, 0), (2, 1))])
+    assert torch.equal(rows.x_0[:, 0], winners)
+    tags = replace(rollout, scores=torch.tensor([[1.0, 1], [0, 0], [1, 0]]))
+    assert torch.equal(method.rows(tags, stream(0, "rows")).x_0[:, 0], rollout.latents[2:, 0, -1])
+
+
+def test_a_round_of_ties_has_no_winner(policy: Policy) -> None:
+    rollout = replace(rollout_of(policy, PreferredImages()), scores=torch.zeros(3, 2))
+    with pytest.raises(RunError, match="got only ties"):
+        PreferredImages().rows(rollout, stream(0, "rows"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(DDPO, {"clip_range": 0}), (DDPO, {"buffer": 65}), (DPOK, {"kl_weight": -1}),
+     (DPOK, {"clip_range": 1}), (RewardWeighted, {"quantile": 1})],
+)  # fmt: skip
+def test_options_without_a_meaning_are_refused(kind: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"Expected .*, got .*Change them with --set"):
+        kind(**options)
+
+
+def test_images_become_rows(policy: Policy) -> None:
+    rollout = rollout_of(policy, DDPO())
+    rows = ImageRows.of(rollout)
+    assert torch.equal(rows.x_next[3, 2], rollout.latents[1, 1, 3])
+    assert torch.equal(rows.sampled[3, 2], rollout.means[1, 1, 2])
+    assert torch.equal(rows.text[3, 2], rollout.text[1])
