@@ -145,16 +145,14 @@ def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> N
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "rounds": 24,
+        "rounds": 16,
         "prompts_per_round": 32,
-        "sampling_steps": 10,
-        "skip_steps": 5,
-        "timestep_fraction": 0.8,
+        "sampling_steps": 6,
+        "skip_steps": 3,
         "units_per_update": 4,
         "learning_rate": 2.5e-3,
-        "eval_every": 6,
-        "eval_images": 1,
-        "eval_scorers": ("animal",),
+        "eval_every": 4,
+        "eval_scorers": ("animal", "diversity"),
         "by_method": {
             "d3po": {"clip_range": 0.2},
             "ddpo": {"prompts_per_round": 8, "images_per_prompt": 8, "clip_range": 0.1},

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from d3po_bench.engine import Draws, sample
+from d3po_bench.engine import Draws, pretrained_means, sample
+from d3po_bench.gaussian import Gaussian
 from d3po_bench.policy import Policy
-from d3po_bench.types import Model, Scorer
+from d3po_bench.types import Model, Rollout, Scorer
 
 SAMPLERS = {"eta1": 1.0, "eta0": 0.0}
 """Training sampler and deployment sampler."""
@@ -50,8 +51,9 @@ def evaluate(
         scorers: column name -> scorer.
 
     Returns:
-        Rows of sampler, prompt, index and a column for each scorer; and the images
-        [P * images, 3, h, w] uint8 of each sampler, in the order of the rows.
+        Rows of sampler, prompt, index, a column for each scorer and, for the training sampler,
+        `kl`, the drift from the pretrained model; and the images [P * images, 3, h, w] uint8 of
+        each sampler, in the order of the rows.
     """
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {}
@@ -62,8 +64,19 @@ def evaluate(
         rollout = sample(policy, prompts, draws, batch=what.batch)
         images = model.decode(rollout.latents[:, 0, -1])
         scores = {name: scorer(images, prompts) for name, scorer in scorers.items()}
+        if sampler == "eta1":
+            scores["kl"] = _kl(policy, rollout, what.batch)
         for i, prompt in enumerate(prompts):
             row = {"sampler": sampler, "prompt": prompt, "index": i % what.images}
             rows.append(row | {name: round(float(s[i]), 6) for name, s in scores.items()})
         pictures[sampler] = images
     return rows, pictures
+
+
+def _kl(policy: Policy, rollout: Rollout, batch: int) -> Tensor:
+    """KL of a step to the pretrained model's, nats per latent element, mean over steps, [P]."""
+    pretrained = pretrained_means(policy, rollout, batch=batch)
+    steps, count = len(rollout.timesteps), len(rollout.prompts)
+    ours, theirs = (m[:, 0].flatten(0, 1) for m in (rollout.means, pretrained))
+    std = policy.schedule.std.float().to(ours.device).repeat(count)
+    return Gaussian(ours, std).kl(theirs).view(count, steps).mean(1)

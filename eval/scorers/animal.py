@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import d3po_bench
-from d3po_bench.errors import UserError
 from d3po_bench.types import Scorer
-
-WEIGHTS = Path(d3po_bench.__file__).parent / "models" / "embedded" / "classifier.safetensors"
 
 
 class Animal:
@@ -26,29 +21,19 @@ class Animal:
 
     def __init__(self, device: torch.device) -> None:
         """Load the classifier that ships with the embedded model."""
-        from safetensors.torch import load_file
-
-        from d3po_bench.models.embedded.classifier import Classifier
+        from d3po_bench.models.embedded import classifier
         from d3po_bench.models.embedded.render import GLYPHS
 
-        if not WEIGHTS.exists():
-            raise UserError(
-                f"Expected the classifier at {WEIGHTS}, found nothing. Install the package again, "
-                "or rebuild it: python -m d3po_bench.models.embedded.recipe all."
-            )
         self.names = list(GLYPHS)
         self.device = device
-        self.network = Classifier(len(self.names))
-        state = {name: value.float() for name, value in load_file(WEIGHTS).items()}
-        self.network.load_state_dict(state)
-        self.network.to(device).eval()
+        self.network = classifier.load(len(self.names), device)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """[N, 45] for images [N, 3, h, w] uint8."""
-        x = images.to(self.device).float().div(127.5).sub(1)
-        if x.shape[-2:] != (32, 32):
-            x = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", antialias=True)
+        from d3po_bench.models.embedded.classifier import pictures
+
+        x = pictures(images, self.device)
         return torch.cat([self.network(part) for part in x.split(64)]).cpu()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

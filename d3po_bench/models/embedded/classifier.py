@@ -5,8 +5,15 @@ Trained on renders alone, never on samples, and never used as a reward by defaul
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from d3po_bench.errors import UserError
+
+WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 
 
 class _Residual(nn.Module):
@@ -40,4 +47,34 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, classes] of pictures [N, 3, 32, 32]."""
-        return self.head(F.adaptive_avg_pool2d(self.body(x), 4).flatten(1))  # type: ignore[no-any-return]
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last layer sees, [N, 1536]."""
+        return F.adaptive_avg_pool2d(self.body(x), 4).flatten(1)
+
+
+def load(classes: int, device: torch.device) -> Classifier:
+    """The classifier that ships with the embedded model.
+
+    Raises:
+        UserError: its weights are not there.
+    """
+    from safetensors.torch import load_file
+
+    if not WEIGHTS.exists():
+        raise UserError(
+            f"Expected the classifier at {WEIGHTS}, found nothing. Install the package again, or "
+            "rebuild it: python -m d3po_bench.models.embedded.recipe all."
+        )
+    network = Classifier(classes)
+    network.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS).items()})
+    return network.to(device).eval()
+
+
+def pictures(images: Tensor, device: torch.device) -> Tensor:
+    """Images [N, 3, h, w] uint8 as the classifier takes them: [N, 3, 32, 32] in [-1, 1]."""
+    x = images.to(device).float().div(127.5).sub(1)
+    if x.shape[-2:] != (32, 32):
+        x = F.interpolate(x, (32, 32), mode="bilinear", antialias=True)
+    return x

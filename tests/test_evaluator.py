@@ -1,0 +1,80 @@
+"""What is measured beside the objective: drift, diversity; and that evaluation repeats."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from d3po_bench import registry
+from d3po_bench.engine import Draws, sample
+from d3po_bench.models.stable_diffusion import StableDiffusion
+from d3po_bench.policy import Policy
+from eval.evaluator import NOISE_SEED, EvaluationSet, evaluate
+from eval.scorers.diversity import distances
+from tests.conftest import CPU, disturb
+
+WHAT = EvaluationSet(prompts=["cat", "dog"], images=2, steps=3)
+
+
+def mean_of(rows: list[dict[str, Any]], column: str, sampler: str = "eta1") -> float:
+    values: list[float] = [row[column] for row in rows if row["sampler"] == sampler]
+    return sum(values) / len(values)
+
+
+def test_no_drift_before_training_and_some_after(micro_model: StableDiffusion) -> None:
+    before, _ = evaluate(micro_model, WHAT, {})
+    assert mean_of(before, "kl") == 0
+    disturb(micro_model)
+    after, _ = evaluate(micro_model, WHAT, {})
+    assert mean_of(after, "kl") == pytest.approx(drift(micro_model), rel=1e-3)
+    assert not any("kl" in row for row in after if row["sampler"] == "eta0")
+
+
+@torch.no_grad()
+def drift(model: StableDiffusion) -> float:
+    """Step by step: |mean - pretrained mean|^2 / (2 std^2), a mean over elements and steps."""
+    policy = Policy(model, steps=3)
+    draws = Draws(seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps")
+    rollout = sample(policy, ["cat", "cat", "dog", "dog"], draws)
+    total = 0.0
+    for i, t in enumerate(rollout.timesteps):
+        x, std = rollout.latents[:, 0, i], policy.schedule.std[i]
+        ours, theirs = (
+            policy.step(x, t.expand(4), rollout.text, frozen=frozen).mean
+            for frozen in (False, True)
+        )
+        total += float((ours - theirs).square().mean() / (2 * std**2)) / 3
+    return total
+
+
+def test_evaluation_repeats(micro_model: StableDiffusion) -> None:
+    disturb(micro_model)
+    scorers = {"score": registry.scorer("jpeg_size", CPU)}
+    first, second = (evaluate(micro_model, WHAT, scorers) for _ in range(2))
+    assert first[0] == second[0]
+    assert torch.equal(first[1]["eta0"], second[1]["eta0"])
+    assert [r["index"] for r in first[0]] == [0, 1] * 4
+
+
+def test_distances_by_hand() -> None:
+    # Of cat: (1, 0), (0, 1), (1, 0): distances 1 and 0 to the others, so means 1/2, 1, 1/2.
+    features = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
+    found = distances(features, ["cat", "cat", "cat", "dog"])
+    assert found[:3].tolist() == [0.5, 1.0, 0.5]
+    assert math.isnan(found[3])
+
+
+def test_equal_pictures_have_no_diversity_and_different_ones_have() -> None:
+    judge = registry.scorer("diversity", CPU)
+    images: Tensor = torch.randint(
+        0, 255, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)
+    )
+    one = images[:1].to(torch.uint8)
+    same = judge(one.expand(2, -1, -1, -1), ["cat", "cat"])
+    assert same.abs().max() < 1e-6
+    assert judge(images.to(torch.uint8), ["cat", "cat"]).min() > 0.01
+    assert judge(images.to(torch.uint8), ["cat", "dog"]).isnan().all()
