@@ -143,9 +143,14 @@ def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> N
             )
 
 
+_GROUPS = {
+    "prompts_per_round": 8, "images_per_prompt": 8, "units_per_update": 8, "minimum": 8
+}  # fmt: skip
+"""As many images as D3PO's 32 pairs, and as many in an update; enough of a prompt to compare."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "rounds": 16,
+        "rounds": 12,
         "prompts_per_round": 32,
         "sampling_steps": 6,
         "skip_steps": 3,
@@ -155,9 +160,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_scorers": ("animal", "diversity"),
         "by_method": {
             "d3po": {"clip_range": 0.2},
-            "ddpo": {"prompts_per_round": 8, "images_per_prompt": 8, "clip_range": 0.1},
-            "dpok": {"prompts_per_round": 8, "images_per_prompt": 8, "clip_range": 0.1},
-            "reward_weighted": {"skip_steps": 0},
+            "ddpo": {**_GROUPS, "clip_range": 0.1},
+            "dpok": {**_GROUPS, "clip_range": 0.1, "kl_weight": 0.1},
+            "reward_weighted": {**_GROUPS, "skip_steps": 0},
             "preferred_images": {"skip_steps": 0},
         },
     },
