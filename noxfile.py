@@ -43,3 +43,12 @@ def bench(session: nox.Session) -> None:
     """Print the UNet's share of a training round and the speed against the published loop."""
     _install(session)
     session.run("python", "-m", "tests.bench", *session.posargs)
+
+
+@nox.session
+def reproduce(session: nox.Session) -> None:
+    """Run the published grid again, about two hours on two cores; an interrupted call goes on."""
+    _install(session)
+    session.run("d3po-bench", "sweep", "results/tiny/grid.toml", "--out", "runs/reproduce")
+    session.run("python", "results/publish.py", "runs/reproduce/tiny", "results/tiny")
+    session.run("python", "results/summary.py", "results/tiny")

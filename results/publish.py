@@ -1,0 +1,43 @@
+"""Turn run folders into a published set: their text files, figures and tables.
+
+    python results/publish.py runs/grid/tiny results/tiny [--no-figures]
+
+Weights and samples stay behind; figures and tables can be redrawn from the text files alone. What
+the target held of an earlier set is replaced.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from eval.report import find_runs, plot
+
+TEXT = ("config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.jsonl")
+
+
+def publish(runs: Path, target: Path) -> None:
+    """Copy the text of every run below `runs` to `target`, and draw the figures there."""
+    found = find_runs([runs])
+    for old in [path.parent for path in target.rglob("config.json")]:
+        shutil.rmtree(old)
+    for run in found:
+        folder = target / run.relative_to(runs)
+        folder.mkdir(parents=True)
+        for name in TEXT:
+            shutil.copy2(run / name, folder / name)
+
+
+def draw(runs: Path, target: Path) -> None:
+    """Figures over both axes that the comparison is made on."""
+    for axis in ("pairs", "images"):
+        for figure in plot([runs], target / "figures" / axis, x=axis):
+            print(figure)
+
+
+if __name__ == "__main__":
+    folders = Path(sys.argv[1]), Path(sys.argv[2])
+    publish(*folders)
+    if "--no-figures" not in sys.argv:
+        draw(*folders)
