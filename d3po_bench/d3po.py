@@ -108,6 +108,20 @@ def preferred(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return prompt, images, (wins | loses).flatten().float()
 
 
+def extremes(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best and the worst image of each prompt, as `preferred` returns pairs.
+
+    With two images of a prompt this is `preferred`. Of scores [P, K, m] the first counts.
+    """
+    if scores.shape[1] < 2:
+        return preferred(scores)
+    first = scores if scores.ndim == 2 else scores[..., 0]
+    # The last of equally bad images: a tie keeps two different ones.
+    worst = first.shape[1] - 1 - first.flip(1).argmin(1)
+    images = torch.stack([first.argmax(1), worst], 1)
+    return torch.arange(len(first)), images, (first.amax(1) > first.amin(1)).float()
+
+
 @dataclass(frozen=True)
 class D3PO:
     """Defaults follow the published code, in log space and with the mean log-probability.
@@ -123,6 +137,8 @@ class D3PO:
     reference: Reference = "pretrained"
     """Algorithm 1's fixed copy, or, as in section 5.2, the model at the start of the round."""
     shared_noise: bool = True
+    pairs: Literal["all", "extremes"] = "all"
+    """Of more than two images of a prompt: every pair, or the best against the worst."""
     skip_ties: bool = False
     """Leave ties out instead of letting them dilute the mean at zero gradient, as the code does."""
 
@@ -142,7 +158,8 @@ class D3PO:
 
     def rows(self, rollout: Rollout, rng: Generator) -> Pairs:
         """Pair up the images of each prompt, winner first."""
-        prompt, images, preference = preferred(rollout.scores)
+        choose = extremes if self.pairs == "extremes" else preferred
+        prompt, images, preference = choose(rollout.scores)
         if self.skip_ties:
             kept = preference > 0
             prompt, images, preference = prompt[kept], images[kept], preference[kept]

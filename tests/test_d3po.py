@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3po_bench.d3po import D3PO, d3po_loss, preferred
+from d3po_bench.d3po import D3PO, d3po_loss, extremes, preferred
 from d3po_bench.errors import UserError
 from d3po_bench.gaussian import Gaussian
 
@@ -133,3 +133,22 @@ def test_difference_form_keeps_what_subtraction_loses() -> None:
     subtraction = Gaussian(moved, std).log_prob(x) - Gaussian(mean, std).log_prob(x)
     assert (difference - exact).abs() < 1e-9
     assert (subtraction - exact).abs() > 1e-8
+
+
+def test_extremes_are_the_best_against_the_worst() -> None:
+    scores = torch.tensor([[1.0, 4, 0, 2], [3, 3, 3, 3], [5, 5, 1, 1]])
+    prompt, images, preference = extremes(scores)
+    assert prompt.tolist() == [0, 1, 2]
+    assert images.tolist() == [[1, 2], [0, 3], [0, 3]]
+    assert preference.tolist() == [1, 0, 1]
+
+
+def test_of_two_images_extremes_are_all_pairs() -> None:
+    scores = torch.tensor([[1.0, 4], [4, 1], [2, 2]])
+    for ours, theirs in zip(extremes(scores), preferred(scores), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_image_has_no_extremes() -> None:
+    with pytest.raises(UserError, match="Expected at least 2 images"):
+        extremes(torch.ones(3, 1))
