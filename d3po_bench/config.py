@@ -144,9 +144,9 @@ def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> N
 
 
 _GROUPS = {
-    "prompts_per_round": 8, "images_per_prompt": 8, "units_per_update": 8, "minimum": 8
+    "prompts_per_round": 16, "images_per_prompt": 8, "units_per_update": 8, "minimum": 8
 }  # fmt: skip
-"""As many images as D3PO's 32 pairs, and as many in an update; enough of a prompt to compare."""
+"""As many images as D3PO draws, and as many in an update; enough of a prompt to compare."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -159,11 +159,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 4,
         "eval_scorers": ("animal", "diversity"),
         "by_method": {
-            "d3po": {"clip_range": 0.2},
+            "d3po": {"images_per_prompt": 4, "pairs": "extremes", "clip_range": 0.2},
             "ddpo": {**_GROUPS, "clip_range": 0.1},
             "dpok": {**_GROUPS, "clip_range": 0.1, "kl_weight": 0.1},
-            "reward_weighted": {**_GROUPS, "skip_steps": 0},
-            "preferred_images": {"skip_steps": 0},
+            "reward_weighted": {**_GROUPS, "skip_steps": 0, "learning_rate": 1e-3},
+            "preferred_images": {"images_per_prompt": 4, "skip_steps": 0},
         },
     },
     "paper": {

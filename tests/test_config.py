@@ -163,11 +163,14 @@ def test_some_steps_are_left_to_learn_from() -> None:
     assert "Expected skip_steps from 0 to 5, got 6" in said
 
 
-def test_a_preset_holds_options_of_a_method() -> None:
-    options = PRESETS["quick"]["by_method"]["d3po"]
-    assert made()[0].options == options
-    name, value = next(iter(options.items()))
-    assert made(**{name: str(value / 2)})[0].options == options | {name: value / 2}
+def test_a_preset_holds_options_and_fields_of_a_method() -> None:
+    own = PRESETS["quick"]["by_method"]["d3po"]
+    run, _ = made()
+    assert run.options == {k: v for k, v in own.items() if k != "images_per_prompt"}
+    assert run.images_per_prompt == own["images_per_prompt"] == 4
+    assert made(clip_range="0.05")[0].options == run.options | {"clip_range": 0.05}
+    assert made(images_per_prompt="2")[0].images_per_prompt == 2
+    assert make("ddpo", "incompress", "quick", {})[0].images_per_prompt == 8
 
 
 def test_what_set_can_change() -> None:
