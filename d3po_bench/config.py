@@ -150,13 +150,13 @@ _GROUPS = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "rounds": 12,
+        "rounds": 9,
         "prompts_per_round": 32,
         "sampling_steps": 6,
         "skip_steps": 3,
         "units_per_update": 4,
         "learning_rate": 2.5e-3,
-        "eval_every": 4,
+        "eval_every": 3,
         "eval_scorers": ("animal", "diversity"),
         "by_method": {
             "d3po": {"images_per_prompt": 4, "pairs": "extremes", "clip_range": 0.2},
