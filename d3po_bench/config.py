@@ -163,7 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "ddpo": {**_GROUPS, "clip_range": 0.1},
             "dpok": {**_GROUPS, "clip_range": 0.1, "kl_weight": 0.1},
             "reward_weighted": {**_GROUPS, "skip_steps": 0, "learning_rate": 1e-3},
-            "preferred_images": {"images_per_prompt": 4, "skip_steps": 0},
+            "preferred_images": {"images_per_prompt": 4, "skip_steps": 0, "learning_rate": 1e-3},
         },
     },
     "paper": {
