@@ -150,16 +150,21 @@ _GROUPS = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "rounds": 9,
+        "rounds": 16,
         "prompts_per_round": 32,
         "sampling_steps": 6,
         "skip_steps": 3,
         "units_per_update": 4,
         "learning_rate": 2.5e-3,
-        "eval_every": 3,
+        "eval_every": 4,
         "eval_scorers": ("animal", "diversity"),
         "by_method": {
-            "d3po": {"images_per_prompt": 4, "pairs": "extremes", "clip_range": 0.2},
+            "d3po": {
+                "images_per_prompt": 4,
+                "pairs": "extremes",
+                "clip_range": 0.2,
+                "learning_rate": 2e-3,
+            },
             "ddpo": {**_GROUPS, "clip_range": 0.1},
             "dpok": {**_GROUPS, "clip_range": 0.1, "kl_weight": 0.1},
             "reward_weighted": {**_GROUPS, "skip_steps": 0, "learning_rate": 1e-3},

@@ -166,9 +166,10 @@ def test_some_steps_are_left_to_learn_from() -> None:
 def test_a_preset_holds_options_and_fields_of_a_method() -> None:
     own = PRESETS["quick"]["by_method"]["d3po"]
     run, _ = made()
-    assert run.options == {k: v for k, v in own.items() if k != "images_per_prompt"}
+    assert run.options == {"pairs": "extremes", "clip_range": 0.2}
     assert run.images_per_prompt == own["images_per_prompt"] == 4
-    assert made(clip_range="0.05")[0].options == run.options | {"clip_range": 0.05}
+    assert run.learning_rate == own["learning_rate"] != PRESETS["quick"]["learning_rate"]
+    assert made(clip_range="0.05")[0].options == {**run.options, "clip_range": 0.05}
     assert made(images_per_prompt="2")[0].images_per_prompt == 2
     assert make("ddpo", "incompress", "quick", {})[0].images_per_prompt == 8
 
