@@ -13,7 +13,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from d3po_bench.errors import RunError
 from d3po_bench.policy import Policy
 from d3po_bench.types import Method, Metrics, Reference, Rollout, Rows
 
@@ -46,19 +45,10 @@ class PreferredImages:
     reference: ClassVar[Reference | None] = None
 
     def rows(self, rollout: Rollout, rng: Generator) -> Winners:
-        """The winners, each with T draws of a noise level and noise.
-
-        Raises:
-            RunError: no image of the round is better than another of its prompt.
-        """
+        """The winners, each with T draws of a noise level and noise; none in a round of ties."""
         scores = rollout.scores
         best = scores == scores.amax(1, keepdim=True)
         prompt, image = (best & ~best.all(1, keepdim=True)).nonzero(as_tuple=True)
-        if len(prompt) == 0:
-            raise RunError(
-                "Expected an image that is better than another of its prompt, got only ties. Use "
-                "more prompts_per_round, or another objective."
-            )
         x_0 = rollout.latents[prompt, image, -1]
         steps = len(rollout.timesteps)
         t = torch.randint(1000, (len(x_0), steps), generator=rng)

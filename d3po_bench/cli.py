@@ -173,6 +173,51 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
         click.echo(path)
 
 
+@cli.command()
+@click.argument("grid", type=click.Path(path_type=Path))
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of run folders.",
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on with runs that are already there.",
+)
+def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) -> None:
+    """Run methods x objectives x seeds from the TOML file GRID.
+
+    Finished runs are skipped, half ones go on; a failed one is named at the end and stops no
+    other. GRID needs three lines; tables [set], [method.NAME], [objective.NAME] and
+    [cell."METHOD.OBJECTIVE"] hold further settings, each as after --set:
+
+    \b
+        methods = ["d3po", "ddpo"]
+        objectives = ["incompress", "compress"]
+        seeds = 5
+        [method.ddpo]
+        learning_rate = 1e-3
+
+    \b
+    Example:
+        d3po-bench sweep grid.toml
+        d3po-bench sweep results/tiny/grid.toml --out runs/grid --jobs 2
+    """  # noqa: D301
+    from d3po_bench import sweep as sweeping
+
+    sweeping.run(grid, out=out, jobs=jobs, device=device, resume=resume)
+
+
 @cli.command(name="list")
 @click.option("--settings", is_flag=True, help="List what --set can change instead.")
 @click.option("--method", default="d3po", show_default=True, help="Whose options to list.")

@@ -143,32 +143,32 @@ def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> N
             )
 
 
-_GROUPS = {
-    "prompts_per_round": 16, "images_per_prompt": 8, "units_per_update": 8, "minimum": 8
-}  # fmt: skip
-"""As many images as D3PO draws, and as many in an update; enough of a prompt to compare."""
+_EACH_IMAGE = {"units_per_update": 16, "minimum": 8}
+"""As many images in an update as D3PO samples for one; 8 of a prompt are enough to compare."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "rounds": 16,
-        "prompts_per_round": 32,
-        "sampling_steps": 6,
-        "skip_steps": 3,
-        "units_per_update": 4,
+        "rounds": 12,
+        "prompts_per_round": 16,
+        "images_per_prompt": 8,
+        "sampling_steps": 10,
+        "skip_steps": 5,
+        "timestep_fraction": 0.8,
+        "units_per_update": 2,
         "learning_rate": 2.5e-3,
         "eval_every": 4,
         "eval_scorers": ("animal", "diversity"),
         "by_method": {
-            "d3po": {
-                "images_per_prompt": 4,
-                "pairs": "extremes",
-                "clip_range": 0.2,
-                "learning_rate": 2e-3,
+            "d3po": {"pairs": "extremes", "clip_range": 0.2},
+            "ddpo": {**_EACH_IMAGE, "clip_range": 0.1},
+            "dpok": {**_EACH_IMAGE, "clip_range": 0.1, "kl_weight": 0.1},
+            "reward_weighted": {
+                **_EACH_IMAGE,
+                "skip_steps": 0,
+                "timestep_fraction": 0.5,
+                "learning_rate": 1e-3,
             },
-            "ddpo": {**_GROUPS, "clip_range": 0.1},
-            "dpok": {**_GROUPS, "clip_range": 0.1, "kl_weight": 0.1},
-            "reward_weighted": {**_GROUPS, "skip_steps": 0, "learning_rate": 1e-3},
-            "preferred_images": {"images_per_prompt": 4, "skip_steps": 0, "learning_rate": 1e-3},
+            "preferred_images": {"skip_steps": 0, "timestep_fraction": 1.0, "learning_rate": 1e-3},
         },
     },
     "paper": {

@@ -188,11 +188,13 @@ def update(
     """Learn from a round's rows; returns diagnostics averaged over items and optimizer steps.
 
     Weights are constant within an optimizer step, so all its timesteps are merged and run in
-    micro-batches: the gradient is that of one timestep at a time.
+    micro-batches: the gradient is that of one timestep at a time. Of no rows nothing is learnt.
 
     Raises:
         RunError: a loss or gradient is not finite; the weights are those before that step.
     """
+    if len(rows) == 0:
+        return {"updates": 0}
     groups = [g for _ in range(updates.passes) for g in _groups(rows, updates, rng)]
     parameters = list(policy.model.trainable().values())
     totals: dict[str, float] = {}

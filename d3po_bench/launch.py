@@ -54,20 +54,46 @@ def run(request: Request) -> None:
         UserError: bad input.
         RunError: a run failed, or its process was killed; the others have finished.
     """
+    work = planned(request)
+    failed = execute(work, request.jobs, {train.label(c): f"seed {c.seed}" for c, *_ in work})
+    if request.track:
+        track([folder for _, _, folder, _ in work])
+    finish(list(failed.values()), request.out)
+
+
+def planned(request: Request) -> list[Work]:
+    """The runs of a request, one for each seed, after checking that they can be made.
+
+    Raises:
+        UserError: bad input.
+    """
     config, execution = _config(request)
-    jobs = request.jobs or _jobs(config, execution)
     runs = [replace(config, seed=seed) for seed in request.seeds]
     work = [(c, execution, _folder(request, c), request.resume) for c in runs]
     _check(request, work)
-    with _bars(list(request.seeds)) as report, _terminable():
+    return work
+
+
+def execute(work: list[Work], jobs: int | None, names: Mapping[str, str]) -> dict[str, UserError]:
+    """Make the runs, side by side where there are cores; what failed, by its label.
+
+    Args:
+        work: the runs.
+        jobs: how many side by side; None for as many as the model and machine allow.
+        names: label of a run -> what to call it in the progress.
+    """
+    jobs = jobs or _jobs(*work[0][:2])
+    with _bars(names) as report, _terminable():
         side_by_side = min(jobs, len(work)) > 1
-        failed = _side_by_side(work, jobs, report) if side_by_side else _in_turn(work, report)
-    if request.track:
-        track([folder for _, _, folder, _ in work])
+        return _side_by_side(work, jobs, report) if side_by_side else _in_turn(work, report)
+
+
+def finish(failed: list[UserError], out: Path) -> None:
+    """Say where the runs are, or raise what went wrong."""
     if failed:
         worst = failed[0] if len(failed) == 1 else _joined(failed)
         raise worst
-    click.echo(f"Runs are in {request.out}. Draw them: d3po-bench plot {request.out}", err=True)
+    click.echo(f"Runs are in {out}. Draw them: d3po-bench plot {out}", err=True)
 
 
 @contextlib.contextmanager
@@ -146,13 +172,13 @@ def out_of_memory() -> RunError:
     )
 
 
-def _in_turn(work: list[Work], report: Report) -> list[UserError]:
-    failed: list[UserError] = []
+def _in_turn(work: list[Work], report: Report) -> dict[str, UserError]:
+    failed: dict[str, UserError] = {}
     for item in work:
         try:
             _one(item, report)
-        except RunError as problem:
-            failed.append(problem)
+        except UserError as problem:
+            failed[train.label(item[0])] = problem
     return failed
 
 
@@ -182,10 +208,9 @@ def _tell(progress: train.Progress) -> None:
     _events.put(progress)
 
 
-def _side_by_side(work: list[Work], jobs: int, report: Report) -> list[UserError]:
+def _side_by_side(work: list[Work], jobs: int, report: Report) -> dict[str, UserError]:
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
-    failed: list[UserError] = []
     with ProcessPoolExecutor(jobs, context, _share, (events,)) as pool:
         futures = [pool.submit(_remote, item) for item in work]
         try:
@@ -196,9 +221,8 @@ def _side_by_side(work: list[Work], jobs: int, report: Report) -> list[UserError
                 worker.terminate()
             raise
         _drain(events, report, wait=0.0)
-    for future in futures:
-        failed += _failure(future)
-    return failed
+    found = zip(work, map(_failure, futures), strict=True)
+    return {train.label(item[0]): problem for item, problem in found if problem is not None}
 
 
 def _drain(events: Any, report: Report, wait: float) -> None:
@@ -207,20 +231,16 @@ def _drain(events: Any, report: Report, wait: float) -> None:
             report(events.get(timeout=wait) if wait else events.get_nowait())
 
 
-def _failure(future: Future[None]) -> list[UserError]:
+def _failure(future: Future[None]) -> UserError | None:
     problem = future.exception()
-    if problem is None:
-        return []
-    if isinstance(problem, UserError):
-        return [problem]
+    if problem is None or isinstance(problem, UserError):
+        return problem
     if isinstance(problem, RuntimeError) and "terminated abruptly" in str(problem):
-        return [
-            RunError(
-                "Expected a worker process that finishes, got one that was killed (out of "
-                "memory?). Run the same command again, with --jobs 1 if memory is short: it goes "
-                "on from the last checkpoint."
-            )
-        ]
+        return RunError(
+            "Expected a worker process that finishes, got one that was killed (out of memory?). "
+            "Run the same command again, with --jobs 1 if memory is short: it goes on from the "
+            "last checkpoint."
+        )
     raise problem
 
 
@@ -232,47 +252,62 @@ def _joined(failed: list[UserError]) -> UserError:
 
 # ---- progress and tracking
 
+MANY = 10
+"""Runs that still get a bar each from the start."""
+
 
 @contextlib.contextmanager
-def _bars(seeds: list[int]) -> Iterator[Report]:
-    """A bar for each seed with the time left; without a terminal, a line now and then."""
+def _bars(names: Mapping[str, str]) -> Iterator[Report]:
+    """A bar for each run with the time left; without a terminal, a line now and then.
+
+    Of many runs only those at work have a bar, below one for all.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(console)
+        yield _Lines(console, names)
         return
-    columns = (TextColumn("seed {task.fields[seed]}"), BarColumn(20), TaskProgressColumn(),
+    columns = (TextColumn("{task.fields[name]}"), BarColumn(20), TaskProgressColumn(),
                TimeRemainingColumn(), TextColumn("{task.description}"))  # fmt: skip
+    many = len(names) > MANY
     with Progress(*columns, console=console) as bars:
-        tasks = {s: bars.add_task("waiting", total=1.0, seed=s, start=False) for s in seeds}
+        whole = bars.add_task("", total=len(names), name="all runs", visible=many)
+        tasks = {
+            run: bars.add_task("waiting", total=1.0, name=name, start=False, visible=not many)
+            for run, name in names.items()
+        }
+        done = dict.fromkeys(names, 0.0)
 
         def show(p: train.Progress) -> None:
-            if p.text and not bars.tasks[tasks[p.seed]].started:
-                bars.start_task(tasks[p.seed])
-            bars.update(tasks[p.seed], completed=p.done, description=p.text)
+            task, done[p.run] = tasks[p.run], p.done
+            if p.text and not bars.tasks[task].started:
+                bars.start_task(task)
+            visible = not many or p.done < 1
+            bars.update(task, completed=p.done, description=p.text, visible=visible)
+            bars.update(whole, completed=sum(done.values()))
 
         yield show
 
 
 class _Lines:
-    """Progress for logs: a line each time a seed has done another tenth."""
+    """Progress for logs: a line each time a run has done another tenth."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.last: dict[int, int] = {}
-        self.began: dict[int, tuple[float, float]] = {}
+    def __init__(self, console: Console, names: Mapping[str, str]) -> None:
+        self.console, self.names = console, names
+        self.last: dict[str, int] = {}
+        self.began: dict[str, tuple[float, float]] = {}
 
     def __call__(self, progress: train.Progress) -> None:
         """Print the line, if it is time."""
         tenth = int(progress.done * 10)
-        if self.last.get(progress.seed) != tenth:
-            self.last[progress.seed] = tenth
-            text = f"seed {progress.seed}  {progress.done:4.0%}  {progress.text}"
+        if self.last.get(progress.run) != tenth:
+            self.last[progress.run] = tenth
+            text = f"{self.names[progress.run]}  {progress.done:4.0%}  {progress.text}"
             self.console.print(text + self._left(progress), highlight=False, soft_wrap=True)
 
     def _left(self, progress: train.Progress) -> str:
         """The time left, once there is something to tell it from."""
         now, done = time.monotonic(), progress.done
-        start, before = self.began.setdefault(progress.seed, (now, done))
+        start, before = self.began.setdefault(progress.run, (now, done))
         if not before < done < 1:
             return ""
         seconds = (now - start) * (1 - done) / (done - before)

@@ -35,13 +35,19 @@ SHOWN = 10
 class Progress:
     """Where a run is, for whoever shows it."""
 
-    seed: int
+    run: str
+    """Which run: see `label`."""
     done: float
     """Share of the run, 0 to 1."""
     text: str
 
 
 Report = Callable[[Progress], None]
+
+
+def label(config: RunConfig) -> str:
+    """What a run is called where several are shown."""
+    return f"{config.method} {config.objective} seed {config.seed}"
 
 
 def model_source(name: str) -> Source:
@@ -333,7 +339,7 @@ def run_seed(
     """
     with RunStore.open(folder, config, resume=resume) as store:
         if store.finished:
-            report(Progress(config.seed, 1.0, "finished before"))
+            report(Progress(label(config), 1.0, "finished before"))
             return
         torch.set_num_threads(threads_of(config, execution))
         trainer = Trainer(config, execution)
@@ -364,7 +370,7 @@ def _rounds(trainer: Trainer, store: RunStore, evaluation: Evaluation, report: R
     """Rounds until the last, each written before its checkpoint."""
     config, text = trainer.config, ""
     if trainer.round == 0 and evaluation.due() and not store.evaluation:
-        report(Progress(config.seed, 0.0, "evaluating the base model"))
+        report(Progress(label(config), 0.0, "evaluating the base model"))
         text = f"held-out {evaluation.run(store):.3f} {trainer.scorer.unit}"
         store.checkpoint(*trainer.state())
     while trainer.round < config.rounds:
@@ -372,7 +378,7 @@ def _rounds(trainer: Trainer, store: RunStore, evaluation: Evaluation, report: R
 
         def stage(name: str, share: float, done: int = done, text: str = text) -> None:
             place = (done + share) / config.rounds
-            report(Progress(config.seed, place, f"round {done + 1}/{config.rounds} {text}"))
+            report(Progress(label(config), place, f"round {done + 1}/{config.rounds} {text}"))
 
         try:
             metrics, timing = trainer.train_round(stage)
@@ -384,4 +390,4 @@ def _rounds(trainer: Trainer, store: RunStore, evaluation: Evaluation, report: R
             evaluation.run(store)
         store.log(metrics, timing | {"evaluate": round(time.monotonic() - start, 3)})
         store.checkpoint(*trainer.state())
-    report(Progress(config.seed, 1.0, text))
+    report(Progress(label(config), 1.0, text))

@@ -14,8 +14,9 @@ from baselines.ddpo import DDPO, ppo_loss
 from baselines.dpok import DPOK
 from baselines.preferred_images import PreferredImages
 from baselines.reward_weighted import RewardWeighted, softmax_weights
+from d3po_bench.d3po import D3PO
 from d3po_bench.engine import Draws, Updates, sample, update, with_reference
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import UserError
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.policy import Policy
 from d3po_bench.seeding import stream
@@ -249,10 +250,17 @@ def test_winners_alone_are_learnt_from(policy: Policy) -> None:
     assert torch.equal(method.rows(tags, stream(0, "rows")).x_0[:, 0], rollout.latents[2:, 0, -1])
 
 
-def test_a_round_of_ties_has_no_winner(policy: Policy) -> None:
-    rollout = replace(rollout_of(policy, PreferredImages()), scores=torch.zeros(3, 2))
-    with pytest.raises(RunError, match="got only ties"):
-        PreferredImages().rows(rollout, stream(0, "rows"))
+@pytest.mark.parametrize("method", [PreferredImages(), D3PO(skip_ties=True)])
+def test_of_a_round_of_ties_nothing_is_learnt(policy: Policy, method: Method[Any]) -> None:
+    rollout = replace(rollout_of(policy, method), scores=torch.zeros(3, 2))
+    rows = method.rows(rollout, stream(0, "rows"))
+    assert len(rows) == 0
+    weights = list(policy.model.trainable().values())
+    before = [w.detach().clone() for w in weights]
+    optimizer = torch.optim.AdamW(weights, 0.1)
+    metrics = update(policy, method, rows, optimizer, Updates(), stream(0, "shuffle"))
+    assert metrics == {"updates": 0}
+    assert all(torch.equal(*pair) for pair in zip(before, weights, strict=True))
 
 
 @pytest.mark.parametrize(

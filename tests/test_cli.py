@@ -669,7 +669,7 @@ def test_a_terminated_command_takes_its_workers_along(micro: Path, tmp_path: Pat
 def test_a_killed_worker_is_told_in_our_words() -> None:
     future: Future[None] = Future()
     future.set_exception(BrokenProcessPool("A child process terminated abruptly, ..."))
-    (problem,) = launch._failure(future)
+    problem = launch._failure(future)
     assert isinstance(problem, RunError)
     assert "got one that was killed" in str(problem)
 

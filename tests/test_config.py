@@ -164,14 +164,14 @@ def test_some_steps_are_left_to_learn_from() -> None:
 
 
 def test_a_preset_holds_options_and_fields_of_a_method() -> None:
-    own = PRESETS["quick"]["by_method"]["d3po"]
     run, _ = made()
-    assert run.options == {"pairs": "extremes", "clip_range": 0.2}
-    assert run.images_per_prompt == own["images_per_prompt"] == 4
-    assert run.learning_rate == own["learning_rate"] != PRESETS["quick"]["learning_rate"]
+    assert run.options == PRESETS["quick"]["by_method"]["d3po"]
     assert made(clip_range="0.05")[0].options == {**run.options, "clip_range": 0.05}
-    assert made(images_per_prompt="2")[0].images_per_prompt == 2
-    assert make("ddpo", "incompress", "quick", {})[0].images_per_prompt == 8
+    assert run.units_per_update == PRESETS["quick"]["units_per_update"]
+    other = make("ddpo", "incompress", "quick", {})[0]
+    assert other.units_per_update == 16
+    assert other.options == {"minimum": 8, "clip_range": 0.1}
+    assert make("ddpo", "incompress", "quick", {"units_per_update": "3"})[0].units_per_update == 3
 
 
 def test_what_set_can_change() -> None:

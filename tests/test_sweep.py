@@ -1,0 +1,238 @@
+"""A grid of runs: what is asked for, what is skipped, what fails, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d3po_bench import launch, train
+from d3po_bench.cli import main
+from d3po_bench.errors import RunError, UserError
+from d3po_bench.store import RunStore
+from d3po_bench.sweep import read
+from d3po_bench.types import Rollout
+
+GRID = """
+methods = ["d3po", "reward_weighted"]
+objectives = ["compress", "incompress"]
+seeds = [3, 1]
+model = "{model}"
+preset = "official_code"
+[set]
+rounds = 2
+sampling_steps = 2
+prompts_per_round = 2
+eval_prompts = 2
+eval_images = 1
+dtype = "fp32"
+[method.reward_weighted]
+skip_steps = 0
+weight = "sparse"
+[objective.compress]
+learning_rate = 1e-3
+[cell."d3po.compress"]
+learning_rate = 2e-3
+skip_ties = true
+lora_targets = ["to_q", "to_k"]
+"""
+
+
+@pytest.fixture
+def grid(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.format(model=micro))
+    return path
+
+
+def sweep(*arguments: str | Path) -> int:
+    try:
+        main(["sweep", *map(str, arguments)])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def stores(out: Path = Path("runs")) -> dict[str, RunStore]:
+    folders = sorted(path.parent for path in out.rglob("config.json"))
+    return {"/".join(f.parts[-3:]): RunStore(f) for f in folders}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    names = ("metrics.jsonl", "eval.csv", "pytorch_lora_weights.safetensors")
+    return {str(path.relative_to(out)): path.read_bytes() for n in names for path in out.rglob(n)}
+
+
+def test_the_special_beats_the_general(grid: Path) -> None:
+    found = read(grid)
+    assert (found.seeds, found.preset) == ([3, 1], "official_code")
+    assert found.settings_of("d3po", "incompress")["rounds"] == "2"
+    assert "learning_rate" not in found.settings_of("d3po", "incompress")
+    assert found.settings_of("reward_weighted", "compress")["learning_rate"] == "0.001"
+    own = found.settings_of("d3po", "compress")
+    assert own["learning_rate"] == "0.002"
+    assert (own["skip_ties"], own["lora_targets"]) == ("true", "to_q,to_k")
+
+
+def test_all_cells_run_and_finished_ones_are_skipped(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(grid) == 0
+    assert list(stores()) == [
+        f"{objective}/{method}/seed-{seed}"
+        for objective in ("compress", "incompress")
+        for method in ("d3po", "reward_weighted")
+        for seed in (1, 3)
+    ]
+    assert all(store.finished for store in stores().values())
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.*")}
+    capsys.readouterr()
+    assert sweep(grid) == 0
+    assert capsys.readouterr().err.count("finished before") == 8
+    assert before == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.*")}
+
+
+def test_the_runs_are_those_of_the_run_command(grid: Path, micro: Path) -> None:
+    assert sweep(grid) == 0
+    sets = ["sampling_steps=2", "prompts_per_round=2", "eval_prompts=2", "eval_images=1",
+            "dtype=fp32", "rounds=2"]  # fmt: skip
+    main(["run", "--method", "d3po", "--objective", "incompress", "--model", str(micro),
+          "--preset", "official_code", "--seed-start", "1", "--out", "again",
+          *[part for s in sets for part in ("--set", s)]])  # fmt: skip
+    again = contents(Path("again"))
+    assert len(again) == 3
+    assert again.items() <= contents(Path("runs")).items()
+
+
+def test_a_sweep_that_was_cut_goes_on_to_the_same_bytes(
+    grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sweep(grid, "--out", "whole") == 0
+    rounds = train.Trainer.train_round
+    calls: list[int] = []
+
+    def cut(self: train.Trainer, report: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:  # the second round of the third run
+            raise KeyboardInterrupt
+        return rounds(self, report)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "train_round", cut)
+        assert sweep(grid, "--out", "cut", "--jobs", "1") == 1
+    assert sum(store.finished for store in stores(Path("cut")).values()) == 2
+    assert sweep(grid, "--out", "cut") == 0
+    assert contents(Path("cut")) == contents(Path("whole"))
+
+
+@pytest.mark.parametrize("problem", [RunError("Expected a, got b."), UserError("Expected a.")])
+def test_a_failed_cell_is_named_and_stops_no_other(
+    problem: UserError, grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    score = train.Trainer._score
+
+    def broken(self: train.Trainer, rollout: Rollout) -> Any:
+        if (self.config.method, self.config.objective, self.config.seed) == ("d3po", "compress", 3):
+            raise problem
+        return score(self, rollout)
+
+    monkeypatch.setattr(train.Trainer, "_score", broken)
+    assert sweep(grid, "--jobs", "1") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: Expected 8 runs that finish, got 1 that did not (d3po comp")
+    assert "Expected a" in lines[-2]
+    assert lines[-2].startswith("d3po compress seed 3: ")
+    unfinished = [name for name, store in stores().items() if not store.finished]
+    assert unfinished in ([], ["compress/d3po/seed-3"])
+    assert sum(store.finished for store in stores().values()) == 7
+    monkeypatch.undo()
+
+
+def test_side_by_side_gives_the_same_bytes(grid: Path) -> None:
+    text = grid.read_text().replace("seeds = [3, 1]", "seeds = 1")
+    grid.write_text(text.replace('["compress", "incompress"]', '["compress"]'))
+    assert sweep(grid, "--jobs", "2", "--out", "two") == 0
+    assert sweep(grid, "--jobs", "1", "--out", "one") == 0
+    assert contents(Path("one")) == contents(Path("two"))
+
+
+GOOD = 'methods = ["d3po"]\nobjectives = ["compress"]\nseeds = 1\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("methods = [", "Expected TOML in"),
+        (GOOD + "rounds = 3", "Expected a grid key, got 'rounds'"),
+        (GOOD + "modle = 'tiny'", "Did you mean 'model'?"),
+        (GOOD + "model = 3", "a name in quotes for model, got 3"),
+        (GOOD.replace("d3po", "d3pp"), "Expected a method, got 'd3pp'. Did you mean 'd3po'?"),
+        (GOOD.replace("compress", "compres"), "Expected an objective, got 'compres'."),
+        (GOOD.replace('["d3po"]', "[]"), "Expected a list of names for methods, got []"),
+        (GOOD.replace('["d3po"]', '"d3po"'), "Expected a list of names for methods, got 'd3po'"),
+        (GOOD.replace('methods = ["d3po"]', ""), "for methods, got None"),
+        (GOOD.replace('["d3po"]', '["d3po", "d3po"]'), "each of methods once, got 'd3po' twice"),
+        (GOOD.replace('"compress"', '"compress", "compress"'), "each of objectives once"),
+        (GOOD.replace("= 1", "= [0, 1, 0]"), "each of seeds once, got 0 twice"),
+        (GOOD.replace("= 1", "= [-1]"), "a list of seeds from 0 up, got [-1]"),
+        (GOOD.replace("= 1", "= [0.5]"), "from 0 up, got [0.5]"),
+        (GOOD.replace("= 1", "= [true]"), "from 0 up, got [True]"),
+        (GOOD.replace("= 1", "= 0"), "from 0 up, got 0"),
+        (GOOD.replace("seeds = 1", ""), "from 0 up, got None"),
+        (GOOD + "[set]\nroundz = 2", "Did you mean 'rounds'?"),
+        (GOOD + "[set]\nrounds = 'two'", "a whole number for rounds, got 'two'"),
+        (GOOD + "[set]\nrounds = {a = 1}", "text, a number, true or false for rounds"),
+        (GOOD + "[set]\nrounds = 0", "Expected rounds from 1"),
+        (GOOD + "set = 3", "Expected settings in [set], got 3"),
+        (GOOD + "method = 3", "Expected [method.NAME] sections"),
+        (GOOD + "[method]\nd3po = 3", "Expected settings in [method.d3po], got 3"),
+        (GOOD + "[method.ddpo]\nrounds = 2", "got 'ddpo'"),
+        (GOOD + "[cell.'d3po.incompress']\nrounds = 2", "got 'd3po.incompress'"),
+        (GOOD + "preset = 'quik'", "Did you mean 'quick'?"),
+        (GOOD + "model = 'tinny'", "Did you mean 'tiny'?"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("grid.toml").write_text(text)
+    assert sweep("grid.toml") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Expected ")
+    assert said in line
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.toml"]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_no_grid_file_at_all(content: bytes | None, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "grid.toml"
+    if content is not None:
+        path.write_bytes(content)
+    assert sweep(path, "--out", tmp_path / "runs") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Expected ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_another_config_is_refused_before_anything_runs(
+    grid: Path, capsys: Any
+) -> None:
+    assert sweep(grid) == 0
+    grid.write_text(grid.read_text().replace("rounds = 2", "rounds = 3"))
+    before = contents(Path("runs"))
+    capsys.readouterr()
+    assert sweep(grid) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "rounds" in line
+    assert contents(Path("runs")) == before
+
+
+def test_of_many_runs_only_those_at_work_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    names = {f"run {i}": f"run {i}" for i in range(launch.MANY + 2)}
+    with launch._bars(names) as report:
+        report(train.Progress("run 0", 0.5, "round 1/2"))
+        report(train.Progress("run 1", 1.0, "done"))
