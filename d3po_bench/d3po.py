@@ -156,10 +156,19 @@ class D3PO:
                 f"{self.clip_range} and {self.beta}. Change them with --set."
             )
 
+    def _pairs(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return extremes(scores) if self.pairs == "extremes" else preferred(scores)
+
+    def learnt(self, rollout: Rollout) -> Tensor:
+        """Images that are in a pair, [P, K] bool."""
+        prompt, images, _ = self._pairs(rollout.scores)
+        chosen = torch.zeros(rollout.scores.shape[:2], dtype=torch.bool)
+        chosen[prompt.unsqueeze(1), images] = True
+        return chosen
+
     def rows(self, rollout: Rollout, rng: Generator) -> Pairs:
         """Pair up the images of each prompt, winner first."""
-        choose = extremes if self.pairs == "extremes" else preferred
-        prompt, images, preference = choose(rollout.scores)
+        prompt, images, preference = self._pairs(rollout.scores)
         if self.skip_ties:
             kept = preference > 0
             prompt, images, preference = prompt[kept], images[kept], preference[kept]

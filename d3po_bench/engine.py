@@ -13,7 +13,7 @@ from d3po_bench import parallel
 from d3po_bench.errors import RunError
 from d3po_bench.policy import Policy
 from d3po_bench.seeding import Purpose, normal, stream
-from d3po_bench.types import Method, Metrics, Rollout, Rows
+from d3po_bench.types import Choosy, Method, Metrics, Rollout, Rows
 
 R = TypeVar("R", bound=Rows)
 
@@ -110,26 +110,46 @@ def _step_means(
 
 @torch.no_grad()
 def pretrained_means(
-    policy: Policy, rollout: Rollout, *, batch: int = 256, skip: int = 0
+    policy: Policy,
+    rollout: Rollout,
+    *,
+    batch: int = 256,
+    skip: int = 0,
+    images: Tensor | None = None,
 ) -> Tensor:
     """Step means [P, K, T - skip, C, H, W] of the pretrained model on a rollout's own latents.
 
-    Depends on nothing trainable, so once per round is enough, in large batches. The last `skip`
-    steps are left out: they are not learnt from.
+    Depends on nothing trainable, so once per round is enough, in large batches.
+
+    Args:
+        policy: whose model and schedule.
+        rollout: the latents.
+        batch: most steps in one call.
+        skip: last steps to leave out.
+        images: [P, K] bool, which images; the others keep the rollout's own means. All if None.
     """
-    p, k, steps = rollout.means[:, :, : rollout.means.shape[2] - skip].shape[:3]
-    x = rollout.latents[:, :, :-1]
-    out = torch.empty_like(rollout.means[:, :, :steps])
-    flat = out.view(p * k * steps, *out.shape[3:])
-    pieces = torch.arange(len(flat), device=x.device).split(batch)
+    out = rollout.means[:, :, : rollout.means.shape[2] - skip].clone()
+    steps, device = out.shape[2], out.device
+    chosen = torch.ones(out.shape[:2], dtype=torch.bool) if images is None else images
+    prompt, image = chosen.to(device).nonzero(as_tuple=True)
+    flat = torch.empty(len(prompt) * steps, *out.shape[3:], device=device)
+    pieces = torch.arange(len(flat), device=device).split(batch)
     for number, items in enumerate(pieces):
         if parallel.mine(number):
-            i, j, s = items // (k * steps), items // steps % k, items % steps
-            step = policy.step(x[i, j, s], rollout.timesteps[s], rollout.text[i], frozen=True)
-            flat[items] = step.mean
+            i, j, s = prompt[items // steps], image[items // steps], items % steps
+            x, t, text = rollout.latents[i, j, s], rollout.timesteps[s], rollout.text[i]
+            flat[items] = policy.step(x, t, text, frozen=True).mean
     for number, items in enumerate(pieces):
         parallel.send(flat[int(items[0]) : int(items[-1]) + 1], number)
+    out[prompt, image] = flat.view(len(prompt), *out.shape[2:])
     return out
+
+
+def learnt_images(method: Method[Any], rollout: Rollout) -> Tensor:
+    """Which images of a scored rollout the method learns from, [P, K] bool."""
+    if isinstance(method, Choosy):
+        return method.learnt(rollout)
+    return torch.ones(rollout.means.shape[:2], dtype=torch.bool)
 
 
 def with_reference(
@@ -144,14 +164,15 @@ def with_reference(
     """Add the reference means that the method asks for.
 
     They are the rollout's own where the reference is the sampling policy, and also while the
-    policy is `untrained`: then it equals the pretrained model, and for the last `skip` steps,
-    which are not learnt from.
+    policy is `untrained`: then it equals the pretrained model, and wherever nothing is learnt
+    from: the last `skip` steps, and images that the method does not choose.
     """
     if method.reference is None:
         return rollout
     if method.reference == "sampling" or untrained:
         return replace(rollout, reference=rollout.means)
-    learnt = pretrained_means(policy, rollout, batch=batch, skip=skip)
+    images = learnt_images(method, rollout)
+    learnt = pretrained_means(policy, rollout, batch=batch, skip=skip, images=images)
     rest = rollout.means[:, :, learnt.shape[2] :]
     return replace(rollout, reference=torch.cat([learnt, rest], 2))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d3po_bench import registry
 from d3po_bench.config import Execution, RunConfig, method_of
-from d3po_bench.engine import Draws, Updates, sample, update, with_reference
+from d3po_bench.engine import Draws, Updates, learnt_images, sample, update, with_reference
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.gaussian import Gaussian
 from d3po_bench.models.stable_diffusion import Source, Training, load
@@ -230,13 +230,15 @@ class Trainer:
         return bool(self.method.reference == "pretrained")
 
     def _kl(self, rollout: Rollout) -> float:
-        """KL of a step to the pretrained model, mean over the round's images and learnt steps."""
+        """KL of a step to the pretrained model, mean over the images and steps learnt from."""
         if rollout.reference is None:
             raise ValueError("the rollout carries no reference")
         learnt = self.config.sampling_steps - self.config.skip_steps
+        chosen = learnt_images(self.method, rollout)
         std = self.policy.schedule.std[:learnt].float().to(rollout.means.device)
-        ours, theirs = (m[:, :, :learnt].flatten(0, 2) for m in (rollout.means, rollout.reference))
-        return float(Gaussian(ours, std.repeat(rollout.scores.numel())).kl(theirs).mean())
+        means = (m[chosen][:, :learnt] for m in (rollout.means, rollout.reference))
+        ours, theirs = (m.flatten(0, 1) for m in means)
+        return float(Gaussian(ours, std.repeat(int(chosen.sum()))).kl(theirs).mean())
 
     # ---- checkpoints
 

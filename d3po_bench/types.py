@@ -149,6 +149,14 @@ class Method(Protocol[R]):
 
 
 @runtime_checkable
+class Choosy(Protocol):
+    """A method that learns from some images of a round alone: only they need a reference."""
+
+    def learnt(self, rollout: Rollout) -> Tensor:
+        """Which images, [P, K] bool."""
+
+
+@runtime_checkable
 class Model(Protocol):
     """A latent text-to-image diffusion model with a trainable part."""
 

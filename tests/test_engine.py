@@ -360,6 +360,24 @@ def test_reference_once_in_batches_of_any_size(micro_model: StableDiffusion) -> 
     torch.testing.assert_close(small[1, 1, 2], one, rtol=1e-5, atol=1e-5)
 
 
+def test_only_images_that_are_learnt_from_get_a_reference(micro_model: StableDiffusion) -> None:
+    disturb(micro_model)
+    policy, method = Policy(micro_model, steps=4), D3PO(pairs="extremes")
+    rollout = rollout_of(policy, images=4)
+    before = micro_model.forwards
+    found = with_reference(policy, rollout, method, untrained=False, batch=7, skip=1)
+    assert micro_model.forwards - before == 3 * 2 * 3 * 2  # prompts, images, steps, guidance
+    whole = pretrained_means(policy, rollout, batch=7, skip=1)
+    assert found.reference is not None
+    chosen = method.learnt(rollout)
+    assert chosen.sum(1).tolist() == [2, 2, 2]
+    torch.testing.assert_close(found.reference[chosen][:, :3], whole[chosen], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.reference[~chosen], rollout.means[~chosen])
+    with_all = replace(rollout, reference=torch.cat([whole, rollout.means[:, :, 3:]], 2))
+    ours, theirs = (method.rows(r, stream(0, "rows")) for r in (found, with_all))
+    torch.testing.assert_close(ours.reference, theirs.reference, rtol=1e-4, atol=1e-4)
+
+
 def test_updates_per_unit_and_per_timestep(micro_model: StableDiffusion) -> None:
     policy = Policy(micro_model, steps=4)
     rows = rows_of(policy, untrained=True)
