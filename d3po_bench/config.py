@@ -157,7 +157,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "units_per_update": 2,
         "learning_rate": 2.5e-3,
         "eval_every": 4,
-        "eval_scorers": ("animal", "diversity"),
+        "eval_images": 1,
+        "eval_scorers": ("animal",),
         "by_method": {
             "d3po": {"pairs": "extremes", "clip_range": 0.2},
             "ddpo": {**_EACH_IMAGE, "clip_range": 0.1},
