@@ -92,7 +92,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     scores: Frame
-    """Mean over the evaluation images by (sampler, round): score and, where known, animal."""
+    """Mean over the evaluation images by (sampler, round): score and whatever else was measured."""
     spent: dict[int, dict[str, float]]
     """Round -> cumulative pairs, images and, where timing.jsonl has the round, seconds."""
 
@@ -202,7 +202,7 @@ def _mean_scores(path: Path) -> Frame:
     import pandas as pd
 
     rows = pd.read_csv(path).astype({"round": int, "score": float})
-    columns = [c for c in ("score", "animal") if c in rows]
+    columns = [c for c in rows if c not in ("round", "sampler", "prompt", "index")]
     return rows.groupby(["sampler", "round"])[columns].mean().dropna(subset="score")
 
 
@@ -296,7 +296,7 @@ def _curve(run: Run, x: str) -> list[dict[str, Any]]:
                 "none. Choose --x pairs or --x images."
             )
         place = {"seed": run.seed, "round": round_, "x": run.spent[round_][x]}
-        rows.append({**names, **place, **scores})
+        rows.append({**names, **place, **scores.reindex(["score", "animal"])})
     return rows
 
 
