@@ -30,10 +30,10 @@ def publish(runs: Path, target: Path) -> None:
 
 
 def draw(runs: Path, target: Path) -> None:
-    """Figures over both axes that the comparison is made on."""
-    for axis in ("pairs", "images"):
-        for figure in plot([runs], target / "figures" / axis, x=axis):
-            print(figure)
+    """Figures over the paper's axis and over images; sheets need the samples, so the runs."""
+    figures = target / "figures"
+    for figure in [*plot([runs], figures), *plot([target], figures / "images", x="images")]:
+        print(figure)
 
 
 if __name__ == "__main__":
