@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d3po_bench.errors import UserError
@@ -592,7 +593,8 @@ def _sheet(title: str, strips: Sequence[Strip]) -> Image.Image:
         _font("DejaVuSans", 22),
         _font("DejaVuSans", 20),
     )
-    prompts = [_wrapped(name, int(side / small.getlength("n"))) for name in names]
+    letter = small.getlength(ascii_lowercase) / len(ascii_lowercase)
+    prompts = [_wrapped(name, int((side + GAP) / letter)) for name in names]
     labels = [line for strip in strips for line in strip.label.split("\n")]
     left = 5 * GAP + int(max(map(plain.getlength, labels)))
     top = TITLE + GAP + LINE * max(prompt.count("\n") + 1 for prompt in prompts)
