@@ -6,11 +6,12 @@ import importlib.util
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from d3po_bench import registry
+from d3po_bench import registry, sweep
 from d3po_bench.config import make
 
 ROOT = Path(__file__).parent.parent
@@ -59,3 +60,18 @@ def test_commands_of_tries_give_their_configs() -> None:
         for key, value in {**recorded, **recorded["options"]}.items():
             if key not in ("options", "run_id"):
                 assert made[key] == (tuple(value) if isinstance(value, list) else value), path
+
+
+def test_the_grid_makes_the_published_configs() -> None:
+    published = ROOT / "results" / "tiny"
+    grid = sweep.read(published / "grid.toml")
+    cells = set(product(grid.methods, grid.objectives, grid.seeds))
+    for path in published.rglob("config.json"):
+        recorded = path.read_text(encoding="utf-8")
+        found = json.loads(recorded)
+        cell = found["method"], found["objective"], found["seed"]
+        cells.remove(cell)
+        changes = grid.settings_of(*cell[:2])
+        run, _ = make(*cell[:2], "quick", changes, model=grid.model, seed=cell[2])
+        assert run.to_json() == recorded
+    assert cells == set()
