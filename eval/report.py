@@ -52,7 +52,8 @@ STYLE: dict[str, Any] = {
     "ytick.labelsize": 9,
     "legend.fontsize": 9.5,
     "legend.frameon": False,
-    "legend.columnspacing": 1.6,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.7,
     "legend.handletextpad": 0.6,
     "figure.constrained_layout.w_pad": 0.08,
     "figure.constrained_layout.h_pad": 0.06,
@@ -71,6 +72,8 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "d3po-bench",
 }
 DPI = 150
+SEEDS_SHOWN = 3
+"""Most methods in a panel that still shows the curve of every seed."""
 
 CELL = (96, 160)
 """Smallest and largest side of a picture on a sheet, in pixels."""
@@ -95,7 +98,7 @@ class Run:
     scores: Frame
     """Mean over the evaluation images by (sampler, round): score and whatever else was measured."""
     spent: dict[int, dict[str, float]]
-    """Round -> cumulative pairs, images and, where timing.jsonl has the round, seconds."""
+    """Round -> cumulative pairs, images and, where the run has them, unet_forwards and seconds."""
 
     @property
     def group(self) -> Group:
@@ -123,16 +126,18 @@ def plot(runs: Sequence[Path], out: Path | None = None, x: str = "pairs") -> lis
 
     Raises:
         ValueError: `x` is none of `X_LABELS`.
-        UserError: no run is found, one cannot be read or has no evaluation, seeds of a method
-            do not belong together, or `out` cannot be written.
+        UserError: no run is found, one cannot be read, was cut short or has no evaluation, base
+            models are mixed, seeds of a method do not belong together, or `out` cannot be
+            written.
         RunError: the disk is full.
     """
     if x not in X_LABELS:
         raise ValueError(f"x must be one of {', '.join(X_LABELS)}, got {x!r}")
-    found = sorted(map(read_run, find_runs(runs)), key=lambda run: (*run.group, run.seed))
-    groups = _grouped(found)
+    groups = read_groups(runs)
     out = out or runs[0] / "plots"
-    files = _write_curves(curves(found, x), x, out)
+    files = _write_curves(
+        curves([run for members in groups.values() for run in members], x), x, out
+    )
     for group, members in groups.items():
         sheet = samples_sheet(members)
         if sheet is not None:
@@ -149,15 +154,29 @@ def _sheet_name(group: Group) -> str:
 # ---- reading
 
 
+def read_groups(paths: Iterable[Path]) -> dict[Group, list[Run]]:
+    """Every run below `paths` by model, objective and method; groups and seeds sorted.
+
+    Raises:
+        UserError: none is found, one cannot be read or was cut short, they are of several base
+            models, or those of a method have a seed twice or differ in more than the seed.
+    """
+    runs = sorted(map(read_run, find_runs(paths)), key=lambda run: (*run.group, run.seed))
+    _require_one_model(runs)
+    return _grouped(runs)
+
+
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The folders at or below `paths` that hold config.json and eval.csv, each once, sorted.
 
+    Runs whose settings turn evaluation off are passed over.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one that should have been evaluated was not.
     """
     paths = list(paths)
     folders = {c.parent.resolve(): c.parent for p in paths for c in p.rglob("config.json")}
-    found = sorted(f for f in folders.values() if (f / "eval.csv").is_file())
+    found = sorted(f for f in folders.values() if _is_evaluated(f))
     if not found:
         raise UserError(
             "Expected run folders (with config.json and eval.csv) below "
@@ -167,11 +186,31 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
+def _is_evaluated(folder: Path) -> bool:
+    """Whether the folder has an evaluation; False where its settings ask for none.
+
+    Raises:
+        UserError: it should have one.
+    """
+    if (folder / "eval.csv").is_file():
+        return True
+    try:
+        off = json.loads((folder / "config.json").read_text(encoding="utf-8"))["eval_every"] == 0
+    except (OSError, ValueError, KeyError, TypeError):
+        off = False
+    if not off:
+        raise UserError(
+            f"Expected config.json and eval.csv in {folder}, got no eval.csv: the run was cut "
+            "short. Run it again, which goes on from its last round, or leave that folder out."
+        )
+    return False
+
+
 def read_run(folder: Path) -> Run:
     """The run in `folder`.
 
     Raises:
-        UserError: a file is missing, damaged or has no row of the training sampler.
+        UserError: a file is missing, damaged, cut short or has no row of the training sampler.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -199,10 +238,24 @@ def _unreadable(folder: Path, detail: str) -> UserError:
 
 
 def _mean_scores(path: Path) -> Frame:
-    """Means over the evaluation images; images without a score are left out."""
+    """Means over the evaluation images; images without a score are left out.
+
+    Raises:
+        ValueError: the file does not end where an evaluation ends.
+    """
     import pandas as pd
 
-    rows = pd.read_csv(path).astype({"round": int, "score": float})
+    text = path.read_text(encoding="utf-8")
+    # Half a number reads as a number: 1.4 of 1.445.
+    if not text.endswith("\n"):
+        raise ValueError(f"half a line at the end of {path.name}")
+    rows = pd.read_csv(io.StringIO(text)).astype({"round": int, "score": float})
+    counts = rows.groupby(["round", "sampler"]).size().unstack(fill_value=0).stack()
+    if counts.nunique() > 1:
+        (round_, sampler), count = counts.idxmin(), counts.min()
+        raise ValueError(
+            f"{count} of {counts.max()} images of round {round_}, sampler {sampler}, in {path.name}"
+        )
     columns = [c for c in rows if c not in ("round", "sampler", "prompt", "index")]
     return rows.groupby(["sampler", "round"])[columns].mean().dropna(subset="score")
 
@@ -215,7 +268,8 @@ def _spent(folder: Path) -> dict[int, dict[str, float]]:
         seconds[line["round"]] = total
     spent = {0: {"pairs": 0.0, "images": 0.0}}
     for line in _json_lines(folder / "metrics.jsonl"):
-        spent[line["round"]] = {k: float(line[k]) for k in ("pairs", "images")}
+        known = ("pairs", "images", *({"unet_forwards"} & line.keys()))
+        spent[line["round"]] = {k: float(line[k]) for k in known}
     for round_ in spent.keys() & seconds.keys():
         spent[round_]["seconds"] = seconds[round_]
     return spent
@@ -225,6 +279,17 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _require_one_model(runs: Sequence[Run]) -> None:
+    """Refuse runs of several base models: their scores do not start at the same height."""
+    first = runs[0]
+    for run in runs:
+        if run.config["model"] != first.config["model"]:
+            raise UserError(
+                f"Expected runs of one base model, got {first.config['model']} in {first.folder} "
+                f"and {run.config['model']} in {run.folder}. Name the folder of one model."
+            )
 
 
 def _grouped(runs: Iterable[Run]) -> dict[Group, list[Run]]:
@@ -362,30 +427,28 @@ def _write(path: Path, data: bytes) -> Path:
 
 
 def curves_figure(table: Frame, x: str) -> Figure:
-    """A panel for each objective and a row for each model, over what `curves` returns.
+    """A panel for each objective, over what `curves` returns for the runs of one base model.
 
     With the scores of the scorer `animal`, a smaller panel under each: a method that pleases
     the objective with pictures nobody can name falls there.
     """
     from matplotlib.figure import Figure
 
-    models, objectives = (sorted(table[key].unique()) for key in ("model", "objective"))
-    recognised = bool(table["animal"].notna().any())
-    heights = ([3.0, 1.3] if recognised else [3.2]) * len(models)
+    objectives = sorted(table["objective"].unique())
+    heights = [3.0, 1.3] if table["animal"].notna().any() else [3.2]
     # 8.5 inches fill a README's 850 pixels, where 10 points are then 14 pixels.
     width = 6.4 if len(objectives) == 1 else max(8.5, 2.9 * len(objectives))
     looks = _looks(table["method"].unique())
     figure = Figure(figsize=(width, sum(heights) + 1.1), layout="constrained")
     grid = figure.add_gridspec(len(heights), len(objectives), height_ratios=heights)
-    for (model, objective), part in table.groupby(["model", "objective"]):
-        row, column = models.index(model) * (1 + recognised), objectives.index(objective)
-        axes = figure.add_subplot(grid[row, column])
-        title = _title(objective) + (f"\n{short_name(model)}" if len(models) > 1 else "")
-        axes.set_title(title, fontweight="bold")
+    for column, objective in enumerate(objectives):
+        part = table[table["objective"] == objective]
+        axes = figure.add_subplot(grid[0, column])
+        axes.set_title(_title(objective), fontweight="bold")
         axes.set_ylabel(_score_label(objective))
         _draw_panel(axes, part, "score", looks)
-        if recognised:
-            below = figure.add_subplot(grid[row + 1, column], sharex=axes)
+        if len(heights) > 1:
+            below = figure.add_subplot(grid[1, column], sharex=axes)
             _draw_panel(below, part, "animal", looks)
             _finish_recognised(below, axes)
     figure.supxlabel(X_LABELS[x], fontsize=10)
@@ -394,10 +457,12 @@ def curves_figure(table: Frame, x: str) -> Figure:
 
 
 def _draw_panel(axes: Axes, part: Frame, column: str, looks: Looks) -> None:
-    """Seeds, means, intervals and the base model's line, of one model and objective."""
+    """Seeds, means, intervals and the base model's line, of one objective."""
     base = part.loc[part["round"] == 0, column].mean()
     axes.axhline(base, color=MUTED, linestyle=":", linewidth=1.2)
-    for (method, _), rows in part.groupby(["method", "seed"]):
+    # Single seeds of many methods hide the bands that sum them up.
+    seeds = part if part["method"].nunique() <= SEEDS_SHOWN else part[:0]
+    for (method, _), rows in seeds.groupby(["method", "seed"]):
         axes.plot(rows["x"], rows[column], color=looks[method][0], alpha=0.25, linewidth=0.7)
     for method, rows in averages(part, column).groupby("method"):
         colour, marker = looks[method]
@@ -417,7 +482,7 @@ def _finish_recognised(axes: Axes, above: Axes) -> None:
     """The axes of the panel under a panel, which holds probabilities."""
     axes.set_ylim(-0.04, 1.04)
     axes.set_yticks([0, 0.5, 1])
-    axes.set_ylabel("recognisable")
+    axes.set_ylabel("recognised\n(probability)")
     above.tick_params(axis="x", labelbottom=False)
 
 
@@ -435,8 +500,9 @@ def _draw_legend(figure: Figure, table: Frame, looks: Looks) -> None:
         handles.append(
             Patch(color=MUTED, alpha=0.25, linewidth=0, label="95 % interval over seeds")
         )
-    one_row = len(handles) <= (4 if figure.get_figwidth() > 8 else 3)
-    columns = len(handles) if one_row else 2 if len(handles) == 4 else 3
+    widest = 4 if figure.get_figwidth() > 8 else 3
+    # Full rows: six in two rows of three, seven in four and three.
+    columns = -(-len(handles) // -(-len(handles) // widest))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
@@ -243,7 +244,7 @@ def test_panels_and_legend(runs: Path) -> None:
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["compress (↓ is better)", "incompress (↑ is better)"]
     labels = [axes.get_ylabel() for axes in figure.axes]
-    assert labels == ["held-out score (kB)", "recognisable"] * 2
+    assert labels == ["held-out score (kB)", "recognised\n(probability)"] * 2
     methods = ["d3po (3 seeds)", "ddpo (3 seeds)"]
     assert legend_of(figure) == [*methods, "base model", "95 % interval over seeds"]
 
@@ -296,13 +297,36 @@ def test_unequal_numbers_of_seeds(tmp_path: Path) -> None:
     assert report.seeds_label(table(tmp_path), "d3po") == "d3po (1-2 seeds)"
 
 
-def test_a_row_for_each_model(tmp_path: Path) -> None:
-    write_run(tmp_path, model="tiny", animal=False)
-    write_run(tmp_path, model="hub/some-model", animal=False)
-    figure = report.curves_figure(table(tmp_path), "pairs")
-    arrow = "(↑ is better)"
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == [f"incompress {arrow}\nsome-model", f"incompress {arrow}\ntiny"]
+def test_bands_of_many_methods_are_not_crossed_by_seeds(tmp_path: Path) -> None:
+    methods = ("d3po", "ddpo", "dpok", "reward_weighted")
+    for method, seed in itertools.product(methods, (0, 1)):
+        write_run(tmp_path, method=method, seed=seed)
+    axes = report.curves_figure(table(tmp_path), "pairs").axes[0]
+    assert len(axes.lines) == 1 + 4  # the base model, and a mean for each method
+    assert len(axes.collections) == 4
+
+
+@pytest.mark.parametrize("x", ["pairs", "images"])
+@pytest.mark.parametrize("objectives", [("compress",), ("compress", "incompress")])
+def test_nothing_of_a_full_figure_overlaps(
+    tmp_path: Path, objectives: tuple[str, ...], x: str
+) -> None:
+    # seed 4 of some only: the longest labels, "reward_weighted (4-5 seeds)"
+    for i, objective in enumerate(objectives):
+        for method, seed in itertools.product(report.LOOKS, range(5 - i)):
+            write_run(tmp_path, objective, method, seed)
+    with report._style():
+        figure = report.curves_figure(table(tmp_path, x), x)
+        FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.x1
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert all(box is not None and box.y1 <= legend.y0 for box in boxes)
+    assert not any(
+        one is not None and other is not None and one.overlaps(other)
+        for one, other in itertools.combinations(boxes, 2)
+    )
 
 
 def test_colours_stay_with_methods(tmp_path: Path) -> None:
@@ -408,9 +432,61 @@ def test_no_path_at_all() -> None:
     refused(lambda: report.plot([]))
 
 
-def test_run_without_evaluation_is_no_run(tmp_path: Path) -> None:
-    (write_run(tmp_path) / "eval.csv").unlink()
-    assert "eval.csv" in refused(lambda: report.plot([tmp_path]))
+def test_run_cut_short_before_its_evaluation(tmp_path: Path) -> None:
+    write_run(tmp_path, seed=0)
+    folder = write_run(tmp_path, seed=1)
+    (folder / "eval.csv").unlink()
+    text = refused(lambda: report.plot([tmp_path]))
+    assert f"in {folder}, got no eval.csv" in text
+    assert "Run it again" in text
+    (folder / "config.json").write_text("{")
+    assert str(folder) in refused(lambda: report.plot([tmp_path]))
+
+
+def test_run_that_asks_for_no_evaluation_is_passed_over(tmp_path: Path) -> None:
+    (write_run(tmp_path, seed=1, eval_every=0) / "eval.csv").unlink()
+    assert "got none" in refused(lambda: report.plot([tmp_path]))
+    folder = write_run(tmp_path, seed=0)
+    assert report.find_runs([tmp_path]) == [folder]
+
+
+# 3 rounds x 2 samplers x 2 prompts x 2 images, and the header
+@pytest.mark.parametrize("characters", range(1, 30, 4))
+def test_half_a_line_at_the_end(tmp_path: Path, characters: int) -> None:
+    folder = write_run(tmp_path)
+    text = (folder / "eval.csv").read_text()
+    (folder / "eval.csv").write_text(text[:-characters])
+    message = refused(lambda: report.plot([tmp_path]))
+    assert f"in {folder}, got ValueError: " in message
+    assert "eval.csv" in message
+    assert "Run it again" in message
+
+
+@pytest.mark.parametrize("lines", [1, 3, 4, 5])
+def test_evaluation_cut_between_lines(tmp_path: Path, lines: int) -> None:
+    folder = write_run(tmp_path)
+    text = (folder / "eval.csv").read_text().splitlines(keepends=True)
+    (folder / "eval.csv").write_text("".join(text[:-lines]))
+    message = refused(lambda: report.plot([tmp_path]))
+    assert str(folder) in message
+    assert "of 4 images of round" in message
+
+
+def test_half_a_round_of_metrics(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[:-20])
+    assert f"in {folder}, got" in refused(lambda: report.plot([tmp_path]))
+
+
+def test_several_base_models(tmp_path: Path) -> None:
+    one = write_run(tmp_path, model="tiny")
+    other = write_run(tmp_path, "compress", "ddpo", model="hub/some-model")
+    text = refused(lambda: report.plot([tmp_path]))
+    assert f"hub/some-model in {other}" in text
+    assert f"tiny in {one}" in text
+    assert "Name the folder" in text
+    assert report.plot([tmp_path / "tiny"])
 
 
 def test_overlapping_paths_count_once(runs: Path) -> None:
