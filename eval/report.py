@@ -201,7 +201,7 @@ def _is_evaluated(folder: Path) -> bool:
     if not off:
         raise UserError(
             f"Expected config.json and eval.csv in {folder}, got no eval.csv: the run was cut "
-            "short. Run it again, which goes on from its last round, or leave that folder out."
+            "short. Remove that folder and run it again, or leave it out."
         )
     return False
 
@@ -232,8 +232,8 @@ def read_run(folder: Path) -> Run:
 
 def _unreadable(folder: Path, detail: str) -> UserError:
     return UserError(
-        f"Expected a readable run in {folder}, got {detail}. Run it again, or leave that folder "
-        "out."
+        f"Expected a readable run in {folder}, got {detail}. Remove that folder and run it again, "
+        "or leave it out."
     )
 
 

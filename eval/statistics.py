@@ -54,44 +54,45 @@ def interval(values: Any, confidence: float = 0.95) -> tuple[Floats, Floats]:
 def iqm(values: Any) -> float:
     """Interquartile mean over seeds: the mean of the middle half (Agarwal et al. 2021).
 
-    As in rliable, `floor(n / 4)` of the sorted values are cut at each end, so up to three seeds
-    give their mean.
+    As in rliable's `aggregate_iqm`: of all n values together, sorted, floor(n / 4) are cut at each
+    end, and none in part. So up to three seeds give their plain mean.
 
     Args:
-        values: [S] one number for each seed, or [tasks, S]: then of all of them together.
+        values: [S] one number for each seed, or [tasks, S] in a unit that the tasks share.
+
+    Returns:
+        In the unit of `values`.
 
     Raises:
-        ValueError: there is no number.
+        ValueError: there is no number, one is not finite, or the shape is another.
     """
-    from scipy.stats import trim_mean
-
-    flat = _numbers(values).ravel()
-    return float(trim_mean(flat, 0.25))
+    return float(_trimmed(_tasks(values).ravel()))
 
 
 def iqm_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of `iqm`; seeds are resampled within each task.
+
+    As in rliable, the tasks are kept: the interval is about other seeds, not about other tasks.
 
     Args:
         values: [S], or [tasks, S] for strata.
         confidence: as in `interval`.
 
     Returns:
-        Low and high end; NaN with one seed.
+        Low and high end, in the unit of `values`; NaN with one seed.
 
     Raises:
-        ValueError: there is no number.
+        ValueError: as in `iqm`.
     """
     import numpy as np
-    from scipy.stats import trim_mean
 
-    tasks = np.atleast_2d(_numbers(values))
+    tasks = np.sort(_tasks(values), axis=1)
     if tasks.shape[1] == 1:
         return float("nan"), float("nan")
     rng = np.random.default_rng(RNG_SEED)
     picked = rng.integers(tasks.shape[1], size=(RESAMPLES, *tasks.shape))
     drawn = np.take_along_axis(tasks[None], picked, 2).reshape(RESAMPLES, -1)
-    return _ends(trim_mean(drawn, 0.25, axis=1), confidence)
+    return _ends(_trimmed(drawn), confidence)
 
 
 def paired_difference(
@@ -99,33 +100,38 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Mean difference of two methods on the same prompts and noise, with its interval.
 
-    The items are the same for all runs, so they are paired away and kept fixed; the seeds of the
-    two methods are independent runs, so each method's are resampled by themselves. The interval is
-    about other seeds on these prompts and this noise, not about other prompts.
+    Items are the same in all runs, so how hard one is cancels and items are kept fixed. Seeds are
+    runs of their own, so those of each method are resampled independently, even where their
+    numbers are equal: what equal seeds share (prompts, first noise) makes the interval rather too
+    wide than too narrow. It covers what other seeds would give on these items. It does not cover
+    other prompts or other noise, nor how the settings of the two methods were chosen.
 
     Args:
-        ours: [S, N] scores of S seeds on N items.
-        theirs: [R, N] scores of R seeds on the same items.
+        ours: [S, N] held-out scores of S seeds on N items.
+        theirs: [R, N] of R seeds on the same items, in the same order.
         confidence: as in `interval`.
 
     Returns:
-        Mean difference, low and high end, in the unit of the scores; the ends are NaN where a
-        method has one seed.
+        Mean of ours minus theirs, low and high end, in the unit of the scores; the ends are NaN
+        where a method has one seed.
 
     Raises:
-        ValueError: the numbers of items differ.
+        ValueError: the items differ in number, or a score is missing or not finite.
     """
     import numpy as np
 
-    a, b = np.atleast_2d(_numbers(ours)), np.atleast_2d(_numbers(theirs))
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"paired_difference needs the same items, got {a.shape} and {b.shape}")
+    a, b = _numbers(ours), _numbers(theirs)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            "paired_difference needs scores [S, N] and [R, N] of the same items, got "
+            f"{a.shape} and {b.shape}"
+        )
     found = float((a.mean(0) - b.mean(0)).mean())
     if min(len(a), len(b)) == 1:
         return found, float("nan"), float("nan")
     rng = np.random.default_rng(RNG_SEED)
-    means = [x.mean(1)[rng.integers(len(x), size=(RESAMPLES, len(x)))].mean(1) for x in (a, b)]
-    return found, *_ends(means[0] - means[1], confidence)
+    ours_drawn, theirs_drawn = (_resampled(np.sort(x.mean(1)), rng).mean(1) for x in (a, b))
+    return found, *_ends(ours_drawn - theirs_drawn, confidence)
 
 
 def probability_of_improvement(
@@ -133,82 +139,155 @@ def probability_of_improvement(
 ) -> tuple[float, float, float]:
     """Probability that a seed of one method ends above a seed of another, with its interval.
 
-    Mann and Whitney's U over the number of pairs; a tie counts as half.
+    Mann and Whitney's U over the number of pairs; a tie counts as half. Of one task, in rliable's
+    words. The seeds of each method are resampled independently.
 
     Args:
-        ours: [S] one number for each seed.
+        ours: [S] one number for each seed; negate both where smaller is better.
         theirs: [R].
         confidence: as in `interval`.
 
     Returns:
-        Probability, low and high end; the ends are NaN where a method has one seed.
+        Probability, low and high end, 0 to 1; the ends are NaN where a method has one seed, and
+        meet where the seeds do not overlap: no resample of them can.
+
+    Raises:
+        ValueError: there is no seed, or a number is not finite.
     """
     import numpy as np
 
-    a, b = _numbers(ours), _numbers(theirs)
-    wins = (np.sign(a[:, None] - b[None, :]) + 1) / 2
+    a, b = np.sort(_numbers(ours)), np.sort(_numbers(theirs))
+    if a.ndim != 1 or b.ndim != 1:
+        raise ValueError(
+            f"probability_of_improvement needs [S] and [R], got {a.shape} and {b.shape}"
+        )
+    found = float(_wins(a, b))
     if min(len(a), len(b)) == 1:
-        return float(wins.mean()), float("nan"), float("nan")
+        return found, float("nan"), float("nan")
     rng = np.random.default_rng(RNG_SEED)
-    rows = rng.integers(len(a), size=(RESAMPLES, len(a)))
-    columns = rng.integers(len(b), size=(RESAMPLES, len(b)))
-    drawn = wins[rows[:, :, None], columns[:, None, :]].mean((1, 2))
-    return float(wins.mean()), *_ends(drawn, confidence)
+    drawn = _wins(_resampled(a, rng), _resampled(b, rng))
+    return found, *_ends(drawn, confidence)
 
 
-def area_under_curve(x: Any, y: Any) -> Floats:
-    """Mean height of a curve above its start, [...]: trapezoids over the range of x.
+def area_under_curve(x: Any, y: Any, *, above_start: bool = True) -> Floats:
+    """Mean height of a curve: trapezoids, over the range of x.
 
     Args:
         x: [n] increasing, such as images drawn.
         y: [..., n] score at each x.
-
-    Raises:
-        ValueError: fewer than two points, or x does not increase.
-    """
-    import numpy as np
-
-    at, height = _numbers(x), _numbers(y)
-    if len(at) < 2 or bool((np.diff(at) <= 0).any()) or height.shape[-1] != len(at):
-        raise ValueError(f"area_under_curve needs increasing x [n >= 2] and y [..., n], got {at}")
-    area = np.trapezoid(height - height[..., :1], at, axis=-1) / (at[-1] - at[0])
-    return np.asarray(area)
-
-
-def reaches(x: Any, y: Any, threshold: float, sign: int = 1) -> float:
-    """The first x at which a curve reaches a threshold, such as images to a size.
-
-    Between evaluations the curve is a straight line.
-
-    Args:
-        x: [n] increasing.
-        y: [n] score at each x.
-        threshold: in the unit of y.
-        sign: 1 where larger is better, -1 where smaller is.
+        above_start: whether each curve's first value is taken off, which leaves the mean gain.
 
     Returns:
-        In the unit of x; NaN if the curve never gets there.
+        [...], in the unit of y.
+
+    Raises:
+        ValueError: fewer than two points, x does not increase, or a number is not finite.
     """
     import numpy as np
 
-    at, height = _numbers(x), sign * (_numbers(y) - threshold)
+    at, height = _curve(x, y)
+    if len(at) < 2:
+        raise ValueError(f"area_under_curve needs n >= 2 points, got {at.shape} and {height.shape}")
+    if above_start:
+        height = height - height[..., :1]
+    return np.asarray(np.trapezoid(height, at, axis=-1) / (at[-1] - at[0]))
+
+
+def images_to_threshold(x: Any, y: Any, threshold: float, sign: int = 1) -> Floats:
+    """The first x at which a curve reaches a threshold, such as images drawn to a size.
+
+    Between evaluations the curve is a straight line. A mean over seeds must not leave out the
+    seeds that never get there: they are the slow ones.
+
+    Args:
+        x: [n] increasing, such as images or pairs.
+        y: [..., n] score at each x.
+        threshold: in the unit of y.
+        sign: an objective's: 1 where larger is better, -1 where smaller is.
+
+    Returns:
+        [...], in the unit of x; NaN for a curve that never gets there.
+
+    Raises:
+        ValueError: x does not increase, or a number is not finite.
+    """
+    import numpy as np
+
+    at, height = _curve(x, y)
+    return np.asarray(np.apply_along_axis(_crossing, -1, sign * (height - threshold), at))
+
+
+def _crossing(height: Floats, at: Floats) -> float:
+    """Where a curve [n] over `at` first reaches 0; NaN for nowhere."""
+    import numpy as np
+
     there = np.flatnonzero(height >= 0)
     if len(there) == 0:
         return float("nan")
     i = int(there[0])
     if i == 0:
         return float(at[0])
-    share = -height[i - 1] / (height[i] - height[i - 1])
+    share = height[i - 1] / (height[i - 1] - height[i])
     return float(at[i - 1] + share * (at[i] - at[i - 1]))
 
 
+def _curve(x: Any, y: Any) -> tuple[Floats, Floats]:
+    """`x` [n] increasing and `y` [..., n], checked."""
+    import numpy as np
+
+    at, height = _numbers(x), _numbers(y)
+    if at.ndim != 1 or height.shape[-1] != len(at) or bool((np.diff(at) <= 0).any()):
+        raise ValueError(
+            f"a curve needs increasing x [n] and y [..., n], got {at.shape} and {height.shape}, "
+            f"x = {at}"
+        )
+    return at, height
+
+
+def _tasks(values: Any) -> Floats:
+    """[tasks, S], checked; of one task for [S]."""
+    import numpy as np
+
+    found = np.atleast_2d(_numbers(values))
+    if found.ndim != 2:
+        raise ValueError(f"iqm needs values [S] or [tasks, S], got {found.shape}")
+    return found
+
+
 def _numbers(values: Any) -> Floats:
+    """Finite numbers: sorting would put a NaN last, and trimming then hide it."""
     import numpy as np
 
     found = np.asarray(values, dtype=np.float64)
     if found.ndim == 0 or found.size == 0:
         raise ValueError(f"expected numbers of at least one seed, got shape {found.shape}")
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"expected finite numbers, got {int((~np.isfinite(found)).sum())} others in an array "
+            f"of shape {found.shape}"
+        )
     return found
+
+
+def _trimmed(values: Floats) -> Floats:
+    """Mean of the middle half of the last axis."""
+    import numpy as np
+    from scipy.stats import trim_mean
+
+    return np.asarray(trim_mean(values, 0.25, axis=-1))
+
+
+def _wins(ours: Floats, theirs: Floats) -> Floats:
+    """Share of pairs of [..., S] and [..., R] that ours win, ties half, [...]."""
+    import numpy as np
+
+    signs = np.sign(ours[..., :, None] - theirs[..., None, :])
+    return np.asarray((signs.mean((-2, -1)) + 1) / 2)
+
+
+def _resampled(seeds: Floats, rng: np.random.Generator) -> Floats:
+    """Bootstrap resamples [RESAMPLES, S] of [S] sorted, so that their order changes nothing."""
+    return seeds[rng.integers(len(seeds), size=(RESAMPLES, len(seeds)))]
 
 
 def _ends(drawn: Floats, confidence: float) -> tuple[float, float]:

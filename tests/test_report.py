@@ -317,7 +317,8 @@ def test_nothing_of_a_full_figure_overlaps(
             write_run(tmp_path, objective, method, seed)
     with report._style():
         figure = report.curves_figure(table(tmp_path, x), x)
-        FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
     legend = figure.legends[0].get_window_extent()
     assert legend.x0 >= 0
     assert legend.x1 <= figure.bbox.x1
@@ -438,7 +439,7 @@ def test_run_cut_short_before_its_evaluation(tmp_path: Path) -> None:
     (folder / "eval.csv").unlink()
     text = refused(lambda: report.plot([tmp_path]))
     assert f"in {folder}, got no eval.csv" in text
-    assert "Run it again" in text
+    assert "Remove that folder and run it again" in text
     (folder / "config.json").write_text("{")
     assert str(folder) in refused(lambda: report.plot([tmp_path]))
 
@@ -459,7 +460,7 @@ def test_half_a_line_at_the_end(tmp_path: Path, characters: int) -> None:
     message = refused(lambda: report.plot([tmp_path]))
     assert f"in {folder}, got ValueError: " in message
     assert "eval.csv" in message
-    assert "Run it again" in message
+    assert "Remove that folder and run it again" in message
 
 
 @pytest.mark.parametrize("lines", [1, 3, 4, 5])
