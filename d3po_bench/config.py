@@ -67,7 +67,7 @@ class RunConfig:
     eval_images: int = 2
     """Images for each of them and each sampler (eta 1, eta 0)."""
     eval_scorers: tuple[str, ...] = ()
-    """Scorers beside the objective's."""
+    """Scorers beside the objective's; name:weights where other weights than the model's suit."""
 
     @property
     def run_id(self) -> str:
@@ -89,7 +89,7 @@ class RunConfig:
         registry.objective(self.objective)
         method_of(self)
         for scorer in self.eval_scorers:
-            if scorer not in registry.names("scorer"):
+            if scorer.partition(":")[0] not in registry.names("scorer"):
                 raise registry.unknown("scorer", scorer, registry.names("scorer"))
 
 

@@ -17,11 +17,9 @@ def everything() -> Iterator[str]:
     """Methods, objectives, scorers, models, presets and prompt lists, a line each."""
     kinds: tuple[registry.Kind, ...] = ("method", "objective", "scorer", "model")
     for kind in kinds:
-        yield from _section(
-            kind + "s", {n: registry.summary(kind, n) for n in registry.names(kind)}
-        )
-    yield from _section("presets", PRESET_SUMMARIES)
-    yield from _section("prompts", {n: _count(n) for n in prompts.names()})
+        yield from section(kind + "s", {n: registry.summary(kind, n) for n in registry.names(kind)})
+    yield from section("presets", PRESET_SUMMARIES)
+    yield from section("prompts", {n: _count(n) for n in prompts.names()})
 
 
 def _count(name: str) -> str:
@@ -29,7 +27,8 @@ def _count(name: str) -> str:
     return f"{number} prompt{'s' * (number > 1)}"
 
 
-def _section(title: str, lines: dict[str, str]) -> Iterator[str]:
+def section(title: str, lines: dict[str, str]) -> Iterator[str]:
+    """A title, and its lines in two columns."""
     yield f"{title}:"
     width = max(len(name) for name in lines)
     for name, text in lines.items():
@@ -47,7 +46,7 @@ def settings(method: str) -> Iterator[str]:
     for group, title, kind in groups:
         docs, types = _field_docs(kind), known[group]
         shown = [f for f in fields(kind) if f.name in types]
-        yield from _section(
+        yield from section(
             title, {f"{f.name}={_default(f)}": _meaning(types[f.name], docs, f) for f in shown}
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -116,10 +117,46 @@ def objective(name: str) -> Objective:
     return found
 
 
-def scorer(name: str, device: Any) -> Scorer:
-    """The scorer of that name, loaded on `device`."""
+def takes_weights(name: str) -> bool:
+    """Whether a scorer's weights can be chosen."""
+    return "weights" in inspect.signature(_loader(name)).parameters
+
+
+def _loader(name: str) -> Callable[..., Scorer]:
     module = _module("scorer", name)
-    found: Scorer = getattr(module, "load", module)(device)
+    found: Callable[..., Scorer] = getattr(module, "load", module)
+    return found
+
+
+def load_scorer(name: str, device: Any, weights: str = "official") -> Scorer:
+    """A scorer that has not been checked yet: see `scorer`."""
+    base, colon, own = name.partition(":")
+    load = _loader(base)
+    if takes_weights(base):
+        return load(device, own if colon else weights)
+    if colon:
+        raise UserError(
+            f"Expected the scorer {base} alone, which has no weights to choose, got {name!r}. "
+            "Leave the colon and the rest out."
+        )
+    return load(device)
+
+
+def scorer(name: str, device: Any, weights: str = "official") -> Scorer:
+    """The scorer of that name, loaded on `device`, after it gave its golden scores.
+
+    Args:
+        name: of the scorer, or name:weights, such as aesthetic:tiny.
+        device: where its network runs, if it has one.
+        weights: which ones to take where the name does not say.
+
+    Raises:
+        UserError: no such scorer, it takes no weights, they are not there, or it says something
+            else than it once did.
+    """
+    found = load_scorer(name, device, weights)
+    _package("eval")
+    importlib.import_module("eval.selfcheck").check(name.partition(":")[0], found)
     return found
 
 

@@ -91,9 +91,11 @@ class Trainer:
         self.device = device_of(execution.device)
         self.method = method_of(config)
         self.objective = registry.objective(config.objective)
-        self.scorer = registry.scorer(self.objective.scorer, self.device)
+        source = model_source(config.model)
+        self.weights = source.scorers
+        self.scorer = registry.scorer(self.objective.scorer, self.device, self.weights)
         self.prompts = read_prompts(config.prompts or self.objective.prompts)
-        self.model = load(model_source(config.model), self.device, self._training())
+        self.model = load(source, self.device, self._training())
         self.model.encode([*self.prompts, ""])
         self.model.add_adapter(config.seed)
         self.policy = Policy(
@@ -292,7 +294,7 @@ class Evaluation:
         self.evaluator: Any = registry.evaluator()
         self.scorers: dict[str, Scorer] = {"score": trainer.scorer}
         for name in c.eval_scorers:
-            self.scorers[name] = registry.scorer(name, trainer.device)
+            self.scorers[name] = registry.scorer(name, trainer.device, trainer.weights)
         self.what = self.evaluator.EvaluationSet(
             prompts=self.evaluator.spread(trainer.prompts, c.eval_prompts),
             images=c.eval_images,

@@ -187,6 +187,14 @@ class Scorer(Protocol):
         """Scores [N] of images [N, 3, h, w] uint8."""
 
 
+@runtime_checkable
+class Several(Protocol):
+    """A scorer that says more than one number of a picture; calling it gives the first."""
+
+    def columns(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Column name -> scores [N]."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """Which prompts, whose score, and whether larger (+1) or smaller (-1) is better."""

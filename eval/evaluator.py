@@ -11,13 +11,16 @@ from torch import Tensor
 from d3po_bench.engine import Draws, pretrained_means, sample
 from d3po_bench.gaussian import Gaussian
 from d3po_bench.policy import Policy
-from d3po_bench.types import Model, Rollout, Scorer
+from d3po_bench.types import Model, Rollout, Scorer, Several
 
 SAMPLERS = {"eta1": 1.0, "eta0": 0.0}
 """Training sampler and deployment sampler."""
 
 NOISE_SEED = 20231122
 """Seed of the evaluation streams: the same for every run, so that runs can be paired."""
+
+OBJECTIVE = "score"
+"""Column of the score that a run learns from."""
 
 Row = dict[str, Any]
 
@@ -63,7 +66,7 @@ def evaluate(
         policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance)
         rollout = sample(policy, prompts, draws, batch=what.batch)
         images = model.decode(rollout.latents[:, 0, -1])
-        scores = {name: scorer(images, prompts) for name, scorer in scorers.items()}
+        scores = scored(images, prompts, scorers)
         if sampler == "eta1":
             scores["kl"] = _kl(policy, rollout, what.batch)
         for i, prompt in enumerate(prompts):
@@ -71,6 +74,19 @@ def evaluate(
             rows.append(row | {name: round(float(s[i]), 6) for name, s in scores.items()})
         pictures[sampler] = images
     return rows, pictures
+
+
+def scored(
+    images: Tensor, prompts: Sequence[str], scorers: Mapping[str, Scorer]
+) -> dict[str, Tensor]:
+    """Column -> scores [N] of images [N, 3, h, w] uint8; some scorers have several columns."""
+    columns: dict[str, Tensor] = {}
+    for name, scorer in scorers.items():
+        if isinstance(scorer, Several) and name != OBJECTIVE:
+            columns |= scorer.columns(images, prompts)
+        else:
+            columns[name] = scorer(images, prompts)
+    return columns
 
 
 def _kl(policy: Policy, rollout: Rollout, batch: int) -> Tensor:

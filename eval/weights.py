@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ WEIGHTS: dict[str, Weights] = {
 # ---- where they lie
 
 
-def cache() -> Path:
+def home() -> Path:
     """D3PO_BENCH_CACHE, or d3po-bench/ in the user's cache folder."""
     if own := os.environ.get("D3PO_BENCH_CACHE"):
         return Path(own)
@@ -189,7 +190,7 @@ def find(name: str) -> Path:
     Raises:
         UserError: a file is absent, or is not what its checksum says.
     """
-    folder, weights = cache() / name, WEIGHTS[name]
+    folder, weights = home() / name, WEIGHTS[name]
     for file in weights.files:
         if not (folder / file.name).is_file():
             raise _absent(name, file)
@@ -197,29 +198,56 @@ def find(name: str) -> Path:
     return folder
 
 
+def find_all(*names: str) -> list[Path]:
+    """The folders of several weights, which a scorer needs together.
+
+    Raises:
+        UserError: naming all that are absent; or as `find` does.
+    """
+    lacking = [name for name in names if not _present(name)]
+    if len(lacking) > 1:
+        said = ", ".join(f"{name} ({readable(WEIGHTS[name].size)})" for name in lacking)
+        raise UserError(
+            f"Expected the weights {said} in {home()}, got none of them. Run `d3po-bench weights "
+            f"fetch {' '.join(lacking)}` where there is a network, or place the files that "
+            "`d3po-bench weights list` names there."
+        )
+    return [find(name) for name in names]
+
+
+def _present(name: str) -> bool:
+    return all((home() / name / file.name).is_file() for file in WEIGHTS[name].files)
+
+
 def state(name: str) -> str:
     """What `doctor` says of `name`: present, absent, or what is wrong with it."""
     try:
         find(name)
     except UserError as problem:
-        absent = not any((cache() / name / file.name).exists() for file in WEIGHTS[name].files)
+        absent = not any((home() / name / file.name).exists() for file in WEIGHTS[name].files)
         return "absent" if absent else str(problem)
     return "present"
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of a file, hex.
+    """sha256 of a file, hex; read once while it does not change.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        facts = path.stat()
+        return _sha256(path, facts.st_size, facts.st_mtime_ns)
     except OSError as problem:
         raise UserError(
             f"Expected to read {path}, got: {problem.strerror}. Correct its permissions."
         ) from problem
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _note(folder: Path, file: File) -> Path:
@@ -251,7 +279,7 @@ def _check(path: Path, sha256: str, command: str) -> None:
 def _absent(name: str, file: File) -> UserError:
     size = f" ({readable(WEIGHTS[name].size)})" if WEIGHTS[name].size else ""
     return UserError(
-        f"Expected the weights {name}{size} on this machine, got no {cache() / name / file.name}. "
+        f"Expected the weights {name}{size} on this machine, got no {home() / name / file.name}. "
         f"Run `d3po-bench weights fetch {name}` where there is a network, or place the file of "
         f"{file.url} there."
     )
@@ -281,7 +309,7 @@ def fetch(name: str, progress: Progress = lambda name, done, total: None) -> Pat
         UserError: no network, or a file is not what its checksum says.
         RunError: the connection broke; what has come is kept.
     """
-    folder = cache() / name
+    folder = home() / name
     for file in WEIGHTS[name].files:
         path = folder / file.name
         if path.is_file():

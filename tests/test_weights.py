@@ -72,7 +72,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, server: Server, sha256: str = SHA) ->
     url = f"http://127.0.0.1:{server.server_port}/toy.bin"
     file = File(name="toy.bin", url=url, sha256=sha256, size=len(CONTENT))
     monkeypatch.setitem(WEIGHTS, "toy", Weights(summary="", licence="MIT", files=(file,)))
-    return weights.cache() / "toy" / "toy.bin"
+    return weights.home() / "toy" / "toy.bin"
 
 
 def test_every_entry_is_complete() -> None:
@@ -191,12 +191,12 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("D3PO_BENCH_CACHE", "/a/b")
-    assert weights.cache() == Path("/a/b")
+    assert weights.home() == Path("/a/b")
     monkeypatch.delenv("D3PO_BENCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert weights.cache() == Path("/c/d3po-bench")
+    assert weights.home() == Path("/c/d3po-bench")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert weights.cache() == Path.home() / ".cache" / "d3po-bench"
+    assert weights.home() == Path.home() / ".cache" / "d3po-bench"
 
 
 @pytest.mark.parametrize(("size", "text"), [(5, "5 B"), (231_508, "231.5 kB"), (17e8, "1.7 GB")])

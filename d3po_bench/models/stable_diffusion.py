@@ -34,6 +34,8 @@ class Source:
     preset: str = "paper"
     size: str = ""
     """How much there is to download, for people."""
+    scorers: str = "official"
+    """Weights of the scorers that suit its pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)

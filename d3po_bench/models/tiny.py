@@ -4,4 +4,6 @@ from pathlib import Path
 
 from d3po_bench.models.stable_diffusion import Source
 
-SOURCE = Source(path=str(Path(__file__).parent / "embedded" / "tiny"), preset="quick")
+SOURCE = Source(
+    path=str(Path(__file__).parent / "embedded" / "tiny"), preset="quick", scorers="tiny"
+)

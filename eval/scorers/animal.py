@@ -26,6 +26,7 @@ class Animal:
 
         self.names = list(GLYPHS)
         self.device = device
+        self.sources = (classifier.WEIGHTS,)
         self.network = classifier.load(len(self.names), device)
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ class Diversity:
         from d3po_bench.models.embedded.render import GLYPHS
 
         self.device = device
+        self.sources = (classifier.WEIGHTS,)
         self.network = classifier.load(len(GLYPHS), device)
 
     @torch.no_grad()

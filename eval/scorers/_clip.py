@@ -1,0 +1,147 @@
+"""CLIP for the scorers that stand on it: loading, preprocessing, embeddings of unit length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from d3po_bench.errors import UserError
+from eval import weights
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's training images, in RGB."""
+
+EMBEDDED = Path(__file__).parent.parent / "embedded"
+"""The small scorers that ship with the project."""
+
+
+def folder(name: str, which: str) -> Path:
+    """Where the weights `name` lie: "official" ones, the "tiny" embedded ones, or a folder.
+
+    Raises:
+        UserError: they are not there.
+    """
+    if which == "official":
+        return weights.find(name)
+    path = EMBEDDED / name if which == "tiny" else Path(which)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"Expected official, tiny or a folder with config.json as weights of {name}, got "
+            f"{which!r}. Correct what follows the colon."
+        )
+    return path
+
+
+def preprocess(images: Tensor, size: int) -> Tensor:
+    """Pictures as CLIP sees them: shorter side to `size`, bicubic, the middle, standardised.
+
+    Args:
+        images: [N, 3, h, w] uint8.
+        size: pixels a side.
+
+    Returns:
+        [N, 3, size, size] float32.
+    """
+    pixels = np.stack([_square(image, size) for image in images.cpu()]).astype(np.float32) / 255
+    standard = (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    return torch.from_numpy(standard).permute(0, 3, 1, 2).contiguous()
+
+
+def _square(image: Tensor, size: int) -> Any:
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    width, height = picture.size
+    short = min(width, height)
+    if short != size:
+        shape = (size * width // short, size * height // short)
+        picture = picture.resize(shape, Image.Resampling.BICUBIC)
+    left, top = (picture.size[0] - size) // 2, (picture.size[1] - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+class Clip:
+    """A CLIP model in float32, without gradients."""
+
+    batch = 64
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        """Load the folder `path`: config.json, model.safetensors and a tokenizer.
+
+        Raises:
+            UserError: it does not load, or its activation is not CLIP's QuickGELU.
+        """
+        from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        _require_quick_gelu(path)
+        try:
+            self.model = CLIPModel.from_pretrained(path, local_files_only=True, dtype="float32")
+            self.tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as problem:  # a damaged file can raise anything on its way in
+            raise UserError(
+                f"Expected a CLIP model in {path}, got files that do not load: {problem}. Fetch or "
+                "save them again."
+            ) from problem
+        self.model = self.model.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.size = int(self.model.config.vision_config.image_size)
+        self.tokens = int(self.model.config.text_config.max_position_embeddings)
+
+    @torch.no_grad()
+    def images(self, images: Tensor) -> Tensor:
+        """Embeddings [N, D], of length 1, of images [N, 3, h, w] uint8."""
+        parts = [self._images(part) for part in images.split(self.batch)]
+        return normalize(torch.cat(parts), dim=1)
+
+    def _images(self, images: Tensor) -> Tensor:
+        pixels = preprocess(images, self.size).to(self.device)
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        projected: Tensor = self.model.visual_projection(pooled)
+        return projected.cpu()
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [N, D], of length 1; prompts are cut to the length that CLIP knows."""
+        distinct = list(dict.fromkeys(prompts))
+        starts = range(0, len(distinct), self.batch)
+        parts = [self._texts(distinct[i : i + self.batch]) for i in starts]
+        place = torch.tensor([distinct.index(p) for p in prompts])
+        return normalize(torch.cat(parts), dim=1)[place]
+
+    def _texts(self, prompts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.tokens,
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        pooled = self.model.text_model(**tokens).pooler_output
+        projected: Tensor = self.model.text_projection(pooled)
+        return projected.cpu()
+
+
+def _require_quick_gelu(path: Path) -> None:
+    """OpenAI's weights were trained with x * sigmoid(1.702 x): GELU shifts every score."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = {
+            config[part].get("hidden_act", "quick_gelu")
+            for part in ("text_config", "vision_config")
+        }
+    except (OSError, ValueError, KeyError, AttributeError) as problem:
+        raise UserError(
+            f"Expected CLIP's config.json in {path}, got one that cannot be read ({problem!r}). "
+            "Fetch or save it again."
+        ) from problem
+    if found != {"quick_gelu"}:
+        raise UserError(
+            f"Expected the activation quick_gelu in {path}/config.json, got {sorted(found)}. Take "
+            "OpenAI's checkpoint, or open_clip:MODEL/PRETRAINED for others."
+        )

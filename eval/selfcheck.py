@@ -1,0 +1,133 @@
+"""Does a scorer still say what it said? Fixed pictures and prompts, and the scores they had.
+
+`golden.json` holds, for each scorer and each set of weights, the scores of these pictures. Before
+a scorer is used it must give them again: another library version, a damaged file or a changed
+preprocessing then stops a run instead of moving its numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d3po_bench.errors import UserError
+from d3po_bench.types import Scorer, Several
+from eval import weights
+
+GOLDEN = Path(__file__).parent / "golden.json"
+
+TOLERANCE = 2e-3
+"""Largest difference, as a share of the golden scores' own spread or of 1, whichever is more."""
+
+PROMPTS = (
+    "a cat on a red background",
+    "a dog on a blue striped background",
+    "a fish on a green plain background",
+    "a zebra on a yellow checked background",
+) * 2
+
+PACKAGES = ("torch", "transformers", "pillow", "numpy")
+
+
+def pictures() -> Tensor:
+    """Eight pictures [8, 3, 64, 64] uint8 from whole-number arithmetic: the same everywhere."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    waves = [(x * (3 + k) + y * (7 - k)) % 256 for k in range(4)]
+    discs = [(x - 32) ** 2 + (y - 24 - 4 * k) ** 2 for k in range(4)]
+    flat = [torch.where(d < 300, 40 * k + 90, 255 - 50 * k) for k, d in enumerate(discs)]
+    planes = [torch.stack([p, (p * 2) % 256, 255 - p]) for p in (*waves, *flat)]
+    return torch.stack(planes).to(torch.uint8)
+
+
+def columns(name: str, scorer: Scorer) -> dict[str, list[float]]:
+    """What the scorer says of the pictures, by column."""
+    images = pictures()
+    if isinstance(scorer, Several):
+        found = scorer.columns(images, PROMPTS)
+    else:
+        found = {name: scorer(images, PROMPTS)}
+    return {column: [round(float(s), 6) for s in scores] for column, scores in found.items()}
+
+
+def fingerprint(scorer: Scorer) -> str:
+    """Twelve hex digits that name the files a scorer was loaded from; "code" without any."""
+    sources = getattr(scorer, "sources", ())
+    if not sources:
+        return "code"
+    together = "".join(weights.fingerprint(path) for path in sources)
+    return hashlib.sha256(together.encode()).hexdigest()[:12]
+
+
+def check(name: str, scorer: Scorer) -> bool:
+    """Compare a scorer with its golden scores.
+
+    Returns:
+        Whether there are any for its weights.
+
+    Raises:
+        UserError: it says something else.
+    """
+    expected = golden().get(name, {}).get(fingerprint(scorer))
+    if expected is None:
+        return False
+    for column, found in columns(name, scorer).items():
+        _compare(name, column, expected, found)
+    return True
+
+
+def _compare(name: str, column: str, expected: dict[str, Any], found: list[float]) -> None:
+    then, now = (torch.tensor(v).double() for v in (expected["scores"][column], found))
+    same = then.isnan() == now.isnan()
+    spread = then[~then.isnan()].std(correction=0).clamp(min=1) if (~then.isnan()).any() else 1
+    off = (then - now).nan_to_num().abs() / spread
+    if bool(same.all()) and bool((off <= TOLERANCE).all()):
+        return
+    at = int((off + (~same) * 1e9).argmax())
+    raise UserError(
+        f"Expected {then[at]:.6g} from the scorer {name} ({column}) for its golden picture {at}, "
+        f"recorded with {_said(expected['versions'])}; got {now[at]:.6g} with {_said(versions())}. "
+        "Install the pinned versions: pip install -c constraints.txt d3po-bench."
+    )
+
+
+def _said(found: dict[str, str]) -> str:
+    return ", ".join(f"{package} {number}" for package, number in found.items())
+
+
+def versions() -> dict[str, str]:
+    """The libraries that a score can depend on."""
+    return {package: version(package) for package in PACKAGES}
+
+
+@cache
+def golden() -> dict[str, dict[str, dict[str, Any]]]:
+    """Scorer -> fingerprint of its weights -> scores by column, and versions."""
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    return found
+
+
+def record(name: str, scorer: Scorer) -> None:
+    """Write what a scorer says now into golden.json.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    entry = {"scores": columns(name, scorer), "versions": versions()}
+    everything = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    everything.setdefault(name, {})[fingerprint(scorer)] = entry
+    text = json.dumps(everything, indent=1, sort_keys=True) + "\n"
+    try:
+        GOLDEN.write_text(text, encoding="utf-8")
+    except OSError as problem:
+        raise UserError(
+            f"Expected to write {GOLDEN}, got: {problem.strerror}. Record in a clone of the "
+            "project that is yours, installed with pip install -e."
+        ) from problem
+    golden.cache_clear()
