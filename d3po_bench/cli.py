@@ -218,6 +218,62 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
     sweeping.run(grid, out=out, jobs=jobs, device=device, resume=resume)
 
 
+@cli.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--scorers",
+    default="",
+    help="Names, with commas between them; name:weights for others than the model's.",
+)
+@click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
+@click.option("--prompts", help="A list or a file; default: held-out captions, or the run's own.")
+@click.option("--count", type=click.IntRange(min=1), help="Prompts, spread over the list.")
+@click.option(
+    "--images", type=click.IntRange(min=1), default=1, show_default=True, help="A prompt."
+)
+@click.option("--steps", type=click.IntRange(1, 999), help="Default: 20, or those of the run.")
+@click.option("--guidance", type=click.FloatRange(0, 100), help="Default: 5, or that of the run.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: beside the target.")
+def evaluate(
+    target: Path,
+    scorers: str,
+    model: str | None,
+    prompts: str | None,
+    count: int | None,
+    images: int,
+    steps: int | None,
+    guidance: float | None,
+    device: str,
+    jobs: int,
+    out: Path | None,
+) -> None:
+    """Draw held-out prompts from fixed noise with both samplers, and score every image.
+
+    TARGET is a run folder, a LoRA folder, a model (tiny, a folder, a hub id), or a folder of
+    pictures with a metadata.csv (file_name,text). Writes rows.csv, plan.json and provenance.json
+    to OUT; the same command goes on where it was interrupted.
+
+    \b
+    Example:
+        d3po-bench evaluate runs/tiny/incompress/d3po/seed-0 --scorers jpeg_size,animal
+        d3po-bench evaluate tiny --scorers clip --count 50 --jobs 2
+    """  # noqa: D301
+    from eval import evaluate as evaluating
+
+    names = tuple(name.strip() for name in scorers.split(",") if name.strip())
+    request = evaluating.Request(
+        target=target, scorers=names, model=model, prompts=prompts, count=count, images=images,
+        steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
+    )  # fmt: skip
+    told = evaluating.lines_of_progress(lambda text: click.echo(text, err=True))
+    folder = evaluating.run(request, told)
+    for line in evaluating.summary(folder):
+        click.echo(line)
+    click.echo(f"Rows are in {folder / 'rows.csv'}", err=True)
+
+
 @cli.command(name="list")
 @click.option("--settings", is_flag=True, help="List what --set can change instead.")
 @click.option("--method", default="d3po", show_default=True, help="Whose options to list.")

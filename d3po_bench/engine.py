@@ -26,10 +26,13 @@ class Draws:
     round: int
     noise: Purpose = "noise"
     steps: Purpose = "steps"
+    first: int = 0
+    """Number of the first prompt: a part of a list draws what it would in the whole."""
 
     def start(self, rows: range, images: int, shared: bool, shape: Sequence[int]) -> Tensor:
         """Initial noise [P, K, C, H, W] of the prompts `rows`; K equal ones where shared."""
-        index = [p * images + (0 if shared else k) for p in rows for k in range(images)]
+        prompts = range(self.first + rows.start, self.first + rows.stop)
+        index = [p * images + (0 if shared else k) for p in prompts for k in range(images)]
         unique = sorted(set(index))
         drawn = normal(shape, (stream(self.seed, self.noise, self.round, i) for i in unique))
         place = torch.tensor([unique.index(i) for i in index])
@@ -37,7 +40,7 @@ class Draws:
 
     def along(self, rows: range, images: int, steps: int, shape: Sequence[int]) -> Tensor:
         """Step noise [P, K, T, C, H, W] of the prompts `rows`."""
-        index = range(rows.start * images, rows.stop * images)
+        index = range((self.first + rows.start) * images, (self.first + rows.stop) * images)
         streams = (stream(self.seed, self.steps, self.round, i) for i in index)
         return normal((steps, *shape), streams).view(len(rows), images, steps, *shape)
 

@@ -303,6 +303,13 @@ class Evaluation:
             batch=trainer.execution.sample_batch,
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """Scorer -> what names its weights."""
+        selfcheck: Any = registry.selfcheck()
+        objective = self.trainer.objective.scorer
+        named = {objective if name == "score" else name: s for name, s in self.scorers.items()}
+        return {name: selfcheck.fingerprint(scorer) for name, scorer in named.items()}
+
     def due(self) -> bool:
         """Whether to evaluate now: at the start, every `eval_every` rounds, and at the end."""
         c, done = self.trainer.config, self.trainer.round
@@ -349,7 +356,10 @@ def run_seed(
         trainer = Trainer(config, execution)
         _restore(trainer, store)
         evaluation = Evaluation(trainer)
-        store.start(config, device=str(trainer.device), threads=torch.get_num_threads())
+        store.start(
+            config, device=str(trainer.device), threads=torch.get_num_threads(),
+            scorers=evaluation.fingerprints(),
+        )  # fmt: skip
         _rounds(trainer, store, evaluation, report)
         with writing(folder / "lora"):
             trainer.model.save(folder / "lora")

@@ -34,6 +34,9 @@ class EvaluationSet:
     steps: int = 20
     guidance: float = 5.0
     batch: int = 128
+    first: int = 0
+    """Number of the first prompt in a longer list, whose other parts are drawn elsewhere."""
+    samplers: Sequence[str] = tuple(SAMPLERS)
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:
@@ -60,10 +63,13 @@ def evaluate(
     """
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {}
-    draws = Draws(seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps")
+    draws = Draws(
+        seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps",
+        first=what.first * what.images,
+    )  # fmt: skip
     prompts = [p for p in what.prompts for _ in range(what.images)]
-    for sampler, eta in SAMPLERS.items():
-        policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance)
+    for sampler in what.samplers:
+        policy = Policy(model, steps=what.steps, eta=SAMPLERS[sampler], guidance=what.guidance)
         rollout = sample(policy, prompts, draws, batch=what.batch)
         images = model.decode(rollout.latents[:, 0, -1])
         scores = scored(images, prompts, scorers)

@@ -170,22 +170,26 @@ class StableDiffusion:
 
     @contextmanager
     def _pretrained_weights(self) -> Iterator[None]:
-        """The UNet as it came: adapter off, or, in full fine-tuning, the kept weights."""
-        if not self.training.full:
+        """The UNet as it came: adapter off, or, where all of it was trained, the kept weights."""
+        if self._pretrained:
+            tuned = {name: p.data for name, p in self.unet.named_parameters()}
+            self._put(self._pretrained)
+            try:
+                yield
+            finally:
+                self._put(tuned)
+        elif getattr(self.unet, "_hf_peft_config_loaded", False):
             self.unet.disable_adapters()
             try:
                 yield
             finally:
                 self.unet.enable_adapters()
-            return
-        tuned = {name: p.data for name, p in self.unet.named_parameters()}
-        for name, p in self.unet.named_parameters():
-            p.data = self._pretrained[name]
-        try:
+        else:  # nothing was put on it
             yield
-        finally:
-            for name, p in self.unet.named_parameters():
-                p.data = tuned[name]
+
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.unet.named_parameters():
+            p.data = weights[name]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -208,6 +212,37 @@ class StableDiffusion:
         """Copy a checkpoint's tensors into the trainable parameters."""
         for name, parameter in self.trainable().items():
             parameter.data.copy_(state[name])
+
+    def load_saved(self, folder: Path) -> None:
+        """Put on what `save`, or another trainer, wrote: a LoRA or a whole UNet.
+
+        Raises:
+            UserError: the folder holds neither, or one of another model.
+        """
+        try:
+            if (folder / "unet").is_dir():
+                self._load_unet(folder / "unet")
+            else:
+                self._load_lora(folder)
+        except Exception as problem:  # a damaged or strange file can raise anything
+            raise UserError(
+                f"Expected a LoRA or UNet of this model in {folder}, got files that do not load: "
+                f"{_first_line(problem)} Give --model the model that it was trained on."
+            ) from problem
+        self.unet.requires_grad_(False)
+
+    def _load_unet(self, folder: Path) -> None:
+        from diffusers import UNet2DConditionModel
+
+        tuned = UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
+        self._pretrained = {n: p.detach().clone() for n, p in self.unet.named_parameters()}
+        self.unet.load_state_dict(tuned.state_dict())
+
+    def _load_lora(self, folder: Path) -> None:
+        from diffusers import StableDiffusionPipeline as Pipeline
+
+        state, alphas = Pipeline.lora_state_dict(folder, local_files_only=True)
+        Pipeline.load_lora_into_unet(state, alphas, self.unet)
 
     def save(self, folder: Path) -> None:
         """Write what was trained, in the form that diffusers' own loaders read.

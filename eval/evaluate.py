@@ -1,0 +1,396 @@
+"""`d3po-bench evaluate`: a run, a LoRA, a model or a folder of pictures, scored image by image.
+
+Prompts and noise are fixed, so that two evaluations can be paired. The work is cut into pieces of
+a few prompts; every piece is a file once it is done, so that a killed evaluation goes on, and any
+number of processes ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from d3po_bench import registry
+from d3po_bench.errors import UserError
+from d3po_bench.prompts import read_prompts
+from d3po_bench.store import now, write_atomically
+
+PIECE = 8
+"""Prompts in a piece."""
+
+Row = dict[str, Any]
+Kind = Literal["model", "pictures"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides the numbers of an evaluation."""
+
+    kind: Kind
+    model: str
+    """Name or folder of the base model; of the pictures for that kind."""
+    adapter: str
+    """Folder of a LoRA or a trained UNet; empty for the base model itself."""
+    prompts: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    """Picture of each prompt, for pictures."""
+    images: int = 1
+    steps: int = 20
+    guidance: float = 5.0
+    scorers: tuple[str, ...] = ()
+    weights: str = "official"
+    """Which weights scorers have that do not say so themselves."""
+    samplers: tuple[str, ...] = ("eta1", "eta0")
+
+
+Piece = tuple[int, str]
+"""First prompt, and sampler ("" for pictures)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    target: Path
+    scorers: tuple[str, ...]
+    model: str | None
+    prompts: str | None
+    count: int | None
+    images: int
+    steps: int | None
+    guidance: float | None
+    device: str
+    jobs: int
+    out: Path | None
+
+
+Told = Callable[[int, int], None]
+"""Called with pieces done and pieces in all."""
+
+
+def run(request: Request, told: Told = lambda done, total: None) -> Path:
+    """Score what was asked for; what is there of an earlier call is kept.
+
+    Returns:
+        The folder with rows.csv, plan.json and provenance.json.
+
+    Raises:
+        UserError: bad input, or another evaluation lies in the folder.
+    """
+    plan = planned(request)
+    out = request.out or _default_out(request.target)
+    _take_folder(out, plan)
+    for scorer in plan.scorers:  # absent weights are found before anything is drawn
+        _scorer(scorer, plan.weights, request.device)
+    pieces = list(_pieces(plan))
+    rest = [p for p in pieces if not _place(out, p).exists()]
+    told(len(pieces) - len(rest), len(pieces))
+    done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
+    for count in done(plan, rest, out, request):
+        told(len(pieces) - len(rest) + count, len(pieces))
+    _finish(out, plan, pieces, request)
+    return out
+
+
+# ---- what to evaluate
+
+
+def planned(request: Request) -> Plan:
+    """What a request means, after looking at what its target is.
+
+    Raises:
+        UserError: it is nothing that can be evaluated.
+    """
+    target = request.target
+    if (target / "metadata.csv").is_file():
+        return _pictures(request)
+    if (target / "config.json").is_file() and (target / "lora").is_dir():
+        return _of_run(request)
+    if (target / "config.json").is_file() and (target / "metrics.jsonl").is_file():
+        raise UserError(
+            f"Expected a finished run in {target}, got one without lora/. Run its command again: "
+            "it goes on from the last checkpoint."
+        )
+    if (target / "pytorch_lora_weights.safetensors").is_file() or _is_trained_unet(target):
+        return _of_model(request, request.model or "tiny", str(target), {})
+    return _of_model(request, str(target), "", {})
+
+
+def _is_trained_unet(target: Path) -> bool:
+    return (target / "unet").is_dir() and not (target / "model_index.json").is_file()
+
+
+def _of_run(request: Request) -> Plan:
+    config = json.loads((request.target / "config.json").read_text(encoding="utf-8"))
+    return _of_model(request, config["model"], str(request.target / "lora"), config)
+
+
+def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
+    from d3po_bench.train import model_source
+
+    source = model_source(model)
+    prompts = read_prompts(request.prompts or _default_prompts(model, config))
+    return Plan(
+        kind="model",
+        model=model,
+        adapter=adapter,
+        prompts=tuple(_chosen(prompts, request.count)),
+        images=request.images,
+        steps=request.steps or config.get("sampling_steps", 20),
+        guidance=config.get("guidance", 5.0) if request.guidance is None else request.guidance,
+        scorers=_checked(request.scorers),
+        weights=source.scorers,
+    )
+
+
+def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
+    """Held-out captions for the embedded model, else what a run was trained on."""
+    if model == "tiny":
+        return "captions-held-out"
+    if config:
+        return str(config["prompts"] or registry.objective(config["objective"]).prompts)
+    raise UserError(
+        "Expected --prompts with a list or a file, got none, and only a run or the embedded "
+        "model has prompts of its own. Give a file with one prompt a line."
+    )
+
+
+def _chosen(prompts: list[str], count: int | None) -> list[str]:
+    from eval.evaluator import spread
+
+    return spread(prompts, count) if count else prompts
+
+
+def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
+    for name in scorers:
+        if name.partition(":")[0] not in registry.names("scorer"):
+            raise registry.unknown("scorer", name, registry.names("scorer"))
+    return tuple(dict.fromkeys(scorers))
+
+
+def _pictures(request: Request) -> Plan:
+    """A folder of pictures with metadata.csv: file_name and text (or prompt) of each."""
+    path = request.target / "metadata.csv"
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        named = [(row["file_name"], row.get("text") or row["prompt"]) for row in rows]
+    except (OSError, KeyError, ValueError) as problem:
+        raise UserError(
+            f"Expected columns file_name and text in {path}, got {problem!r}. Write a header and "
+            "a line for each picture."
+        ) from problem
+    inside = request.target.resolve()
+    for name, _ in named:
+        if not (inside / name).resolve().is_relative_to(inside) or not (inside / name).is_file():
+            raise UserError(
+                f"Expected a picture inside {request.target} for every line of {path}, got "
+                f"{name!r}. Correct that line."
+            )
+    if not named:
+        raise UserError(f"Expected pictures in {path}, got none. Write a line for each.")
+    files, prompts = zip(*named, strict=True)
+    return Plan(
+        kind="pictures", model=str(request.target), adapter="", prompts=prompts, files=files,
+        scorers=_checked(request.scorers), samplers=("",),
+        weights="tiny" if request.model == "tiny" else "official",
+    )  # fmt: skip
+
+
+# ---- the folder
+
+
+def _default_out(target: Path) -> Path:
+    inside = (target / "config.json").is_file() or (target / "metadata.csv").is_file()
+    return target / "evaluation" if inside else Path("evaluations") / target.name
+
+
+def _take_folder(out: Path, plan: Plan) -> None:
+    """Write the plan, or refuse a folder that holds another."""
+    path = out / "plan.json"
+    text = json.dumps(asdict(plan), indent=1, sort_keys=True) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UserError(
+            f"Expected {out} to be empty or to hold this evaluation, got another one's plan.json. "
+            "Give another --out, or remove that folder."
+        )
+    write_atomically(path, text.encode())
+
+
+def _pieces(plan: Plan) -> Iterator[Piece]:
+    for sampler in plan.samplers:
+        for first in range(0, len(plan.prompts), PIECE):
+            yield first, sampler
+
+
+def _place(out: Path, piece: Piece) -> Path:
+    return out / "pieces" / f"{piece[1] or 'pictures'}-{piece[0]:06d}.csv"
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def _read_rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) -> None:
+    """Put the pieces together in their order, and say where and by what they were scored."""
+    from eval import selfcheck
+
+    _write(out / "rows.csv", [row for piece in pieces for row in _read_rows(_place(out, piece))])
+    scorers = {
+        name: selfcheck.fingerprint(_scorer(name, plan.weights, request.device))
+        for name in plan.scorers
+    }
+    facts = {"ended": now(), "scorers": scorers, "versions": selfcheck.versions()}
+    write_atomically(out / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+# ---- the work
+
+
+def _in_turn(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
+    for count, piece in enumerate(pieces):
+        _do(plan, piece, out, request.device)
+        yield count + 1
+
+
+def _side_by_side(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(request.jobs, context) as pool:
+        futures = [pool.submit(_do, plan, piece, out, request.device) for piece in pieces]
+        for count, future in enumerate(as_completed(futures)):
+            future.result()
+            yield count + 1
+
+
+def _do(plan: Plan, piece: Piece, out: Path, device: str) -> None:
+    first, sampler = piece
+    part = slice(first, first + PIECE)
+    if plan.kind == "pictures":
+        rows = _score_pictures(plan, part, device)
+    else:
+        rows = _draw_and_score(plan, first, sampler, device)
+    _write(_place(out, piece), rows)
+
+
+@cache
+def _scorer(name: str, weights: str, device: str) -> Any:
+    from d3po_bench.train import device_of
+
+    return registry.scorer(name, device_of(device), weights)
+
+
+def _scorers(plan: Plan, device: str) -> dict[str, Any]:
+    return {name: _scorer(name, plan.weights, device) for name in plan.scorers}
+
+
+@cache
+def _model(plan: Plan, device: str) -> Any:
+    import torch
+
+    from d3po_bench.models.stable_diffusion import Training, load
+    from d3po_bench.train import device_of, model_source
+
+    if plan.model == "tiny":
+        torch.set_num_threads(1)
+    model = load(model_source(plan.model), device_of(device), Training())
+    if plan.adapter:
+        model.load_saved(Path(plan.adapter))
+    return model
+
+
+def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> list[Row]:
+    from eval.evaluator import EvaluationSet, evaluate
+
+    what = EvaluationSet(
+        prompts=plan.prompts[first : first + PIECE], images=plan.images, steps=plan.steps,
+        guidance=plan.guidance, first=first, samplers=(sampler,),
+    )  # fmt: skip
+    rows, pictures = evaluate(_model(plan, device), what, _scorers(plan, device))
+    height, width = pictures[sampler].shape[2:]
+    facts = {"steps": plan.steps, "guidance": plan.guidance, "size": f"{width}x{height}"}
+    return [{**facts, **_stamped(row, plan, device)} for row in rows]
+
+
+def _stamped(row: Row, plan: Plan, device: str) -> Row:
+    """The row with the weights of every scorer beside it."""
+    from eval import selfcheck
+
+    used = (f"{n}={selfcheck.fingerprint(s)}" for n, s in _scorers(plan, device).items())
+    return {**row, "weights": " ".join(used)}
+
+
+def _score_pictures(plan: Plan, part: slice, device: str) -> list[Row]:
+    """One picture at a time: sizes may differ."""
+    from eval.evaluator import scored
+
+    rows = []
+    for name, prompt in zip(plan.files[part], plan.prompts[part], strict=True):
+        image = _read(Path(plan.model) / name)
+        scores = scored(image, [prompt], _scorers(plan, device))
+        height, width = image.shape[2:]
+        row: Row = {"file": name, "size": f"{width}x{height}", "prompt": prompt}
+        row |= {column: round(float(values[0]), 6) for column, values in scores.items()}
+        rows.append(_stamped(row, plan, device))
+    return rows
+
+
+def _read(path: Path) -> Any:
+    """A picture [1, 3, h, w] uint8."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as problem:
+        raise UserError(
+            f"Expected a picture in {path}, got {problem}. Save it again, or take its line out of "
+            "metadata.csv."
+        ) from problem
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+
+
+def summary(out: Path) -> Iterator[str]:
+    """The mean of every column of rows.csv, for each sampler."""
+    rows = _read_rows(out / "rows.csv")
+    told = {"steps", "guidance", "size", "sampler", "prompt", "index", "weights", "file"}
+    for sampler in dict.fromkeys(row.get("sampler", "") for row in rows):
+        mine = [row for row in rows if row.get("sampler", "") == sampler]
+        for column in (name for name in mine[0] if name not in told):
+            values = [float(row[column]) for row in mine if row[column] not in ("", "nan")]
+            if values:
+                mean = sum(values) / len(values)
+                yield f"{sampler or 'pictures'}  {column}  {mean:.4f}  ({len(values)} images)"
+
+
+def lines_of_progress(echo: Callable[[str], None]) -> Told:
+    """Tell how far it is and, once a piece is done, how long the rest will take."""
+    began: list[tuple[float, int]] = []
+
+    def told(done: int, total: int) -> None:
+        began.append((time.monotonic(), done))
+        seconds, fresh = time.monotonic() - began[0][0], done - began[0][1]
+        left = f", {seconds * (total - done) / fresh:.0f} s left" if fresh else ""
+        echo(f"{done} of {total} pieces{left}")
+
+    return told
