@@ -303,7 +303,7 @@ def doctor(record: bool) -> None:
     Example:
         d3po-bench doctor
     """  # noqa: D301
-    from d3po_bench import doctor as doctor_
+    from eval import doctor as doctor_
 
     doctor_.echo(doctor_.record() if record else doctor_.everything())
 
@@ -327,7 +327,7 @@ def weights_list() -> None:
     Example:
         d3po-bench weights list
     """  # noqa: D301
-    from d3po_bench import doctor as doctor_
+    from eval import doctor as doctor_
 
     doctor_.echo(doctor_.list_weights())
 
@@ -341,7 +341,7 @@ def weights_fetch(names: tuple[str, ...]) -> None:
     Example:
         d3po-bench weights fetch clip laion_aesthetic
     """  # noqa: D301
-    from d3po_bench import doctor as doctor_
+    from eval import doctor as doctor_
 
     for folder in doctor_.fetch(names):
         click.echo(folder)

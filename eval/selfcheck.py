@@ -33,7 +33,7 @@ PROMPTS = (
     "a zebra on a yellow checked background",
 ) * 2
 
-PACKAGES = ("torch", "transformers", "pillow", "numpy")
+PACKAGES = ("numpy", "pillow", "torch", "transformers")
 
 
 def pictures() -> Tensor:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from d3po_bench import registry
-from d3po_bench.models.embedded import card, recipe, render
+from d3po_bench.models.embedded import captions, card, recipe, render
 from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
 from d3po_bench.models.tiny import SOURCE
 from d3po_bench.prompts import read_prompts
@@ -128,3 +128,13 @@ def test_the_recipe_runs_from_font_to_pipeline(tmp_path: Path) -> None:
     assert pipe.unet.config.sample_size == 8
     made = json.loads((out / "card.json").read_text())
     assert made["stages"]["unet"]["steps"] == 2
+
+
+def test_captions_to_learn_from_and_to_evaluate_on_are_apart() -> None:
+    training, held_out = captions.lists()
+    assert read_prompts("captions") == training
+    assert read_prompts("captions-held-out") == held_out
+    assert (len(training), len(held_out)) == (135, 300)
+    assert not set(training) & set(held_out)
+    for names in (training, held_out):
+        assert {text.split()[1] for text in names} == set(render.GLYPHS)

@@ -1,6 +1,6 @@
-"""How captions.txt and captions-held-out.txt came about: `python -m d3po_bench.prompts.captions`.
+"""How the prompt lists captions and captions-held-out came about.
 
-Compositional captions for the embedded model: an animal, a colour and a pattern, as in "a fox on
+`python -m d3po_bench.models.embedded.captions` writes both. Compositional captions for the embedded model: an animal, a colour and a pattern, as in "a fox on
 a blue striped background". Bare animal names leave a model that knows them no headroom; getting
 all three right does. No caption is in both lists.
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
+
+from d3po_bench import prompts
+from d3po_bench.models.embedded.render import COLOURS, GLYPHS, PATTERNS, caption
 
 TRAINING_EACH = 3
 """Captions of each animal to learn from."""
@@ -20,8 +22,6 @@ HELD_OUT = 300
 
 def lists() -> tuple[list[str], list[str]]:
     """Captions to learn from, and others to evaluate on; every animal is in both."""
-    from d3po_bench.models.embedded.render import COLOURS, GLYPHS, PATTERNS, caption
-
     training: list[str] = []
     rest: list[list[str]] = []
     for number, animal in enumerate(GLYPHS):
@@ -39,6 +39,6 @@ def _in_turn(groups: Sequence[Sequence[str]]) -> list[str]:
 
 if __name__ == "__main__":
     for name, captions in zip(("captions", "captions-held-out"), lists(), strict=True):
-        path = Path(__file__).parent / f"{name}.txt"
+        path = prompts.HOME / f"{name}.txt"
         path.write_text("\n".join(captions) + "\n", encoding="utf-8")
         print(f"{path.name}: {len(captions)} captions")

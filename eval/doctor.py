@@ -17,6 +17,9 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.listing import section
 
+EMBEDDED = registry.HOME / "eval" / "embedded"
+"""Small scorers that ship with the project."""
+
 EXTRAS = {"open-clip": "open_clip", "feedback": "fastapi", "track": "tensorboard", "cluster": "ray"}
 """Extra -> a module that it brings."""
 
@@ -78,8 +81,11 @@ def _checkable() -> list[str]:
     for name in registry.names("scorer"):
         if name == "open_clip":
             continue  # its weights are the user's choice
-        weighed = registry.takes_weights(name)
-        found += [f"{name}:tiny", f"{name}:official"] if weighed else [name]
+        if not registry.takes_weights(name):
+            found.append(name)
+            continue
+        found += [f"{name}:tiny"] if (EMBEDDED / name).is_dir() else []
+        found.append(f"{name}:official")
     return found
 
 

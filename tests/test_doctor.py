@@ -1,0 +1,82 @@
+"""`doctor` and `weights`: honest about what is here, quick and clear about what is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from d3po_bench import cli
+from d3po_bench.errors import UserError
+from eval import doctor, selfcheck
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("D3PO_BENCH_CACHE", str(tmp_path / "cache"))
+
+
+def said(*arguments: str) -> str:
+    found = CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
+    assert found.exit_code == 0
+    return found.output
+
+
+def test_doctor_says_what_is_here_and_what_is_not(tmp_path: Path) -> None:
+    text = said("doctor")
+    assert "torch" in text
+    assert str(tmp_path / "cache") in text
+    assert "absent (`d3po-bench weights fetch clip`)" in text
+    assert "gives its golden scores" in text
+    assert "weights fetch clip laion_aesthetic" in text
+
+
+def test_record_writes_golden_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "golden.json"
+    path.write_text("{}")
+    monkeypatch.setattr(selfcheck, "GOLDEN", path)
+    selfcheck.golden.cache_clear()
+    text = said("doctor", "--record")
+    selfcheck.golden.cache_clear()
+    assert "jpeg_size: recorded for code" in text
+    assert "clip:official: not recorded. Expected the weights" in text
+    assert '"jpeg_size"' in path.read_text()
+
+
+def test_weights_list_names_addresses_and_checksums() -> None:
+    text = said("weights", "list")
+    assert "https://huggingface.co/openai/clip-vit-large-patch14/resolve/" in text
+    assert "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0" in text
+
+
+def test_fetch_offline_and_fetch_unknown() -> None:
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        said("weights", "fetch", "laion_aesthetic")
+    with pytest.raises(UserError, match=r"Expected a name of weights, got 'clipp'\. Did you mean"):
+        said("weights", "fetch", "clipp")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--method", "d3po", "--objective", "aesthetic", "--model", "sd15"],
+        ["evaluate", "tiny", "--scorers", "clip:official"],
+    ],
+)
+def test_a_machine_without_weights_is_told_in_one_line(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "d3po_bench", *arguments, "--out", str(tmp_path / "out")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert "GB" in found.stderr
+    assert "d3po-bench weights fetch clip" in found.stderr
+    assert not list(tmp_path.glob("out/**/*.jsonl"))
+
+
+def test_checkable_scorers_name_their_weights() -> None:
+    assert {"jpeg_size", "clip:official", "aesthetic:official"} <= set(doctor._checkable())

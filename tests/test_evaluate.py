@@ -1,0 +1,273 @@
+"""`evaluate`: the same rows whatever the processes, the kills and the cuts; clear refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d3po_bench import cli
+from d3po_bench.errors import UserError
+from d3po_bench.models.stable_diffusion import Source, Training, load
+from eval import evaluate
+from eval.evaluate import Request
+from tests.conftest import CPU, disturb
+
+PROMPTS = [f"a {animal}" for animal in ("cat", "dog", "cow", "fox", "bee")] * 4
+
+
+def request(target: Path, **changes: Any) -> Request:
+    plain: dict[str, Any] = {
+        "scorers": ("jpeg_size",), "model": None, "prompts": None, "count": None, "images": 2,
+        "steps": 2, "guidance": None, "device": "cpu", "jobs": 1, "out": None,
+    }  # fmt: skip
+    return Request(target=target, **{**plain, **changes})
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "rows.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def adapter(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the micro model that changes its pictures."""
+    model = load(Source(path=str(micro)), CPU, Training())
+    model.add_adapter(seed=0)
+    disturb(model)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save(folder)
+    return folder
+
+
+# ---- pictures
+
+
+def gallery(folder: Path, count: int) -> Path:
+    """Pictures of several sizes, with their metadata."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["file_name,text"]
+    for number in range(count):
+        side = 8 + number % 5
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
+        lines.append(f"{number}.png,a cat")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_pictures_are_scored_one_by_one(tmp_path: Path) -> None:
+    folder = gallery(tmp_path / "pictures", 11)
+    out = evaluate.run(request(folder))
+    assert out == folder / "evaluation"
+    found = rows(out)
+    assert [row["file"] for row in found] == [f"{n}.png" for n in range(11)]
+    assert found[3]["size"] == "11x11"
+    assert float(found[0]["jpeg_size"]) > 0.5
+    assert found[0]["weights"] == "jpeg_size=code"
+
+
+def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "d3po_bench", "evaluate", str(folder), "--scorers",
+               "jpeg_size,animal", "--out", str(out)]  # fmt: skip
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def test_a_thousand_pictures_survive_kills(tmp_path: Path) -> None:
+    folder, out = gallery(tmp_path / "pictures", 1000), tmp_path / "out"
+    for share in (0.1, 0.5):
+        process = start(folder, out)
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("pieces/*.csv"))) < share * 125 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        done = len(list(out.glob("pieces/*.csv")))
+        assert share * 125 <= done < 125, "it was killed on its way"
+        assert not (out / "rows.csv").exists()
+    stamp = {path: path.stat().st_mtime_ns for path in out.glob("pieces/*.csv")}
+    process = start(folder, out)
+    assert process.wait() == 0
+    assert {path: path.stat().st_mtime_ns for path in stamp} == stamp, "nothing is scored twice"
+    found = rows(out)
+    assert [row["file"] for row in found] == [f"{n}.png" for n in range(1000)]
+    whole = evaluate.run(request(folder, scorers=("jpeg_size", "animal"), out=tmp_path / "whole"))
+    assert (whole / "rows.csv").read_bytes() == (out / "rows.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name\n1.png", "Expected columns file_name and text"),
+        ("file_name,text\n../secret.png,a cat", "Expected a picture inside"),
+        ("file_name,text\n/etc/passwd,a cat", "Expected a picture inside"),
+        ("file_name,text\nmissing.png,a cat", "Expected a picture inside"),
+        ("file_name,text\n", "got none"),
+        ("file_name,text\nmetadata.csv,a cat", "Expected a picture in"),
+    ],
+)
+def test_bad_pictures_are_one_line(text: str, said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"")
+    (folder / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        evaluate.run(request(folder))
+
+
+# ---- models
+
+
+def test_rows_do_not_depend_on_processes_or_cuts(micro: Path, prompts: str, tmp_path: Path) -> None:
+    def out(name: str, **changes: Any) -> bytes:
+        folder = evaluate.run(request(micro, prompts=prompts, out=tmp_path / name, **changes))
+        return (folder / "rows.csv").read_bytes()
+
+    whole = out("one")
+    assert out("two", jobs=2) == whole
+    for piece in sorted((tmp_path / "one" / "pieces").iterdir())[::2]:
+        piece.unlink()
+    (tmp_path / "one" / "rows.csv").unlink()
+    assert out("one") == whole
+    found = rows(tmp_path / "one")
+    assert len(found) == 2 * 2 * len(PROMPTS)
+    assert {row["sampler"] for row in found} == {"eta1", "eta0"}
+    assert [row["prompt"] for row in found[: 2 * len(PROMPTS)]] == [
+        prompt for prompt in PROMPTS for _ in range(2)
+    ]
+    assert len({row["jpeg_size"] for row in found}) > 20, "every image has noise of its own"
+
+
+def test_the_base_model_has_not_drifted_and_a_lora_has(
+    micro: Path, adapter: Path, prompts: str, tmp_path: Path
+) -> None:
+    before = rows(evaluate.run(request(micro, prompts=prompts, out=tmp_path / "a")))
+    after = rows(
+        evaluate.run(request(adapter, model=str(micro), prompts=prompts, out=tmp_path / "b"))
+    )
+    assert {row["kl"] for row in before if row["sampler"] == "eta1"} == {"0.0"}
+    assert all(float(row["kl"]) > 0 for row in after if row["sampler"] == "eta1")
+    assert [row["jpeg_size"] for row in before] != [row["jpeg_size"] for row in after]
+
+
+def test_a_saved_adapter_draws_what_it_drew(micro: Path, adapter: Path) -> None:
+    live = load(Source(path=str(micro)), CPU, Training())
+    live.add_adapter(seed=0)
+    disturb(live)
+    saved = load(Source(path=str(micro)), CPU, Training())
+    saved.load_saved(adapter)
+    x = torch.randn(2, *live.latent_shape, generator=torch.Generator().manual_seed(0))
+    t, text = torch.tensor([500, 20]), live.encode(["cat", "dog"])
+    with torch.no_grad():
+        torch.testing.assert_close(saved.noise(x, t, text), live.noise(x, t, text))
+        frozen = saved.noise(x, t, text, frozen=True)
+        torch.testing.assert_close(frozen, live.noise(x, t, text, frozen=True))
+        assert not torch.allclose(frozen, live.noise(x, t, text), atol=1e-3)
+
+
+def test_a_whole_trained_unet_draws_what_it_drew(micro: Path, tmp_path: Path) -> None:
+    live = load(Source(path=str(micro)), CPU, Training(full=True))
+    disturb(live)
+    live.save(tmp_path)
+    saved = load(Source(path=str(micro)), CPU, Training())
+    saved.load_saved(tmp_path)
+    x = torch.randn(1, *live.latent_shape, generator=torch.Generator().manual_seed(0))
+    t, text = torch.tensor([500]), live.encode(["cat"])
+    with torch.no_grad():
+        torch.testing.assert_close(saved.noise(x, t, text), live.noise(x, t, text))
+        torch.testing.assert_close(
+            saved.noise(x, t, text, frozen=True), live.noise(x, t, text, frozen=True)
+        )
+        assert not torch.allclose(saved.noise(x, t, text), saved.noise(x, t, text, frozen=True))
+
+
+def test_a_run_is_evaluated_as_it_was_trained(micro: Path, tmp_path: Path) -> None:
+    cli.cli(
+        ["run", "--method", "d3po", "--objective", "incompress", "--model", str(micro),
+         "--preset", "quick", "--rounds", "1", "--set", "sampling_steps=3", "--set",
+         "skip_steps=0", "--set", "prompts_per_round=2", "--set", "images_per_prompt=2",
+         "--set", "eval_prompts=45", "--out", str(tmp_path / "runs")],
+        standalone_mode=False,
+    )  # fmt: skip
+    run = next((tmp_path / "runs").rglob("seed-0"))
+    out = evaluate.run(request(run, steps=None, images=1, scorers=("jpeg_size",)))
+    assert out == run / "evaluation"
+    with (run / "eval.csv").open(newline="") as file:
+        trained = [row for row in csv.DictReader(file) if row["round"] == "1"]
+    again = rows(out)
+    assert [row["prompt"] for row in again] == [row["prompt"] for row in trained]
+    for a, b in zip(again, trained, strict=True):
+        # A size may move by a few bytes: the saved scale is folded into the weights.
+        assert abs(float(a["jpeg_size"]) - float(b["score"])) <= 0.01
+
+
+# ---- refusals
+
+
+def test_another_evaluation_in_the_folder_is_refused(
+    micro: Path, prompts: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    evaluate.run(request(micro, prompts=prompts, out=out, count=3))
+    before = (out / "rows.csv").read_bytes()
+    with pytest.raises(UserError, match="got another one's plan"):
+        evaluate.run(request(micro, prompts=prompts, out=out, count=4))
+    assert (out / "rows.csv").read_bytes() == before
+
+
+def test_what_cannot_be_evaluated_is_one_line(
+    micro: Path, adapter: Path, prompts: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="Expected a scorer, got 'jpeg'"):
+        evaluate.run(request(micro, prompts=prompts, scorers=("jpeg",)))
+    with pytest.raises(UserError, match="Expected --prompts"):
+        evaluate.run(request(micro))
+    with pytest.raises(UserError, match="Expected a LoRA or UNet of this model"):
+        evaluate.run(request(adapter, prompts=prompts, out=tmp_path / "x"))
+    with pytest.raises(UserError, match="Expected a model, got 'nothing'"):
+        evaluate.run(request(Path("nothing"), prompts=prompts))
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    (half / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="Expected a finished run"):
+        evaluate.run(request(half))
+
+
+def test_absent_weights_stop_it_before_anything_is_drawn(
+    micro: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D3PO_BENCH_CACHE", str(tmp_path / "cache"))
+    evaluate._scorer.cache_clear()
+    with pytest.raises(UserError, match="weights fetch clip"):
+        evaluate.run(request(micro, prompts=prompts, scorers=("clip",), out=tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("pieces/*"))
+
+
+def test_provenance_names_scorers_and_versions(micro: Path, prompts: str, tmp_path: Path) -> None:
+    out = evaluate.run(request(micro, prompts=prompts, out=tmp_path / "out", count=2))
+    facts = json.loads((out / "provenance.json").read_text())
+    assert facts["scorers"] == {"jpeg_size": "code"}
+    assert set(facts["versions"]) == {"torch", "transformers", "pillow", "numpy"}
+    assert any("jpeg_size" in line for line in evaluate.summary(out))
