@@ -162,14 +162,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "by_method": {
             "d3po": {"pairs": "extremes", "clip_range": 0.2},
             "ddpo": {**_EACH_IMAGE, "clip_range": 0.1},
-            "dpok": {**_EACH_IMAGE, "clip_range": 0.1, "kl_weight": 0.1},
+            "dpok": {**_EACH_IMAGE, "clip_range": 0.1, "kl_weight": 0.03},
             "reward_weighted": {
                 **_EACH_IMAGE,
                 "skip_steps": 0,
                 "timestep_fraction": 0.5,
-                "learning_rate": 1e-3,
+                "learning_rate": 4e-4,
             },
-            "preferred_images": {"skip_steps": 0, "timestep_fraction": 1.0, "learning_rate": 1e-3},
+            "preferred_images": {"skip_steps": 0, "timestep_fraction": 1.0, "learning_rate": 4e-4},
         },
     },
     "paper": {

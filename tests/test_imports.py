@@ -43,14 +43,21 @@ ALLOWED = {
     "d3po_bench.registry": {"types", "errors"},
     "d3po_bench.config": {"errors", "registry"},
     "baselines": {"types", "errors", "gaussian", "policy"},
-    "eval.scorers": {"types", "errors", "eval.weights", "eval.scorers._clip", "models.embedded"},
+    "eval.scorers": {
+        "types",
+        "errors",
+        "eval.weights",
+        "eval.scorers._blip",
+        "eval.scorers._clip",
+        "models.embedded",
+    },
 }
 """Module or package -> what of ours it may import; the rest may import all but the cli."""
 
 ONLY_IN = {
     "diffusers": ("d3po_bench.models",),
     "peft": ("d3po_bench.models",),
-    "transformers": ("d3po_bench.models", "eval.scorers"),
+    "transformers": ("d3po_bench.models", "eval.embedded", "eval.scorers"),
     "matplotlib": ("eval.report",),
     "scipy": ("eval",),
     "pandas": ("eval",),

@@ -1,8 +1,8 @@
 """How the prompt lists captions and captions-held-out came about.
 
-`python -m d3po_bench.models.embedded.captions` writes both. Compositional captions for the embedded model: an animal, a colour and a pattern, as in "a fox on
-a blue striped background". Bare animal names leave a model that knows them no headroom; getting
-all three right does. No caption is in both lists.
+`python -m d3po_bench.models.embedded.captions` writes both. Compositional captions name an
+animal, a colour and a pattern, as in "a fox on a blue striped background". Bare animal names
+leave a model that knows them no headroom; getting all three right does. No caption is in both.
 """
 
 from __future__ import annotations

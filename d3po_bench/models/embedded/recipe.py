@@ -129,7 +129,7 @@ def _sum_gradients(module: nn.Module) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def _fit(
+def fit(
     module: nn.Module,
     loss: Callable[[], Tensor],
     *,
@@ -226,7 +226,7 @@ def train_vae(recipe: Recipe, work: Path, rank: int, minutes: float | None) -> d
         total: Tensor = (error * weight).abs().mean() + recipe.edge_weight * sharp + 0.1 * far
         return total / (1 + recipe.animal_weight / 3)
 
-    return _fit(
+    return fit(
         vae, loss, name="vae", steps=recipe.vae_steps, lr=recipe.vae_lr, ema=recipe.ema,
         bf16=recipe.bf16, out=work / "vae.safetensors", minutes=minutes,
     )  # fmt: skip
@@ -385,7 +385,7 @@ def train_unet(recipe: Recipe, work: Path, rank: int, minutes: float | None) -> 
         weighted: Tensor = error * (recipe.snr_cap / snr).clamp(max=1)
         return weighted.mean()
 
-    return _fit(
+    return fit(
         model, loss, name="unet", steps=recipe.unet_steps, lr=recipe.unet_lr, ema=recipe.ema,
         bf16=False, out=work / "unet.safetensors", minutes=minutes,
     )  # fmt: skip
@@ -420,7 +420,7 @@ def train_classifier(
         logits = model(x).float()
         return F.cross_entropy(logits, torch.from_numpy(labels[index]), label_smoothing=0.05)
 
-    return _fit(
+    return fit(
         model, loss, name="classifier", steps=recipe.classifier_steps, lr=recipe.classifier_lr,
         ema=0.99, bf16=recipe.bf16, out=work / "classifier.safetensors", minutes=minutes,
     )  # fmt: skip

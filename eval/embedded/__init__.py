@@ -1,0 +1,1 @@
+"""Small scorers that ship with the project, and how they were made: see CARD.md."""
