@@ -4,8 +4,9 @@ Lee et al. 2023 (arXiv:2302.12192), in the online form of Black et al. 2023 (sec
 The D3PO paper compares with it and prints no settings; its code has none of it. Default
 weights: softmax of the per-prompt advantage over the round. Switches: softmax of the raw reward
 (jannerm/ddpo, whose "temperature" multiplies), the best tenth alone (their RWR-sparse), and
-rewards in [0, 1] as they are (Lee et al.). Their pretraining-data term is left out: no such
-data is at hand.
+rewards in [0, 1] as they are (Lee et al.). In place of their second term, the denoising loss on
+the pretraining data, which nobody has at hand, `anchor` weighs the squared distance of the
+predicted noise to the pretrained model's; it is off by default.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class RewardWeighted:
     """Noise levels of all 1000 training timesteps, or of the sampler's T."""
     guided: bool = False
     """Put guidance into the loss, as jannerm/ddpo does."""
+    anchor: float = 0.0
+    """Weight of the distance to the pretrained model's prediction."""
     shared_noise: bool = False
 
     images_per_prompt: ClassVar[int] = 2
@@ -81,10 +84,12 @@ class RewardWeighted:
         Raises:
             UserError: naming them.
         """
-        if not (self.largest_weight > 0 and 0 <= self.quantile < 1 and 0 <= self.buffer <= 64):
+        known = self.largest_weight > 0 and self.anchor >= 0
+        if not (known and 0 <= self.quantile < 1 and 0 <= self.buffer <= 64):
             raise UserError(
-                "Expected largest_weight above 0, quantile from 0 to 1, buffer from 0 to 64, got "
-                f"{self.largest_weight}, {self.quantile} and {self.buffer}. Change them with --set."
+                "Expected largest_weight above 0, anchor of at least 0, quantile from 0 to 1, "
+                f"buffer from 0 to 64, got {self.largest_weight}, {self.anchor}, {self.quantile} "
+                f"and {self.buffer}. Change them with --set."
             )
 
     def weights(self, rollout: Rollout) -> Tensor:
@@ -132,11 +137,16 @@ class RewardWeighted:
         )
 
     def loss(self, policy: Policy, items: Weighted) -> tuple[Tensor, Metrics]:
-        """Weighted mean squared error of the predicted noise."""
-        error = policy.denoising_error(
-            items.x_0, items.text, items.t, items.noise, guided=self.guided
-        )
-        return (items.weight * error).mean(), {
+        """Weighted mean squared error of the predicted noise, and its anchor."""
+        place = items.x_0, items.text, items.t, items.noise
+        predicted = policy.predicted_noise(*place, guided=self.guided)
+        error = (predicted - items.noise).square().flatten(1).mean(1)
+        loss = (items.weight * error).mean()
+        if self.anchor:
+            with torch.no_grad():
+                before = policy.predicted_noise(*place, guided=self.guided, frozen=True)
+            loss = loss + self.anchor * (predicted - before).square().mean()
+        return loss, {
             "denoising_error": error.detach().mean(),
             "effective_share": items.effective.mean(),
         }

@@ -145,12 +145,21 @@ class Policy:
             noise: [N, C, H, W] standard normal.
             guided: of the guided prediction instead of the conditional one.
         """
+        predicted = self.predicted_noise(x_0, text, t, noise, guided=guided)
+        return (predicted - noise).square().flatten(1).mean(1)
+
+    def predicted_noise(
+        self, x_0: Tensor, text: Tensor, t: Tensor, noise: Tensor, *,
+        guided: bool = False, frozen: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """The noise [N, C, H, W] that is seen in `x_0` noised to `t`; see `denoising_error`."""
         a = self._alphas[t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
-        output = self.noise(x_t, t, text) if guided else self.model.noise(x_t, t, text)
+        predict = self.noise if guided else self.model.noise
+        output = predict(x_t, t, text, frozen=frozen)
         if self.model.prediction == "v_prediction":
             output = a.sqrt() * output + (1 - a).sqrt() * x_t
-        return (output - noise).square().flatten(1).mean(1)
+        return output
 
 
 def step_gaussian(

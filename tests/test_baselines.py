@@ -240,6 +240,24 @@ def test_guidance_in_the_loss_changes_it(policy: Policy) -> None:
         assert abs(plain - guided) > 1e-5
 
 
+def test_the_anchor_weighs_the_way_from_the_pretrained_model(policy: Policy) -> None:
+    rows = RewardWeighted().rows(rollout_of(policy, RewardWeighted()), stream(0, "rows"))
+    unit, step = (
+        i.flatten() for i in torch.meshgrid(torch.arange(6), torch.arange(3), indexing="ij")
+    )
+    items = rows.take(unit, step)
+    place = items.x_0, items.text, items.t, items.noise
+    plain, anchored = (RewardWeighted(anchor=a).loss(policy, items)[0] for a in (0.0, 2.0))
+    now, before = (policy.predicted_noise(*place, frozen=frozen) for frozen in (False, True))
+    way = (now - before).square().mean()
+    assert way > 0
+    torch.testing.assert_close(anchored - plain, 2 * way)
+    for weight in policy.model.trainable().values():
+        weight.data.zero_()  # the adapter does nothing: no way to go, and no pull
+    plain, anchored = (RewardWeighted(anchor=a).loss(policy, items)[0] for a in (0.0, 2.0))
+    torch.testing.assert_close(anchored, plain)
+
+
 def test_winners_alone_are_learnt_from(policy: Policy) -> None:
     method = PreferredImages()
     rollout = rollout_of(policy, method)
@@ -266,7 +284,7 @@ def test_of_a_round_of_ties_nothing_is_learnt(policy: Policy, method: Method[Any
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(DDPO, {"clip_range": 0}), (DDPO, {"buffer": 65}), (DPOK, {"kl_weight": -1}),
-     (DPOK, {"clip_range": 1}), (RewardWeighted, {"quantile": 1})],
+     (DPOK, {"clip_range": 1}), (RewardWeighted, {"quantile": 1}), (RewardWeighted, {"anchor": -1})],
 )  # fmt: skip
 def test_options_without_a_meaning_are_refused(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"Expected .*, got .*Change them with --set"):
