@@ -121,8 +121,27 @@ class RunStore:
 
     # ---- writing
 
-    def start(self, config: RunConfig, **facts: Any) -> None:
-        """Make the folder this config's, and record `facts` about where it is run."""
+    def start(self, config: RunConfig, inputs: Row, **facts: Any) -> None:
+        """Make the folder this config's, and record `facts` about where it is run.
+
+        Args:
+            config: the run's.
+            inputs: what names the content of the model, prompts and scorers: a run goes on only
+                with those that it began with.
+            facts: anything else.
+
+        Raises:
+            UserError: an input is another than the run began with.
+        """
+        began = self.provenance().get("inputs", inputs)
+        for name, value in inputs.items():
+            if began.get(name) != value:
+                raise UserError(
+                    f"Expected the {name} that the run in {self.folder} began with "
+                    f"({began.get(name)}), got others ({value}). Bring those back, or give "
+                    "another --out."
+                )
+        facts = {"inputs": inputs, **facts}
         path = self.folder / "config.json"
         if not path.exists():
             write_atomically(path, config.to_json().encode())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from d3po_bench.config import Execution, RunConfig, method_of
 from d3po_bench.engine import Draws, Updates, learnt_images, sample, update, with_reference
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.gaussian import Gaussian
-from d3po_bench.models.stable_diffusion import Source, Training, load
+from d3po_bench.models.stable_diffusion import Source, Training, fingerprint, load
 from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
 from d3po_bench.seeding import stream
@@ -95,6 +96,7 @@ class Trainer:
         self.weights = source.scorers
         self.scorer = registry.scorer(self.objective.scorer, self.device, self.weights)
         self.prompts = read_prompts(config.prompts or self.objective.prompts)
+        self.inputs = {"model": fingerprint(source), "prompts": digest(self.prompts)}
         self.model = load(source, self.device, self._training())
         self.model.encode([*self.prompts, ""])
         self.model.add_adapter(config.seed)
@@ -277,6 +279,11 @@ class Trainer:
             self.scaler.load_state_dict(facts["scaler"])
 
 
+def digest(prompts: Sequence[str]) -> str:
+    """Twelve hex digits that name a list of prompts."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+
+
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.monotonic()
@@ -357,8 +364,8 @@ def run_seed(
         _restore(trainer, store)
         evaluation = Evaluation(trainer)
         store.start(
-            config, device=str(trainer.device), threads=torch.get_num_threads(),
-            scorers=evaluation.fingerprints(),
+            config, inputs={**trainer.inputs, "scorers": evaluation.fingerprints()},
+            device=str(trainer.device), threads=torch.get_num_threads(),
         )  # fmt: skip
         _rounds(trainer, store, evaluation, report)
         with writing(folder / "lora"):

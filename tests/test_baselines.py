@@ -284,7 +284,8 @@ def test_of_a_round_of_ties_nothing_is_learnt(policy: Policy, method: Method[Any
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(DDPO, {"clip_range": 0}), (DDPO, {"buffer": 65}), (DPOK, {"kl_weight": -1}),
-     (DPOK, {"clip_range": 1}), (RewardWeighted, {"quantile": 1}), (RewardWeighted, {"anchor": -1})],
+     (DPOK, {"clip_range": 1}), (RewardWeighted, {"quantile": 1}),
+     (RewardWeighted, {"anchor": -1})],
 )  # fmt: skip
 def test_options_without_a_meaning_are_refused(kind: Any, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"Expected .*, got .*Change them with --set"):

@@ -324,6 +324,21 @@ def test_a_bad_prompt_file_is_refused(
     assert files(tmp_path) <= {"list.txt"}
 
 
+def test_a_run_does_not_go_on_with_a_changed_prompt_file(command: Command, micro: Path) -> None:
+    Path("list.txt").write_text("cat\ndog\n")
+    assert command(*run_of(micro, rounds=1, prompts="list.txt")).code == 0
+    folder = seed_folder(Path("runs"), micro)
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert set(facts["inputs"]) == {"model", "prompts", "scorers"}
+    assert facts["inputs"]["scorers"]["jpeg_size"] == "code"
+    del facts["ended"]
+    (folder / "provenance.json").write_text(json.dumps(facts))
+    Path("list.txt").write_text("cat\nfox\n")
+    before = files(Path("runs"))
+    refused(command(*run_of(micro, rounds=1, prompts="list.txt")), "Expected the prompts that")
+    assert files(Path("runs")) == before
+
+
 def test_prompts_at_the_token_limit_are_used(command: Command, micro: Path) -> None:
     Path("list.txt").write_text("a " * 14 + "\ncat\n")
     assert command(*run_of(micro, rounds=1, prompts="list.txt")).code == 0

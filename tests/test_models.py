@@ -15,7 +15,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from d3po_bench.d3po import D3PO
 from d3po_bench.engine import Draws, Updates, sample, update, with_reference
 from d3po_bench.errors import UserError
-from d3po_bench.models.stable_diffusion import Source, StableDiffusion, Training, load
+from d3po_bench.models.stable_diffusion import (
+    Source,
+    StableDiffusion,
+    Training,
+    fingerprint,
+    load,
+)
 from d3po_bench.policy import Policy
 from d3po_bench.seeding import stream
 from d3po_bench.train import model_source
@@ -192,3 +198,16 @@ def test_decoding_in_slices_is_decoding_at_once(micro: Path) -> None:
     at_once, sliced = model_of(micro, decode_batch=8), model_of(micro, decode_batch=2)
     assert difference(at_once.decode(latents), sliced.decode(latents)) <= 1
     assert at_once.decode(latents).dtype == torch.uint8
+
+
+def test_a_pipeline_folder_is_named_by_its_content(micro: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(micro, copy)
+    name = fingerprint(Source(path=str(micro)))
+    assert fingerprint(Source(path=str(copy))) == name
+    weights = next((copy / "unet").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert fingerprint(Source(path=str(copy))) != name
+    assert fingerprint(Source(path="owner/name", revision="abc")) == "owner/name@abc"

@@ -29,8 +29,17 @@ def run(tmp_path: Path) -> RunStore:
     """A started run."""
     folder = tmp_path / "seed-0"
     with RunStore.open(folder, CONFIG, resume=True) as started:
-        started.start(CONFIG, device="cpu")
+        started.start(CONFIG, inputs={"model": "a1", "prompts": "b2"}, device="cpu")
     return RunStore(folder)
+
+
+def test_a_run_goes_on_with_the_inputs_that_it_began_with(run: RunStore) -> None:
+    assert run.provenance()["inputs"] == {"model": "a1", "prompts": "b2"}
+    run.start(CONFIG, inputs={"model": "a1", "prompts": "b2"})
+    before = (run.folder / "provenance.json").read_bytes()
+    with pytest.raises(UserError, match=r"Expected the prompts that .* \(b2\), got others \(c3\)"):
+        run.start(CONFIG, inputs={"model": "a1", "prompts": "c3"})
+    assert (run.folder / "provenance.json").read_bytes() == before
 
 
 def files(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ trains through LoRA (peft) or in full. The embedded model goes through this same
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -301,6 +302,22 @@ def load(source: Source, device: torch.device, training: Training) -> StableDiff
             f"not load: {_first_line(problem)} Fetch or save the pipeline again."
         ) from problem
     return StableDiffusion(parts, device, training)
+
+
+def fingerprint(source: Source) -> str:
+    """Twelve hex digits that name the content of a pipeline folder; a hub id with its revision."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        return f"{source.path}@{source.revision or 'main'}"
+    whole = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt")
+    ):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                whole.update(chunk)
+    return whole.hexdigest()[:12]
 
 
 def _quieten() -> None:
