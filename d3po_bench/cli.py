@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -147,6 +148,11 @@ def _pairs(settings: Sequence[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in settings)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 @cli.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
@@ -262,16 +268,69 @@ def evaluate(
     """  # noqa: D301
     from eval import evaluate as evaluating
 
-    names = tuple(name.strip() for name in scorers.split(",") if name.strip())
     request = evaluating.Request(
-        target=target, scorers=names, model=model, prompts=prompts, count=count, images=images,
-        steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
+        target=target, scorers=_names(scorers), model=model, prompts=prompts, count=count,
+        images=images, steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
     )  # fmt: skip
     told = evaluating.lines_of_progress(lambda text: click.echo(text, err=True))
     folder = evaluating.run(request, told)
     for line in evaluating.summary(folder):
         click.echo(line)
     click.echo(f"Rows are in {folder / 'rows.csv'}", err=True)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
+@click.option(
+    "--objective", default="image_reward", show_default=True, help="The signal that trains."
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--scorers", default="clip,blip,image_reward", show_default=True)
+@click.option("--preset", help="Settings to start from; default: the one made for the model.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As in `run`.")
+@click.option("--prompts", help="Held-out list or file; default: the model's own.")
+@click.option("--count", type=click.IntRange(min=1), help="Of these prompts; default: all.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs side by side.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/table1"), show_default=True
+)
+@click.option("--redraw", is_flag=True, help="Only write the table of the rows in OUT again.")
+def table1(
+    runs: tuple[Path, ...],
+    model: str,
+    objective: str,
+    seeds: int,
+    scorers: str,
+    preset: str | None,
+    settings: tuple[str, ...],
+    prompts: str | None,
+    count: int | None,
+    device: str,
+    jobs: int | None,
+    out: Path,
+    redraw: bool,
+) -> None:
+    """Compare all methods on prompt-image alignment, with the paper's Table 1 beside it.
+
+    Trains every method on OBJECTIVE, or takes the finished RUNS, and scores held-out prompts.
+    Writes OUT/table1.csv, .md and .tex; the same command goes on where it was interrupted.
+
+    \b
+    Example:
+        d3po-bench table1 --seeds 2 --count 40 --set rounds=2
+        d3po-bench table1 runs/tiny/image_reward --out runs/table1
+    """  # noqa: D301
+    from eval import table1 as tables
+
+    request = tables.Request(
+        objective=objective, model=model, preset=preset, settings=_pairs(settings),
+        seeds=range(seeds), scorers=_names(scorers), prompts=prompts, count=count,
+        device=device, jobs=jobs, out=out, runs=runs,
+    )  # fmt: skip
+    told = functools.partial(click.echo, err=True)
+    click.echo(tables.write(out) if redraw else tables.run(request, told))
 
 
 @cli.command(name="list")

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 HEAD = (
-    "| T | method | lr | further | seeds | rounds | gain, kB | KL | recognised |\n"
-    "|--:|---|--:|---|--:|--:|--:|--:|--:|"
+    "| T | method | lr | further | seeds | rounds | training size | denoising error "
+    "| held-out gain | KL | recognised | worst seed |\n"
+    "|--:|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
 
 PRESET = {
@@ -37,29 +38,47 @@ def key(config: dict[str, Any]) -> Key:
 
 
 def ends(run: Path) -> dict[str, float]:
-    """Rounds, and of the last evaluation, training sampler: gain, KL, recognised, if known."""
-    metrics = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rounds, rows = len(metrics), pd.read_csv(run / "eval.csv")
+    """Rounds, training sizes and denoising errors, and what the evaluation at the end says.
+
+    The latter, training sampler, is not there for a run that was stopped by hand.
+    """
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    found = {"rounds": len(metrics)}
+    for name in ("score_mean", "denoising_error"):
+        if name in metrics[0]:
+            found |= {f"{name} first": metrics[0][name], f"{name} last": metrics[-1][name]}
+    rows = pd.read_csv(run / "eval.csv")
     rows = rows[rows["sampler"] == "eta1"]
-    first, last = (rows[rows["round"] == number] for number in (0, rounds))
-    found = {name: last[name].mean() for name in ("kl", "animal") if name in last}
-    return {"rounds": rounds, "gain": last["score"].mean() - first["score"].mean(), **found}
+    first, last = (rows[rows["round"] == number] for number in (0, len(metrics)))
+    if len(last):
+        found["gain"] = last["score"].mean() - first["score"].mean()
+        found |= {name: last[name].mean() for name in ("kl", "animal") if name in last}
+    return found
 
 
-def cell(values: list[float], form: str) -> str:
-    """The mean; nothing where a value is missing."""
-    mean = float(np.mean(values))
-    return "" if np.isnan(mean) else format(mean, form)
+def cell(found: list[dict[str, float]], name: str, form: str) -> str:
+    """The mean over the tries that have it; nothing where none has."""
+    values = [f[name] for f in found if not np.isnan(f.get(name, np.nan))]
+    return format(np.mean(values), form) if values else ""
+
+
+def way(found: list[dict[str, float]], name: str, form: str) -> str:
+    """First and last round's."""
+    first, last = (cell(found, f"{name} {end}", form) for end in ("first", "last"))
+    return f"{first} -> {last}" if first else ""
 
 
 def row(group: Key, found: list[dict[str, float]]) -> str:
     """One line of the table."""
     steps, method, rate, further = group
     rounds = sorted({int(f["rounds"]) for f in found})
+    known = [f["animal"] for f in found if not np.isnan(f.get("animal", np.nan))]
     cells = [
         steps, method, f"{rate:g}", further, len(found), " and ".join(map(str, rounds)),
-        cell([f["gain"] for f in found], "+.3f"), cell([f.get("kl", np.nan) for f in found], ".2f"),
-        cell([f.get("animal", np.nan) for f in found], ".2f"),
+        way(found, "score_mean", ".3f"), way(found, "denoising_error", ".3f"),
+        cell(found, "gain", "+.3f"), cell(found, "kl", ".2f"), cell(found, "animal", ".2f"),
+        f"{min(known):.2f}" if known else "",
     ]  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -1,0 +1,305 @@
+"""`d3po-bench table1`: prompt-image alignment of every method, as Table 1 of the D3PO paper.
+
+Every method trains on the same declared signal, and every model draws the same held-out prompts
+from the same noise. A score of the signal itself is marked: a model that was trained on a scorer
+is not judged by it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from d3po_bench import launch, registry
+from d3po_bench.errors import UserError
+from d3po_bench.launch import Request as Training
+from d3po_bench.store import write_atomically
+from d3po_bench.train import label
+from eval import evaluate
+from eval.statistics import interval
+
+BASE = "no fine-tune"
+METHODS = ("preferred_images", "reward_weighted", "d3po", "ddpo", "dpok")
+SCORERS = ("clip", "blip", "image_reward")
+
+PAPER = {
+    BASE: (30.7, 1.95, 0.04, 14.7),
+    "preferred_images": (31.0, 1.97, 0.08, 11.0),
+    "reward_weighted": (31.5, 2.01, 0.17, 18.7),
+    "d3po": (31.9, 2.06, 0.27, 55.7),
+}
+"""Table 1 of arXiv:2311.13231: CLIP, BLIP, ImageReward, human preference in per cent."""
+
+PAPERS_COLUMNS = {"clip": 0, "blip_itm_logit": 1, "image_reward": 2}
+"""Our column -> the paper's; its BLIP score is too large for a probability or a cosine."""
+
+SIGNAL = {"blip": "blip_itm_logit"}
+"""Column that holds the score of a scorer with several."""
+
+SAMPLER = "eta1"
+"""Of the printed table; the rows hold both."""
+
+Cells = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    objective: str
+    model: str
+    preset: str | None
+    settings: Mapping[str, str]
+    seeds: range
+    scorers: tuple[str, ...]
+    prompts: str | None
+    """List or file to evaluate on; None for the model's own."""
+    count: int | None
+    device: str
+    jobs: int | None
+    out: Path
+    runs: tuple[Path, ...] = ()
+    """Finished runs to take instead of training."""
+
+
+def run(request: Request, told: Callable[[str], None]) -> str:
+    """Train or take the models, score them, write and return the table.
+
+    Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json.
+
+    Raises:
+        UserError: bad input, or weights of a scorer that are not there.
+        RunError: a run failed; the others are kept.
+    """
+    folders = _taken(request) if request.runs else _trained(request)
+    signal = _signal(request)
+    write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
+    drawn = _drawn(folders)
+    for name, folder in {BASE: Path(request.model), **folders}.items():
+        _score(request, folder, name, drawn, told)
+    return write(request.out)
+
+
+def _signal(request: Request) -> dict[str, str]:
+    scorer = registry.objective(request.objective).scorer
+    return {"objective": request.objective, "column": SIGNAL.get(scorer, scorer)}
+
+
+# ---- models
+
+
+def _trained(request: Request) -> dict[str, Path]:
+    """Run folders by METHOD-SEED; what is finished is not trained again."""
+    work = [
+        item
+        for method in METHODS
+        for item in launch.planned(
+            Training(
+                method=method, objective=request.objective, model=request.model,
+                preset=request.preset, settings=request.settings, rounds=None,
+                seeds=request.seeds, device=request.device, jobs=None,
+                out=request.out / "runs", resume=True,
+            )
+        )
+    ]  # fmt: skip
+    failed = launch.execute(work, request.jobs, {label(c): label(c) for c, *_ in work})
+    if failed:
+        launch.finish(list(failed.values()), request.out)
+    return {f"{config.method}-{config.seed}": folder for config, _, folder, _ in work}
+
+
+def _taken(request: Request) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in _finished(request.runs):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = f"{config['method']}-{config['seed']}"
+        if config["objective"] != request.objective or config["model"] != request.model:
+            raise UserError(
+                f"Expected runs of {request.model} on {request.objective}, got one of "
+                f"{config['model']} on {config['objective']} in {folder}. Leave it out, or change "
+                "--model and --objective."
+            )
+        if name in found:
+            raise UserError(
+                f"Expected each method and seed once, got {name} in {found[name]} and {folder}. "
+                "Leave one out."
+            )
+        found[name] = folder
+    return found
+
+
+def _finished(places: Sequence[Path]) -> list[Path]:
+    """Run folders with a LoRA, below or at these places."""
+    found = [p.parent for place in places for p in sorted(place.rglob("config.json"))]
+    found = [folder for folder in found if (folder / "lora").is_dir()]
+    if not found:
+        raise UserError(
+            f"Expected finished runs below {', '.join(map(str, places))}, got none. Make some with "
+            "`d3po-bench run`, or leave RUNS out to train them now."
+        )
+    return found
+
+
+def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """How all runs sample, and their prompts: the base model must share it to be compared."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        own = c["prompts"] or registry.objective(c["objective"]).prompts
+        prompts = "captions-held-out" if c["model"] == "tiny" else own
+        found[name] = {
+            "steps": c["sampling_steps"], "guidance": c["guidance"], "prompts": prompts
+        }  # fmt: skip
+    first = next(iter(found))
+    for name, how in found.items():
+        if how != found[first]:
+            raise UserError(
+                f"Expected runs that sample alike, got {found[first]} in {first} and {how} in "
+                f"{name}. Leave one out."
+            )
+    return found[first]
+
+
+def _score(
+    request: Request, target: Path, name: str, drawn: Mapping[str, Any],
+    told: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write rows/NAME.csv unless it is there."""
+    path = request.out / "rows" / f"{name.replace(' ', '-')}.csv"
+    if path.exists():
+        return
+    told(f"scoring {name}")
+    how = {**drawn, "prompts": request.prompts or drawn["prompts"]}
+    folder = evaluate.run(
+        evaluate.Request(
+            target=target, scorers=request.scorers, model=None, count=request.count, images=1,
+            device=request.device, jobs=request.jobs or 1,
+            out=request.out / "scoring" / name.replace(" ", "-"), **how,
+        )
+    )  # fmt: skip
+    write_atomically(path, (folder / "rows.csv").read_bytes())
+    shutil.rmtree(folder)
+
+
+# ---- the table
+
+
+def write(out: Path) -> str:
+    """Derive the table from OUT/rows and OUT/signal.json alone, and write it.
+
+    Raises:
+        UserError: rows are missing, or were drawn from other prompts.
+    """
+    rows = _rows(out)
+    signal = json.loads((out / "signal.json").read_text(encoding="utf-8"))
+    table = [_row(name, rows, signal["column"]) for name in _names(rows)]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    text = _said(signal) + "\n\n" + markdown(table)
+    write_atomically(out / "table1.csv", buffer.getvalue().encode())
+    write_atomically(out / "table1.md", (text + "\n").encode())
+    write_atomically(out / "table1.tex", (latex(table) + "\n").encode())
+    return text
+
+
+def _said(signal: Mapping[str, str]) -> str:
+    return (
+        f"Trained on the objective {signal['objective']}; † marks the score that a model was "
+        f"trained on. Held-out prompts, sampler {SAMPLER}; means over seeds, and differences to "
+        f"{BASE} on the same prompts and noise with 95 % intervals over seeds."
+    )
+
+
+def _rows(out: Path) -> dict[str, pd.DataFrame]:
+    """METHOD-SEED -> scores by prompt and index, printed sampler."""
+    found = {}
+    for path in sorted((out / "rows").glob("*.csv")):
+        rows = pd.read_csv(path)
+        rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
+        found[path.stem] = rows
+    base = BASE.replace(" ", "-")
+    if base not in found:
+        raise UserError(
+            f"Expected the rows of {base} in {out / 'rows'}, got {sorted(found)}. Run "
+            "`d3po-bench table1` with that --out."
+        )
+    for name, rows in found.items():
+        if not rows.index.equals(found[base].index):
+            raise UserError(
+                f"Expected the same prompts and noise in all rows of {out}, got others in {name}. "
+                "Remove that file and run the command again."
+            )
+    return found
+
+
+def _names(rows: Mapping[str, Any]) -> list[str]:
+    there = {name.rpartition("-")[0] for name in rows}
+    return [BASE, *(m for m in METHODS if m in there)]
+
+
+def _columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:
+    known = {"steps", "guidance", "size", "sampler", "weights", "kl"}
+    return [c for c in rows[BASE.replace(" ", "-")].columns if c not in known]
+
+
+def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str) -> Cells:
+    base = rows[BASE.replace(" ", "-")]
+    runs = [r for n, r in rows.items() if n.rpartition("-")[0] == name]
+    cells = {"method": name, "seeds": str(len(runs) or "")}
+    for column in _columns(rows):
+        mark = " †" if column == signal and runs else ""
+        cells[column] = _cell([run[column] for run in runs], base[column]) + mark
+        if column in PAPERS_COLUMNS:
+            numbers = PAPER.get(name)
+            cells[f"{column}, paper"] = str(numbers[PAPERS_COLUMNS[column]]) if numbers else ""
+    cells["preferred by people, paper"] = f"{PAPER[name][3]:g} %" if name in PAPER else ""
+    return cells
+
+
+def _cell(runs: Sequence[pd.Series], base: pd.Series) -> str:
+    """The mean, and how much more than the base it is."""
+    if not runs:
+        return f"{base.mean():.3f}"
+    ends = np.array([run.mean() for run in runs])
+    gains = np.array([(run - base).mean() for run in runs])
+    low, high = map(float, interval(gains))
+    spread = "" if np.isnan(low) else f", {low:+.3f} to {high:+.3f}"
+    return f"{ends.mean():.3f} ({gains.mean():+.3f}{spread})"
+
+
+def markdown(table: Sequence[Cells]) -> str:
+    """The rows as a Markdown table."""
+    names = list(table[0])
+    lines = [names, *([row[name] for name in names] for row in table)]
+    body = ["| " + " | ".join(cells) + " |" for cells in lines]
+    rule = "|---|" + "--:|" * (len(names) - 1)
+    return "\n".join([body[0], rule, *body[1:]])
+
+
+def latex(table: Sequence[Cells]) -> str:
+    """The rows as a LaTeX tabular for the package booktabs."""
+    names = list(table[0])
+    lines = [names, *([row[name] for name in names] for row in table)]
+    head, *rest = (" & ".join(map(_escaped, cells)) + " \\\\" for cells in lines)
+    spec = "l" + "r" * (len(names) - 1)
+    return "\n".join(
+        [f"\\begin{{tabular}}{{{spec}}}", "\\toprule", head, "\\midrule", *rest, "\\bottomrule",
+         "\\end{tabular}"]
+    )  # fmt: skip
+
+
+def _escaped(text: str) -> str:
+    for plain, said in (("_", "\\_"), ("%", "\\%"), ("†", "$\\dagger$")):
+        text = text.replace(plain, said)
+    return text

@@ -1,0 +1,127 @@
+"""Table 1: trained or taken, paired with the base model, marked where the judge was the teacher."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from d3po_bench import cli
+from d3po_bench.errors import UserError
+from eval import table1
+
+PAPERS = Path(__file__).parent.parent / "results" / "paper.csv"
+
+
+def write_rows(out: Path, name: str, clip: float, reward: float, prompts: str = "ab") -> None:
+    """Two prompts, both samplers; the second prompt scores 1 more."""
+    lines = ["steps,guidance,size,sampler,prompt,index,clip,image_reward,kl,weights"]
+    for sampler in ("eta1", "eta0"):
+        for number, prompt in enumerate(prompts):
+            other = 50 * (sampler == "eta0")
+            lines.append(
+                f"10,5.0,32x32,{sampler},{prompt},0,{clip + number + other},{reward},0.1,x"
+            )
+    path = out / "rows" / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    write_rows(tmp_path, "no-fine-tune", 30, 0)
+    write_rows(tmp_path, "d3po-0", 32, 0.5)
+    write_rows(tmp_path, "d3po-1", 33, 0.7)
+    write_rows(tmp_path, "ddpo-0", 29, 0.1)
+    signal = {"objective": "image_reward", "column": "image_reward"}
+    (tmp_path / "signal.json").write_text(json.dumps(signal))
+    return tmp_path
+
+
+def test_the_table_by_hand(out: Path) -> None:
+    text = table1.write(out)
+    with (out / "table1.csv").open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["no fine-tune", "d3po", "ddpo"]
+    # base 30 and 31: mean 30.5; seeds end 32.5 and 33.5, so 2 and 3 more
+    assert rows["no fine-tune"]["clip"] == "30.500"
+    assert rows["d3po"]["clip"] == "33.000 (+2.500, +2.000 to +3.000)"
+    assert rows["d3po"]["image_reward"].endswith("†")
+    assert not rows["d3po"]["clip"].endswith("†")
+    assert not rows["no fine-tune"]["image_reward"].endswith("†")
+    assert rows["ddpo"]["clip"] == "29.500 (-1.000)"
+    assert rows["d3po"]["clip, paper"] == "31.9"
+    assert rows["ddpo"]["clip, paper"] == ""
+    assert rows["d3po"]["seeds"] == "2"
+    assert "Trained on the objective image_reward" in text
+    assert (out / "table1.md").read_text() == text + "\n"
+    tex = (out / "table1.tex").read_text()
+    assert tex.startswith("\\begin{tabular}{l")
+    assert tex.count("\\\\") == 4
+    assert "image\\_reward" in tex
+
+
+def test_redrawing_gives_the_same_bytes(out: Path) -> None:
+    table1.write(out)
+    names = ("table1.csv", "table1.md", "table1.tex")
+    before = [(out / name).read_bytes() for name in names]
+    done = CliRunner().invoke(cli.cli, ["table1", "--redraw", "--out", str(out)])
+    assert done.exit_code == 0
+    assert [(out / name).read_bytes() for name in names] == before
+
+
+def test_other_prompts_are_not_compared(out: Path) -> None:
+    write_rows(out, "dpok-0", 29, 0.1, prompts="ac")
+    with pytest.raises(UserError, match=r"same prompts and noise .* got others in dpok-0"):
+        table1.write(out)
+
+
+def test_a_table_needs_the_base_model(tmp_path: Path) -> None:
+    (tmp_path / "signal.json").write_text("{}")
+    with pytest.raises(UserError, match="Expected the rows of no-fine-tune"):
+        table1.write(tmp_path)
+
+
+def test_the_papers_numbers_are_the_papers() -> None:
+    printed = pd.read_csv(PAPERS)
+    printed = printed[printed["source"] == "Table 1"]
+    names = {"no fine-tune": "No fine-tune", "preferred_images": "Preferred images",
+             "reward_weighted": "Reward Weighted", "d3po": "D3PO"}  # fmt: skip
+    for name, numbers in table1.PAPER.items():
+        rows = printed[printed["item"] == names[name]]
+        assert tuple(float(v) for v in rows["value"]) == numbers
+    assert len(printed) == 16
+
+
+def test_end_to_end_trains_scores_and_goes_on(micro: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\ndog\n")
+    arguments = [
+        "table1", "--model", str(micro), "--preset", "quick", "--objective", "incompress",
+        "--scorers", "jpeg_size", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    for change in (f"prompts={prompts}", "rounds=1", "sampling_steps=3", "skip_steps=0",
+                   "prompts_per_round=2", "images_per_prompt=2", "units_per_update=2",
+                   "eval_every=0"):  # fmt: skip
+        arguments += ["--set", change]
+    done = CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    out = tmp_path / "out"
+    stamp = {p: p.stat().st_mtime_ns for p in out.glob("rows/*.csv")}
+    assert len(stamp) == 6
+    assert "| preferred_images | 1 |" in (out / "table1.md").read_text()
+    assert "†" in (out / "table1.md").read_text()
+    again = CliRunner().invoke(cli.cli, arguments, catch_exceptions=False)
+    assert again.output.endswith(done.output[-200:])
+    assert {p: p.stat().st_mtime_ns for p in out.glob("rows/*.csv")} == stamp
+    taken = CliRunner().invoke(
+        cli.cli,
+        ["table1", str(out / "runs"), "--model", str(micro), "--objective", "compress",
+         "--out", str(tmp_path / "other")],
+    )  # fmt: skip
+    assert isinstance(taken.exception, UserError)
+    assert "got one of" in str(taken.exception)
