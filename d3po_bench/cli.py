@@ -14,7 +14,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from d3po_bench import __version__
-from d3po_bench.errors import UserError
+from d3po_bench.errors import RunError, UserError
 
 
 class _Command(click.Group):
@@ -331,6 +331,37 @@ def table1(
     )  # fmt: skip
     told = functools.partial(click.echo, err=True)
     click.echo(tables.write(out) if redraw else tables.run(request, told))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--record", is_flag=True, help="Write the manifest of what is there now.")
+def verify(folder: Path, record: bool) -> None:
+    """Check published results: files, runs, tables and figures against each other.
+
+    FOLDER carries a manifest.json, and a claims.json that says which documents hold which tables
+    and figures. Exits with 1 if a check fails.
+
+    \b
+    Example:
+        d3po-bench verify results
+    """  # noqa: D301
+    from eval import verify as verifying
+
+    if record:
+        click.echo(verifying.record(folder))
+        return
+    failed = 0
+    for name, problems in verifying.verify(folder).items():
+        click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
+        for problem in problems:
+            click.echo(f"  {problem}")
+        failed += len(problems)
+    if failed:
+        raise RunError(
+            f"Expected results that agree with themselves, got {failed} problems in {folder}. "
+            "Restore the files, or measure again."
+        )
 
 
 @cli.command(name="list")

@@ -1,0 +1,288 @@
+"""`d3po-bench verify`: are published results whole, and do tables and figures say what rows say?
+
+A folder of results carries two files. `manifest.json` names every file with its sha256;
+`claims.json` says which documents hold which tables and which figures were drawn from which runs.
+A check that fails is a sentence; there is no score between right and wrong.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from d3po_bench.config import RunConfig
+from d3po_bench.errors import UserError
+from d3po_bench.store import write_atomically
+from eval.evaluator import SAMPLERS
+from eval.weights import fingerprint
+
+MANIFEST, CLAIMS = "manifest.json", "claims.json"
+FILES = ("config.json", "eval.csv", "metrics.jsonl", "provenance.json", "timing.jsonl")
+COUNTS = ("images", "pairs", "scorer_calls", "unet_forwards")
+
+Problems = Iterator[str]
+
+
+def verify(folder: Path) -> dict[str, list[str]]:
+    """Every check of a folder of results, with what it found wrong.
+
+    Args:
+        folder: holds manifest.json and claims.json; documents lie beside it.
+
+    Raises:
+        UserError: it carries no manifest.
+    """
+    claims = _json(folder / CLAIMS) if (folder / CLAIMS).exists() else {}
+    runs = sorted(path.parent for path in folder.rglob("config.json"))
+    tries = [r for r in runs if _is_try(r.relative_to(folder), claims.get("tries", ()))]
+    whole = [run for run in runs if run not in tries]
+    checks: dict[str, Callable[[], Problems]] = {
+        "manifest": lambda: check_manifest(folder),
+        "runs": lambda: _each(whole, folder, whole=True),
+        "tries": lambda: _each(tries, folder, whole=False),
+        "sets": lambda: check_sets(whole, folder),
+        "tables": lambda: _of_claims(claims.get("tables", ()), folder, check_table),
+        "curves": lambda: _of_claims(claims.get("curves", ()), folder, check_curves),
+    }
+    return {name: list(check()) for name, check in checks.items()}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(
+            f"Expected {path.name} in {path.parent}, got {problem}. Name a folder of published "
+            "results; `d3po-bench verify --record` writes the manifest of one."
+        ) from problem
+
+
+# ---- manifest
+
+
+def record(folder: Path) -> Path:
+    """Write the manifest of what is there now."""
+    path = folder / MANIFEST
+    listed = {name: fingerprint(folder / name) for name in _listed(folder)}
+    write_atomically(path, (json.dumps(listed, indent=1, sort_keys=True) + "\n").encode())
+    return path
+
+
+def _listed(folder: Path) -> list[str]:
+    """Every file but the manifest and what Python leaves behind."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return sorted(p.relative_to(folder).as_posix() for p in paths if p.name != MANIFEST)
+
+
+def check_manifest(folder: Path) -> Problems:
+    """Files that are missing, changed, or not in the manifest."""
+    manifest = _json(folder / MANIFEST)
+    there = set(_listed(folder))
+    for name in sorted(manifest.keys() - there):
+        yield f"{name} is in the manifest and not in {folder}"
+    for name in sorted(there - manifest.keys()):
+        yield f"{name} is not in the manifest"
+    for name in sorted(there & manifest.keys()):
+        if fingerprint(folder / name) != manifest[name]:
+            yield f"{name} has changed since the manifest was written"
+
+
+# ---- runs
+
+
+def _is_try(place: Path, tries: Sequence[str]) -> bool:
+    """Whether a run lies in a folder of tries, which may have been stopped or kept in part."""
+    return any(place.is_relative_to(name) for name in tries)
+
+
+def _each(runs: Sequence[Path], folder: Path, *, whole: bool) -> Problems:
+    for run in runs:
+        place = run.relative_to(folder).as_posix()
+        try:
+            for problem in check_run(run, whole=whole):
+                yield f"{place}: {problem}"
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            yield f"{place}: cannot be read ({problem!r})"
+
+
+def check_run(run: Path, *, whole: bool = True) -> Problems:
+    """Whether a run's files agree with each other.
+
+    Args:
+        run: its folder.
+        whole: it must have all its files and have ended, which not every try of a search has.
+    """
+    needed = FILES if whole else ("config.json", "metrics.jsonl")
+    missing = [name for name in needed if not (run / name).is_file()]
+    if missing:
+        yield f"lacks {', '.join(missing)}"
+        return
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    metrics = _lines(run / "metrics.jsonl")
+    if whole:
+        yield from _check_config(config, run)
+        if len(metrics) != config["rounds"]:
+            yield f"has {len(metrics)} rounds of {config['rounds']}"
+        if "ended" not in _json(run / "provenance.json"):
+            yield "has not ended"
+    yield from _check_metrics(metrics)
+    if (run / "eval.csv").is_file():
+        yield from _check_rows(run / "eval.csv", config, len(metrics), whole)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _check_config(config: Mapping[str, Any], run: Path) -> Problems:
+    known = {f.name for f in fields(RunConfig)}
+    given = {k: v for k, v in config.items() if k != "run_id"}
+    if strange := given.keys() - known:
+        yield f"its config has {', '.join(sorted(strange))}, which this version does not know"
+        return
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    made = RunConfig(**settings)
+    if made.run_id != config["run_id"]:
+        yield f"its config says run_id {config['run_id']}, its settings make {made.run_id}"
+    place = [config["objective"], config["method"], f"seed-{config['seed']}"]
+    if list(run.parts[-3:]) != place:
+        yield f"its config belongs into {'/'.join(place)}"
+
+
+def _check_metrics(metrics: Sequence[Mapping[str, Any]]) -> Problems:
+    rounds = [m["round"] for m in metrics]
+    if rounds != list(range(1, len(metrics) + 1)):
+        yield f"its rounds are {rounds}"
+    for name in COUNTS:
+        values = [m[name] for m in metrics if name in m]
+        if values != sorted(values):
+            yield f"its count of {name} goes back"
+    for m in metrics:
+        wrong = [k for k, v in m.items() if isinstance(v, float) and not math.isfinite(v)]
+        if wrong:
+            yield f"round {m['round']} has no finite {', '.join(wrong)}"
+
+
+def _check_rows(path: Path, config: Mapping[str, Any], rounds: int, whole: bool) -> Problems:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    keys = [(r["round"], r["sampler"], r["prompt"], r["index"]) for r in rows]
+    if len(set(keys)) != len(keys):
+        yield "an evaluation image has two rows"
+    sizes = {(n, s): 0 for n, s, *_ in keys}
+    for number, sampler, *_ in keys:
+        sizes[number, sampler] += 1
+    if len(set(sizes.values())) > 1:
+        yield f"its evaluations have {sorted(set(sizes.values()))} images"
+    if any(not math.isfinite(float(r["score"])) for r in rows):
+        yield "an evaluation image has no finite score"
+    every = config["eval_every"]
+    if whole and every:
+        due = {n for n in range(rounds + 1) if n % every == 0 or n == rounds}
+        found = {(int(n), s) for n, s in sizes}
+        if found != {(n, s) for n in due for s in SAMPLERS}:
+            yield f"its evaluations are of {sorted(found)}, due at rounds {sorted(due)}"
+
+
+# ---- sets of runs
+
+
+def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
+    """Runs of one objective and method in one folder must be alike but for the seed."""
+    rounds: dict[str, Path] = {}
+    seen: dict[tuple[str, ...], Path] = {}
+    for run in runs:
+        try:
+            config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            place = run.relative_to(folder).parts[:-3]
+            cell = (*place, config["objective"], config["method"])
+            alike, numbered = _but_the_seed(run), (*cell, str(config["seed"]))
+        except (OSError, ValueError, KeyError) as problem:
+            yield f"{run}: cannot be read ({problem!r})"
+            continue
+        if numbered in seen:
+            yield f"{run} and {seen[numbered]} are of one seed"
+        if cell in seen and _but_the_seed(seen[cell]) != alike:
+            yield f"{run} and {seen[cell]} differ in more than the seed"
+        what = fingerprint(run / "metrics.jsonl")
+        if what in rounds:
+            yield f"{run} and {rounds[what]} have the same rounds, number for number"
+        rounds.setdefault(what, run)
+        seen.setdefault(numbered, run)
+        seen.setdefault(cell, run)
+
+
+def _but_the_seed(run: Path) -> str:
+    """Settings, and the encoder that JPEG sizes depend on."""
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    facts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+    kept = {k: v for k, v in config.items() if k not in ("seed", "run_id")}
+    return json.dumps([kept, facts["packages"]["pillow"]], sort_keys=True)
+
+
+# ---- claims
+
+
+def _of_claims(
+    claims: Sequence[Mapping[str, Any]], folder: Path,
+    check: Callable[[Mapping[str, Any], Path], Problems],
+) -> Problems:  # fmt: skip
+    home = folder.resolve().parent
+    for claim in claims:
+        try:
+            yield from check(claim, home)
+        except (UserError, OSError, KeyError, ValueError) as problem:
+            yield f"{claim}: {problem}"
+
+
+def check_table(claim: Mapping[str, Any], home: Path) -> Problems:
+    """Every line that the command prints must stand in the document."""
+    command = [str(part) for part in claim["command"]]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=home, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        yield f"{' '.join(command)} fails: {done.stderr.strip().splitlines()[-1:]}"
+        return
+    text = (home / claim["document"]).read_text(encoding="utf-8").splitlines()
+    for line in done.stdout.strip().splitlines():
+        if line not in text:
+            yield f"{claim['document']} lacks a line of `{' '.join(command)}`: {line}"
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    yield from _stray(rows, text, str(claim["document"]))
+
+
+def _stray(rows: Sequence[str], text: Sequence[str], document: str) -> Problems:
+    """Lines within a table of the document that the command did not print."""
+    if not rows or rows[0] not in text:
+        return
+    start = text.index(rows[0])
+    table = [line for line in _until_empty(text[start:]) if line not in rows]
+    for line in table:
+        yield f"{document} has a line that no row supports: {line}"
+
+
+def _until_empty(lines: Sequence[str]) -> Iterator[str]:
+    for line in lines:
+        if not line.startswith("|"):
+            return
+        yield line
+
+
+def check_curves(claim: Mapping[str, Any], home: Path) -> Problems:
+    """The figure, drawn again from the rows, must have the same bytes."""
+    from eval.report import plot
+
+    with tempfile.TemporaryDirectory() as place:
+        plot([home / claim["runs"]], Path(place), x=claim["x"])
+        drawn = (Path(place) / "curves.svg").read_bytes()
+    if drawn != (home / claim["figure"]).read_bytes():
+        yield f"{claim['figure']} is not what `d3po-bench plot {claim['runs']}` draws"
