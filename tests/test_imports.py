@@ -43,7 +43,7 @@ ALLOWED = {
     "d3po_bench.registry": {"types", "errors"},
     "d3po_bench.config": {"errors", "registry"},
     "baselines": {"types", "errors", "gaussian", "policy"},
-    "eval.scorers": {"types", "errors", "eval.weights", "models.embedded"},
+    "eval.scorers": {"types", "errors", "eval.weights", "eval.scorers._blip", "models.embedded"},
 }
 """Module or package -> what of ours it may import; the rest may import all but the cli."""
 
@@ -198,6 +198,8 @@ def test_tests_shadow_no_package() -> None:
         ("baselines.ddpo", "from d3po_bench.engine import f", ["d3po_bench.engine.f"]),
         ("eval.scorers.x", "from eval.scorers.y import f", ["eval.scorers.y.f"]),
         ("eval.scorers.x", "from eval.weights import fetch", []),
+        ("eval.scorers.x", "from eval.scorers import _blip", []),
+        ("eval.scorers._blip", "from eval.scorers import blip", ["eval.scorers.blip"]),
         ("d3po_bench.cli", "def f():\n  from eval import report", []),
         ("d3po_bench.types", "if TYPE_CHECKING:\n  from d3po_bench.policy import P", []),
     ],
