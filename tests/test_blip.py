@@ -78,18 +78,19 @@ def test_a_gpu_scores_as_the_cpu_does(recording: Recording) -> None:
 # ---- each mistake shows
 
 
-def test_itm_starts_with_enc_and_itc_does_not(recording: Recording, scorer: blip.Blip) -> None:
+def test_itm_with_cls_shows(recording: Recording, scorer: blip.Blip) -> None:
     scorer.encode = scorer.words.cls_token_id
     assert gaps(recording, scorer).min() > SEEN
     assert gaps(recording, scorer, "blip_itc").max() <= 1e-5
-    scorer.words.cls_token = "[ENC]"
-    enc = scorer.words.convert_tokens_to_ids("[ENC]")
-    starting = _blip.Tokens.starting
-    with pytest.MonkeyPatch.context() as patch:
-        text = _blip.understood
-        patch.setattr(_blip, "understood", lambda n, t, i=None: text(n, starting(t, enc), i))
-        assert gaps(recording, scorer, "blip_itc").max() > SEEN
-    scorer.words.cls_token = "[CLS]"
+
+
+def test_itc_with_enc_shows(
+    recording: Recording, scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _blip.tokenized
+    monkeypatch.setattr(_blip, "tokenized", lambda *a: right(*a).starting(scorer.encode))
+    assert gaps(recording, scorer, "blip_itc").max() > SEEN
+    assert gaps(recording, scorer).max() <= 1e-5
 
 
 @pytest.mark.parametrize(
