@@ -5,7 +5,9 @@ Only uniform draws of NumPy's PCG64 are used, whose stream does not change betwe
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,6 +63,35 @@ def bert_vocabulary(path: Path, size: int) -> Path:
     tokens += [next(unused) for _ in range(size - len(tokens))]
     path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
     return path
+
+
+def clip_vocabulary(folder: Path) -> Path:
+    """Write a small byte-pair vocabulary of CLIP's layout, for transformers and for open_clip.
+
+    The 256 bytes come first, then these as the ends of words, merges, and the two special tokens.
+
+    Returns:
+        `folder`, with vocab.json, merges.txt and bpe.txt.gz.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+    pairs = list(dict.fromkeys(pair for word in _WORDS.split() for pair in _merges(word)))
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in pairs)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    lines = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs)])
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "merges.txt").write_text(lines + "\n", encoding="utf-8")
+    (folder / "bpe.txt.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    return folder
+
+
+def _merges(word: str) -> list[tuple[str, str]]:
+    """Letter by letter from the left, so that no two pairs make the same token."""
+    parts = [*word[:-1], word[-1] + "</w>"]
+    return [("".join(parts[:i]), parts[i]) for i in range(1, len(parts))]
 
 
 def tensors(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import sys
 import types
 import warnings
@@ -73,7 +74,7 @@ def scored(sizes: Sequence[tuple[int, int]], score: Callable[..., dict[str, floa
 def random_state(network: nn.Module, seed: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Shapes of the network's float tensors, and its whole state with these drawn anew."""
     state = network.state_dict()
-    shapes = {name: list(t.shape) for name, t in state.items() if t.is_floating_point()}
+    shapes = {name: list(t.shape) for name, t in state.items() if t.is_floating_point() and t.ndim}
     return shapes, state | inputs.tensors(shapes, seed)
 
 
@@ -200,6 +201,140 @@ def image_reward(folder: Path, full: bool) -> None:
     write(folder / f"image_reward-{kind}.json", case | described | drawn)
 
 
+# ---- torchmetrics and open_clip
+
+
+def clip_model(place: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
+    """A small CLIPModel with its tokenizer and processor, saved in `place`.
+
+    Returns:
+        It, its shapes and its state, drawn anew.
+    """
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    inputs.clip_vocabulary(place)
+    words = CLIPTokenizer(
+        str(place / "vocab.json"), str(place / "merges.txt"), pad_token="<|endoftext|>"
+    )
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes |= {"intermediate_size": 512, "projection_dim": 64, "hidden_act": "quick_gelu"}
+    # Token 2 as the end of text is how openai's own files say "the largest id".
+    text = sizes | {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 2}
+    vision = sizes | {"image_size": 224, "patch_size": 32}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).eval()
+    shapes, state = random_state(model, seed=31)
+    model.load_state_dict(state)
+    model.save_pretrained(place)
+    CLIPProcessor(CLIPImageProcessor(), words).save_pretrained(place)
+    return model, shapes, state
+
+
+def torchmetrics_score(model: Any, place: Path, cut: bool) -> Callable[[Image.Image, str], float]:
+    """100 x cosine as `clip_score` has it, before its mean is raised to 0.
+
+    torchmetrics cuts long prompts behind the 77th token and so loses the end of text, where CLIP
+    reads a prompt; with `cut` the tokenizer cuts, and keeps it.
+    """
+    import numpy as np
+    from torchmetrics.functional.multimodal.clip_score import _clip_score_update
+    from transformers import CLIPImageProcessor, CLIPTokenizer
+
+    see, say = CLIPImageProcessor.from_pretrained(place), CLIPTokenizer.from_pretrained(place)
+
+    def process(text: Any = None, images: Any = None, **options: Any) -> Any:
+        if text is None:
+            return see(images, return_tensors="pt")
+        long = {"truncation": True, "max_length": 77} if cut else {}
+        return say(text, **options, **long)
+
+    @torch.no_grad()
+    def score(image: Image.Image, prompt: str) -> float:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return float(_clip_score_update(pixels, prompt, model, process)[0].item())
+
+    return score
+
+
+def open_clip_score(state: dict[str, Tensor], place: Path) -> Callable[[Image.Image, str], float]:
+    """100 x cosine by open_clip, with QuickGELU, from transformers' tensors."""
+    import open_clip
+    from open_clip.tokenizer import SimpleTokenizer
+
+    say = SimpleTokenizer(str(place / "bpe.txt.gz"))
+    sizes = {"layers": 2, "width": 128}
+    network = open_clip.CLIP(
+        embed_dim=64,
+        vision_cfg=open_clip.CLIPVisionCfg(**sizes, image_size=224, patch_size=32),
+        text_cfg=open_clip.CLIPTextCfg(**sizes, heads=2, vocab_size=say.vocab_size),
+        quick_gelu=True,
+    ).eval()
+    converted = open_clip_state(state)
+    network.load_state_dict(converted)
+    torch.save(converted, place / "open_clip.pt")
+    see = open_clip.image_transform(224, is_train=False)
+
+    @torch.no_grad()
+    def score(image: Image.Image, prompt: str) -> float:
+        seen = network.encode_image(see(image).unsqueeze(0), normalize=True)
+        said = network.encode_text(say([prompt]), normalize=True)
+        return float(100 * (seen * said).sum())
+
+    return score
+
+
+OPEN_CLIP = (
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+"""transformers' part of a name -> open_clip's."""
+
+
+def open_clip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a CLIPModel under open_clip's names, the projections turned over."""
+    found = {}
+    for name, tensor in state.items():
+        if name.endswith("position_ids") or re.search(r"\.[kv]_proj\.", name):
+            continue
+        if ".q_proj." in name:  # open_clip has one matrix for the three
+            three = [state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
+            name = name.replace(".self_attn.q_proj.", ".attn.in_proj_")
+            tensor = torch.cat(three)
+        for ours, theirs in OPEN_CLIP:
+            name = name.replace(ours, theirs)
+        found[name] = tensor
+    found["visual.proj"] = found.pop("visual_projection.weight").T
+    found["text_projection"] = found.pop("text_projection.weight").T
+    return found
+
+
+def clip(folder: Path) -> None:
+    """Write clip-tiny: a folder for transformers and the scores of both packages."""
+    place = folder / "clip-tiny"
+    model, shapes, state = clip_model(place)
+    ways = {
+        "clip": torchmetrics_score(model, place, cut=True),
+        "clip_without_end": torchmetrics_score(model, place, cut=False),
+        "open_clip": open_clip_score(state, place),
+    }
+    sets = scored(inputs.SIZES, lambda i, p: {name: way(i, p) for name, way in ways.items()})
+    case = {"scorer": "clip", "checkpoint": place.name, "seed": 31, "sets": sets}
+    drawn = {"digest": inputs.digest({n: state[n] for n in shapes}), "shapes": shapes}
+    write(folder / "clip-tiny.json", case | drawn | {"config": model.config.to_dict()})
+
+
 def main() -> None:
     """Write every case into the folder on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -214,6 +349,7 @@ def main() -> None:
     for full in [True, False] if options.full else [False]:
         lavis(folder, full)
         image_reward(folder, full)
+    clip(folder)
     del torchvision_operators.LIBRARY
 
 
