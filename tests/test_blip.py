@@ -197,7 +197,7 @@ def test_official_weights_come_from_the_cache(
     recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = {"blip": recording.checkpoint, "bert-base-uncased": recording.vocabulary}
-    monkeypatch.setattr(blip.checkpoints, "find", lambda name: places[name])
+    monkeypatch.setattr("eval.weights.find", lambda name: places[name])
     assert recording.gaps("blip_itm_logit", blip.load(CPU)).max() <= 1e-5
 
 

@@ -203,7 +203,7 @@ def test_official_weights_come_from_the_cache(
     recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = {"image_reward": recording.checkpoint, "bert-base-uncased": recording.vocabulary}
-    monkeypatch.setattr(image_reward.checkpoints, "find", lambda name: places[name])
+    monkeypatch.setattr("eval.weights.find", lambda name: places[name])
     assert recording.gaps("image_reward", image_reward.load(CPU)).max() <= 1e-5
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
 
 State = Mapping[str, Tensor]
+Resize = Callable[[Image.Image], Image.Image]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -367,7 +368,7 @@ def cropped(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def pixels(images: Tensor, resize: Callable[[Image.Image], Image.Image]) -> Tensor:
+def pixels(images: Tensor, resize: Resize) -> Tensor:
     """`images` [N, 3, h, w] uint8, resized and normalised: [N, 3, size, size] float32."""
     arrays = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     resized = np.stack([np.asarray(resize(Image.fromarray(a))) for a in arrays])

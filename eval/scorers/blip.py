@@ -44,7 +44,7 @@ class Blip:
         self.device = device
         self.encode = words.convert_tokens_to_ids("[ENC]")
         size = network.config.vision_config.image_size
-        self.resize = partial(_blip.square, size=size)
+        self.resize: _blip.Resize = partial(_blip.square, size=size)
 
     def columns(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The three scores, each [N], of `images` [N, 3, h, w] uint8.

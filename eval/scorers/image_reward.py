@@ -74,7 +74,7 @@ class ImageReward:
         self.device = device
         self.mean, self.std = scale
         size = network.config.vision_config.image_size
-        self.resize = partial(_blip.cropped, size=size)
+        self.resize: _blip.Resize = partial(_blip.cropped, size=size)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Rewards [N] of `images` [N, 3, h, w] uint8.

@@ -216,7 +216,7 @@ def clip_model(place: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
     words = CLIPTokenizer(
         str(place / "vocab.json"), str(place / "merges.txt"), pad_token="<|endoftext|>"
     )
-    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
     sizes |= {"intermediate_size": 512, "projection_dim": 64, "hidden_act": "quick_gelu"}
     # Token 2 as the end of text is how openai's own files say "the largest id".
     text = sizes | {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 2}
@@ -229,28 +229,33 @@ def clip_model(place: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
     return model, shapes, state
 
 
-def torchmetrics_score(model: Any, place: Path, cut: bool) -> Callable[[Image.Image, str], float]:
-    """100 x cosine as `clip_score` has it, before its mean is raised to 0.
+def torchmetrics_scores(model: Any, place: Path) -> Callable[[Image.Image, str], dict[str, float]]:
+    """`clip_score`, and 100 x cosine as it has it before the mean is raised to 0.
 
     torchmetrics cuts long prompts behind the 77th token and so loses the end of text, where CLIP
-    reads a prompt; with `cut` the tokenizer cuts, and keeps it.
+    reads a prompt: `clip_without_end`. For the others the tokenizer cuts, and keeps it.
     """
     import numpy as np
+    from torchmetrics.functional.multimodal import clip_score
     from torchmetrics.functional.multimodal.clip_score import _clip_score_update
     from transformers import CLIPImageProcessor, CLIPTokenizer
 
     see, say = CLIPImageProcessor.from_pretrained(place), CLIPTokenizer.from_pretrained(place)
 
     def process(text: Any = None, images: Any = None, **options: Any) -> Any:
-        if text is None:
-            return see(images, return_tensors="pt")
-        long = {"truncation": True, "max_length": 77} if cut else {}
-        return say(text, **options, **long)
+        return see(images, return_tensors="pt") if text is None else say(text, **options)
+
+    def cut(**options: Any) -> Any:
+        return process(**options, truncation=True, max_length=77)
 
     @torch.no_grad()
-    def score(image: Image.Image, prompt: str) -> float:
+    def score(image: Image.Image, prompt: str) -> dict[str, float]:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return float(_clip_score_update(pixels, prompt, model, process)[0].item())
+        return {
+            "clip": _clip_score_update(pixels, prompt, model, cut)[0].item(),
+            "clip_score": clip_score(pixels, prompt, lambda: (model, cut)).item(),
+            "clip_without_end": _clip_score_update(pixels, prompt, model, process)[0].item(),
+        }
 
     return score
 
@@ -324,12 +329,8 @@ def clip(folder: Path) -> None:
     """Write clip-tiny: a folder for transformers and the scores of both packages."""
     place = folder / "clip-tiny"
     model, shapes, state = clip_model(place)
-    ways = {
-        "clip": torchmetrics_score(model, place, cut=True),
-        "clip_without_end": torchmetrics_score(model, place, cut=False),
-        "open_clip": open_clip_score(state, place),
-    }
-    sets = scored(inputs.SIZES, lambda i, p: {name: way(i, p) for name, way in ways.items()})
+    metrics, other = torchmetrics_scores(model, place), open_clip_score(state, place)
+    sets = scored(inputs.SIZES, lambda i, p: {**metrics(i, p), "open_clip": other(i, p)})
     case = {"scorer": "clip", "checkpoint": place.name, "seed": 31, "sets": sets}
     drawn = {"digest": inputs.digest({n: state[n] for n in shapes}), "shapes": shapes}
     write(folder / "clip-tiny.json", case | drawn | {"config": model.config.to_dict()})
