@@ -4,6 +4,8 @@
 `nox --force-python 3.12`.
 """
 
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "venv"
@@ -52,3 +54,21 @@ def reproduce(session: nox.Session) -> None:
     session.run("d3po-bench", "sweep", "results/tiny/grid.toml", "--out", "runs/reproduce")
     session.run("python", "results/publish.py", "runs/reproduce/tiny", "results/tiny")
     session.run("python", "results/summary.py", "results/tiny")
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Score random weights with the official packages, then with ours; `-- --full`: real sizes."""
+    folder = Path(session.cache_dir, "parity").resolve()
+    session.install("-r", "tests/parity/requirements.txt")
+    session.install("--no-deps", "-r", "tests/parity/requirements-no-deps.txt")
+    offline = {"HF_HUB_OFFLINE": "1"}
+    session.run("python", "-m", "tests.parity.oracle", str(folder), *session.posargs, env=offline)
+    session.notify("parity_compare", [str(folder)])
+
+
+@nox.session
+def parity_compare(session: nox.Session) -> None:
+    """Compare our scorers with the folder that `parity` wrote; it calls this itself."""
+    _install(session)
+    session.run("python", "-m", "tests.parity.compare", *session.posargs)

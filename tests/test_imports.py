@@ -205,6 +205,7 @@ def test_tests_shadow_no_package() -> None:
         ("baselines.ddpo", "from d3po_bench.engine import f", ["d3po_bench.engine.f"]),
         ("eval.scorers.x", "from eval.scorers.y import f", ["eval.scorers.y.f"]),
         ("eval.scorers.x", "from eval.scorers import _clip", []),
+        ("eval.scorers._blip", "from eval.scorers import blip", ["eval.scorers.blip"]),
         ("eval.scorers.x", "from eval.weights import fetch", []),
         ("d3po_bench.cli", "def f():\n  from eval import report", []),
         ("d3po_bench.types", "if TYPE_CHECKING:\n  from d3po_bench.policy import P", []),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
 
 State = Mapping[str, Tensor]
+Resize = Callable[[Image.Image], Image.Image]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -148,6 +149,7 @@ def _text_sizes(state: State) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "pad_token_id": 0,
+        "bos_token_id": words - 2,  # [DEC]; scoring has no use for it
         "is_decoder": True,  # what transformers calls having cross-attention
     }
 
@@ -217,9 +219,8 @@ def _name_ignored(names: Sequence[str], path: Path) -> None:
 
 def folder(weights: str, scorer: str) -> Path:
     """Where the tensors of a `load(device, weights)` lie: "tiny" ships with the package."""
-    return (
-        Path(__file__).parent.parent / "embedded" / scorer if weights == "tiny" else Path(weights)
-    )
+    ours = Path(__file__).parent.parent / "embedded" / scorer
+    return ours if weights == "tiny" else Path(weights)
 
 
 def save(
@@ -367,8 +368,8 @@ def cropped(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def pixels(images: Tensor, resize: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """`images` [N, 3, h, w] uint8, resized one by one, normalised: [N, 3, size, size] float32."""
+def pixels(images: Tensor, resize: Resize) -> Tensor:
+    """`images` [N, 3, h, w] uint8, resized and normalised: [N, 3, size, size] float32."""
     arrays = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     resized = np.stack([np.asarray(resize(Image.fromarray(a))) for a in arrays])
     x = torch.from_numpy(resized).permute(0, 3, 1, 2).contiguous().float().div(255)

@@ -39,12 +39,14 @@ class Blip:
         self, network: BlipForImageTextRetrieval, words: BertTokenizer, device: torch.device
     ) -> None:
         """Keep a network that `_blip.fill` filled and its tokenizer."""
+        self.sources: tuple[Path, ...] = ()
+        """The files that decide the scores."""
         self.network = network.to(device)
         self.words = words
         self.device = device
         self.encode = words.convert_tokens_to_ids("[ENC]")
         size = network.config.vision_config.image_size
-        self.resize = partial(_blip.square, size=size)
+        self.resize: _blip.Resize = partial(_blip.square, size=size)
 
     def columns(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The three scores, each [N], of `images` [N, 3, h, w] uint8.
@@ -97,7 +99,9 @@ def official(checkpoint: Path, vocabulary: Path, device: torch.device) -> Blip:
     state = _blip.read(checkpoint)
     network = _blip.empty(_blip.sizes(state, checkpoint))
     _blip.fill(network, state, checkpoint)
-    return Blip(network, _blip.tokenizer(vocabulary, network.config), device)
+    scorer = Blip(network, _blip.tokenizer(vocabulary, network.config), device)
+    scorer.sources = (checkpoint, vocabulary)
+    return scorer
 
 
 def load(device: torch.device, weights: str = "official") -> Scorer:
@@ -111,8 +115,12 @@ def load(device: torch.device, weights: str = "official") -> Scorer:
         UserError: the weights are absent or broken.
     """
     if weights == "official":
-        return official(checkpoints.find("blip"), checkpoints.find("bert-base-uncased"), device)
+        blip, words = checkpoints.find_all("blip", "bert-base-uncased")
+        checkpoint = blip / "model_base_retrieval_coco.pth"
+        return official(checkpoint, words / "vocab.txt", device)
     found = _blip.opened(_blip.folder(weights, "blip"))
     network = _blip.empty(found.config)
     _blip.fill(network, found.state, found.tensors)
-    return Blip(network, _blip.tokenizer(found.vocabulary, found.config), device)
+    scorer = Blip(network, _blip.tokenizer(found.vocabulary, found.config), device)
+    scorer.sources = (found.tensors, found.vocabulary)
+    return scorer

@@ -69,12 +69,14 @@ class ImageReward:
         scale: tuple[float, float] = (MEAN, STD),
     ) -> None:
         """Keep a network that `_blip.fill` filled, its tokenizer, and its rewards' mean and std."""
+        self.sources: tuple[Path, ...] = ()
+        """The files that decide the scores."""
         self.network = network.to(device)
         self.words = words
         self.device = device
         self.mean, self.std = scale
         size = network.config.vision_config.image_size
-        self.resize = partial(_blip.cropped, size=size)
+        self.resize: _blip.Resize = partial(_blip.cropped, size=size)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Rewards [N] of `images` [N, 3, h, w] uint8.
@@ -108,7 +110,9 @@ def official(checkpoint: Path, vocabulary: Path, device: torch.device) -> ImageR
     state = _blip.read(checkpoint)
     network = empty(_blip.sizes(state, checkpoint))
     _blip.fill(network, state, checkpoint)
-    return ImageReward(network, _blip.tokenizer(vocabulary, network.config), device)
+    scorer = ImageReward(network, _blip.tokenizer(vocabulary, network.config), device)
+    scorer.sources = (checkpoint, vocabulary)
+    return scorer
 
 
 def load(device: torch.device, weights: str = "official") -> Scorer:
@@ -123,11 +127,13 @@ def load(device: torch.device, weights: str = "official") -> Scorer:
         UserError: the weights are absent or broken.
     """
     if weights == "official":
-        checkpoint = checkpoints.find("image_reward")
-        return official(checkpoint, checkpoints.find("bert-base-uncased"), device)
+        reward, words = checkpoints.find_all("image_reward", "bert-base-uncased")
+        return official(reward / "ImageReward.pt", words / "vocab.txt", device)
     found = _blip.opened(_blip.folder(weights, "image_reward"))
     network = empty(found.config, found.options.get("head_widths", HEAD))
     _blip.fill(network, found.state, found.tensors)
     scale = (found.options.get("reward_mean", MEAN), found.options.get("reward_std", STD))
     words = _blip.tokenizer(found.vocabulary, found.config)
-    return ImageReward(network, words, device, scale)
+    scorer = ImageReward(network, words, device, scale)
+    scorer.sources = (found.tensors, found.vocabulary)
+    return scorer
