@@ -54,6 +54,7 @@ def reproduce(session: nox.Session) -> None:
     session.run("d3po-bench", "sweep", "results/tiny/grid.toml", "--out", "runs/reproduce")
     session.run("python", "results/publish.py", "runs/reproduce/tiny", "results/tiny")
     session.run("python", "results/summary.py", "results/tiny")
+    session.run("d3po-bench", "verify", "results", "--record")
 
 
 @nox.session

@@ -51,6 +51,7 @@ def printed(*command: str) -> list[str]:
         ("README.md", ("results/summary.py", "results/tiny")),
         ("docs/quick-preset.md", ("results/summary.py", "results/confirm")),
         ("docs/quick-preset.md", ("results/search/d3po/table.py",)),
+        ("docs/comparison.md", ("results/search/methods/table.py",)),
     ],
 )
 def test_tables_are_what_the_rows_say(document: str, script: tuple[str, ...]) -> None:
