@@ -54,6 +54,9 @@ class Weights:
 
 _CLIP = "https://huggingface.co/openai/clip-vit-large-patch14/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41/"
 _D3PO = "https://raw.githubusercontent.com/yk7333/d3po/40d3175/d3po_pytorch/assets/"
+_REWARD = (
+    "https://huggingface.co/THUDM/ImageReward/resolve/7a9e21fc5c7873859f160173d502cc82f6709e33/"
+)
 _BLIP = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
 
 WEIGHTS: dict[str, Weights] = {
@@ -129,9 +132,9 @@ WEIGHTS: dict[str, Weights] = {
         files=(
             File(
                 name="ImageReward.pt",
-                url="https://huggingface.co/THUDM/ImageReward/resolve/main/ImageReward.pt",
-                sha256="",
-                size=0,
+                url=_REWARD + "ImageReward.pt",
+                sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
+                size=1_786_880_927,
             ),
         ),
     ),
