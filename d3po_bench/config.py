@@ -89,8 +89,7 @@ class RunConfig:
         registry.objective(self.objective)
         method_of(self)
         for scorer in self.eval_scorers:
-            if scorer.partition(":")[0] not in registry.names("scorer"):
-                raise registry.unknown("scorer", scorer, registry.names("scorer"))
+            registry.require_scorer(scorer)
 
 
 _RANGES: dict[str, tuple[float, float]] = {

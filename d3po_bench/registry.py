@@ -117,6 +117,16 @@ def objective(name: str) -> Objective:
     return found
 
 
+def require_scorer(name: str) -> None:
+    """Refuse a scorer, with or without :weights, that nothing answers to; loads nothing.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    if name.partition(":")[0] not in names("scorer"):
+        raise unknown("scorer", name, names("scorer"))
+
+
 def takes_weights(name: str) -> bool:
     """Whether a scorer's weights can be chosen."""
     return "weights" in inspect.signature(_loader(name)).parameters

@@ -79,7 +79,8 @@ def writing(path: Path) -> Iterator[None]:
         raise write_error(path, problem) from problem
 
 
-def _csv(rows: Sequence[Row]) -> bytes:
+def csv_bytes(rows: Sequence[Row]) -> bytes:
+    """Rows as a table of all their columns; what a row lacks is empty."""
     buffer = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(buffer, names, lineterminator="\n", restval="")
@@ -104,7 +105,7 @@ class RunStore:
         self.folder = folder
         self.metrics: list[Row] = _read_json_lines(folder / "metrics.jsonl")
         self.timing: list[Row] = _read_json_lines(folder / "timing.jsonl")
-        self.evaluation: list[Row] = _read_csv(folder / "eval.csv")
+        self.evaluation: list[Row] = read_csv(folder / "eval.csv")
 
     @classmethod
     @contextlib.contextmanager
@@ -157,7 +158,7 @@ class RunStore:
     def log_evaluation(self, rows: Sequence[Row]) -> None:
         """Add evaluation rows, one for each image."""
         self.evaluation.extend(rows)
-        write_atomically(self.folder / "eval.csv", _csv(self.evaluation))
+        write_atomically(self.folder / "eval.csv", csv_bytes(self.evaluation))
 
     def save_sample(self, round_: int, prompt: str, image: Tensor) -> None:
         """Keep one evaluation image [3, h, w] uint8 as PNG."""
@@ -302,7 +303,12 @@ def _read_json_lines(path: Path) -> list[Row]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[Row]:
+    """Rows of text by column; none where there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not path.exists():
         return []
     with _reading(path), path.open(newline="", encoding="utf-8") as file:

@@ -8,7 +8,6 @@ number of processes ends with the same bytes.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import multiprocessing
 import time
@@ -17,32 +16,30 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import read_prompts
-from d3po_bench.store import now, write_atomically
+from d3po_bench.store import csv_bytes, now, read_csv, write_atomically
 
 PIECE = 8
 """Prompts in a piece."""
 
 Row = dict[str, Any]
-Kind = Literal["model", "pictures"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that decides the numbers of an evaluation."""
 
-    kind: Kind
     model: str
-    """Name or folder of the base model; of the pictures for that kind."""
+    """Name or folder of the base model, or the folder of the pictures."""
     adapter: str
     """Folder of a LoRA or a trained UNet; empty for the base model itself."""
     prompts: tuple[str, ...]
     files: tuple[str, ...] = ()
-    """Picture of each prompt, for pictures."""
+    """The picture of each prompt, where there are pictures to score instead of a model."""
     images: int = 1
     steps: int = 20
     guidance: float = 5.0
@@ -140,7 +137,6 @@ def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, A
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
     return Plan(
-        kind="model",
         model=model,
         adapter=adapter,
         prompts=tuple(_chosen(prompts, request.count)),
@@ -172,8 +168,7 @@ def _chosen(prompts: list[str], count: int | None) -> list[str]:
 
 def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
     for name in scorers:
-        if name.partition(":")[0] not in registry.names("scorer"):
-            raise registry.unknown("scorer", name, registry.names("scorer"))
+        registry.require_scorer(name)
     return tuple(dict.fromkeys(scorers))
 
 
@@ -200,7 +195,7 @@ def _pictures(request: Request) -> Plan:
         raise UserError(f"Expected pictures in {path}, got none. Write a line for each.")
     files, prompts = zip(*named, strict=True)
     return Plan(
-        kind="pictures", model=str(request.target), adapter="", prompts=prompts, files=files,
+        model=str(request.target), adapter="", prompts=prompts, files=files,
         scorers=_checked(request.scorers), samplers=("",),
         weights="tiny" if request.model == "tiny" else "official",
     )  # fmt: skip
@@ -236,25 +231,12 @@ def _place(out: Path, piece: Piece) -> Path:
     return out / "pieces" / f"{piece[1] or 'pictures'}-{piece[0]:06d}.csv"
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, buffer.getvalue().encode())
-
-
-def _read_rows(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) -> None:
     """Put the pieces together in their order, and say where and by what they were scored."""
     from eval import selfcheck
 
-    _write(out / "rows.csv", [row for piece in pieces for row in _read_rows(_place(out, piece))])
+    rows = [row for piece in pieces for row in read_csv(_place(out, piece))]
+    write_atomically(out / "rows.csv", csv_bytes(rows))
     scorers = {
         name: selfcheck.fingerprint(_scorer(name, plan.weights, request.device))
         for name in plan.scorers
@@ -284,11 +266,11 @@ def _side_by_side(plan: Plan, pieces: list[Piece], out: Path, request: Request) 
 def _do(plan: Plan, piece: Piece, out: Path, device: str) -> None:
     first, sampler = piece
     part = slice(first, first + PIECE)
-    if plan.kind == "pictures":
+    if plan.files:
         rows = _score_pictures(plan, part, device)
     else:
         rows = _draw_and_score(plan, first, sampler, device)
-    _write(_place(out, piece), rows)
+    write_atomically(_place(out, piece), csv_bytes(rows))
 
 
 @cache
@@ -372,7 +354,7 @@ def _read(path: Path) -> Any:
 
 def summary(out: Path) -> Iterator[str]:
     """The mean of every column of rows.csv, for each sampler."""
-    rows = _read_rows(out / "rows.csv")
+    rows = read_csv(out / "rows.csv")
     told = {"steps", "guidance", "size", "sampler", "prompt", "index", "weights", "file"}
     for sampler in dict.fromkeys(row.get("sampler", "") for row in rows):
         mine = [row for row in rows if row.get("sampler", "") == sampler]

@@ -7,8 +7,6 @@ is not judged by it.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +20,16 @@ import pandas as pd
 from d3po_bench import launch, registry
 from d3po_bench.errors import UserError
 from d3po_bench.launch import Request as Training
-from d3po_bench.store import write_atomically
+from d3po_bench.store import csv_bytes, write_atomically
 from d3po_bench.train import label
 from eval import evaluate
 from eval.statistics import interval
 
 BASE = "no fine-tune"
+BASE_ROWS = "no-fine-tune"
+"""Its name among files, where methods have METHOD-SEED."""
+
 METHODS = ("preferred_images", "reward_weighted", "d3po", "ddpo", "dpok")
-SCORERS = ("clip", "blip", "image_reward")
 
 PAPER = {
     BASE: (30.7, 1.95, 0.04, 14.7),
@@ -84,7 +84,7 @@ def run(request: Request, told: Callable[[str], None]) -> str:
     signal = _signal(request)
     write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
     drawn = _drawn(folders)
-    for name, folder in {BASE: Path(request.model), **folders}.items():
+    for name, folder in {BASE_ROWS: Path(request.model), **folders}.items():
         _score(request, folder, name, drawn, told)
     return write(request.out)
 
@@ -174,7 +174,7 @@ def _score(
     told: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Write rows/NAME.csv unless it is there."""
-    path = request.out / "rows" / f"{name.replace(' ', '-')}.csv"
+    path = request.out / "rows" / f"{name}.csv"
     if path.exists():
         return
     told(f"scoring {name}")
@@ -183,7 +183,7 @@ def _score(
         evaluate.Request(
             target=target, scorers=request.scorers, model=None, count=request.count, images=1,
             device=request.device, jobs=request.jobs or 1,
-            out=request.out / "scoring" / name.replace(" ", "-"), **how,
+            out=request.out / "scoring" / name, **how,
         )
     )  # fmt: skip
     write_atomically(path, (folder / "rows.csv").read_bytes())
@@ -202,12 +202,8 @@ def write(out: Path) -> str:
     rows = _rows(out)
     signal = json.loads((out / "signal.json").read_text(encoding="utf-8"))
     table = [_row(name, rows, signal["column"]) for name in _names(rows)]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
     text = _said(signal) + "\n\n" + markdown(table)
-    write_atomically(out / "table1.csv", buffer.getvalue().encode())
+    write_atomically(out / "table1.csv", csv_bytes(table))
     write_atomically(out / "table1.md", (text + "\n").encode())
     write_atomically(out / "table1.tex", (latex(table) + "\n").encode())
     return text
@@ -228,14 +224,13 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
         rows = pd.read_csv(path)
         rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
         found[path.stem] = rows
-    base = BASE.replace(" ", "-")
-    if base not in found:
+    if BASE_ROWS not in found:
         raise UserError(
-            f"Expected the rows of {base} in {out / 'rows'}, got {sorted(found)}. Run "
+            f"Expected the rows of {BASE_ROWS} in {out / 'rows'}, got {sorted(found)}. Run "
             "`d3po-bench table1` with that --out."
         )
     for name, rows in found.items():
-        if not rows.index.equals(found[base].index):
+        if not rows.index.equals(found[BASE_ROWS].index):
             raise UserError(
                 f"Expected the same prompts and noise in all rows of {out}, got others in {name}. "
                 "Remove that file and run the command again."
@@ -250,11 +245,11 @@ def _names(rows: Mapping[str, Any]) -> list[str]:
 
 def _columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:
     known = {"steps", "guidance", "size", "sampler", "weights", "kl"}
-    return [c for c in rows[BASE.replace(" ", "-")].columns if c not in known]
+    return [c for c in rows[BASE_ROWS].columns if c not in known]
 
 
 def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str) -> Cells:
-    base = rows[BASE.replace(" ", "-")]
+    base = rows[BASE_ROWS]
     runs = [r for n, r in rows.items() if n.rpartition("-")[0] == name]
     cells = {"method": name, "seeds": str(len(runs) or "")}
     for column in _columns(rows):

@@ -13,6 +13,7 @@ import math
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -177,9 +178,7 @@ def _check_rows(path: Path, config: Mapping[str, Any], rounds: int, whole: bool)
     keys = [(r["round"], r["sampler"], r["prompt"], r["index"]) for r in rows]
     if len(set(keys)) != len(keys):
         yield "an evaluation image has two rows"
-    sizes = {(n, s): 0 for n, s, *_ in keys}
-    for number, sampler, *_ in keys:
-        sizes[number, sampler] += 1
+    sizes = Counter((number, sampler) for number, sampler, *_ in keys)
     if len(set(sizes.values())) > 1:
         yield f"its evaluations have {sorted(set(sizes.values()))} images"
     if any(not math.isfinite(float(r["score"])) for r in rows):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from d3po_bench.errors import RunError, UserError
 
@@ -59,46 +60,50 @@ _REWARD = (
 )
 _BLIP = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
 
+_BERT = "https://huggingface.co/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f723594/"
+
+
+def _file(base: str, name: str, sha256: str, size: int = 0) -> File:
+    """A file that is called the same in the cache and below `base`."""
+    return File(name=name, url=base + quote(name), sha256=sha256, size=size)
+
+
 WEIGHTS: dict[str, Weights] = {
     "clip": Weights(
         summary="CLIP ViT-L/14 of OpenAI (scorers clip and aesthetic)",
         licence="MIT",
         files=(
-            File(
-                name="config.json",
-                url=_CLIP + "config.json",
-                sha256="8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a",
+            _file(
+                _CLIP,
+                "config.json",
+                "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a",
                 size=4519,
             ),
-            File(
-                name="model.safetensors",
-                url=_CLIP + "model.safetensors",
-                sha256="a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+            _file(
+                _CLIP,
+                "model.safetensors",
+                "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
                 size=1_710_540_580,
             ),
-            File(
-                name="tokenizer.json",
-                url=_CLIP + "tokenizer.json",
-                sha256="a83e0809aa4c3af7208b2df632a7a69668c6d48775b3c3fe4e1b1199d1f8b8f4",
-                size=0,
+            _file(
+                _CLIP,
+                "tokenizer.json",
+                "a83e0809aa4c3af7208b2df632a7a69668c6d48775b3c3fe4e1b1199d1f8b8f4",
             ),
-            File(
-                name="tokenizer_config.json",
-                url=_CLIP + "tokenizer_config.json",
-                sha256="deef455e52fa5e8151e339add0582e4235f066009601360999d3a9cda83b1129",
-                size=0,
+            _file(
+                _CLIP,
+                "tokenizer_config.json",
+                "deef455e52fa5e8151e339add0582e4235f066009601360999d3a9cda83b1129",
             ),
-            File(
-                name="vocab.json",
-                url=_CLIP + "vocab.json",
-                sha256="3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69",
-                size=0,
+            _file(
+                _CLIP,
+                "vocab.json",
+                "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69",
             ),
-            File(
-                name="merges.txt",
-                url=_CLIP + "merges.txt",
-                sha256="9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
-                size=0,
+            _file(
+                _CLIP,
+                "merges.txt",
+                "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
             ),
         ),
     ),
@@ -106,10 +111,10 @@ WEIGHTS: dict[str, Weights] = {
         summary="LAION's aesthetic head on CLIP ViT-L/14 (scorer aesthetic)",
         licence="Apache-2.0",
         files=(
-            File(
-                name="sac+logos+ava1-l14-linearMSE.pth",
-                url=_D3PO + "sac%2Blogos%2Bava1-l14-linearMSE.pth",
-                sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+            _file(
+                _D3PO,
+                "sac+logos+ava1-l14-linearMSE.pth",
+                "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
                 size=3_714_759,
             ),
         ),
@@ -117,23 +122,16 @@ WEIGHTS: dict[str, Weights] = {
     "blip": Weights(
         summary="BLIP ViT-B, image-text matching on COCO, as LAVIS takes it (scorer blip)",
         licence="BSD-3-Clause",
-        files=(
-            File(
-                name="model_base_retrieval_coco.pth",
-                url=_BLIP + "model_base_retrieval_coco.pth",
-                sha256="",
-                size=0,
-            ),
-        ),
+        files=(_file(_BLIP, "model_base_retrieval_coco.pth", ""),),
     ),
     "image_reward": Weights(
         summary="ImageReward-v1.0 (scorer image_reward)",
         licence="Apache-2.0",
         files=(
-            File(
-                name="ImageReward.pt",
-                url=_REWARD + "ImageReward.pt",
-                sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
+            _file(
+                _REWARD,
+                "ImageReward.pt",
+                "d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
                 size=1_786_880_927,
             ),
         ),
@@ -142,10 +140,10 @@ WEIGHTS: dict[str, Weights] = {
         summary="vocabulary of BERT (scorers blip and image_reward)",
         licence="Apache-2.0",
         files=(
-            File(
-                name="vocab.txt",
-                url="https://huggingface.co/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f723594/vocab.txt",
-                sha256="07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            _file(
+                _BERT,
+                "vocab.txt",
+                "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
                 size=231_508,
             ),
         ),
@@ -154,11 +152,10 @@ WEIGHTS: dict[str, Weights] = {
         summary="442 anime prompts of the paper's image-distortion experiment",
         licence="MIT",
         files=(
-            File(
-                name="anything_prompt.txt",
-                url=_D3PO + "anything_prompt.txt",
-                sha256="cf89cb84ff9c1390c5294c852657a21c09f58ba8372bc2681c0ceff986d7854e",
-                size=0,
+            _file(
+                _D3PO,
+                "anything_prompt.txt",
+                "cf89cb84ff9c1390c5294c852657a21c09f58ba8372bc2681c0ceff986d7854e",
             ),
         ),
     ),
@@ -166,11 +163,10 @@ WEIGHTS: dict[str, Weights] = {
         summary="1,000 prompts of the paper's alignment experiment",
         licence="MIT",
         files=(
-            File(
-                name="imagereward_prompt.txt",
-                url=_D3PO + "imagereward_prompt.txt",
-                sha256="3fa2b388a0405873ff7fc73af0edfd217078adddb32aa725d0c1bebd2f0bb35b",
-                size=0,
+            _file(
+                _D3PO,
+                "imagereward_prompt.txt",
+                "3fa2b388a0405873ff7fc73af0edfd217078adddb32aa725d0c1bebd2f0bb35b",
             ),
         ),
     ),

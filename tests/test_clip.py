@@ -18,6 +18,7 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError
 from eval import weights
 from eval.scorers import _clip, aesthetic, clip
+from tests.parity import inputs, recording
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "d3po_bench" / "models" / "embedded" / "tiny" / "tokenizer"
@@ -220,7 +221,7 @@ def test_the_real_head_scores_as_its_formula(
         (1024, 768), (128, 1024), (64, 128), (16, 64), (1, 16)
     ]  # fmt: skip
     x = normalize(torch.randn(5, 768, generator=torch.Generator().manual_seed(1)), dim=1)
-    state = torch.load(REAL_HEAD, weights_only=True)
+    state = torch.load(REAL_HEAD, map_location="cpu", weights_only=True)
     torch.testing.assert_close(head(x).double(), chain(state, x.double()), rtol=1e-5, atol=1e-5)
 
     data = REAL_HEAD.read_bytes()
@@ -275,3 +276,47 @@ def test_what_follows_the_colon_chooses_weights(folder: Path) -> None:
 def test_open_clip_needs_model_and_weights(name: str) -> None:
     with pytest.raises(UserError, match="Expected open_clip:MODEL/PRETRAINED"):
         registry.scorer(name, CPU)
+
+
+# ---- against torchmetrics and open_clip
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[clip.ClipScore, dict[str, Any]]:
+    """Ours on the model that `tests.parity.oracle` scored, and what the packages said of it."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    case = json.loads((recording.RECORDED / "clip-tiny.json").read_text())
+    state = inputs.tensors(case["shapes"], case["seed"])
+    assert inputs.digest(state) == case["digest"]
+    place = inputs.clip_vocabulary(tmp_path_factory.mktemp("clip-tiny"))
+    model = CLIPModel(CLIPConfig.from_dict(case["config"]))
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert not [name for name in missing if name != "logit_scale"]
+    model.save_pretrained(place)
+    CLIPTokenizer(
+        str(place / "vocab.json"), str(place / "merges.txt"), model_max_length=77
+    ).save_pretrained(place)
+    return clip.ClipScore(CPU, str(place)), case
+
+
+@pytest.mark.parametrize("package", ["clip", "open_clip"])
+def test_the_score_is_that_of_the_official_packages(
+    package: str, recorded: tuple[clip.ClipScore, dict[str, Any]]
+) -> None:
+    scorer, case = recorded
+    for item in case["sets"]:
+        ours = scorer(inputs.images(*item["size"]), inputs.PROMPTS)
+        # On the cosine itself; these scores are 100 times it.
+        gap = (ours - torch.tensor(item["scores"][package])).abs() / 100
+        assert gap.max() <= 1e-5, item["size"]
+
+
+def test_losing_the_end_of_a_long_prompt_would_show(
+    recorded: tuple[clip.ClipScore, dict[str, Any]],
+) -> None:
+    scorer, case = recorded
+    item = case["sets"][0]
+    ours = scorer(inputs.images(*item["size"]), inputs.PROMPTS)
+    wrong = torch.tensor(item["scores"]["clip_without_end"])
+    assert (ours - wrong).abs().max() > 1  # of the prompts, one is too long

@@ -20,6 +20,7 @@ from d3po_bench.errors import UserError
 from tests.test_report import write_run
 
 ROOT = Path(__file__).parent.parent
+CLAIMS = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))
 
 
 def loaded(path: Path) -> ModuleType:
@@ -47,12 +48,7 @@ def printed(*command: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("document", "script"),
-    [
-        ("README.md", ("results/summary.py", "results/tiny")),
-        ("docs/quick-preset.md", ("results/summary.py", "results/confirm")),
-        ("docs/quick-preset.md", ("results/search/d3po/table.py",)),
-        ("docs/comparison.md", ("results/search/methods/table.py",)),
-    ],
+    [(claim["document"], tuple(claim["command"])) for claim in CLAIMS["tables"]],
 )
 def test_tables_are_what_the_rows_say(document: str, script: tuple[str, ...]) -> None:
     text = (ROOT / document).read_text(encoding="utf-8").splitlines()

@@ -53,7 +53,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def printed(home: Path) -> str:
-
     command = [sys.executable, "results/summary.py", "results/tiny"]
     return subprocess.run(command, cwd=home, capture_output=True, text=True, check=True).stdout
 

@@ -315,8 +315,7 @@ def fingerprint(source: Source) -> str:
     ):
         whole.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                whole.update(chunk)
+            whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()[:12]
 
 

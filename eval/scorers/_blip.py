@@ -22,16 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from d3po_bench.errors import UserError
+from eval.scorers._clip import MEAN, STD
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
 
 State = Mapping[str, Tensor]
 Resize = Callable[[Image.Image], Image.Image]
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the red, green and blue of CLIP's training images, on a scale of 0 to 1."""
 
 TOKENS = 35
 """A prompt's tokens, [CLS] and [SEP] included; both official packages cut there."""
