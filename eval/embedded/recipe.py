@@ -134,9 +134,10 @@ def new_clip(recipe: Recipe, tokenizer: Any) -> Any:
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
-    return CLIPModel(
-        CLIPConfig(text_config=text, vision_config=vision, projection_dim=recipe.embedding)
-    )
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=recipe.embedding)
+    clip = CLIPModel(config)
+    clip.set_attn_implementation("eager")  # torch's fused attention is slower backwards on a CPU
+    return clip
 
 
 class ClipStudent(nn.Module):
