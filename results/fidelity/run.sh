@@ -13,13 +13,13 @@ try() { # NAME METHOD SETTING ...
         --set eval_every=12 "${settings[@]}" --out "$out/$name"
 }
 try default d3po
-try sum d3po log_prob=sum
+try joint d3po log_prob=sum beta=76.8
 try no-clip d3po clip=none
 try one-sided-clip d3po clip=one_sided
 try reference-sampling d3po reference=sampling
 try update-per-timestep d3po update_every=timestep
 try own-noise d3po shared_noise=false
-try one-of-four-copies d3po prompts_per_round=8 units_per_update=1
+try one-of-two-copies d3po prompts_per_round=8 units_per_update=1
 try dpok-gaussian dpok
 try dpok-noise-mse dpok kl=noise_mse
 try dpok-none dpok kl=none

@@ -12,13 +12,13 @@ from eval.statistics import interval
 
 WHAT = {
     "default": "D3PO, preset `quick`",
-    "sum": "`log_prob=sum`",
+    "joint": "`log_prob=sum beta=76.8`: 0.1 on the joint density of 768 elements, as Eq. 14 reads",
     "no-clip": "`clip=none`",
     "one-sided-clip": "`clip=one_sided`",
     "reference-sampling": "`reference=sampling`",
-    "update-per-timestep": "`update_every=timestep` (three times as many updates)",
+    "update-per-timestep": "`update_every=timestep` (four times as many updates)",
     "own-noise": "`shared_noise=false`",
-    "one-of-four-copies": "a quarter of the pairs, one pair per update",
+    "one-of-two-copies": "half of the pairs, one pair per update: a copy that never synchronises",
     "dpok-gaussian": "DPOK, preset `quick`",
     "dpok-noise-mse": "`kl=noise_mse`",
     "dpok-none": "`kl=none`: DDPO",
