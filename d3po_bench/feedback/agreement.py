@@ -81,13 +81,17 @@ def alpha(round_: Round, votes: Sequence[Vote]) -> float | None:
 
     None where it is undefined: no unit was judged twice, or everybody said the same of all.
     """
+    return alpha_of_counts(_counts(round_, judgements(round_, votes)[1]))
+
+
+def alpha_of_counts(counts: NDArray[np.int64]) -> float | None:
+    """Nominal alpha of [U, V] counts: how many raters gave unit u the value v."""
     import krippendorff
 
-    counts = _counts(round_, judgements(round_, votes)[1])
-    counts = counts[counts.sum(1) > 1]
-    if (counts.sum(0) > 0).sum() < 2:
+    judged = counts[counts.sum(1) > 1]
+    if (judged.sum(0) > 0).sum() < 2:
         return None
-    return float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal"))
+    return float(krippendorff.alpha(value_counts=judged, level_of_measurement="nominal"))
 
 
 def raw_agreement(round_: Round, votes: Sequence[Vote]) -> float | None:
