@@ -77,6 +77,9 @@ class Keyboard:
             self.resize(width, height)
             wide = self.driver.execute_script("return document.documentElement.scrollWidth")
             require(wide <= width, f"{name} is {wide} px wide on a {size}")
+            tall = self.driver.execute_script("return document.documentElement.scrollHeight")
+            fits = size == "phone" or tall <= height
+            require(fits, f"{name} is {tall} px high on a {size}")
             self.driver.save_screenshot(str(self._shots / f"{name}-{size}.png"))
         self.resize(*SIZES["desktop"])
 
@@ -106,7 +109,7 @@ def browser(shots: Path) -> Iterator[Keyboard]:
         keyboard = Keyboard(driver, shots)
         keyboard.resize(*SIZES["desktop"])
         yield keyboard
-        complaints = [entry["message"] for entry in driver.get_log("browser")]
+        complaints = [entry["message"] for entry in driver.get_log("browser")]  # type: ignore[no-untyped-call]
         require(not complaints, f"the browser complained: {complaints}")
     finally:
         driver.quit()

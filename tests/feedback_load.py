@@ -160,6 +160,7 @@ class Server:
         self._command = [
             sys.executable, "-m", "tests.feedback_load", "--serve", str(folder),
             "--port", str(self.port), "--k", str(plan.votes_per_item),
+            "--repeat-every", str(plan.repeat_every),
             *(["--unlimited"] if unlimited else []),
         ]  # fmt: skip
         self.start()
@@ -296,11 +297,13 @@ def main() -> None:
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--repeat-every", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--unlimited", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         limits = UNLIMITED if given.unlimited else None
-        serve(given.serve, port=given.port, plan=Plan(votes_per_item=given.k), limits=limits)
+        plan = Plan(votes_per_item=given.k, repeat_every=given.repeat_every)
+        serve(given.serve, port=given.port, plan=plan, limits=limits)
         return
     with tempfile.TemporaryDirectory() as folder:
         outcome = run(

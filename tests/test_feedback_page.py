@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import server
 from d3po_bench.feedback.labels import LabelStore, Plan
-from d3po_bench.feedback.rounds import Kind, Round
+from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.server import Limits
 from d3po_bench.feedback.sessions import COOKIE, Limiter, Sessions, session_key
 from tests import feedback_load
@@ -57,7 +57,7 @@ class Site:
         return rows
 
 
-def site(folder: Path, kind: Kind = "tags", **options: Any) -> Iterator[Site]:
+def site(folder: Path, kind: Any = "tags", **options: Any) -> Iterator[Site]:
     round_ = new_round(folder, kind, options.pop("number", 4), size=4, **options)
     with LabelStore(server.default_url(folder), round_, PLAIN) as store:
         yield Site(folder, round_, store)
@@ -278,7 +278,8 @@ def test_a_cookie_of_nonsense_is_no_session(tags: Site, cookie: str) -> None:
 
 
 def test_a_signed_cookie_of_another_shape_is_no_session() -> None:
-    for payload in ([], {"role": "rater"}, "x", None):
+    payloads: tuple[Any, ...] = ([], {"role": "rater"}, "x", None)
+    for payload in payloads:
         cookie = str(URLSafeTimedSerializer(KEY, salt="session").dumps(payload))
         assert Sessions(KEY).read(cookie) is None
 

@@ -414,7 +414,7 @@ def test_refused_votes_store_nothing(tmp_path: Path, store: LabelStore) -> None:
             store.vote(ann, hand.id, (), 5, step)
     for answer in ((3,), (0, 0), "a"):
         with pytest.raises(UserError, match="as answer, got"):
-            store.vote(ann, hand.id, answer, 5, 0)  # type: ignore[arg-type]
+            store.vote(ann, hand.id, answer, 5, 0)
     for spent in (-1, 10**9):
         with pytest.raises(UserError, match="milliseconds"):
             store.vote(ann, hand.id, (), spent, 0)
