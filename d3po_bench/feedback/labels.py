@@ -184,10 +184,13 @@ class LabelStore:
         # One writer at a time: waiting here is fair, while SQLite's own wait is a poll.
         self._lock = threading.Lock()
         self._engine = _engine(url)
-        with _database(url):
-            TABLES.create_all(self._engine)
-            with self._writing() as connection:
-                self._prepare(connection, url)
+        with contextlib.ExitStack() as failing:
+            failing.callback(self.close)
+            with _database(url):
+                TABLES.create_all(self._engine)
+                with self._writing() as connection:
+                    self._prepare(connection, url)
+            failing.pop_all()
 
     def __enter__(self) -> Self:
         return self
