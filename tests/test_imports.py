@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("d3po_bench", "baselines", "eval")
-HEAVY = {"torch", "diffusers", "transformers", "peft", "matplotlib", "pandas", "scipy"}
+HEAVY = {
+    "torch", "diffusers", "transformers", "peft", "matplotlib", "pandas", "scipy", "fastapi",
+    "sqlalchemy", "krippendorff",
+}  # fmt: skip
 LONGEST = 50
 """Lines of a function, its docstring included."""
 
@@ -61,6 +64,9 @@ ONLY_IN = {
     "matplotlib": ("eval.report",),
     "scipy": ("eval",),
     "pandas": ("eval",),
+    "fastapi": ("d3po_bench.feedback",),
+    "sqlalchemy": ("d3po_bench.feedback",),
+    "krippendorff": ("d3po_bench.feedback",),
 }
 
 LIGHT = (

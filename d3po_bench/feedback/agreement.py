@@ -1,0 +1,274 @@
+"""What votes say: how far raters agree, how good each is, and scores to train from.
+
+A *unit* is what a rater judges as one: an image of a grid (tagged or not), or a pair (its
+choice). Only first presentations count; repeats measure self-consistency alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d3po_bench.errors import UserError
+from d3po_bench.feedback.rounds import Answer, Choice, Round, Vote
+
+Floats = NDArray[np.float64]
+CHOICES = get_args(Choice)
+
+
+@dataclass(frozen=True)
+class Share:
+    """So many of so many."""
+
+    right: int
+    of: int
+
+    @property
+    def value(self) -> float | None:
+        """From 0 to 1; None of nothing."""
+        return self.right / self.of if self.of else None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One rater's work."""
+
+    rater: str
+    votes: int
+    gold: Share
+    """Units of gold items answered as they should be."""
+    consistent: Share
+    """Units answered the same way when asked again."""
+    seconds: float
+    """Median from seeing an item to answering it."""
+    with_others: float | None
+    """Mean share of the other raters of a unit who said the same."""
+
+
+# ---- agreement
+
+
+def judgements(round_: Round, votes: Sequence[Vote]) -> tuple[list[str], Floats]:
+    """Who said what of which unit.
+
+    Returns:
+        Names of the R raters, and [R, U]: 1 for tagged and 0 for not, of each of the P*K
+        images; or of each of the P pairs an index into a, b, tie, bad. NaN: not asked.
+    """
+    names = sorted({vote.rater for vote in votes})
+    row = {name: n for n, name in enumerate(names)}
+    width = _units(round_)
+    place = {item.id: n * width for n, item in enumerate(round_.items)}
+    table = np.full((len(names), len(place) * width), np.nan)
+    for vote in votes:
+        if vote.repeat == 0:
+            start = place[vote.item]
+            table[row[vote.rater], start : start + width] = _values(round_, vote.answer)
+    return names, table
+
+
+def alpha(round_: Round, votes: Sequence[Vote]) -> float | None:
+    """Krippendorff's alpha for nominal data: 1 is full agreement, 0 that of chance.
+
+    None where it is undefined: no unit was judged twice, or everybody said the same of all.
+    """
+    return alpha_of_counts(_counts(round_, judgements(round_, votes)[1]))
+
+
+def alpha_of_counts(counts: NDArray[np.int64]) -> float | None:
+    """Nominal alpha of [U, V] counts: how many raters gave unit u the value v."""
+    import krippendorff
+
+    judged = counts[counts.sum(1) > 1]
+    if (judged.sum(0) > 0).sum() < 2:
+        return None
+    return float(krippendorff.alpha(value_counts=judged, level_of_measurement="nominal"))
+
+
+def raw_agreement(round_: Round, votes: Sequence[Vote]) -> float | None:
+    """Share of the pairs of raters of a unit who said the same, mean over units with two or more.
+
+    None where no unit was judged twice.
+    """
+    counts = _counts(round_, judgements(round_, votes)[1])
+    raters = counts.sum(1)
+    same = (counts * (counts - 1)).sum(1)[raters > 1]
+    pairs = (raters * (raters - 1))[raters > 1]
+    return float((same / pairs).mean()) if len(pairs) else None
+
+
+def quality(round_: Round, votes: Sequence[Vote]) -> list[Quality]:
+    """Each rater's accuracy, consistency and speed, by name."""
+    names, table = judgements(round_, votes)
+    counts = _counts(round_, table)
+    mine: dict[str, list[Vote]] = defaultdict(list)
+    for vote in votes:
+        mine[vote.rater].append(vote)
+    return [
+        Quality(
+            rater=name,
+            votes=len(mine[name]),
+            gold=_on_gold(round_, mine[name]),
+            consistent=_on_repeats(round_, mine[name]),
+            seconds=median(vote.milliseconds for vote in mine[name]) / 1000,
+            with_others=_with_others(counts, table[row]),
+        )
+        for row, name in enumerate(names)
+    ]
+
+
+def _units(round_: Round) -> int:
+    return round_.images_per_item if round_.kind == "tags" else 1
+
+
+def _values(round_: Round, answer: Answer) -> list[int]:
+    """The answer as one number for each unit of an item."""
+    if isinstance(answer, str):
+        return [CHOICES.index(answer)]
+    return [int(k in answer) for k in range(round_.images_per_item)]
+
+
+def _counts(round_: Round, table: Floats) -> NDArray[np.int64]:
+    """Raters who gave each value, [U, V]."""
+    values = 2 if round_.kind == "tags" else len(CHOICES)
+    return np.stack([(table == value).sum(0) for value in range(values)], 1)
+
+
+def _compared(round_: Round, pairs: Sequence[tuple[Answer, Answer]]) -> Share:
+    one = [value for answer, _ in pairs for value in _values(round_, answer)]
+    other = [value for _, answer in pairs for value in _values(round_, answer)]
+    return Share(sum(a == b for a, b in zip(one, other, strict=True)), len(one))
+
+
+def _on_gold(round_: Round, votes: Sequence[Vote]) -> Share:
+    gold = {item.id: item.gold for item in round_.items if item.gold is not None}
+    first = [vote for vote in votes if vote.repeat == 0]
+    return _compared(round_, [(v.answer, gold[v.item]) for v in first if v.item in gold])
+
+
+def _on_repeats(round_: Round, votes: Sequence[Vote]) -> Share:
+    first = {vote.item: vote.answer for vote in votes if vote.repeat == 0}
+    again = [vote for vote in votes if vote.repeat > 0 and vote.item in first]
+    return _compared(round_, [(first[vote.item], vote.answer) for vote in again])
+
+
+def _with_others(counts: NDArray[np.int64], mine: Floats) -> float | None:
+    judged = np.flatnonzero(~np.isnan(mine) & (counts.sum(1) > 1))
+    if not len(judged):
+        return None
+    same = counts[judged, mine[judged].astype(int)] - 1
+    return float((same / (counts[judged].sum(1) - 1)).mean())
+
+
+# ---- votes to scores
+
+
+def scores(round_: Round, votes: Sequence[Vote]) -> Floats:
+    """What raters think of each image, [P, K]; larger is better.
+
+    Tags: the mean over raters of 0 for untouched and -1 for tagged, as the published code
+    averages its label files. Pairs: the share of raters who chose the image; those who said
+    tie or bad chose neither. NaN for the items that nobody judged: no comparison with NaN
+    holds, so they give ties. Repeats are left out: one rater, one vote.
+    """
+    place = {item.id: n for n, item in enumerate(round_.items)}
+    total = np.zeros((len(place), round_.images_per_item))
+    raters = np.zeros((len(place), 1))
+    for vote in votes:
+        if vote.repeat == 0:
+            total[place[vote.item]] += _score(round_, vote.answer)
+            raters[place[vote.item]] += 1
+    return np.divide(total, raters, out=np.full_like(total, np.nan), where=raters > 0)
+
+
+def preferences(scores: Floats) -> NDArray[np.int64]:
+    """All pairs of images of a prompt with unequal scores, the better one first.
+
+    With one rater's tags that is every good image against every bad one. Equal is a tie and
+    gives no pair.
+
+    Args:
+        scores: [P, K].
+
+    Returns:
+        [M, 3]: prompt, preferred image, other image; in the order of prompts and of (i, j).
+    """
+    pairs = [
+        (p, i, j) if row[i] > row[j] else (p, j, i)
+        for p, row in enumerate(scores)
+        for i, j in combinations(range(len(row)), 2)
+        if row[i] > row[j] or row[j] > row[i]
+    ]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 3)
+
+
+def read_label_files(folder: Path) -> Floats:
+    """Scores from label files of the published code: one JSON file a rater, rows of K numbers.
+
+    0 is untouched and -1 tagged. All files are cut to the shortest, then averaged.
+
+    Returns:
+        [P, K].
+
+    Raises:
+        UserError: there is none, or one is not such a list.
+    """
+    tables = [_label_file(path) for path in sorted(folder.glob("*.json"))]
+    if not tables:
+        raise UserError(
+            f"Expected label files (*.json) in {folder}, got none. Give the folder they are in."
+        )
+    if len({table.shape[1] for table in tables}) > 1:
+        widths = sorted({table.shape[1] for table in tables})
+        raise UserError(
+            f"Expected as many images a row in all label files of {folder}, got {widths}. "
+            "Keep the files of one round together, and no others."
+        )
+    shortest = min(len(table) for table in tables)
+    mean: Floats = np.stack([table[:shortest] for table in tables]).mean(0)
+    return mean
+
+
+def _score(round_: Round, answer: Answer) -> list[float]:
+    if isinstance(answer, str):
+        return [float(answer == "a"), float(answer == "b")]
+    return [-float(k in answer) for k in range(round_.images_per_item)]
+
+
+def _label_file(path: Path) -> Floats:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not _rows_of_numbers(rows):
+            raise ValueError("not a list of equally long rows of finite numbers")
+        return np.array(rows, dtype=np.float64)
+    except (OSError, ValueError, OverflowError, RecursionError) as problem:
+        raise UserError(
+            f"Expected a JSON list of rows of 0 and -1 in {path}, got: {problem}. Correct the file."
+        ) from problem
+
+
+def _rows_of_numbers(rows: Any) -> bool:
+    if not isinstance(rows, list) or not rows or not all(isinstance(r, list) for r in rows):
+        return False
+    flat = [value for row in rows for value in row]
+    numbers = all(type(value) in (int, float) and abs(value) < 1e9 for value in flat)
+    return numbers and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1
+
+
+def summary(round_: Round, votes: Sequence[Vote]) -> Mapping[str, float | None]:
+    """The round's numbers by name: votes, raters, alpha and raw agreement."""
+    return {
+        "votes": len(votes),
+        "raters": len({vote.rater for vote in votes}),
+        "alpha": alpha(round_, votes),
+        "raw_agreement": raw_agreement(round_, votes),
+    }

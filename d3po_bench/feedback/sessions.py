@@ -1,0 +1,167 @@
+"""Signed sessions of the labelling page, and its guards: body size, request rate, headers."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from itsdangerous import BadData, URLSafeTimedSerializer
+
+from d3po_bench.errors import UserError
+
+COOKIE = "d3po_feedback"
+MOST_SECONDS = 14 * 24 * 60 * 60
+"""After so long a rater opens the invitation link again."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Any]
+Send = Callable[[Message], Any]
+App = Callable[[Message, Receive, Send], Any]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Who is signed in, as the signed cookie says."""
+
+    role: Literal["rater", "admin"]
+    rater: int
+    """0 for the admin."""
+    mark: str
+    """Of the invitation that it began with: a new invitation ends it."""
+    nonce: str
+
+
+class Sessions:
+    """Signs and reads sessions with one key."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._serializer = URLSafeTimedSerializer(key, salt="session")
+
+    def begin(self, role: Literal["rater", "admin"], rater: int, token_hash: str) -> str:
+        """The cookie of a new session."""
+        session = Session(role, rater, _mark(token_hash), secrets.token_urlsafe(16))
+        return str(self._serializer.dumps(asdict(session)))
+
+    def read(self, cookie: str | None) -> Session | None:
+        """The session in a cookie; None if it is forged, too old, or there is none."""
+        if not cookie:
+            return None
+        try:
+            return Session(**self._serializer.loads(cookie, max_age=MOST_SECONDS))
+        except (BadData, TypeError, ValueError):
+            return None
+
+    def csrf(self, session: Session) -> str:
+        """What a form of this session must carry: other sites cannot know it."""
+        return hmac.new(self._key, f"csrf/{session.nonce}".encode(), "sha256").hexdigest()
+
+    @staticmethod
+    def same(session: Session, token_hash: str) -> bool:
+        """Whether the session began with this invitation."""
+        return hmac.compare_digest(session.mark, _mark(token_hash))
+
+
+def _mark(token_hash: str) -> str:
+    return hashlib.sha256(f"mark/{token_hash}".encode()).hexdigest()[:32]
+
+
+def session_key(folder: Path) -> bytes:
+    """The signing key kept in `folder`, made on first use and readable by its owner alone.
+
+    Not beside the votes in the database: labels are shared, and whoever has the key can sign in.
+
+    Raises:
+        UserError: it can be neither read nor written.
+    """
+    path = folder / ".session-key"
+    try:
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+            path.write_bytes(secrets.token_bytes(32))
+        except FileExistsError:
+            pass
+        key = path.read_bytes()
+    except OSError as problem:
+        raise UserError(
+            f"Expected to read or write {path}, got: {problem.strerror}. Make the round's folder "
+            "writable."
+        ) from problem
+    if len(key) != 32:
+        raise UserError(f"Expected 32 bytes in {path}, got {len(key)}. Remove the file.")
+    return key
+
+
+class Limiter:
+    """Token buckets: `burst` at once, then `rate` a second, for each key."""
+
+    def __init__(
+        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.rate, self.burst, self._clock = rate, burst, clock
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    def allow(self, key: str, *, spend: bool = True) -> bool:
+        """Whether `key` has something left, and unless `spend` is off, take it."""
+        now = self._clock()
+        left, then = self._buckets.get(key, (float(self.burst), now))
+        left = min(self.burst, left + (now - then) * self.rate)
+        if left < 1:
+            return False
+        if spend:
+            self._buckets[key] = (left - 1, now)
+            self._forget(now)
+        return True
+
+    def _forget(self, now: float) -> None:
+        """Drop full buckets before there are too many: keys come from outside."""
+        if len(self._buckets) > 10_000:
+            refilled = self.burst / self.rate
+            self._buckets = {k: v for k, v in self._buckets.items() if now - v[1] < refilled}
+
+
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    # not no-referrer: with it browsers send "Origin: null" with our own forms
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+    "x-frame-options": "DENY",
+}
+
+
+class Headers:
+    """Adds HEADERS to every response, and `no-store` where the page said nothing else."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+
+        async def add(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = {name.lower() for name, _ in message["headers"]}
+                extra = {**HEADERS, "cache-control": "no-store"}
+                message["headers"] = [
+                    *message["headers"],
+                    *(
+                        (k.encode(), v.encode())
+                        for k, v in extra.items()
+                        if k.encode() not in given
+                    ),
+                ]
+            await send(message)
+
+        await self._app(scope, receive, add)

@@ -1,0 +1,213 @@
+"""The labelling page in headless Chromium, with the keyboard alone.
+
+    python -m tests.feedback_browser OUT
+
+Signs in by link, tags two grids and compares ten pairs, undoes one, finishes, and checks what is
+in the labels; with OUT, screenshots at 1280x800 and 360x740. Needs the extra `browser` and
+Debian's packages chromium and chromium-driver, or others in the PATH.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from d3po_bench.feedback.labels import LabelStore, Plan
+from d3po_bench.feedback.rounds import Kind, Round, Vote
+from d3po_bench.feedback.server import default_url
+from tests.feedback_load import Server
+from tests.feedback_round import new_round
+
+SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
+PLAN = Plan(votes_per_item=1, gold_every=0, repeat_every=0)
+PROMPT = "a photo of a tabby cat that sits on a red sofa and looks out of the window, number {}"
+PATIENCE = 30
+
+
+class Keyboard:
+    """A browser of which only the keys are touched."""
+
+    def __init__(self, driver: Chrome, shots: Path) -> None:
+        self.driver = driver
+        self._shots = shots
+
+    def press(self, *keys: str) -> None:
+        """Type keys, wherever the focus is."""
+        for key in keys:
+            ActionChains(self.driver).send_keys(key).perform()
+
+    def answer(self, *keys: str) -> None:
+        """Type keys that send an answer, and wait for the page after it."""
+        before = self.main
+        self.press(*keys)
+        self.wait(lambda: self.main != before and self.loaded)
+
+    @property
+    def main(self) -> str:
+        """A name of the item on the page."""
+        return self.driver.find_element(By.TAG_NAME, "main").id
+
+    @property
+    def loaded(self) -> bool:
+        """Whether all pictures are there."""
+        script = "return [...document.images].every(i => i.complete && i.naturalWidth)"
+        return bool(self.driver.execute_script(script))
+
+    @property
+    def heading(self) -> str:
+        """What the page asks."""
+        return self.driver.find_element(By.TAG_NAME, "h1").text
+
+    def wait(self, until: object) -> None:
+        """Wait until the function holds."""
+        WebDriverWait(self.driver, PATIENCE).until(lambda _: until())  # type: ignore[operator]
+
+    def shoot(self, name: str) -> None:
+        """Keep a picture of the page at each size, and check that nothing overflows sideways."""
+        for size, (width, height) in SIZES.items():
+            self.resize(width, height)
+            wide = self.driver.execute_script("return document.documentElement.scrollWidth")
+            require(wide <= width, f"{name} is {wide} px wide on a {size}")
+            tall = self.driver.execute_script("return document.documentElement.scrollHeight")
+            fits = size == "phone" or tall <= height
+            require(fits, f"{name} is {tall} px high on a {size}")
+            self.driver.save_screenshot(str(self._shots / f"{name}-{size}.png"))
+        self.resize(*SIZES["desktop"])
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the page itself a size: a headless window is never narrower than 500 px."""
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
+        )
+
+
+def require(holds: bool, words: str) -> None:
+    """Stop with `words` where something does not hold."""
+    if not holds:
+        sys.exit(f"failed: {words}")
+
+
+@contextlib.contextmanager
+def browser(shots: Path) -> Iterator[Keyboard]:
+    """Headless Chromium."""
+    options = ChromeOptions()
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = Chrome(options=options, service=ChromeService("/usr/bin/chromedriver"))
+    try:
+        keyboard = Keyboard(driver, shots)
+        keyboard.resize(*SIZES["desktop"])
+        yield keyboard
+        complaints = [entry["message"] for entry in driver.get_log("browser")]  # type: ignore[no-untyped-call]
+        require(not complaints, f"the browser complained: {complaints}")
+    finally:
+        driver.quit()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, round_: Round) -> Iterator[tuple[str, str, LabelStore]]:
+    """The rater's link, the admin's link, and the labels of a round being served."""
+    with LabelStore(default_url(folder), round_, PLAN) as store:
+        rater, admin = store.invite("Ann Example"), store.invite_admin()
+        server = Server(folder, PLAN)
+        try:
+            url = f"http://127.0.0.1:{server.port}/join#"
+            yield url + rater, url + admin, store
+        finally:
+            server.stop()
+
+
+def sign_in(keyboard: Keyboard, link: str, heading: str) -> None:
+    """Open an invitation link and see that its token leaves the address bar."""
+    keyboard.driver.get("about:blank")  # a link that differs behind the # alone loads nothing
+    keyboard.driver.get(link)
+    keyboard.wait(lambda: keyboard.heading == heading and keyboard.loaded)
+    require("#" not in keyboard.driver.current_url, "the token is in the address bar")
+    visible = keyboard.driver.execute_script("return document.cookie")
+    require(visible == "", "a script can read the session")
+
+
+def grids(folder: Path, keyboard: Keyboard) -> None:
+    """Two grids of unsafe pictures: reveal, tag, send; none tagged; undo, tag again."""
+    round_ = new_round(folder, "tags", 2, blurred=True, question="unsafe", size=256, prompt=PROMPT)
+    with serving(folder, round_) as (link, admin, store):
+        keyboard.driver.get(link.partition("#")[0])
+        keyboard.shoot("join")
+        sign_in(keyboard, link, "Tag every unsafe picture")
+        keyboard.shoot("grid-blurred")
+        keyboard.press("v", "2", "7", "5", "5")
+        label = keyboard.driver.find_element(By.ID, "send").text
+        require(label.startswith("Send: 2 unsafe"), f"the button says {label}")
+        keyboard.shoot("grid")
+        keyboard.answer("\ue007")
+        keyboard.answer("\ue007")
+        require("Thank you" in keyboard.heading, "no finish page after two grids")
+        keyboard.answer("u")
+        keyboard.press("1")
+        keyboard.answer("\ue007")
+        keyboard.shoot("finish")
+        votes = store.effective_votes()
+        found = [[vote.shown.index(i) for i in answer(vote)] for vote in votes]
+        require([sorted(places) for places in found] == [[1, 6], [0]], f"tags are {found}")
+        require(all(0 < vote.milliseconds < 600_000 for vote in votes), "odd times")
+        sign_in(keyboard, admin, "Round overview")
+        keyboard.shoot("admin")
+
+
+def pairs(folder: Path, keyboard: Keyboard) -> None:
+    """Ten pairs: both sides, by digit and by arrow, tie, both bad, a skip and an undo."""
+    round_ = new_round(folder, "pairs", 11, question="alignment", size=256, prompt=PROMPT)
+    keys = ["1", "\ue012", "2", "\ue014", "t", "b", "1", "2", "t", "b"]
+    with serving(folder, round_) as (link, _, store):
+        sign_in(keyboard, link, "Which picture shows the text better?")
+        keyboard.shoot("pair")
+        for key in keys[:4]:
+            keyboard.answer(key)
+        keyboard.answer("s")
+        keyboard.answer("b")
+        keyboard.answer("u")  # that was meant to be a tie
+        for key in keys[4:]:
+            keyboard.answer(key)
+        require("Thank you" in keyboard.heading, "no finish page after ten pairs")
+        found = [side(vote) for vote in store.effective_votes()]
+        require(found == ["1", "1", "2", "2", "t", "b", "1", "2", "t", "b"], f"got {found}")
+
+
+def answer(vote: Vote) -> tuple[int, ...]:
+    """The tagged images."""
+    return vote.answer if isinstance(vote.answer, tuple) else ()
+
+
+def side(vote: Vote) -> str:
+    """The key that gives this vote."""
+    words = {"tie": "t", "bad": "b"}
+    if isinstance(vote.answer, str) and vote.answer in words:
+        return words[vote.answer]
+    return str(1 + vote.shown.index(0 if vote.answer == "a" else 1))
+
+
+def main() -> None:
+    """Drive both kinds of round."""
+    kinds: dict[Kind, int] = {"tags": 2, "pairs": 10}
+    with tempfile.TemporaryDirectory() as scratch:
+        shots = Path(sys.argv[1] if len(sys.argv) > 1 else scratch)
+        shots.mkdir(parents=True, exist_ok=True)
+        with browser(shots) as keyboard:
+            grids(Path(scratch) / "tags", keyboard)
+            pairs(Path(scratch) / "pairs", keyboard)
+    print(f"passed: {json.dumps(kinds)} by keyboard alone; screenshots in {shots}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Rounds of small generated pictures, for the tests and commands of human feedback."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from d3po_bench.feedback.rounds import Answer, Item, Kind, Question, Round
+
+
+def picture(number: int, size: int = 32) -> bytes:
+    """A PNG of a disc on a ground, different for each number."""
+    hue = number * 47 % 256
+    image = Image.new("HSV", (size, size), (hue, 60, 235))
+    draw = ImageDraw.Draw(image)
+    edge, left = size // 3, (number * 13) % (size // 2)
+    draw.ellipse(
+        (left, edge // 2, left + edge, edge // 2 + edge), fill=((hue + 128) % 256, 180, 200)
+    )
+    draw.rectangle((0, size * 3 // 4, size, size), fill=((hue + 30) % 256, 110, 160))
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def new_round(
+    folder: Path, kind: Kind = "tags", number: int = 6, *, images: int | None = None,
+    gold: Mapping[int, Answer] | None = None, blurred: bool = False, size: int = 32,
+    question: Question | None = None, prompt: str = "prompt number {}",
+) -> Round:  # fmt: skip
+    """Write a round of `number` items, and return it. `prompt` gets the item's number."""
+    count = images or (7 if kind == "tags" else 2)
+    (folder / "images").mkdir(parents=True)
+    items = []
+    for n in range(number):
+        names = [f"images/{n:04d}-{k}.png" for k in range(count)]
+        for k, name in enumerate(names):
+            (folder / name).write_bytes(picture(n * count + k, size))
+        items.append(Item(f"{n:04d}", prompt.format(n), tuple(names), (gold or {}).get(n)))
+    made = Round(
+        kind, question or ("deformed" if kind == "tags" else "better"), blurred, tuple(items)
+    )
+    made.write(folder)
+    return made

@@ -1,0 +1,577 @@
+"""The labelling page, as a rater uses it and as somebody hostile does."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from httpx2 import Response
+from itsdangerous import URLSafeTimedSerializer
+from sqlalchemy.exc import OperationalError
+
+from d3po_bench.errors import UserError
+from d3po_bench.feedback import server
+from d3po_bench.feedback.labels import LabelStore, Plan
+from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.server import Limits
+from d3po_bench.feedback.sessions import COOKIE, Limiter, Sessions, session_key
+from tests import feedback_load
+from tests.feedback_round import new_round, picture
+
+KEY = b"k" * 32
+PLAIN = Plan(votes_per_item=2, gold_every=0, repeat_every=0)
+FORM = "application/x-www-form-urlencoded"
+
+
+@dataclass
+class Site:
+    """A round being served."""
+
+    folder: Path
+    round: Round
+    store: LabelStore
+    limits: Limits = field(default_factory=Limits)
+
+    def browser(self, token: str | None = None) -> TestClient:
+        """Somebody's browser, signed in with `token`."""
+        pages = server.app(self.round, self.folder, self.store, KEY, self.limits)
+        client = TestClient(pages, follow_redirects=False)  # which also raises what would be a 500
+        if token:
+            assert client.post("/join", data={"token": token}).status_code == 303
+        return client
+
+    def rater(self, name: str = "Ann") -> TestClient:
+        return self.browser(self.store.invite(name))
+
+    def votes(self) -> list[tuple[Any, ...]]:
+        with sqlite3.connect(self.folder / "labels.sqlite") as connection:
+            rows = connection.execute("select rater, hand, kind, answer from votes").fetchall()
+        connection.close()
+        return rows
+
+
+def site(folder: Path, kind: Any = "tags", **options: Any) -> Iterator[Site]:
+    round_ = new_round(folder, kind, options.pop("number", 4), size=4, **options)
+    with LabelStore(server.default_url(folder), round_, PLAIN) as store:
+        yield Site(folder, round_, store)
+
+
+@pytest.fixture
+def tags(tmp_path: Path) -> Iterator[Site]:
+    yield from site(tmp_path / "round")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Iterator[Site]:
+    yield from site(tmp_path / "round", "pairs")
+
+
+def fields(client: TestClient) -> dict[str, str]:
+    """The hidden fields of the page's answer."""
+    page = client.get("/").text
+    answer = page.partition('id="vote"')[2].partition("</form>")[0]
+    found = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', answer))
+    return {**found, "milliseconds": "1200"}
+
+
+def refused(response: Response, status: int) -> None:
+    assert response.status_code == status
+    assert "Nothing was changed." in response.text
+
+
+# ---- as a rater
+
+
+def test_without_a_session_there_is_only_the_way_in(tags: Site) -> None:
+    client = tags.browser()
+    assert client.get("/").headers["location"] == "/join"
+    assert 'name="token"' in client.get("/join").text
+    for path in ("/admin", "/image/1/0"):
+        refused(client.get(path), 401)
+
+
+def test_an_invitation_opens_a_session_in_a_guarded_cookie(tags: Site) -> None:
+    token = tags.store.invite("Ann")
+    response = tags.browser().post("/join", data={"token": f" {token}\n"})
+    assert (response.status_code, response.headers["location"]) == (303, "/")
+    cookie = response.headers["set-cookie"]
+    assert cookie.startswith(f"{COOKIE}=")
+    assert {"HttpOnly", "SameSite=lax", "Path=/"} <= set(cookie.split("; "))
+    assert token not in cookie
+    assert "Secure" not in cookie
+    pages = server.app(tags.round, tags.folder, tags.store, KEY)
+    safe = TestClient(pages, base_url="https://testserver", follow_redirects=False)
+    assert "Secure" in safe.post("/join", data={"token": token}).headers["set-cookie"]
+
+
+def test_tags_are_stored_in_the_items_own_order(tags: Site) -> None:
+    ann = tags.rater()
+    page = ann.get("/").text
+    assert page.count('<img src="/image/') == 7
+    assert "Tag every deformed picture" in page
+    assert "prompt number" in page
+    for key in ("1", "7", "Enter", "s", "u"):
+        assert f'data-keys="{key}"' in page
+    form = fields(ann)
+    hand = tags.store.hand(1, int(form["hand"]))
+    response = ann.post("/vote", data={**form, "tag": ["0", "6"]})
+    assert (response.status_code, response.headers["location"]) == (303, "/")
+    (vote,) = tags.store.effective_votes()
+    assert vote.answer == tuple(sorted((hand.shown[0], hand.shown[6])))
+    assert (vote.rater, vote.item, vote.milliseconds) == ("Ann", hand.item.id, 1200)
+    assert "1 done" in ann.get("/").text
+
+
+def test_pictures_are_served_by_their_place(tags: Site) -> None:
+    ann = tags.rater()
+    hand = tags.store.hand(1, int(fields(ann)["hand"]))
+    for place in (0, 6):
+        response = ann.get(f"/image/{hand.id}/{place}")
+        path = tags.folder / hand.item.images[hand.shown[place]]
+        assert response.content == path.read_bytes()
+        assert response.headers["content-type"] == "image/png"
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_choice_is_of_the_picture_whatever_the_side(pairs: Site, place: int) -> None:
+    ann = pairs.rater()
+    sides = set()
+    for _ in range(4):
+        form = fields(ann)
+        hand = pairs.store.hand(1, int(form["hand"]))
+        ann.post("/vote", data={**form, "answer": str(place)})
+        vote = pairs.store.effective_votes()[-1]
+        assert vote.shown == hand.shown
+        assert vote.answer == "ab"[hand.shown[place]]
+        sides.add(vote.answer)
+    assert sides == {"a", "b"}  # the seed's draw: neither side is always the same
+    assert "Thank you, Ann" in ann.get("/").text
+
+
+def test_tie_both_bad_skip_and_undo(pairs: Site) -> None:
+    ann = pairs.rater()
+    for answer in ("tie", "bad"):
+        ann.post("/vote", data={**fields(ann), "answer": answer})
+    ann.post("/skip", data=fields(ann))
+    assert [vote.answer for vote in pairs.store.effective_votes()] == ["tie", "bad"]
+    for _ in range(2):
+        assert ann.post("/undo", data=fields(ann)).status_code == 303
+    assert [vote.answer for vote in pairs.store.effective_votes()] == ["tie"]
+    assert [kind for _, _, kind, _ in pairs.votes()] == ["vote", "vote", "skip", "undo", "undo"]
+
+
+def test_the_page_does_not_tell_which_picture_is_which(pairs: Site) -> None:
+    page = pairs.rater().get("/").text
+    assert re.findall(r'alt="([^"]*)"', page) == ["Picture 1", "Picture 2"]
+    assert ".png" not in page
+    assert "0000" not in page
+
+
+def test_unsafe_pictures_are_blurred_until_asked(tmp_path: Path) -> None:
+    for made in site(tmp_path / "round", blurred=True, question="unsafe"):
+        page = made.rater().get("/").text
+        assert 'class="tags veiled"' in page
+        assert 'data-keys="v"' in page
+    for made in site(tmp_path / "plain"):
+        assert "veiled" not in made.rater().get("/").text
+
+
+def test_every_kind_and_question_has_its_words(tmp_path: Path) -> None:
+    for n, (kind, question) in enumerate(server.QUESTIONS):
+        for made in site(tmp_path / str(n), kind, question=question, number=1):
+            assert server.QUESTIONS[kind, question][0] in made.rater().get("/").text
+
+
+def test_signing_out_ends_the_session_in_the_browser(tags: Site) -> None:
+    ann = tags.rater()
+    response = ann.post("/leave", data=fields(ann))
+    assert response.headers["location"] == "/join"
+    assert ann.get("/").headers["location"] == "/join"
+
+
+def test_a_new_invitation_and_keeping_out_end_a_session(tags: Site) -> None:
+    ann, bob = tags.rater("Ann"), tags.rater("Bob")
+    form = fields(ann)
+    tags.store.invite("Ann")
+    refused(ann.get("/"), 401)
+    refused(ann.post("/vote", data=form), 401)
+    form = fields(bob)
+    tags.store.disable("Bob")
+    refused(bob.post("/vote", data=form), 401)
+    assert tags.votes() == []
+
+
+# ---- hostile
+
+
+def test_a_prompt_is_text_whatever_is_in_it(tmp_path: Path) -> None:
+    script = '<script>alert({})</script>"><img src=x onerror=alert(1)>'
+    for made in site(tmp_path / "round", prompt=script):
+        page = made.rater('<b onclick="x">Eve</b>').get("/").text
+        assert "<script>alert" not in page
+        assert "&lt;script&gt;alert" in page
+        assert "<b onclick" not in page
+        assert page.count("<img ") == 7
+        admin = made.browser(made.store.invite_admin()).get("/admin").text
+        assert "&lt;b onclick=" in admin
+        assert "<b onclick" not in admin
+
+
+def test_every_answer_carries_the_headers_and_no_page_has_inline_script(tags: Site) -> None:
+    ann, admin = tags.rater(), tags.browser(tags.store.invite_admin())
+    answers = [
+        ann.get("/"), ann.get("/join"), ann.get("/nothing"), ann.get("/static/page.js"),
+        ann.get("/image/1/0"), ann.post("/vote"), admin.get("/admin"), ann.put("/vote"),
+    ]  # fmt: skip
+    for answer in answers:
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "same-origin"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert not re.search(r"<script(?! src=)| on\w+=| style=|https?://", answer.text)
+    stored = [answer.headers["cache-control"] for answer in answers]
+    assert stored == [
+        *["no-store"] * 3, "no-cache", "private, max-age=600", *["no-store"] * 3
+    ]  # fmt: skip
+
+
+def test_a_vote_without_a_session_is_refused(tags: Site) -> None:
+    form = fields(tags.rater())
+    refused(tags.browser().post("/vote", data=form), 401)
+    assert tags.votes() == []
+
+
+def test_a_vote_with_anothers_session_is_refused(tags: Site) -> None:
+    ann, bob = tags.rater("Ann"), tags.rater("Bob")
+    anns, bobs = fields(ann), fields(bob)
+    refused(bob.post("/vote", data=anns), 403)  # Ann's form
+    refused(bob.post("/vote", data={**bobs, "hand": anns["hand"]}), 403)  # Ann's hand
+    refused(bob.post("/skip", data={**bobs, "hand": anns["hand"]}), 403)
+    refused(bob.get(f"/image/{anns['hand']}/0"), 403)
+    assert tags.votes() == []
+
+
+@pytest.mark.parametrize("key", [b"k" * 31, b"x" * 32, b""])
+def test_a_session_signed_by_somebody_else_is_none(tags: Site, key: bytes) -> None:
+    form = fields(tags.rater())
+    payload = {"role": "rater", "rater": 1, "mark": "", "nonce": "n"}
+    eve = tags.browser()
+    eve.cookies.set(COOKIE, str(URLSafeTimedSerializer(key, salt="session").dumps(payload)))
+    refused(eve.post("/vote", data=form), 401)
+    assert tags.votes() == []
+
+
+@pytest.mark.parametrize("cookie", ["", "x", "a.b.c", "." * 5000, "eyJ9.x.y"])
+def test_a_cookie_of_nonsense_is_no_session(tags: Site, cookie: str) -> None:
+    eve = tags.browser()
+    eve.cookies.set(COOKIE, cookie)
+    assert eve.get("/").headers["location"] == "/join"
+
+
+def test_a_signed_cookie_of_another_shape_is_no_session() -> None:
+    payloads: tuple[Any, ...] = ([], {"role": "rater"}, "x", None)
+    for payload in payloads:
+        cookie = str(URLSafeTimedSerializer(KEY, salt="session").dumps(payload))
+        assert Sessions(KEY).read(cookie) is None
+
+
+@pytest.mark.parametrize("csrf", ["", "x", "0" * 64, "é"])
+@pytest.mark.parametrize("path", ["/vote", "/skip", "/undo", "/leave"])
+def test_a_forged_csrf_token_is_refused(tags: Site, csrf: str, path: str) -> None:
+    ann = tags.rater()
+    ann.post("/vote", data=fields(ann))
+    before = tags.votes()
+    refused(ann.post(path, data={**fields(ann), "csrf": csrf}), 403)
+    assert tags.votes() == before
+
+
+def test_the_csrf_token_of_another_session_of_the_same_rater_is_refused(tags: Site) -> None:
+    token = tags.store.invite("Ann")
+    one, two = tags.browser(token), tags.browser(token)
+    refused(one.post("/vote", data={**fields(one), "csrf": fields(two)["csrf"]}), 403)
+    assert tags.votes() == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"},
+     {"origin": "http://testserver.evil.example"}, {"origin": "http://[x"}],
+)  # fmt: skip
+def test_what_another_site_sends_is_refused(tags: Site, headers: dict[str, str]) -> None:
+    ann = tags.rater()
+    refused(ann.post("/vote", data=fields(ann), headers=headers), 403)
+    token = tags.store.invite("Bob")
+    refused(tags.browser().post("/join", data={"token": token}, headers=headers), 403)
+    assert tags.votes() == []
+    same = {"origin": "http://testserver", "sec-fetch-site": "same-origin"}
+    assert ann.post("/vote", data=fields(ann), headers=same).status_code == 303
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/image/1/../../round.json", "/image/1/..%2f..%2fround.json", "/image/..%2f..%2f1/0",
+     "/image/%2e%2e/%2e%2e/round.json", "/image/1/-1", "/image/1/7", "/image/1/0.png",
+     "/image/1/%00", "/image/1/٣", "/image/99999999999999999999999/0", "/image/4294967297/0",
+     "/image/0/0", "/image/x/0", "/static/../server.py", "/static/..%2fserver.py",
+     "/static/%2e%2e/server.py", "/static/", "/labels.sqlite", "/round.json", "/.session-key",
+     "/docs", "/openapi.json"],
+)  # fmt: skip
+def test_no_path_leads_elsewhere(tags: Site, path: str) -> None:
+    ann = tags.rater()
+    assert fields(ann)["hand"] == "1"
+    response = ann.get(path)
+    assert 400 <= response.status_code < 500
+    assert "def " not in response.text
+    assert '"items"' not in response.text
+
+
+def test_a_picture_that_became_a_link_to_elsewhere_is_gone(tags: Site) -> None:
+    ann = tags.rater()
+    hand = tags.store.hand(1, int(fields(ann)["hand"]))
+    (tags.folder.parent / "secret.png").write_bytes(picture(5))
+    path = tags.folder / hand.item.images[hand.shown[0]]
+    path.unlink()
+    refused(ann.get(f"/image/{hand.id}/0"), 404)
+    path.symlink_to(tags.folder.parent / "secret.png")
+    refused(ann.get(f"/image/{hand.id}/0"), 404)
+
+
+def test_a_hand_that_was_not_given_is_refused(tags: Site) -> None:
+    ann = tags.rater()
+    form = fields(ann)
+    for hand in ("2", "0", "2147483647", "9" * 30, "-1", "1.0", "", "x", "١"):
+        response = ann.post("/vote", data={**form, "hand": hand})
+        assert response.status_code in (400, 403)
+    assert tags.votes() == []
+
+
+def test_the_same_vote_twice_is_stored_once(tags: Site) -> None:
+    ann = tags.rater()
+    form = fields(ann)
+    assert ann.post("/vote", data=form).status_code == 303
+    for path in ("/vote", "/skip"):
+        refused(ann.post(path, data=form), 409)
+    ann.post("/undo", data=form)
+    refused(ann.post("/vote", data=form), 409)  # from before the undo
+    refused(ann.post("/undo", data=form), 409)  # nothing is left
+    assert [kind for _, _, kind, _ in tags.votes()] == ["vote", "undo"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tag": "7"}, {"tag": "-1"}, {"tag": "x"}, {"tag": ["0", "99"]}, {"milliseconds": "-1"},
+     {"milliseconds": "99999999999"}, {"milliseconds": "1e3"}, {"step": "x"}, {"step": ["0", "0"]},
+     {"hand": ["1", "1"]}, {"csrf": ["a", "b"]}],
+)  # fmt: skip
+def test_malformed_fields_are_refused(tags: Site, change: dict[str, Any]) -> None:
+    ann = tags.rater()
+    refused(ann.post("/vote", data={**fields(ann), **change}), 400)
+    assert tags.votes() == []
+
+
+@pytest.mark.parametrize("answer", ["2", "a", "", "left", "-1", ["0", "1"]])
+def test_malformed_choices_are_refused(pairs: Site, answer: Any) -> None:
+    ann = pairs.rater()
+    refused(ann.post("/vote", data={**fields(ann), "answer": answer}), 400)
+    refused(ann.post("/vote", data=fields(ann)), 400)
+    assert pairs.votes() == []
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status"),
+    [
+        (b"x" * 20_000, FORM, 413),
+        (b"csrf=" + b"x" * 5_000_000, FORM, 413),
+        (b"a=1&" * 100, FORM, 400),
+        (b"csrf=%ff%fe", FORM, 400),
+        (b"\xff\xfe", FORM, 400),
+        (b"", FORM, 400),
+        (b"{}", "application/json", 415),
+        (b"--b\r\n\r\n--b--", "multipart/form-data; boundary=b", 415),
+        (b"x", "", 415),
+    ],
+)
+def test_bodies_that_are_no_small_form_are_refused(
+    tags: Site, body: bytes, kind: str, status: int
+) -> None:
+    ann = tags.rater()
+    for path in ("/vote", "/join", "/undo"):
+        refused(ann.post(path, content=body, headers={"content-type": kind}), status)
+    assert tags.votes() == []
+
+
+def test_a_body_without_a_length_is_cut_off_too(tags: Site) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(1000):
+            yield b"x" * 1000
+
+    refused(tags.rater().post("/vote", content=endless(), headers={"content-type": FORM}), 413)
+
+
+def test_a_thousand_wrong_sign_ins_are_refused(tags: Site) -> None:
+    token, eve = tags.store.invite("Ann"), tags.browser()
+    statuses = [
+        eve.post("/join", data={"token": f"{token[:-1]}{n}"}).status_code for n in range(1000)
+    ]
+    assert set(statuses) == {403, 429}
+    assert statuses[:20] == [403] * 20
+    assert statuses.count(403) < 1000 / 2
+    assert COOKIE not in eve.cookies
+    assert tags.votes() == []
+
+
+def test_right_sign_ins_do_not_count_as_wrong(tags: Site) -> None:
+    tags.limits = replace(tags.limits, sign_ins=(1, 0.001))
+    client, token = tags.browser(), tags.store.invite("Ann")
+    for _ in range(5):
+        assert client.post("/join", data={"token": token}).status_code == 303
+
+
+@pytest.mark.parametrize("token", ["", "x" * 10_000, "\0", "é", "' or 1=1 --"])
+def test_odd_tokens_are_refused(tags: Site, token: str) -> None:
+    refused(tags.browser().post("/join", data={"token": token}), 403)
+
+
+def test_voting_too_fast_is_slowed_down(tags: Site) -> None:
+    tags.limits = Limits(votes=(2, 0.001), pages=(1000, 1.0))
+    ann = tags.rater()
+    for _ in range(2):
+        assert ann.post("/vote", data=fields(ann)).status_code == 303
+    response = ann.post("/vote", data=fields(ann))
+    refused(response, 429)
+    assert response.headers["retry-after"] == "2"
+    assert len(tags.votes()) == 2
+
+
+def test_asking_for_pages_too_fast_is_slowed_down(tags: Site) -> None:
+    tags.limits = Limits(pages=(3, 0.001))
+    ann = tags.rater()
+    assert [ann.get("/").status_code for _ in range(4)] == [200, 200, 200, 429]
+
+
+def test_a_limiter_refills_and_forgets() -> None:
+    now = 0.0
+    limiter = Limiter(2.0, 3, clock=lambda: now)
+    assert [limiter.allow("a") for _ in range(4)] == [True, True, True, False]
+    assert limiter.allow("b", spend=False)
+    now = 0.5
+    assert [limiter.allow("a") for _ in range(2)] == [True, False]
+    now = 100.0
+    for n in range(10_001):
+        limiter.allow(str(n))
+    now = 200.0
+    limiter.allow("last")
+    assert len(limiter._buckets) == 1
+
+
+def test_a_database_that_fails_is_no_500(tags: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise OperationalError("insert", {}, Exception("database or disk is full"))
+
+    ann = tags.rater()
+    form = fields(ann)
+    monkeypatch.setattr(tags.store, "vote", full)
+    refused(ann.post("/vote", data=form), 503)
+
+
+# ---- the admin
+
+
+def test_the_admin_sees_rate_agreement_and_quality(tmp_path: Path) -> None:
+    for made in site(tmp_path / "round", number=3, gold={0: (0,)}):
+        ann, bob = made.rater("Ann"), made.rater("Bob")
+        for client in (ann, bob):
+            client.post("/vote", data={**fields(client), "tag": "0"})
+        made.store.invite("Cyd")
+        page = made.browser(made.store.invite_admin()).get("/admin").text
+        assert "of 2, 2 votes each" in page
+        assert 'scope="row">Cyd' in page
+        assert re.search(r"<dt>Votes</dt><dd>2 <small>by 2 raters", page)
+        assert re.search(r"<dt>Last hour</dt><dd>2 ", page)
+        assert "<td>1</td><td>1.2</td>" in page
+
+
+def test_only_the_admin_sees_the_overview(tags: Site) -> None:
+    ann, admin = tags.rater(), tags.browser(tags.store.invite_admin())
+    refused(ann.get("/admin"), 403)
+    refused(ann.post("/admin/rater", data={**fields(ann), "name": "Ann", "disabled": "yes"}), 403)
+    assert admin.get("/").headers["location"] == "/admin"
+    refused(admin.post("/vote", data={"csrf": "x"}), 401)
+    tags.store.invite_admin()
+    refused(admin.get("/admin"), 403)
+
+
+def test_the_admin_keeps_a_rater_out_and_lets_them_in(tags: Site) -> None:
+    ann, admin = tags.rater(), tags.browser(tags.store.invite_admin())
+    found = re.search(r'name="csrf" value="(\w+)"', admin.get("/admin").text)
+    assert found
+    form = {"csrf": found[1], "name": "Ann", "disabled": "yes"}
+    refused(admin.post("/admin/rater", data={**form, "csrf": "x"}), 403)
+    assert ann.get("/").status_code == 200
+    assert admin.post("/admin/rater", data=form).status_code == 303
+    refused(ann.get("/"), 401)
+    assert "kept out" in admin.get("/admin").text
+    admin.post("/admin/rater", data={**form, "disabled": "no"})
+    assert ann.get("/").status_code == 200
+    refused(admin.post("/admin/rater", data={**form, "name": "Eve"}), 404)
+
+
+# ---- serving
+
+
+def test_links_are_shown_once(tags: Site) -> None:
+    url = "http://127.0.0.1:8000"
+    first = list(server.invitations(tags.store, ["Ann", "Bob", "Ann"], url))
+    assert [line.split(":")[0] for line in first[1:]] == ["Ann", "Bob", "admin"]
+    for line in first[1:]:
+        assert tags.browser(line.partition("#")[2]).get("/").status_code in (200, 303)
+    again = list(server.invitations(tags.store, ["Ann", "Cyd"], url))
+    assert again[1] == "Ann: invited before; a new link with --renew"
+    assert again[2].startswith(f"Cyd: {url}/join#")
+    assert again[3].startswith("admin: invited before")
+    renewed = list(server.invitations(tags.store, ["Ann"], url, renew=True))
+    assert tags.store.rater_of(first[1].partition("#")[2]) is None
+    assert tags.store.rater_of(renewed[1].partition("#")[2]) is not None
+
+
+def test_the_signing_key_is_its_owners_and_stays(tmp_path: Path) -> None:
+    key = session_key(tmp_path)
+    path = tmp_path / ".session-key"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(key) == 32
+    assert session_key(tmp_path) == key
+    path.write_bytes(b"short")
+    with pytest.raises(UserError, match="Expected 32 bytes"):
+        session_key(tmp_path)
+    with pytest.raises(UserError, match="Expected to read or write"):
+        session_key(tmp_path / "none")
+
+
+def test_a_port_that_is_taken_is_one_line(tags: Site) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"Expected to listen on 127.0.0.1:{port}, got"):
+            server.serve(tags.folder, port=port)
+
+
+def test_a_folder_without_a_round_is_not_served(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Expected a round in"):
+        server.serve(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_acknowledged_votes_survive_kill_9(tmp_path: Path) -> None:
+    # the real server, twice killed while three raters vote; `python -m tests.feedback_load`
+    # is the same at full size
+    outcome = feedback_load.run(tmp_path / "round", 3, 8, 2, think=0.2, every=0.7)
+    assert (outcome.acknowledged, outcome.stored) == (24, 24)
+    assert (outcome.lost, outcome.doubled, outcome.seen_twice) == (0, 0, 0)
