@@ -3,7 +3,7 @@
     python -m tests.feedback_browser OUT
 
 Signs in by link, tags two grids and compares ten pairs, undoes one, finishes, and checks what is
-in the labels; with OUT, screenshots at 1280x800 and 360x740. Needs the extra `browser` and
+in the labels; with OUT, screenshots at 1280x800 and 360x740. Needs the extra `test` and
 Debian's packages chromium and chromium-driver, or others in the PATH.
 """
 
