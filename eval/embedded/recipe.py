@@ -367,6 +367,9 @@ def export_blip(recipe: Recipe, work: Path, out: Path) -> None:
 
 # ---------------------------------------------------------------- ImageReward
 
+CLEAR = 0.2
+"""Smallest difference in utility that makes one of two pictures the better one."""
+
 
 def utility(truth: Tensor, about: Tensor, damage: Tensor) -> Tensor:
     """What synthetic people like, [N]: the facts that the caption asked for, and no damage.
@@ -447,7 +450,7 @@ def train_reward(recipe: Recipe, work: Path, minutes: float | None) -> dict[str,
         pairs = choices(train, recipe.batch // 2, rng)
         both = student(torch.cat([pairs.first, pairs.second]), pairs.captions * 2)
         first, second = both.chunk(2)
-        clear = (pairs.better.abs() > 0.2).float()
+        clear = (pairs.better.abs() > CLEAR).float()
         each = F.softplus(-(first - second) * pairs.better.sign()) * clear
         return each.sum() / clear.sum()
 
