@@ -15,6 +15,7 @@ from click.exceptions import NoArgsIsHelpError
 
 from d3po_bench import __version__
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.feedback.commands import COMMANDS
 
 
 class _Command(click.Group):
@@ -121,6 +122,7 @@ def run(
         d3po-bench run --method d3po --objective compress --set learning_rate=1e-3 --rounds 20
     """  # noqa: D301
     from d3po_bench import launch
+    from d3po_bench.config import pairs_of
 
     launch.run(
         launch.Request(
@@ -128,7 +130,7 @@ def run(
             objective=objective,
             model=model,
             preset=preset,
-            settings=_pairs(settings),
+            settings=pairs_of(settings),
             rounds=rounds,
             seeds=range(seed_start, seed_start + seeds),
             device=device,
@@ -138,14 +140,6 @@ def run(
             track=track,
         )
     )
-
-
-def _pairs(settings: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE strings as a dictionary."""
-    for text in settings:
-        if "=" not in text:
-            raise UserError(f"Expected --set KEY=VALUE, got {text!r}. Put a = between the two.")
-    return dict(text.split("=", 1) for text in settings)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -322,10 +316,11 @@ def table1(
         d3po-bench table1 --seeds 2 --count 40 --set rounds=2
         d3po-bench table1 runs/tiny/image_reward --out runs/table1
     """  # noqa: D301
+    from d3po_bench.config import pairs_of
     from eval import table1 as tables
 
     request = tables.Request(
-        objective=objective, model=model, preset=preset, settings=_pairs(settings),
+        objective=objective, model=model, preset=preset, settings=pairs_of(settings),
         seeds=range(seeds), scorers=_names(scorers), prompts=prompts, count=count,
         device=device, jobs=jobs, out=out, runs=runs,
     )  # fmt: skip
@@ -435,6 +430,22 @@ def weights_fetch(names: tuple[str, ...]) -> None:
 
     for folder in doctor_.fetch(names):
         click.echo(folder)
+
+
+@cli.group(cls=_Command)
+def feedback() -> None:
+    """Fine-tune from what people say: draw a round, let them judge it, learn, draw the next.
+
+    \b
+    Example:
+        d3po-bench feedback new round-1 --prompts animals --count 20
+        d3po-bench feedback serve round-1 --rater Ann
+        d3po-bench feedback train round-1
+    """  # noqa: D301
+
+
+for _command in COMMANDS:
+    feedback.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

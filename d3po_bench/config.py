@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
+
+FEEDBACK = "feedback"
+"""The objective of runs that learn from votes: no program could score for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,8 @@ class RunConfig:
             UserError: naming the field, what it must be and what it is.
         """
         _check_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
-        registry.objective(self.objective)
+        if self.objective != FEEDBACK:
+            registry.objective(self.objective)
         method_of(self)
         for scorer in self.eval_scorers:
             registry.require_scorer(scorer)
@@ -190,6 +194,14 @@ PRESET_SUMMARIES = {
     "paper": "Table 2: 80 pairs a round, 400 rounds, lr 3e-5, LoRA on q, k, v",
     "official_code": "one device of the published code: 20 pairs, one pair per update",
 }
+
+
+def pairs_of(settings: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE strings as a dictionary."""
+    for text in settings:
+        if "=" not in text:
+            raise UserError(f"Expected --set KEY=VALUE, got {text!r}. Put a = between the two.")
+    return dict(text.split("=", 1) for text in settings)
 
 
 def make(

@@ -89,6 +89,15 @@ def csv_bytes(rows: Sequence[Row]) -> bytes:
     return buffer.getvalue().encode()
 
 
+def png_bytes(image: Tensor) -> bytes:
+    """A picture [3, h, w] uint8 as a PNG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _json_lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -116,7 +125,7 @@ class RunStore:
             UserError: it cannot be written, belongs to another config, is in use, or holds a
                 run that was not to be resumed.
         """
-        with _taken(folder):
+        with taken(folder):
             require_same(folder, config, resume)
             yield cls(folder)
 
@@ -162,13 +171,9 @@ class RunStore:
 
     def save_sample(self, round_: int, prompt: str, image: Tensor) -> None:
         """Keep one evaluation image [3, h, w] uint8 as PNG."""
-        from PIL import Image
-
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
-        buffer = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
         path = self.folder / "samples" / f"round-{round_:05d}" / f"{name}.png"
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, png_bytes(image))
 
     def keep_until(self, round_: int) -> None:
         """Forget what was logged after round `round_`: the run goes on from there."""
@@ -224,7 +229,7 @@ class RunStore:
 
 
 @contextlib.contextmanager
-def _taken(folder: Path) -> Iterator[None]:
+def taken(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, making the folder if need be and removing it if left empty."""
     path = folder / ".lock"
     try:

@@ -13,7 +13,6 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from d3po_bench import registry
 from eval.embedded import facts, recipe
@@ -76,7 +75,7 @@ def prettiness(aesthetic: Any, held: Facts) -> dict[str, float]:
     """Correlation of the aesthetic score with the stated rule."""
     pictures = held.pictures(slice(None))
     both = torch.stack([aesthetic(pictures, [""] * len(held)), recipe.prettiness(pictures)])
-    return {"aesthetic_correlation": float(normalize(both - both.mean(1, True), dim=1).prod(0).sum())}
+    return {"aesthetic_correlation": float(torch.corrcoef(both)[0, 1])}
 
 
 def _share(right: Tensor) -> float:

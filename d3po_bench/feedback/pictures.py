@@ -1,0 +1,125 @@
+"""Rounds of pictures from elsewhere: folders with a metadata.csv, judged and compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+
+from d3po_bench.errors import UserError
+from d3po_bench.feedback import rounds
+from d3po_bench.feedback.rounds import Item, Kind, Question, Round
+from d3po_bench.feedback.sampling import write_files
+from d3po_bench.store import taken, write_atomically
+
+Listed = list[tuple[Path, str]]
+"""Pictures with their prompts."""
+
+
+def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -> Round:
+    """Copy pictures into a round.
+
+    Args:
+        folder: of the round; it must hold none.
+        sources: folders with metadata.csv (file_name, text). With pairs, every two of them are
+            compared, line by line. With tags, a line of each makes a grid; of a single folder,
+            the lines that follow each other with the same text do.
+        judged: how people will look at them.
+
+    Raises:
+        UserError: a source is none, their texts differ, or a round is there.
+    """
+    listed = [_listed(source) for source in sources]
+    kind, question = judged
+    with taken(folder):
+        if (folder / rounds.FILE).exists():
+            raise UserError(
+                f"Expected an empty folder for a round, got one in {folder}. Give another."
+            )
+        groups = list(_groups(sources, listed, kind))
+        items = tuple(_copied(folder, name, prompt, paths) for name, prompt, paths in groups)
+        write_files(folder)
+        round_ = Round(kind, question, question == "unsafe", items)
+        round_.write(folder)
+        return round_
+
+
+def _listed(source: Path) -> Listed:
+    path = source / "metadata.csv"
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            found = [(source / row["file_name"], row["text"]) for row in csv.DictReader(file)]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as problem:
+        raise UserError(
+            f"Expected columns file_name and text in {path}, got {problem!r}. Write a header and "
+            "a line for each picture."
+        ) from problem
+    inside = source.resolve()
+    for picture, _ in found:
+        if not picture.resolve().is_relative_to(inside) or not picture.is_file():
+            raise UserError(
+                f"Expected a picture inside {source} for every line of {path}, got "
+                f"{picture.name!r}. Correct that line."
+            )
+    if not found:
+        raise UserError(f"Expected pictures in {path}, got none. Write a line for each.")
+    return found
+
+
+def _groups(
+    sources: Sequence[Path], listed: Sequence[Listed], kind: Kind
+) -> Iterator[tuple[str, str, list[Path]]]:
+    """Name, prompt and pictures of each item."""
+    if len(sources) == 1:
+        yield from _of_one(listed[0])
+        return
+    for n, lines in enumerate(zip(*_same_texts(sources, listed), strict=True)):
+        pictures, prompt = [path for path, _ in lines], lines[0][1]
+        if kind == "tags":
+            yield f"{n:05d}", prompt, pictures
+        else:
+            for i, j in combinations(range(len(pictures)), 2):
+                yield f"{n:05d}-{i}-{j}", prompt, [pictures[i], pictures[j]]
+
+
+def _same_texts(sources: Sequence[Path], listed: Sequence[Listed]) -> Sequence[Listed]:
+    texts = [[text for _, text in lines] for lines in listed]
+    for source, mine in zip(sources, texts, strict=True):
+        if mine != texts[0]:
+            raise UserError(
+                f"Expected the same texts in the same order in {sources[0]} and {source}, got "
+                "others. Compare pictures of the same prompts."
+            )
+    return listed
+
+
+def _of_one(lines: Listed) -> Iterator[tuple[str, str, list[Path]]]:
+    groups: list[tuple[str, list[Path]]] = []
+    for path, text in lines:
+        if not groups or groups[-1][0] != text:
+            groups.append((text, []))
+        groups[-1][1].append(path)
+    for n, (text, paths) in enumerate(groups):
+        yield f"{n:05d}", text, paths
+
+
+def _copied(folder: Path, name: str, prompt: str, paths: Sequence[Path]) -> Item:
+    """The item, with its pictures saved again as PNG: nothing else in the files comes along."""
+    from PIL import Image
+
+    names = []
+    for k, path in enumerate(paths):
+        try:
+            with Image.open(path) as picture:
+                buffer = io.BytesIO()
+                picture.convert("RGB").save(buffer, "PNG")
+        except (OSError, ValueError, Image.DecompressionBombError) as problem:
+            raise UserError(
+                f"Expected a picture in {path}, got {problem}. Save it again, or take its line "
+                "out of metadata.csv."
+            ) from problem
+        names.append(f"images/{name}-{k}.png")
+        write_atomically(folder / names[-1], buffer.getvalue())
+    return Item(name, prompt, tuple(names))
