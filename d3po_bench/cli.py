@@ -236,6 +236,7 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: beside the target.")
+@click.option("--save", is_flag=True, help="Keep the pictures, with a metadata.csv.")
 def evaluate(
     target: Path,
     scorers: str,
@@ -248,6 +249,7 @@ def evaluate(
     device: str,
     jobs: int,
     out: Path | None,
+    save: bool,
 ) -> None:
     """Draw held-out prompts from fixed noise with both samplers, and score every image.
 
@@ -265,6 +267,7 @@ def evaluate(
     request = evaluating.Request(
         target=target, scorers=_names(scorers), model=model, prompts=prompts, count=count,
         images=images, steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
+        save=save,
     )  # fmt: skip
     told = evaluating.lines_of_progress(lambda text: click.echo(text, err=True))
     folder = evaluating.run(request, told)

@@ -16,12 +16,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import read_prompts
-from d3po_bench.store import csv_bytes, now, read_csv, write_atomically
+from d3po_bench.store import csv_bytes, now, png_bytes, read_csv, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE = 8
 """Prompts in a piece."""
@@ -68,6 +71,8 @@ class Request:
     device: str
     jobs: int
     out: Path | None
+    save: bool = False
+    """Keep the pictures that were drawn, too."""
 
 
 Told = Callable[[int, int], None]
@@ -89,7 +94,7 @@ def run(request: Request, told: Told = lambda done, total: None) -> Path:
     for scorer in plan.scorers:  # absent weights are found before anything is drawn
         _scorer(scorer, plan.weights, request.device)
     pieces = list(_pieces(plan))
-    rest = [p for p in pieces if not _place(out, p).exists()]
+    rest = [p for p in pieces if not _is_done(out, plan, p, request.save)]
     told(len(pieces) - len(rest), len(pieces))
     done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
     for count in done(plan, rest, out, request):
@@ -174,6 +179,11 @@ def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
 
 def _pictures(request: Request) -> Plan:
     """A folder of pictures with metadata.csv: file_name and text (or prompt) of each."""
+    if request.save:
+        raise UserError(
+            f"Expected a model to draw pictures for --save, got pictures in {request.target}. "
+            "Leave --save out."
+        )
     path = request.target / "metadata.csv"
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -227,6 +237,31 @@ def _pieces(plan: Plan) -> Iterator[Piece]:
             yield first, sampler
 
 
+def _is_done(out: Path, plan: Plan, piece: Piece, save: bool) -> bool:
+    """Whether the piece's rows are there, and its pictures where they are wanted."""
+    return _place(out, piece).exists() and not (
+        save and not all((out / name).exists() for name, _ in _named(plan, piece))
+    )
+
+
+def _named(plan: Plan, piece: Piece) -> list[tuple[str, str]]:
+    """Where each picture of a piece is kept, and its prompt."""
+    first, sampler = piece
+    return [
+        (f"pictures/{sampler}/{first + n:05d}-{k}.png", prompt)
+        for n, prompt in enumerate(plan.prompts[first : first + PIECE])
+        for k in range(plan.images)
+    ]
+
+
+def _list_pictures(out: Path, plan: Plan, pieces: Sequence[Piece]) -> None:
+    """A metadata.csv for each sampler's pictures: `feedback new --pictures` reads it."""
+    for sampler in plan.samplers:
+        named = [row for piece in pieces if piece[1] == sampler for row in _named(plan, piece)]
+        rows = [{"file_name": Path(name).name, "text": prompt} for name, prompt in named]
+        write_atomically(out / "pictures" / sampler / "metadata.csv", csv_bytes(rows))
+
+
 def _place(out: Path, piece: Piece) -> Path:
     return out / "pieces" / f"{piece[1] or 'pictures'}-{piece[0]:06d}.csv"
 
@@ -235,6 +270,8 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
     """Put the pieces together in their order, and say where and by what they were scored."""
     from eval import selfcheck
 
+    if request.save:
+        _list_pictures(out, plan, pieces)
     rows = [row for piece in pieces for row in read_csv(_place(out, piece))]
     write_atomically(out / "rows.csv", csv_bytes(rows))
     scorers = {
@@ -250,26 +287,28 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
 
 def _in_turn(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
     for count, piece in enumerate(pieces):
-        _do(plan, piece, out, request.device)
+        _do(plan, piece, out, request)
         yield count + 1
 
 
 def _side_by_side(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(request.jobs, context) as pool:
-        futures = [pool.submit(_do, plan, piece, out, request.device) for piece in pieces]
+        futures = [pool.submit(_do, plan, piece, out, request) for piece in pieces]
         for count, future in enumerate(as_completed(futures)):
             future.result()
             yield count + 1
 
 
-def _do(plan: Plan, piece: Piece, out: Path, device: str) -> None:
+def _do(plan: Plan, piece: Piece, out: Path, request: Request) -> None:
     first, sampler = piece
-    part = slice(first, first + PIECE)
     if plan.files:
-        rows = _score_pictures(plan, part, device)
+        rows = _score_pictures(plan, slice(first, first + PIECE), request.device)
     else:
-        rows = _draw_and_score(plan, first, sampler, device)
+        rows, pictures = _draw_and_score(plan, first, sampler, request.device)
+        if request.save:
+            for (name, _), picture in zip(_named(plan, piece), pictures, strict=True):
+                write_atomically(out / name, png_bytes(picture))
     write_atomically(_place(out, piece), csv_bytes(rows))
 
 
@@ -299,7 +338,8 @@ def _model(plan: Plan, device: str) -> Any:
     return model
 
 
-def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> list[Row]:
+def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[list[Row], Tensor]:
+    """The rows of a piece, and its pictures [N, 3, h, w] uint8."""
     from eval.evaluator import EvaluationSet, evaluate
 
     what = EvaluationSet(
@@ -309,7 +349,7 @@ def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> list[R
     rows, pictures = evaluate(_model(plan, device), what, _scorers(plan, device))
     height, width = pictures[sampler].shape[2:]
     facts = {"steps": plan.steps, "guidance": plan.guidance, "size": f"{width}x{height}"}
-    return [{**facts, **_stamped(row, plan, device)} for row in rows]
+    return [{**facts, **_stamped(row, plan, device)} for row in rows], pictures[sampler]
 
 
 def _stamped(row: Row, plan: Plan, device: str) -> Row:

@@ -17,7 +17,7 @@ from torch import Tensor
 from d3po_bench.cli import cli
 from d3po_bench.config import Execution
 from d3po_bench.errors import UserError
-from d3po_bench.feedback import loop, raters, training
+from d3po_bench.feedback import loop, pictures, raters, training
 from d3po_bench.feedback.labels import LabelStore, Plan
 from d3po_bench.feedback.raters import Annotator
 from d3po_bench.feedback.rounds import Answer, Round
@@ -365,6 +365,28 @@ def test_four_folders_give_every_pair_of_them(tmp_path: Path) -> None:
     shown = raters._read(tmp_path / "round" / round_.items[-1].images[1])
     assert torch.equal(shown, raters._read(sources[3] / "1.png"))
     assert loop.checked(tmp_path / "round") == round_
+
+
+def test_first_choices_by_hand(tmp_path: Path) -> None:
+    """Of three: Ann prefers the last in both its duels; Bob's wins go round, so all share."""
+    sources = [source(tmp_path / name, ["cat", "dog"], 10 * n) for n, name in enumerate("abc")]
+    folder = tmp_path / "round"
+    request_ = loop.New(judged=("pairs", "better"), prompts=None, pictures=sources, settings={})
+    loop.new(folder, request_)
+    refused("feedback", "choices", folder, match="compared all pictures of a prompt")
+    say(folder, ["a", "b", "b", "tie", "bad"], rater="Ann")  # the last pair of the dogs is skipped
+    say(folder, ["a", "b", "a", "b", "b", "tie"], rater="Bob")
+    with loop.votes_of(folder, None) as store:
+        found = pictures.first_choices(store.round, store.effective_votes(), 3)
+    third = 1 / 3
+    expected = {
+        "00000": [(0 + third) / 2, (0 + third) / 2, (1 + third) / 2],
+        "00001": [0.0, 0.5, 0.5],  # Bob alone: b over a, c over a, a tie
+    }
+    assert found == {name: pytest.approx(shares) for name, shares in expected.items()}
+    told = CliRunner().invoke(cli, ["feedback", "choices", str(folder)]).output.splitlines()
+    assert [line.split()[0] for line in told] == [str(path) for path in sources]
+    assert "58.3%" in told[2]
 
 
 def test_a_folder_alone_is_tagged_by_its_texts(tmp_path: Path) -> None:

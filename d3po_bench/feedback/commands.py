@@ -156,6 +156,26 @@ def status(folder: Path, votes: int, labels: str | None) -> None:
 
 @click.command()
 @FOLDER
+@LABELS
+def choices(folder: Path, labels: str | None) -> None:
+    """Say how often each compared folder of pictures is raters' first choice.
+
+    FOLDER is a round of several folders in pairs, whose pictures of a prompt a rater has all
+    compared. Intervals are over prompts.
+
+    \b
+    Example:
+        d3po-bench feedback new duel --kind pairs --pictures base --pictures tuned
+        d3po-bench feedback choices duel
+    """  # noqa: D301
+    from d3po_bench.feedback import loop
+
+    for source, share, low, high in loop.choices(folder, labels):
+        click.echo(f"{source}  {share:.1%}  (95 % {low:.1%} to {high:.1%})")
+
+
+@click.command()
+@FOLDER
 @click.option("--out", type=click.Path(path_type=Path), help="Default: labels.csv in FOLDER.")
 @LABELS
 def export(folder: Path, out: Path | None, labels: str | None) -> None:
@@ -273,4 +293,4 @@ def _shown(what: str) -> Any:
     return told
 
 
-COMMANDS: Sequence[click.Command] = (new, serve, status, export, train, simulate)
+COMMANDS: Sequence[click.Command] = (new, serve, status, export, train, choices, simulate)

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d3po_bench.config import FEEDBACK, Execution, make
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import agreement, pictures, raters, sampling, training
@@ -128,6 +130,38 @@ def status(folder: Path, labels: str | None, plan: Plan) -> Iterator[str]:
                 f"{_number(q.gold.value)}, same again {_number(q.consistent.value)}, with others "
                 f"{_number(q.with_others)}"
             )
+
+
+def choices(folder: Path, labels: str | None) -> list[tuple[str, float, float, float]]:
+    """How often each source of a comparison is the first choice.
+
+    Returns:
+        Source, share, and the ends of its 95 % interval over prompts.
+
+    Raises:
+        UserError: the round compares nothing, or nobody has compared all pictures of a prompt.
+    """
+    sources = pictures.sources_of(folder)
+    with votes_of(folder, labels) as store:
+        found = pictures.first_choices(store.round, store.effective_votes(), len(sources))
+    if not found:
+        raise UserError(
+            f"Expected a rater who compared all pictures of a prompt in {folder}, got none. Let "
+            "them finish: d3po-bench feedback serve."
+        )
+    table = np.array(list(found.values()))
+    return [
+        (source, float(column.mean()), *bootstrap(column))
+        for source, column in zip(sources, table.T, strict=True)
+    ]
+
+
+def bootstrap(values: agreement.Floats, resamples: int = 9999) -> tuple[float, float]:
+    """Percentile 95 % interval of the mean of [P] values, from a fixed seed."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _number(value: float | None) -> str:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
-from d3po_bench.feedback.rounds import Item, Kind, Question, Round
+from d3po_bench.feedback.rounds import Item, Kind, Question, Round, Vote
 from d3po_bench.feedback.sampling import write_files
 from d3po_bench.store import taken, write_atomically
+
+SOURCES = "sources.json"
+"""Where the folders that were compared are named, in their order."""
 
 Listed = list[tuple[Path, str]]
 """Pictures with their prompts."""
@@ -41,6 +46,8 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
         groups = list(_groups(sources, listed, kind))
         items = tuple(_copied(folder, name, prompt, paths) for name, prompt, paths in groups)
         write_files(folder)
+        names = json.dumps([str(source) for source in sources])
+        write_atomically(folder / SOURCES, names.encode() + b"\n")
         round_ = Round(kind, question, question == "unsafe", items)
         round_.write(folder)
         return round_
@@ -123,3 +130,68 @@ def _copied(folder: Path, name: str, prompt: str, paths: Sequence[Path]) -> Item
         names.append(f"images/{name}-{k}.png")
         write_atomically(folder / names[-1], buffer.getvalue())
     return Item(name, prompt, tuple(names))
+
+
+# ---- who is chosen
+
+
+def first_choices(round_: Round, votes: Sequence[Vote], sources: int) -> dict[str, list[float]]:
+    """How often each source is a rater's first choice, by prompt; the shares of a prompt add to 1.
+
+    A rater's first choice for a prompt is the picture that wins most of its comparisons; equals
+    share it. Ties and "both bad" are won by neither. Only raters who compared all pictures of a
+    prompt count, once each.
+
+    Args:
+        round_: made by `take` from several sources, in pairs.
+        votes: what was said.
+        sources: number of them.
+
+    Returns:
+        Line number of the prompt, as in item names, -> [sources] shares.
+    """
+    wins: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * sources)
+    seen: dict[tuple[str, str], int] = defaultdict(int)
+    for vote in votes:
+        if vote.repeat:
+            continue
+        prompt, i, j = vote.item.split("-")
+        seen[vote.rater, prompt] += 1
+        if vote.answer in ("a", "b"):
+            wins[vote.rater, prompt][int(i if vote.answer == "a" else j)] += 1
+    all_of_them = sources * (sources - 1) // 2
+    chosen: dict[str, list[list[float]]] = defaultdict(list)
+    for key, count in seen.items():
+        if count == all_of_them:
+            chosen[key[1]].append(_first(wins[key]))
+    return {
+        prompt: [sum(share) / len(said) for share in zip(*said, strict=True)]
+        for prompt, said in sorted(chosen.items())
+    }
+
+
+def _first(wins: Sequence[int]) -> list[float]:
+    best = [n == max(wins) for n in wins]
+    return [float(b) / sum(best) for b in best]
+
+
+def sources_of(folder: Path) -> list[str]:
+    """The folders that a round compares.
+
+    Raises:
+        UserError: it compares none.
+    """
+    path = folder / SOURCES
+    try:
+        found = [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as problem:
+        raise UserError(
+            f"Expected a round of several folders of pictures in {folder}, got {problem}. Make one "
+            "with `feedback new --kind pairs --pictures A --pictures B`."
+        ) from problem
+    if len(found) < 2:
+        raise UserError(
+            f"Expected a round of several folders of pictures in {folder}, got one of "
+            f"{len(found)}. Compare at least two."
+        )
+    return found
