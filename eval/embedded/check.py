@@ -1,13 +1,16 @@
 """How well the embedded scorers judge renders that none of them was trained on.
 
-    python -m eval.embedded.check
+    python -m eval.embedded.check [--write]
 
-Needs the emoji font, as the recipe does. Prints a line for each number of the card.
+Needs the emoji font, as the recipe does. Prints a line for each number of the card, CARD.md, which
+--write makes from them and from card.json, the recipe's.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +22,7 @@ from eval.embedded import facts, recipe
 from eval.embedded.facts import Facts
 
 COUNT = 2000
+HERE = Path(__file__).parent
 
 
 def retrieval(clip: Any, held: Facts) -> dict[str, float]:
@@ -94,15 +98,47 @@ def measured(weights: str = "tiny", count: int = COUNT) -> Iterator[tuple[str, f
         yield from check(registry.scorer(name, torch.device("cpu"), weights), held).items()
 
 
+WORDS = {
+    "clip_animal": "CLIP: the right one of 45 animals",
+    "clip_all_three": "CLIP: the right one of the animal's 84 full captions",
+    "itm_animal": "BLIP matching: right or wrong animal",
+    "itm_all_three": "BLIP matching: right caption, or one wrong in one fact",
+    "image_reward_pairs": "ImageReward-shaped: the better of two pictures",
+    "aesthetic_correlation": "aesthetic: correlation with the rule",
+}
+
+
+def card(count: int, found: dict[str, float]) -> str:
+    """CARD.md from what was measured and the recipe's card.json."""
+    facts = json.loads((HERE / "card.json").read_text(encoding="utf-8"))
+    stages = "\n".join(
+        f"| {name} | {stage['steps']:,} | {stage['seconds']:,} |"
+        for name, stage in facts["stages"].items()
+        if "steps" in stage
+    )
+    measured = "\n".join(f"| {WORDS[name]} | {value:.4f} |" for name, value in found.items())
+    kinds = (".json", ".safetensors", ".txt")
+    size = sum(p.stat().st_size for p in HERE.rglob("*") if p.suffix in kinds) / 1e6
+    text = (HERE / "CARD.template.md").read_text(encoding="utf-8")
+    return text.format(
+        megabytes=size, pictures=facts["recipe"]["pictures"], stages=stages, count=count,
+        measured=measured, count_scale=recipe.SCALED_ON,
+    )  # fmt: skip
+
+
 @click.command()
 @click.option("--count", type=click.IntRange(min=1), default=COUNT, show_default=True)
-def main(count: int) -> None:
+@click.option("--write", is_flag=True, help="Write CARD.md, too.")
+def main(count: int, write: bool) -> None:
     """Print how well the embedded scorers judge COUNT held-out renders.
 
     Example: python -m eval.embedded.check
     """
-    for name, value in measured(count=count):
-        click.echo(f"{name:22} {value:.4f}")
+    found = dict(measured(count=count))
+    for name, value in found.items():
+        click.echo(f"{value:.4f}  {WORDS[name]}")
+    if write:
+        (HERE / "CARD.md").write_text(card(count, found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -367,6 +367,9 @@ def export_blip(recipe: Recipe, work: Path, out: Path) -> None:
 
 # ---------------------------------------------------------------- ImageReward
 
+SCALED_ON = 1000
+"""Held-out pictures whose rewards get mean 0 and deviation 1."""
+
 CLEAR = 0.2
 """Smallest difference in utility that makes one of two pictures the better one."""
 
@@ -465,7 +468,7 @@ def export_reward(recipe: Recipe, work: Path, out: Path) -> None:
     """Write the folder image_reward/ in fp16, with its rewards' mean and deviation."""
     student = RewardStudent(recipe, work / "vocab.txt").eval()
     student.load_state_dict(load_file(work / "reward.safetensors"))
-    pairs = choices(facts.read_facts(work)[1], 1000, torch.Generator().manual_seed(9))
+    pairs = choices(facts.read_facts(work)[1], SCALED_ON, torch.Generator().manual_seed(9))
     raw = student(pairs.first, pairs.captions)
     _blip.save(
         out / "image_reward", student.blip.half(), work / "vocab.txt",
