@@ -16,6 +16,11 @@ from click.exceptions import NoArgsIsHelpError
 from d3po_bench import __version__
 from d3po_bench.errors import RunError, UserError
 
+MOST_SEEDS = 10_000
+"""More are a slip: each is a run."""
+
+MOST_JOBS = 1024
+
 
 class _Command(click.Group):
     """A group whose unknown command gets a suggestion, and whose order is that of use."""
@@ -48,13 +53,13 @@ def cli() -> None:
 @click.option("--objective", required=True, help="What it learns to please.")
 @click.option(
     "--seeds",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_SEEDS),
     default=1,
     show_default=True,
     help="Number of seeds: 5 means seeds 0 to 4.",
 )
 @click.option(
-    "--seed-start", type=click.IntRange(min=0), default=0, show_default=True, help="First seed."
+    "--seed-start", type=click.IntRange(0, 2**31), default=0, show_default=True, help="First seed."
 )
 @click.option(
     "--model",
@@ -70,11 +75,13 @@ def cli() -> None:
     metavar="KEY=VALUE",
     help="Override one setting; repeatable. See `d3po-bench list --settings`.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), help="Sampling rounds (the paper's epochs).")
+@click.option(
+    "--rounds", type=click.IntRange(1, 10**6), help="Sampling rounds (the paper's epochs)."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--jobs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_JOBS),
     help="Seeds run side by side; default: one per core for tiny on a CPU, else 1.",
 )
 @click.option(
@@ -184,7 +191,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--jobs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_JOBS),
     help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
 )
 @click.option(
@@ -233,14 +240,16 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
 )
 @click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
 @click.option("--prompts", help="A list or a file; default: held-out captions, or the run's own.")
-@click.option("--count", type=click.IntRange(min=1), help="Prompts, spread over the list.")
+@click.option("--count", type=click.IntRange(1, 10**6), help="Prompts, spread over the list.")
 @click.option(
-    "--images", type=click.IntRange(min=1), default=1, show_default=True, help="A prompt."
+    "--images", type=click.IntRange(1, 1000), default=1, show_default=True, help="A prompt."
 )
 @click.option("--steps", type=click.IntRange(1, 999), help="Default: 20, or those of the run.")
 @click.option("--guidance", type=click.FloatRange(0, 100), help="Default: 5, or that of the run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option(
+    "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Processes."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: beside the target.")
 def evaluate(
     target: Path,
@@ -285,14 +294,14 @@ def evaluate(
 @click.option(
     "--objective", default="image_reward", show_default=True, help="The signal that trains."
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--seeds", type=click.IntRange(1, MOST_SEEDS), default=5, show_default=True)
 @click.option("--scorers", default="clip,blip,image_reward", show_default=True)
 @click.option("--preset", help="Settings to start from; default: the one made for the model.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As in `run`.")
 @click.option("--prompts", help="Held-out list or file; default: the model's own.")
-@click.option("--count", type=click.IntRange(min=1), help="Of these prompts; default: all.")
+@click.option("--count", type=click.IntRange(1, 10**6), help="Of these prompts; default: all.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs side by side.")
+@click.option("--jobs", type=click.IntRange(1, MOST_JOBS), help="Runs side by side.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs/table1"), show_default=True
 )
@@ -362,6 +371,24 @@ def verify(folder: Path, record: bool) -> None:
             f"Expected results that agree with themselves, got {failed} problems in {folder}. "
             "Restore the files, or measure again."
         )
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def show(run: Path) -> None:
+    """Print what is known about the run in the folder RUN: settings, origin, cost, last score.
+
+    Works on runs that have not ended, and on published ones, whose weights are not there.
+
+    \b
+    Example:
+        d3po-bench show runs/tiny/incompress/d3po/seed-0
+        d3po-bench show results/tiny/compress/dpok/seed-3
+    """  # noqa: D301
+    from d3po_bench import show as showing
+
+    for line in showing.lines(run):
+        click.echo(line)
 
 
 @cli.command(name="list")
@@ -458,7 +485,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        raise
+        if problem.filename is None:
+            raise
+        _fail(_about(problem), 2)
+
+
+def _about(problem: OSError) -> str:
+    """A file or folder that the system refused, wherever that happened."""
+    name = str(problem.filename)
+    shown = name if len(name) <= 200 else name[:197] + "..."
+    return (
+        f"Expected to read or write {shown}, got: {problem.strerror}. Correct the path, or the "
+        "permissions of what is there."
+    )
 
 
 def _said(problem: click.ClickException) -> str:
@@ -479,5 +518,7 @@ def _said(problem: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    line = " ".join(message.split())
+    # A name from the command line may hold bytes that are no text.
+    click.echo(f"error: {line.encode(errors='backslashreplace').decode()}", err=True)
     sys.exit(code)

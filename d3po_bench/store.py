@@ -106,6 +106,9 @@ class RunStore:
         self.metrics: list[Row] = _read_json_lines(folder / "metrics.jsonl")
         self.timing: list[Row] = _read_json_lines(folder / "timing.jsonl")
         self.evaluation: list[Row] = read_csv(folder / "eval.csv")
+        with _reading(folder / "eval.csv"):
+            for row in self.evaluation:
+                int(row["round"])
 
     @classmethod
     @contextlib.contextmanager
@@ -289,7 +292,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Say which file of a run is damaged or cannot be read."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, OSError) as problem:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as problem:
         raise UserError(
             f"Expected what a run writes in {path}, got a damaged file ({problem}). Give another "
             "--out, or remove that folder."
@@ -300,7 +303,10 @@ def _read_json_lines(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with _reading(path):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            int(row["round"])
+        return rows
 
 
 def read_csv(path: Path) -> list[Row]:

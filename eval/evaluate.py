@@ -13,6 +13,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import read_prompts
+from d3po_bench.reading import read_config
 from d3po_bench.store import csv_bytes, now, read_csv, write_atomically
 
 PIECE = 8
@@ -85,15 +87,15 @@ def run(request: Request, told: Told = lambda done, total: None) -> Path:
     """
     plan = planned(request)
     out = request.out or _default_out(request.target)
-    _take_folder(out, plan)
     for scorer in plan.scorers:  # absent weights are found before anything is drawn
         _scorer(scorer, plan.weights, request.device)
     pieces = list(_pieces(plan))
-    rest = [p for p in pieces if not _place(out, p).exists()]
-    told(len(pieces) - len(rest), len(pieces))
-    done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
-    for count in done(plan, rest, out, request):
-        told(len(pieces) - len(rest) + count, len(pieces))
+    with _taken(out, plan):
+        rest = [p for p in pieces if not _place(out, p).exists()]
+        told(len(pieces) - len(rest), len(pieces))
+        done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
+        for count in done(plan, rest, out, request):
+            told(len(pieces) - len(rest) + count, len(pieces))
     _finish(out, plan, pieces, request)
     return out
 
@@ -127,7 +129,7 @@ def _is_trained_unet(target: Path) -> bool:
 
 
 def _of_run(request: Request) -> Plan:
-    config = json.loads((request.target / "config.json").read_text(encoding="utf-8"))
+    config = read_config(request.target)
     return _of_model(request, config["model"], str(request.target / "lora"), config)
 
 
@@ -185,8 +187,10 @@ def _pictures(request: Request) -> Plan:
             "a line for each picture."
         ) from problem
     inside = request.target.resolve()
-    for name, _ in named:
-        if not (inside / name).resolve().is_relative_to(inside) or not (inside / name).is_file():
+    for name, text in named:
+        fine = name and text is not None and "\0" not in name
+        place = (inside / name).resolve() if fine else inside
+        if not place.is_relative_to(inside) or not place.is_file():
             raise UserError(
                 f"Expected a picture inside {request.target} for every line of {path}, got "
                 f"{name!r}. Correct that line."
@@ -209,16 +213,30 @@ def _default_out(target: Path) -> Path:
     return target / "evaluation" if inside else Path("evaluations") / target.name
 
 
-def _take_folder(out: Path, plan: Plan) -> None:
-    """Write the plan, or refuse a folder that holds another."""
+@contextmanager
+def _taken(out: Path, plan: Plan) -> Iterator[None]:
+    """Write the plan, or refuse a folder that holds another.
+
+    A folder that was made for input that is then refused, before any piece is done, is gone again.
+    """
     path = out / "plan.json"
-    text = json.dumps(asdict(plan), indent=1, sort_keys=True) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    data = (json.dumps(asdict(plan), indent=1, sort_keys=True) + "\n").encode()
+    fresh = [place for place in (out, *out.parents) if not place.exists()]
+    if path.exists() and path.read_bytes() != data:
         raise UserError(
             f"Expected {out} to be empty or to hold this evaluation, got another one's plan.json. "
             "Give another --out, or remove that folder."
         )
-    write_atomically(path, text.encode())
+    new = not path.exists()
+    write_atomically(path, data)
+    try:
+        yield
+    except UserError:
+        if new and not (out / "pieces").exists():
+            path.unlink()
+            for place in fresh:
+                place.rmdir()
+        raise
 
 
 def _pieces(plan: Plan) -> Iterator[Piece]:
