@@ -345,32 +345,75 @@ def table1(
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--record", is_flag=True, help="Write the manifest of what is there now.")
-def verify(folder: Path, record: bool) -> None:
+@click.option("--rerun", type=click.IntRange(1, 10**6), help="Make so many of its runs again.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Draws them."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How --rerun computes.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Keep what --rerun makes here.")
+def verify(
+    folder: Path,
+    record: bool,
+    rerun: int | None,
+    seed: int,
+    settings: tuple[str, ...],
+    out: Path | None,
+) -> None:
     """Check published results: files, runs, tables and figures against each other.
 
     FOLDER carries a manifest.json, and a claims.json that says which documents hold which tables
-    and figures. Exits with 1 if a check fails.
+    and figures. With --rerun, some of its runs are made again: on the same platform and versions
+    their bytes must match, elsewhere their ends must lie where seeds of theirs do, neither worse
+    nor better. Exits with 1 if a check fails.
 
     \b
     Example:
         d3po-bench verify results
+        d3po-bench verify results --rerun 1 --seed 7
+        d3po-bench verify results --rerun 2 --set threads=2 --set micro_batch=8
     """  # noqa: D301
     from eval import verify as verifying
 
     if record:
         click.echo(verifying.record(folder))
         return
-    failed = 0
-    for name, problems in verifying.verify(folder).items():
+    if rerun is None and (settings or out):
+        raise UserError("Expected --rerun beside --set and --out, got none. Add --rerun 1.")
+    checks = {name: [*problems] for name, problems in verifying.verify(folder).items()}
+    for name, problems in checks.items():
         click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
         for problem in problems:
             click.echo(f"  {problem}")
-        failed += len(problems)
+    failed = sum(map(len, checks.values()))
+    if rerun is not None:
+        failed += _rerun(folder, rerun, seed, _pairs(settings), out)
     if failed:
         raise RunError(
             f"Expected results that agree with themselves, got {failed} problems in {folder}. "
             "Restore the files, or measure again."
         )
+
+
+def _rerun(folder: Path, count: int, seed: int, settings: dict[str, str], out: Path | None) -> int:
+    """Print a verdict for each cell that is made again; how many are not reproduced."""
+    from eval import rerun as again
+    from eval.verify import published
+
+    failed = 0
+    for verdict in again.rerun(
+        folder, published(folder), count, seed=seed, settings=settings, out=out
+    ):
+        click.echo(f"{verdict.cell}: {verdict.said}")
+        for detail in verdict.details:
+            click.echo(f"  {detail}")
+        failed += not verdict.reproduced
+    return failed
 
 
 @cli.command()

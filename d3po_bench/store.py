@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from d3po_bench import machine
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 
@@ -328,6 +329,7 @@ def _environment() -> Row:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        **machine.processors(),
         "packages": {name: _version(name) for name in PACKAGES},
         **_commit(),
     }
@@ -345,11 +347,13 @@ def _commit() -> Row:
     home = Path(__file__).resolve().parent.parent
     try:
         top, head = _git(home, "rev-parse", "--show-toplevel", "HEAD").splitlines()
-        dirty = bool(_git(home, "status", "--porcelain").strip())
+        changes = _git(home, "status", "--porcelain")
+        diff = machine.digest(changes + _git(home, "diff", "HEAD")) if changes.strip() else None
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     # An environment inside somebody's repository is not that repository.
-    return {"commit": head, "dirty": dirty} if Path(top) == home else {}
+    known = {"commit": head, "dirty": diff is not None, **({"diff": diff} if diff else {})}
+    return known if Path(top) == home else {}
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -41,10 +41,10 @@ def verify(folder: Path) -> dict[str, list[str]]:
     Raises:
         UserError: it carries no manifest.
     """
-    claims = _claims(folder / CLAIMS) if (folder / CLAIMS).exists() else {}
+    claims = _claims(folder / CLAIMS)
     runs = sorted(path.parent for path in folder.rglob("config.json"))
-    tries = [r for r in runs if _is_try(r.relative_to(folder), claims.get("tries", ()))]
-    whole = [run for run in runs if run not in tries]
+    whole = published(folder)
+    tries = [run for run in runs if run not in whole]
     checks: dict[str, Callable[[], Problems]] = {
         "manifest": lambda: check_manifest(folder),
         "runs": lambda: _each(whole, folder, whole=True),
@@ -56,13 +56,24 @@ def verify(folder: Path) -> dict[str, list[str]]:
     return {name: list(check()) for name, check in checks.items()}
 
 
+def published(folder: Path) -> list[Path]:
+    """The run folders of a folder of results, without the tries.
+
+    Raises:
+        UserError: its claims are malformed.
+    """
+    tries = _claims(folder / CLAIMS).get("tries", ())
+    runs = sorted(path.parent for path in folder.rglob("config.json"))
+    return [run for run in runs if not _is_try(run.relative_to(folder), tries)]
+
+
 def _claims(path: Path) -> dict[str, Any]:
-    """The claims in a file: lists of objects, and a list of names.
+    """The claims in a file: lists of objects, and a list of names; {} where there is none.
 
     Raises:
         UserError: they are something else.
     """
-    claims = read_object(path)
+    claims = read_object(path) if path.exists() else {}
     kinds = {"tables": dict, "curves": dict, "tries": str}
     for name, kind in kinds.items():
         found = claims.get(name, [])
