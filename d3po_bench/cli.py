@@ -98,6 +98,11 @@ def cli() -> None:
     help="Go on with runs that are already there.",
 )
 @click.option(
+    "--deterministic/--no-deterministic",
+    default=None,
+    help="The same bits each time, or an error; default: on a CPU alone.",
+)
+@click.option(
     "--track",
     type=click.Choice(["tensorboard"]),
     help="Also write the metrics for a tracker (extra `track`).",
@@ -115,6 +120,7 @@ def run(
     jobs: int | None,
     out: Path,
     resume: bool,
+    deterministic: bool | None,
     track: str | None,
 ) -> None:
     """Fine-tune a model with METHOD on OBJECTIVE, a run for each seed.
@@ -143,6 +149,7 @@ def run(
             out=out,
             resume=resume,
             track=track,
+            deterministic="auto" if deterministic is None else "on" if deterministic else "off",
         )
     )
 

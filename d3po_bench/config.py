@@ -131,6 +131,8 @@ class Execution:
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    deterministic: Literal["auto", "on", "off"] = "auto"
+    """Kernels that give the same bits each time, or an error; auto: on for a CPU, off elsewhere."""
 
     def check(self) -> None:
         """Refuse batches of nothing.

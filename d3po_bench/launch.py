@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
@@ -29,6 +29,8 @@ from d3po_bench.prompts import read_prompts
 from d3po_bench.reading import read_facts
 from d3po_bench.store import RunStore, require_same
 from d3po_bench.train import Report
+
+Deterministic = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Request:
     out: Path
     resume: bool
     track: str | None = None
+    deterministic: Deterministic = "auto"
 
 
 def run(request: Request) -> None:
@@ -134,6 +137,8 @@ def _config(request: Request) -> tuple[RunConfig, Execution]:
     if request.rounds is not None:
         given["rounds"] = request.rounds
     config, execution = make(request.method, request.objective, preset, request.settings, **given)
+    if request.deterministic != "auto":
+        execution = replace(execution, deterministic=request.deterministic)
     return config, replace(execution, device=request.device)
 
 

@@ -130,13 +130,8 @@ def _made_with(facts: Row) -> dict[str, str]:
         "processor": str(facts.get("cpu", ABSENT)),
         "device": " ".join(str(facts[k]) for k in ("device", "gpu") if facts.get(k)) or ABSENT,
         "threads": str(facts.get("threads", ABSENT)),
-        "deterministic": str(_execution(facts).get("deterministic", ABSENT)),
+        "deterministic": str(facts.get("deterministic", ABSENT)),
     }
-
-
-def _execution(facts: Row) -> Row:
-    found = facts.get("execution")
-    return found if isinstance(found, dict) else {}
 
 
 def _inputs(facts: Row) -> dict[str, str]:

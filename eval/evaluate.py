@@ -25,6 +25,9 @@ from d3po_bench.prompts import read_prompts
 from d3po_bench.reading import read_config
 from d3po_bench.store import csv_bytes, now, read_csv, write_atomically
 
+HELD_OUT = "captions-held-out"
+"""The list of prompts that no run may have learnt from."""
+
 PIECE = 8
 """Prompts in a piece."""
 
@@ -130,7 +133,25 @@ def _is_trained_unet(target: Path) -> bool:
 
 def _of_run(request: Request) -> Plan:
     config = read_config(request.target)
-    return _of_model(request, config["model"], str(request.target / "lora"), config)
+    plan = _of_model(request, config["model"], str(request.target / "lora"), config)
+    if (request.prompts or _default_prompts(plan.model, config)) == HELD_OUT:
+        _require_unseen(plan, config, request.target)
+    return plan
+
+
+def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
+    """Refuse to call prompts held-out that the run has learnt from.
+
+    Raises:
+        UserError: naming one.
+    """
+    learnt = read_prompts(config.get("prompts") or registry.objective(config["objective"]).prompts)
+    seen = sorted(set(plan.prompts) & set(learnt))
+    if seen:
+        raise UserError(
+            f"Expected held-out prompts that the run in {run} did not learn from, got "
+            f"{seen[0]!r} and {len(seen) - 1} more that it did. Give others with --prompts."
+        )
 
 
 def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
@@ -153,7 +174,7 @@ def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, A
 def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
     """Held-out captions for the embedded model, else what a run was trained on."""
     if model == "tiny":
-        return "captions-held-out"
+        return HELD_OUT
     if config:
         return str(config["prompts"] or registry.objective(config["objective"]).prompts)
     raise UserError(
@@ -254,6 +275,7 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
     from eval import selfcheck
 
     rows = [row for piece in pieces for row in read_csv(_place(out, piece))]
+    _require_one_set_of_weights(rows, out)
     write_atomically(out / "rows.csv", csv_bytes(rows))
     scorers = {
         name: selfcheck.fingerprint(_scorer(name, plan.weights, request.device))
@@ -261,6 +283,16 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
     }
     facts = {"ended": now(), "scorers": scorers, "versions": selfcheck.versions()}
     write_atomically(out / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:
+    """Refuse pieces that were scored before and after a scorer's weights changed."""
+    found = sorted({row["weights"] for row in rows})
+    if len(found) > 1:
+        raise UserError(
+            f"Expected all pieces in {out} to be scored with the same weights, got {found[0]} and "
+            f"{found[1]}. Remove that folder and run the command again."
+        )
 
 
 # ---- the work

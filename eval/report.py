@@ -13,7 +13,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d3po_bench.errors import UserError
-from d3po_bench.reading import read_config, read_lines
+from d3po_bench.reading import read_config, read_facts, read_lines
 from eval.statistics import interval
 
 if TYPE_CHECKING:
@@ -160,10 +160,12 @@ def read_groups(paths: Iterable[Path]) -> dict[Group, list[Run]]:
 
     Raises:
         UserError: none is found, one cannot be read or was cut short, they are of several base
-            models, or those of a method have a seed twice or differ in more than the seed.
+            models or weights of a scorer, or those of a method have a seed twice or differ in more
+            than the seed.
     """
     runs = sorted(map(read_run, find_runs(paths)), key=lambda run: (*run.group, run.seed))
     _require_one_model(runs)
+    _require_one_scorer(runs)
     return _grouped(runs)
 
 
@@ -292,6 +294,30 @@ def _require_one_model(runs: Sequence[Run]) -> None:
                 f"Expected runs of one base model, got {first.config['model']} in {first.folder} "
                 f"and {run.config['model']} in {run.folder}. Name the folder of one model."
             )
+
+
+def _require_one_scorer(runs: Sequence[Run]) -> None:
+    """Refuse runs whose scorers had other weights: their scores are not in one unit.
+
+    Raises:
+        UserError: naming the scorer and both runs.
+    """
+    first: dict[str, tuple[str, Path]] = {}
+    for run in runs:
+        for name, weights in scorers_of(run.folder).items():
+            known, folder = first.setdefault(name, (weights, run.folder))
+            if known != weights:
+                raise UserError(
+                    f"Expected runs scored by one {name}, got weights {known} in {folder} and "
+                    f"{weights} in {run.folder}. Name the runs of one."
+                )
+
+
+def scorers_of(folder: Path) -> dict[str, str]:
+    """Scorer -> what names its weights, of a run; {} where that is not on record."""
+    inputs = read_facts(folder).get("inputs")
+    found = inputs.get("scorers") if isinstance(inputs, dict) else None
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def _grouped(runs: Iterable[Run]) -> dict[Group, list[Run]]:

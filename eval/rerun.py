@@ -36,7 +36,8 @@ FEWEST = 3
 """Published seeds of a cell without which there is no spread to judge by."""
 
 BYTES = ("metrics.jsonl", "eval.csv")
-SAME = ("python", "platform", "machine", "cpu", "gpu", "packages", "device", "threads")
+SAME = ("python", "platform", "machine", "cpu", "gpu", "packages", "device", "threads",
+        "deterministic")  # fmt: skip
 """Provenance that bytes depend on."""
 
 Scores = dict[tuple[str, str, str, str], dict[str, float]]
@@ -193,7 +194,7 @@ def _differences(then: Row, now: Row) -> tuple[list[str], list[str]]:
 def _batches(facts: Row) -> Row:
     """How the work was split: other splits round otherwise."""
     found = facts.get("execution", {})
-    return {k: v for k, v in found.items() if k not in ("device", "threads")}
+    return {k: v for k, v in found.items() if k not in ("device", "threads", "deterministic")}
 
 
 def _short(then: Any, now: Any) -> str:
@@ -278,8 +279,17 @@ def _other_end(own: str, rows: Mapping[str, Scores], new: Scores) -> tuple[list[
     return wrong, details
 
 
+def end_of(run: Path) -> dict[str, float]:
+    """How a run ended: gain in the scorer's unit and logarithm of the drift (KL).
+
+    Raises:
+        UserError: its eval.csv is damaged.
+    """
+    return _ends(_scores(run))
+
+
 def _ends(scores: Scores) -> dict[str, float]:
-    """Gain in the scorer's unit and logarithm of the drift (KL), training sampler."""
+    """As `end_of`, training sampler."""
     rounds = sorted({int(key[0]) for key in scores})
     first, last = (
         [v for k, v in scores.items() if k[1] == "eta1" and int(k[0]) == n]

@@ -29,7 +29,11 @@ def made(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results with five seeds of a run of a second, as they are published."""
     home = tmp_path_factory.mktemp("made")
     more = {"prompts_per_round": 8, "eval_prompts": 8, "eval_images": 2, "micro_batch": 32}
-    main(run_of(micro, "--seeds", SEEDS, "--jobs", 1, "--out", home / "runs", rounds=3, **more))
+    main(
+        run_of(
+            micro, "--seeds", str(SEEDS), "--jobs", "1", "--out", home / "runs", rounds=3, **more
+        )
+    )
     for config in sorted((home / "runs").rglob("config.json")):
         target = home / "results" / config.parent.relative_to(home / "runs")
         target.mkdir(parents=True)
@@ -93,7 +97,9 @@ def test_another_learning_rate_does_not_reproduce(results: Path, factor: float) 
     for run in cells(results):
         config = json.loads((run / "config.json").read_text()) | {"learning_rate": 3e-3 * factor}
         del config["run_id"]
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        kept: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+        }
         (run / "config.json").write_text(RunConfig(**kept).to_json())
         edit(run / "provenance.json", platform="another")
     done = again(results)
