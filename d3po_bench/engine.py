@@ -69,8 +69,7 @@ def sample(
         progress: called with the share done.
 
     Raises:
-        RunError: a mean or latent is not finite: what is drawn from it would be no picture, and
-            its log-probability no number.
+        RunError: a mean or latent is not finite.
     """
     k, total = images_per_prompt, len(prompts)
     model, t = policy.model, policy.timesteps
@@ -95,8 +94,7 @@ def sample(
     for number, rows in enumerate(blocks):
         parallel.send(latents[rows.start : rows.stop], number)
         parallel.send(means[rows.start : rows.stop], number)
-    require_finite("means of the denoising steps", means)
-    require_finite("latents", latents)
+    require_finite("means of the denoising steps", means)  # of which latents are made
     return Rollout(
         prompts=tuple(prompts), text=text, latents=latents, means=means, timesteps=t,
         scores=torch.zeros(total, k),
