@@ -69,7 +69,7 @@ def sample(
         progress: called with the share done.
 
     Raises:
-        RunError: a mean or latent is not finite.
+        RunError: a mean is not finite.
     """
     k, total = images_per_prompt, len(prompts)
     model, t = policy.model, policy.timesteps
@@ -85,11 +85,7 @@ def sample(
         part = slice(rows.start, rows.stop)
         latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
         noise = draws.along(rows, k, steps, shape).to(model.device)
-        for i in range(steps):
-            x, c = latents[part, :, i], text[part]
-            means[part, :, i] = _step_means(policy, x, t[i], c, shared_noise and i == 0)
-            std = float(policy.schedule.std[i])
-            latents[part, :, i + 1] = means[part, :, i] + std * noise[:, :, i]
+        _walk(policy, latents[part], means[part], noise, text[part], shared_noise)
         progress(rows.stop / total)
     for number, rows in enumerate(blocks):
         parallel.send(latents[rows.start : rows.stop], number)
@@ -99,6 +95,16 @@ def sample(
         prompts=tuple(prompts), text=text, latents=latents, means=means, timesteps=t,
         scores=torch.zeros(total, k),
     )  # fmt: skip
+
+
+def _walk(
+    policy: Policy, latents: Tensor, means: Tensor, noise: Tensor, text: Tensor, shared: bool
+) -> None:
+    """Fill in the means of a block of prompts, and the latents after the first."""
+    for i, t in enumerate(policy.timesteps):
+        means[:, :, i] = _step_means(policy, latents[:, :, i], t, text, shared and i == 0)
+        std = float(policy.schedule.std[i])
+        latents[:, :, i + 1] = means[:, :, i] + std * noise[:, :, i]
 
 
 def _step_means(

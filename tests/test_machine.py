@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_kernels_are_deterministic_by_default_on_a_cpu(
     assert machine.determine(torch.device(device), wanted) is on
     assert torch.are_deterministic_algorithms_enabled() is on
     assert torch.backends.cudnn.deterministic is on
-    assert ("CUBLAS_WORKSPACE_CONFIG" in machine.os.environ) is (on and device == "cuda")
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is (on and device == "cuda")
 
 
 def test_the_switch_is_recorded_and_changes_no_byte_on_a_cpu(micro: Path, tmp_path: Path) -> None:
