@@ -4,6 +4,7 @@
 `nox --force-python 3.12`.
 """
 
+from datetime import date
 from pathlib import Path
 
 import nox
@@ -55,6 +56,14 @@ def reproduce(session: nox.Session) -> None:
     session.run("python", "results/publish.py", "runs/reproduce/tiny", "results/tiny")
     session.run("python", "results/summary.py", "results/tiny")
     session.run("d3po-bench", "verify", "results", "--record")
+
+
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """Check the published results and make one of them again, another each day; minutes."""
+    _install(session)
+    seed = str(date.today().toordinal())
+    session.run("d3po-bench", "verify", "results", "--rerun", "1", "--seed", seed)
 
 
 @nox.session

@@ -91,9 +91,19 @@ class RunConfig:
         _check_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
         if self.objective != FEEDBACK:
             registry.objective(self.objective)
-        method_of(self)
+        self._check_images()
         for scorer in self.eval_scorers:
             registry.require_scorer(scorer)
+
+    def _check_images(self) -> None:
+        """Refuse fewer images of a prompt than the method, with its options, compares."""
+        method = method_of(self)
+        least = getattr(method, "least_images", 1)
+        if (self.images_per_prompt or method.images_per_prompt) < least:
+            raise UserError(
+                f"Expected at least {least} images of each prompt for {self.method}, got "
+                f"{self.images_per_prompt}. Change it with --set images_per_prompt={least}."
+            )
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -125,6 +135,8 @@ class Execution:
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    deterministic: Literal["auto", "on", "off"] = "auto"
+    """Kernels that give the same bits each time, or an error; auto: on for a CPU, off elsewhere."""
 
     def check(self) -> None:
         """Refuse batches of nothing.
@@ -139,9 +151,9 @@ class Execution:
 def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(owner, name)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # nan is neither
             raise UserError(
-                f"Expected {name} from {low:g} to {high:g}, got {value}. "
+                f"Expected {name} from {low:g} to {high:g}, got {str(value)[:40]}. "
                 f"Change it with --set {name}=..."
             )
 
@@ -287,12 +299,12 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         if get_origin(kind) is tuple:
             return tuple(part.strip() for part in text.split(",") if part.strip())
         value = kind(text)
-        if kind is float and not math.isfinite(value):
+        if (kind is float and not math.isfinite(value)) or (kind is int and abs(value) > 10**12):
             raise ValueError(text)
         return value
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         words = {bool: "true or false", int: "a whole number", float: "a finite number"}
         wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
         raise UserError(
-            f"Expected {wanted} for {key}, got {text!r}. Change the value after --set."
+            f"Expected {wanted} for {key}, got {text[:80]!r}. Change the value after --set."
         ) from None

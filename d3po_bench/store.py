@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from d3po_bench import machine
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 
@@ -115,6 +116,9 @@ class RunStore:
         self.metrics: list[Row] = _read_json_lines(folder / "metrics.jsonl")
         self.timing: list[Row] = _read_json_lines(folder / "timing.jsonl")
         self.evaluation: list[Row] = read_csv(folder / "eval.csv")
+        with _reading(folder / "eval.csv"):
+            for row in self.evaluation:
+                int(row["round"])
 
     @classmethod
     @contextlib.contextmanager
@@ -294,7 +298,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Say which file of a run is damaged or cannot be read."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, OSError) as problem:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as problem:
         raise UserError(
             f"Expected what a run writes in {path}, got a damaged file ({problem}). Give another "
             "--out, or remove that folder."
@@ -305,7 +309,10 @@ def _read_json_lines(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with _reading(path):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            int(row["round"])
+        return rows
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -327,6 +334,7 @@ def _environment() -> Row:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        **machine.processors(),
         "packages": {name: _version(name) for name in PACKAGES},
         **_commit(),
     }
@@ -344,11 +352,13 @@ def _commit() -> Row:
     home = Path(__file__).resolve().parent.parent
     try:
         top, head = _git(home, "rev-parse", "--show-toplevel", "HEAD").splitlines()
-        dirty = bool(_git(home, "status", "--porcelain").strip())
+        changes = _git(home, "status", "--porcelain")
+        diff = machine.digest(changes + _git(home, "diff", "HEAD")) if changes.strip() else None
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     # An environment inside somebody's repository is not that repository.
-    return {"commit": head, "dirty": dirty} if Path(top) == home else {}
+    known = {"commit": head, "dirty": diff is not None, **({"diff": diff} if diff else {})}
+    return known if Path(top) == home else {}
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -18,6 +18,7 @@ from d3po_bench.config import Execution, RunConfig, method_of
 from d3po_bench.engine import Draws, Updates, learnt_images, sample, update, with_reference
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.gaussian import Gaussian
+from d3po_bench.machine import determine
 from d3po_bench.models.stable_diffusion import Source, Training, fingerprint, load
 from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
@@ -334,7 +335,11 @@ class Evaluation:
         """Draw, score and write; returns the mean score with the training sampler."""
         model = self.trainer.model
         spent = model.forwards, model.backwards
-        rows, pictures = self.evaluator.evaluate(model, self.what, self.scorers)
+        try:
+            rows, pictures = self.evaluator.evaluate(model, self.what, self.scorers)
+        except RunError as problem:
+            where = f"Evaluation after round {self.trainer.round}, seed {self.trainer.config.seed}"
+            raise RunError(f"{where}: {problem}") from problem
         model.forwards, model.backwards = spent
         store.log_evaluation([{"round": self.trainer.round, **row} for row in rows])
         self._save_samples(store, pictures["eta0"])
@@ -379,12 +384,14 @@ def run_seed(
             report(Progress(label(config), 1.0, "finished before"))
             return
         torch.set_num_threads(threads_of(config, execution))
+        on = determine(device_of(execution.device), execution.deterministic)
         trainer = make(config, execution)
         _restore(trainer, store)
         evaluation = Evaluation(trainer)
         store.start(
             config, inputs={**trainer.inputs, "scorers": evaluation.fingerprints()},
-            device=str(trainer.device), threads=torch.get_num_threads(), **(facts or {}),
+            device=str(trainer.device), threads=torch.get_num_threads(), deterministic=on,
+            **(facts or {}),
         )  # fmt: skip
         _rounds(trainer, store, evaluation, report)
         with writing(folder / "lora"):

@@ -20,6 +20,7 @@ import pandas as pd
 from d3po_bench import launch, registry
 from d3po_bench.errors import UserError
 from d3po_bench.launch import Request as Training
+from d3po_bench.reading import read_config, read_object, readable
 from d3po_bench.store import csv_bytes, write_atomically
 from d3po_bench.train import label
 from eval import evaluate
@@ -120,7 +121,7 @@ def _trained(request: Request) -> dict[str, Path]:
 def _taken(request: Request) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in _finished(request.runs):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         name = f"{config['method']}-{config['seed']}"
         if config["objective"] != request.objective or config["model"] != request.model:
             raise UserError(
@@ -153,7 +154,7 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
     """How all runs sample, and their prompts: the base model must share it to be compared."""
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        c = read_config(folder)
         own = c["prompts"] or registry.objective(c["objective"]).prompts
         prompts = "captions-held-out" if c["model"] == "tiny" else own
         found[name] = {
@@ -200,13 +201,23 @@ def write(out: Path) -> str:
         UserError: rows are missing, or were drawn from other prompts.
     """
     rows = _rows(out)
-    signal = json.loads((out / "signal.json").read_text(encoding="utf-8"))
+    signal = _recorded_signal(out / "signal.json")
     table = [_row(name, rows, signal["column"]) for name in _names(rows)]
     text = _said(signal) + "\n\n" + markdown(table)
     write_atomically(out / "table1.csv", csv_bytes(table))
     write_atomically(out / "table1.md", (text + "\n").encode())
     write_atomically(out / "table1.tex", (latex(table) + "\n").encode())
     return text
+
+
+def _recorded_signal(path: Path) -> dict[str, str]:
+    found = read_object(path)
+    if not {"objective", "column"} <= found.keys():
+        raise UserError(
+            f"Expected objective and column in {path}, got {', '.join(found) or 'nothing'}. Run "
+            "the command again without --redraw."
+        )
+    return found
 
 
 def _said(signal: Mapping[str, str]) -> str:
@@ -221,8 +232,9 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
     """METHOD-SEED -> scores by prompt and index, printed sampler."""
     found = {}
     for path in sorted((out / "rows").glob("*.csv")):
-        rows = pd.read_csv(path)
-        rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
+        with readable(path):
+            rows = pd.read_csv(path)
+            rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
         found[path.stem] = rows
     if BASE_ROWS not in found:
         raise UserError(
@@ -235,7 +247,30 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
                 f"Expected the same prompts and noise in all rows of {out}, got others in {name}. "
                 "Remove that file and run the command again."
             )
+    _require_comparable(found, out)
     return found
+
+
+def _require_comparable(found: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Refuse rows of other columns, of scorers with other weights, or that are no numbers."""
+    made = {
+        name: [", ".join(rows.columns), *sorted(map(str, set(rows.get("weights", ()))))]
+        for name, rows in found.items()
+    }
+    for name, rows in found.items():
+        if made[name] != made[BASE_ROWS]:
+            wanted, got = (" / ".join(made[part]) for part in (BASE_ROWS, name))
+            raise UserError(
+                f"Expected all rows of {out} to be of the same scorers with the same weights "
+                f"({wanted}), got {got} in {name}. Remove that file and run the command again."
+            )
+        for column in _columns(found):
+            # NaN is an image that the scorer has nothing to say about.
+            if rows[column].dtype.kind not in "fi" or np.isinf(rows[column]).any():
+                raise UserError(
+                    f"Expected numbers for {column} in all rows of {out}, got others in {name}. "
+                    "Remove that file and run the command again."
+                )
 
 
 def _names(rows: Mapping[str, Any]) -> list[str]:
