@@ -195,7 +195,7 @@ def _wrong_settings(kind: Any) -> list[str]:
 
 
 SAID = (
-    "rum", "run run", "weights steal", "feedback", "run --method", "'' --help me",
+    "rum", "run run", "weights steal", "feedback nothing", "run --method", "'' --help me",
     f"{D3PO} --set =", f"{D3PO} --set =1", f"{D3PO} --set learning_rate",
     f"{D3PO} --set model=sd15",
     f"{D3PO} --set options=1", f"{D3PO} --set prompts=nowhere.txt", f"{D3PO} --set eval_scorers=x",

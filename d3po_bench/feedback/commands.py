@@ -28,7 +28,7 @@ SETTINGS = click.option(
 @click.command()
 @FOLDER
 @click.option("--prompts", help="A list (`d3po-bench list`) or a file with one prompt a line.")
-@click.option("--count", type=click.IntRange(min=1), help="Prompts; default: each once.")
+@click.option("--count", type=click.IntRange(1, 10**6), help="Prompts; default: each once.")
 @click.option(
     "--kind", type=click.Choice(["tags", "pairs"]), default="tags", show_default=True,
     help="Tag the bad ones of several images, or choose the better of two.",
@@ -94,14 +94,18 @@ def new(
 @click.option("--public-url", help="How links begin where raters come through a proxy.")
 @click.option("--renew", is_flag=True, help="New links also for those invited before.")
 @click.option(
-    "--votes", type=click.IntRange(min=1), default=1, show_default=True, help="Raters of each item."
+    "--votes",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="Raters of each item.",
 )
 @click.option(
-    "--gold-every", type=click.IntRange(min=0), default=10, show_default=True,
+    "--gold-every", type=click.IntRange(0, 10**6), default=10, show_default=True,
     help="One item of so many has a known answer, while there are any; 0: none.",
 )  # fmt: skip
 @click.option(
-    "--repeat-every", type=click.IntRange(min=0), default=10, show_default=True,
+    "--repeat-every", type=click.IntRange(0, 10**6), default=10, show_default=True,
     help="One item of so many is asked again; 0: none.",
 )  # fmt: skip
 @LABELS
@@ -138,7 +142,11 @@ def serve(
 @click.command()
 @FOLDER
 @click.option(
-    "--votes", type=click.IntRange(min=1), default=1, show_default=True, help="Raters of each item."
+    "--votes",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="Raters of each item.",
 )
 @LABELS
 def status(folder: Path, votes: int, labels: str | None) -> None:
@@ -196,7 +204,7 @@ def export(folder: Path, out: Path | None, labels: str | None) -> None:
 @FOLDER
 @click.option("--method", default="d3po", show_default=True, help="What learns.")
 @click.option(
-    "--passes", type=click.IntRange(min=1), default=1, show_default=True, help="Over the votes."
+    "--passes", type=click.IntRange(1, 10**4), default=1, show_default=True, help="Over the votes."
 )
 @click.option(
     "--label-files", type=click.Path(path_type=Path),
@@ -244,7 +252,7 @@ def train(
 
 @click.command()
 @FOLDER
-@click.option("--raters", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--raters", type=click.IntRange(1, 1000), default=1, show_default=True)
 @click.option(
     "--error", type=click.FloatRange(0, 1), default=0.0, show_default=True,
     help="Probability of saying the opposite.",
