@@ -80,5 +80,5 @@ def parity(session: nox.Session) -> None:
 @nox.session
 def parity_compare(session: nox.Session) -> None:
     """Compare our scorers with the folder that `parity` wrote; it calls this itself."""
-    _install(session)
+    session.install("-c", "constraints.txt", "-e", ".[test,open-clip]")
     session.run("python", "-m", "tests.parity.compare", *session.posargs)
