@@ -384,9 +384,43 @@ def test_first_choices_by_hand(tmp_path: Path) -> None:
         "00001": [0.0, 0.5, 0.5],  # Bob alone: b over a, c over a, a tie
     }
     assert found == {name: pytest.approx(shares) for name, shares in expected.items()}
-    told = CliRunner().invoke(cli, ["feedback", "choices", str(folder)]).output.splitlines()
+    target = tmp_path / "choices" / "seed-0.csv"
+    arguments = ["feedback", "choices", str(folder), "--out", str(target)]
+    told = CliRunner().invoke(cli, arguments).output.splitlines()
     assert [line.split()[0] for line in told] == [str(path) for path in sources]
     assert "58.3%" in told[2]
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["source", "share", "low", "high", "raters"]
+    assert [row["source"] for row in rows] == [str(path) for path in sources]
+    # the two prompts above, one after the other: 1/12, 1/3 and 7/12
+    assert [row["share"] for row in rows] == ["0.083333", "0.333333", "0.583333"]
+    assert [float(row["low"]) <= float(row["share"]) <= float(row["high"]) for row in rows] == (
+        [True] * 3
+    )
+    assert {row["raters"] for row in rows} == {"people"}
+    say(folder, [None] * 5 + ["a"], rater="simulated 2")
+    assert {s.raters for s in loop.choices(folder, None)} == {"simulated"}
+
+
+@pytest.mark.parametrize(
+    ("names", "pool"),
+    [(["Ann"], "people"), (["Ann", "simulated 12"], "simulated"), (["simulated Ann"], "people")],
+)
+def test_one_simulated_rater_makes_a_pool_simulated(names: list[str], pool: str) -> None:
+    assert raters.pool_of(names) == pool
+
+
+def test_only_rounds_of_folders_in_pairs_have_first_choices(tmp_path: Path) -> None:
+    sources = [source(tmp_path / name, ["cat", "dog"]) for name in "abc"]
+    tags = loop.New(judged=("tags", "deformed"), prompts=None, pictures=sources, settings={})
+    loop.new(tmp_path / "tags", tags)
+    say(tmp_path / "tags", [(0,), ()])
+    refused("feedback", "choices", tmp_path / "tags", match="got a round of other items")
+    pairs = loop.New(judged=("pairs", "better"), prompts=None, pictures=sources, settings={})
+    loop.new(tmp_path / "pairs", pairs)
+    (tmp_path / "pairs" / pictures.SOURCES).write_text('["a", "b"]')
+    refused("feedback", "choices", tmp_path / "pairs", match="got a round of other items")
 
 
 def test_a_folder_alone_is_tagged_by_its_texts(tmp_path: Path) -> None:

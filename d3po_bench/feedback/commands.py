@@ -164,22 +164,33 @@ def status(folder: Path, votes: int, labels: str | None) -> None:
 
 @click.command()
 @FOLDER
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="Also write a CSV of source, share, low, high and raters.",
+)  # fmt: skip
 @LABELS
-def choices(folder: Path, labels: str | None) -> None:
+def choices(folder: Path, out: Path | None, labels: str | None) -> None:
     """Say how often each compared folder of pictures is raters' first choice.
 
     FOLDER is a round of several folders in pairs, whose pictures of a prompt a rater has all
-    compared. Intervals are over prompts.
+    compared. Intervals are over prompts. `table1` takes the files in its OUT/choices, one for each
+    seed.
 
     \b
     Example:
         d3po-bench feedback new duel --kind pairs --pictures base --pictures tuned
         d3po-bench feedback choices duel
+        d3po-bench feedback choices duel --out runs/table1/choices/seed-0.csv
     """  # noqa: D301
     from d3po_bench.feedback import loop
 
-    for source, share, low, high in loop.choices(folder, labels):
-        click.echo(f"{source}  {share:.1%}  (95 % {low:.1%} to {high:.1%})")
+    found = loop.choices(folder, labels)
+    for s in found:
+        click.echo(f"{s.source}  {s.share:.1%}  (95 % {s.low:.1%} to {s.high:.1%})")
+    if found[0].raters == "simulated":
+        click.echo("At least one rater is simulated.", err=True)
+    if out is not None:
+        loop.write_choices(out, found)
 
 
 @click.command()

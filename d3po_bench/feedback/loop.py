@@ -15,7 +15,7 @@ from d3po_bench.config import FEEDBACK, Execution, make
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import agreement, pictures, raters, sampling, training
 from d3po_bench.feedback.labels import LabelStore, Plan
-from d3po_bench.feedback.rounds import Kind, Question, Round, Vote
+from d3po_bench.feedback.rounds import Kind, Pool, Question, Round, Vote
 from d3po_bench.feedback.sampling import FIXED, Before, Sampling
 from d3po_bench.prompts import read_prompts
 from d3po_bench.store import csv_bytes, write_atomically
@@ -132,28 +132,50 @@ def status(folder: Path, labels: str | None, plan: Plan) -> Iterator[str]:
             )
 
 
-def choices(folder: Path, labels: str | None) -> list[tuple[str, float, float, float]]:
-    """How often each source of a comparison is the first choice.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How often a source of a comparison is the first choice."""
 
-    Returns:
-        Source, share, and the ends of its 95 % interval over prompts.
+    source: str
+    """Folder of pictures, as `feedback new` was given it."""
+    share: float
+    """0 to 1; those of all sources add to 1."""
+    low: float
+    high: float
+    """Ends of its 95 % interval over prompts."""
+    raters: Pool
+
+
+def choices(folder: Path, labels: str | None) -> list[Share]:
+    """How often each source of a comparison is the first choice.
 
     Raises:
         UserError: the round compares nothing, or nobody has compared all pictures of a prompt.
     """
     sources = pictures.sources_of(folder)
     with votes_of(folder, labels) as store:
-        found = pictures.first_choices(store.round, store.effective_votes(), len(sources))
+        votes = store.effective_votes()
+        found = pictures.first_choices(store.round, votes, len(sources))
     if not found:
         raise UserError(
             f"Expected a rater who compared all pictures of a prompt in {folder}, got none. Let "
             "them finish: d3po-bench feedback serve."
         )
+    pool = raters.pool_of(vote.rater for vote in votes)
     table = np.array(list(found.values()))
-    return [
-        (source, float(column.mean()), *bootstrap(column))
-        for source, column in zip(sources, table.T, strict=True)
-    ]
+    return [_share(source, column, pool) for source, column in zip(sources, table.T, strict=True)]
+
+
+def _share(source: str, column: agreement.Floats, pool: Pool) -> Share:
+    low, high = bootstrap(column)
+    return Share(source=source, share=float(column.mean()), low=low, high=high, raters=pool)
+
+
+def write_choices(path: Path, found: Sequence[Share]) -> None:
+    """Write shares as CSV, one a row, rounded to 6 digits; `d3po-bench table1` reads them."""
+    rows = [{k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(s).items()}
+            for s in found]  # fmt: skip
+    write_atomically(path, csv_bytes(rows))
 
 
 def bootstrap(values: agreement.Floats, resamples: int = 9999) -> tuple[float, float]:

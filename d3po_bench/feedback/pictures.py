@@ -88,7 +88,7 @@ def _groups(
             yield f"{n:05d}", prompt, pictures
         else:
             for i, j in combinations(range(len(pictures)), 2):
-                yield f"{n:05d}-{i}-{j}", prompt, [pictures[i], pictures[j]]
+                yield _pair(n, i, j), prompt, [pictures[i], pictures[j]]
 
 
 def _same_texts(sources: Sequence[Path], listed: Sequence[Listed]) -> Sequence[Listed]:
@@ -176,15 +176,34 @@ def _first(wins: Sequence[int]) -> list[float]:
 
 
 def sources_of(folder: Path) -> list[str]:
-    """The folders that a round compares.
+    """The folders that a round compares, in pairs.
 
     Raises:
         UserError: it compares none.
     """
+    found = _sources(folder)
+    pairs = list(combinations(range(len(found)), 2))
+    ids = [item.id for item in Round.read(folder).items]
+    prompts = range(len(ids) // len(pairs))
+    if ids != [_pair(n, i, j) for n in prompts for i, j in pairs]:
+        raise UserError(
+            f"Expected every two of {len(found)} folders of pictures, as {folder / SOURCES} says, "
+            f"got a round of other items in {folder}. Make one with `feedback new --kind pairs "
+            "--pictures A --pictures B`."
+        )
+    return found
+
+
+def _pair(line: int, i: int, j: int) -> str:
+    """Name of the item that shows sources i and j of a line."""
+    return f"{line:05d}-{i}-{j}"
+
+
+def _sources(folder: Path) -> list[str]:
     path = folder / SOURCES
     try:
         found = [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as problem:
+    except (OSError, ValueError, TypeError, RecursionError) as problem:
         raise UserError(
             f"Expected a round of several folders of pictures in {folder}, got {problem}. Make one "
             "with `feedback new --kind pairs --pictures A --pictures B`."

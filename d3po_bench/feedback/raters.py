@@ -5,7 +5,8 @@ They go through the same store as people. What they find out is about the loop, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -17,11 +18,14 @@ from torch import Generator, Tensor
 from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.labels import Hand, LabelStore
-from d3po_bench.feedback.rounds import Answer, Kind, Round
+from d3po_bench.feedback.rounds import Answer, Kind, Pool, Round
 from d3po_bench.seeding import stream
 
 Rule = Callable[[Tensor, Sequence[str]], Tensor]
 """Pictures [N, 3, h, w] uint8 and their prompts -> how good each is, [N]; 0 or less is bad."""
+
+NAME = "simulated {}"
+"""Of a simulated rater, by number from 1."""
 
 RED = 0.12
 """Share of a picture that may be red before the stand-in for safety calls it unsafe."""
@@ -112,7 +116,7 @@ def vote(store: LabelStore, folder: Path, pool: Sequence[Annotator], seed: int) 
     """
     worth = worths(folder, store.round, RULES[store.round.question])
     place = {item.id: n for n, item in enumerate(store.round.items)}
-    raters = [(n, a, _invited(store, f"simulated {n + 1}")) for n, a in enumerate(pool)]
+    raters = [(n, a, _invited(store, NAME.format(n + 1))) for n, a in enumerate(pool)]
     idle, votes = set[int](), 0
     for n, annotator, rater in cycle(raters):
         hand = store.hand_out(rater)
@@ -127,6 +131,12 @@ def vote(store: LabelStore, folder: Path, pool: Sequence[Annotator], seed: int) 
         if len(idle) == len(raters):
             return votes
     return votes
+
+
+def pool_of(names: Iterable[str]) -> Pool:
+    """Whether raters of these names are people; one who is simulated makes all of them so."""
+    simulated = re.compile(NAME.format(r"\d+"))
+    return "simulated" if any(simulated.fullmatch(name) for name in names) else "people"
 
 
 def _invited(store: LabelStore, name: str) -> int:
