@@ -329,11 +329,14 @@ def table1(
 
     Trains every method on OBJECTIVE, or takes the finished RUNS, and scores held-out prompts.
     Writes OUT/table1.csv, .md and .tex; the same command goes on where it was interrupted.
+    Where OUT/choices holds files of `feedback choices --out`, raters' first choices are a column.
 
     \b
     Example:
         d3po-bench table1 --seeds 2 --count 40 --set rounds=2
         d3po-bench table1 runs/tiny/image_reward --out runs/table1
+        d3po-bench feedback choices duel --out runs/table1/choices/seed-0.csv
+        d3po-bench table1 --redraw --out runs/table1
     """  # noqa: D301
     from d3po_bench.config import pairs_of
     from eval import table1 as tables

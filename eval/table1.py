@@ -23,7 +23,8 @@ from d3po_bench.launch import Request as Training
 from d3po_bench.reading import read_config, read_object, readable
 from d3po_bench.store import csv_bytes, write_atomically
 from d3po_bench.train import label
-from eval import evaluate
+from eval import choices, evaluate
+from eval.choices import Choices
 from eval.statistics import interval
 
 BASE = "no fine-tune"
@@ -75,12 +76,14 @@ class Request:
 def run(request: Request, told: Callable[[str], None]) -> str:
     """Train or take the models, score them, write and return the table.
 
-    Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json.
+    Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json. Raters'
+    first choices are read from OUT/choices.
 
     Raises:
         UserError: bad input, or weights of a scorer that are not there.
         RunError: a run failed; the others are kept.
     """
+    choices.read(request.out / "choices", (BASE_ROWS, *METHODS))  # not after hours of training
     folders = _taken(request) if request.runs else _trained(request)
     signal = _signal(request)
     write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
@@ -195,15 +198,16 @@ def _score(
 
 
 def write(out: Path) -> str:
-    """Derive the table from OUT/rows and OUT/signal.json alone, and write it.
+    """Derive the table from OUT/rows, OUT/choices and OUT/signal.json alone, and write it.
 
     Raises:
-        UserError: rows are missing, or were drawn from other prompts.
+        UserError: rows are missing, or were drawn from other prompts; or choices are malformed.
     """
     rows = _rows(out)
     signal = _recorded_signal(out / "signal.json")
-    table = [_row(name, rows, signal["column"]) for name in _names(rows)]
-    text = _said(signal) + "\n\n" + markdown(table)
+    chosen = _choices(out / "choices", _names(rows))
+    table = [_row(name, rows, signal["column"], chosen) for name in _names(rows)]
+    text = _said(signal, chosen) + "\n\n" + markdown(table)
     write_atomically(out / "table1.csv", csv_bytes(table))
     write_atomically(out / "table1.md", (text + "\n").encode())
     write_atomically(out / "table1.tex", (latex(table) + "\n").encode())
@@ -220,11 +224,23 @@ def _recorded_signal(path: Path) -> dict[str, str]:
     return found
 
 
-def _said(signal: Mapping[str, str]) -> str:
+def _choices(folder: Path, names: Sequence[str]) -> Choices | None:
+    found = choices.read(folder, (BASE_ROWS, *METHODS))
+    for model in found.shares[0] if found else ():
+        if model not in (BASE_ROWS, *names):
+            raise UserError(
+                f"Expected choices between models of the table ({', '.join(names)}) in {folder}, "
+                f"got {model}. Add its runs, or leave those files out."
+            )
+    return found
+
+
+def _said(signal: Mapping[str, str], chosen: Choices | None) -> str:
     return (
         f"Trained on the objective {signal['objective']}; † marks the score that a model was "
         f"trained on. Held-out prompts, sampler {SAMPLER}; means over seeds, and differences to "
         f"{BASE} on the same prompts and noise with 95 % intervals over seeds."
+        + (f" {chosen.said}" if chosen else "")
     )
 
 
@@ -283,7 +299,7 @@ def _columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:
     return [c for c in rows[BASE_ROWS].columns if c not in known]
 
 
-def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str) -> Cells:
+def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str, chosen: Choices | None) -> Cells:
     base = rows[BASE_ROWS]
     runs = [r for n, r in rows.items() if n.rpartition("-")[0] == name]
     cells = {"method": name, "seeds": str(len(runs) or "")}
@@ -293,6 +309,8 @@ def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str) -> Cells:
         if column in PAPERS_COLUMNS:
             numbers = PAPER.get(name)
             cells[f"{column}, paper"] = str(numbers[PAPERS_COLUMNS[column]]) if numbers else ""
+    if chosen is not None:
+        cells[chosen.heading] = chosen.cell(BASE_ROWS if name == BASE else name)
     cells["preferred by people, paper"] = f"{PAPER[name][3]:g} %" if name in PAPER else ""
     return cells
 

@@ -210,7 +210,8 @@ SAID = (
     "evaluate tiny --scorers jpeg_size:7", "evaluate tiny --prompts nowhere.txt",
     "evaluate tiny --scorers clip:nowhere", "evaluate ''", "table1 nowhere",
     "table1 --redraw --out nowhere", "table1 --scorers nonsense --count 1 nowhere",
-    "table1 --objective nonsense", "verify nowhere", "verify nowhere --record", "verify ''",
+    "table1 --objective nonsense", "feedback choices nowhere --out x.csv", "feedback choices ''",
+    "verify nowhere", "verify nowhere --record", "verify ''",
     "sweep nowhere.toml", "sweep .", "sweep ''",
 )  # fmt: skip
 """Command lines that a person may type; nothing lies in the folder."""
@@ -525,6 +526,29 @@ TABLE1: dict[str, Change] = {
 }
 
 
+CHOICES: dict[str, Change] = {
+    "empty": holds(""),
+    "only a head": holds("source,share,low,high,raters\n"),
+    "binary": holds(bytes(range(256))),
+    "another encoding": holds("source,share,raters\nd3po/é,1,people\n".encode("latin-1")),
+    "no source": without("source"),
+    "no share": without("share"),
+    "no raters": without("raters"),
+    "unknown source": column("source", "drawn/nonsense-0"),
+    "an empty source": column("source", ""),
+    "a source twice": column("source", "drawn/no-fine-tune-0"),
+    "a source that is not in the table": column("source", "drawn/ddpo-0"),
+    "share of text": column("share", "much"),
+    "share above 1": column("share", "1.01"),
+    "share below 0": column("share", "-0.01"),
+    "share of nan": column("share", "nan"),
+    "unknown raters": column("raters", "robots"),
+    "people and simulated": column("raters", "simulated"),
+    "too few fields": line(-1, "drawn/d3po-0"),
+    "a null byte": line(-1, "drawn/d3po-0\0,0.6,0,1,people"),
+}
+
+
 def tables() -> Iterator[Case]:
     """Rows of Table 1, and pictures with their list."""
     redraw = ("table1", "--redraw", "--out", "table1")
@@ -533,6 +557,11 @@ def tables() -> Iterator[Case]:
     yield Case("table1: no base", redraw, "table1", {"table1/rows/no-fine-tune.csv": gone})
     for name, change in {**BROKEN, "missing": gone, "no column": edited(column=...)}.items():
         yield Case(f"table1, signal: {name}", redraw, "table1", {"table1/signal.json": change})
+    for name, change in CHOICES.items():
+        yield Case(f"choices: {name}", redraw, "table1", {"table1/choices/seed-0.csv": change})
+    yield Case("choices: other models", redraw, "table1", {
+        "table1/choices/seed-1.csv": holds("source,share,raters\nno-fine-tune,1,people\n")
+    })  # fmt: skip
     evaluate = ("evaluate", "pictures", "--scorers", "jpeg_size", "--device", "cpu")
     listed: dict[str, str | bytes] = {
         "empty": "",
@@ -616,6 +645,10 @@ def feedback() -> Iterator[Case]:
     yield Case("round: missing", ("read-round", "round"), "round", {"round/round.json": gone})
     yield Case("round: picture cut off", ("read-round", "round"), "round",
                {"round/images/0000-0.png": cut(0.5)})  # fmt: skip
+    choices = ("feedback", "choices", "round", "--out", "choices.csv")
+    sources = {**BROKEN, "missing": gone, "one": holds('["a"]'), "of others": holds('["a", "b"]')}
+    for name, change in sources.items():
+        yield Case(f"sources: {name}", choices, "round", {"round/sources.json": change})
     for name, data in LABELS.items():
         yield Case(
             f"labels: {name}", ("read-labels", "labels"), files={"labels/a.json": holds(data)}

@@ -80,6 +80,11 @@ def _table1(folder: Path) -> None:
     (folder / "table1" / "rows").mkdir(parents=True)
     for name in ("no-fine-tune", "d3po-0"):
         (folder / "table1" / "rows" / f"{name}.csv").write_text(rows)
+    shares = "drawn/no-fine-tune-0,0.4,0,1,people\ndrawn/d3po-0,0.6,0,1,people\n"
+    (folder / "table1" / "choices").mkdir()
+    (folder / "table1" / "choices" / "seed-0.csv").write_text(
+        "source,share,low,high,raters\n" + shares
+    )
     signal = {"objective": "incompress", "column": "jpeg_size"}
     (folder / "table1" / "signal.json").write_text(json.dumps(signal))
 
