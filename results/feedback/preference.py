@@ -6,7 +6,8 @@
 Takes the models that `d3po-bench table1 --out runs/table1` trained from that seed, draws the
 held-out captions with each and with the base model from the same noise, and lets five simulated
 raters compare every two pictures of a caption. Adds to OUT/preference/error-E/seed-N.csv a row
-for each model; an interrupted call goes on where it was.
+for each model, and the same to OUT/preference/error-E/choices/seed-N.csv as `d3po-bench table1`
+reads it; an interrupted call goes on where it was.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def drawn(target: Path, out: Path, count: int | None) -> Path:
     return evaluate.run(request) / "pictures" / SAMPLER
 
 
-def compared(sources: list[Path], folder: Path, seed: int, error: float) -> list[float]:
-    """Share of first choices of each folder of pictures."""
+def compared(sources: list[Path], folder: Path, seed: int, error: float) -> list[loop.Share]:
+    """Shares of first choices, of each folder of pictures."""
     judged = ("pairs", "alignment")
     if not (folder / "round.json").exists():
         loop.new(folder, loop.New(judged=judged, prompts=None, pictures=sources, settings={}))
     loop.simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
-    return [share for _, share, *_ in loop.choices(folder, None)]
+    return loop.choices(folder, None)
 
 
 @click.command()
@@ -58,8 +59,9 @@ def main(runs: Path, seed: int, error: float, count: int | None, out: Path) -> N
     sources = [drawn(t, place / "drawn" / f"{m}-{seed}", count) for m, t in targets.items()]
     folder = place / f"error-{error:g}" / f"seed-{seed}"
     shares = compared(sources, folder, seed, error)
-    rows = [{"model": m, "share": round(s, 6)} for m, s in zip(targets, shares, strict=True)]
+    rows = [{"model": m, "share": round(s.share, 6)} for m, s in zip(targets, shares, strict=True)]
     write_atomically(folder.with_suffix(".csv"), csv_bytes(rows))
+    loop.write_choices(folder.parent / "choices" / folder.with_suffix(".csv").name, shares)
     for row in rows:
         click.echo(row)
 
