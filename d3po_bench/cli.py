@@ -300,7 +300,7 @@ def evaluate(
 )
 @click.option("--seeds", type=click.IntRange(1, MOST_SEEDS), default=5, show_default=True)
 @click.option("--scorers", default="clip,blip,image_reward", show_default=True)
-@click.option("--preset", help="Settings to start from; default: the one made for the model.")
+@click.option("--preset", help="Settings to start from; default: alignment, or the model's own.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As in `run`.")
 @click.option("--prompts", help="Held-out list or file; default: the model's own.")
 @click.option("--count", type=click.IntRange(1, 10**6), help="Of these prompts; default: all.")

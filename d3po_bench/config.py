@@ -198,11 +198,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 """`by_method` holds what differs between methods: their options, or fields of RunConfig as the
 rest.
 
-quick: minutes on a laptop, for the embedded model. paper: Table 2 on synchronised devices.
-official_code: what one of the published code's devices runs."""
+quick: minutes on a laptop, for the embedded model. alignment: the same for Table 1, in five steps,
+with which the embedded model makes mistakes that can be unlearnt. paper: Table 2 on synchronised
+devices. official_code: what one of the published code's devices runs."""
+
+PRESETS["alignment"] = PRESETS["quick"] | {
+    "sampling_steps": 5,
+    "skip_steps": 2,
+    "timestep_fraction": 1.0,
+    "by_method": {
+        # 128 images are all of a round: one update, whether a unit is an image or a pair.
+        method: {**own, "units_per_update": 128}
+        for method, own in PRESETS["quick"]["by_method"].items()
+    },
+}
 
 PRESET_SUMMARIES = {
     "quick": "minutes on one core, for the embedded model",
+    "alignment": "quick with five steps and one update a round, for Table 1 on the embedded model",
     "paper": "Table 2: 80 pairs a round, 400 rounds, lr 3e-5, LoRA on q, k, v",
     "official_code": "one device of the published code: 20 pairs, one pair per update",
 }

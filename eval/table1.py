@@ -109,7 +109,7 @@ def _trained(request: Request) -> dict[str, Path]:
         for item in launch.planned(
             Training(
                 method=method, objective=request.objective, model=request.model,
-                preset=request.preset, settings=request.settings, rounds=None,
+                preset=preset(request), settings=request.settings, rounds=None,
                 seeds=request.seeds, device=request.device, jobs=None,
                 out=request.out / "runs", resume=True,
             )
@@ -119,6 +119,12 @@ def _trained(request: Request) -> dict[str, Path]:
     if failed:
         launch.finish(list(failed.values()), request.out)
     return {f"{config.method}-{config.seed}": folder for config, _, folder, _ in work}
+
+
+def preset(request: Request) -> str | None:
+    """What was asked for; for the embedded model the one that leaves it mistakes to unlearn."""
+    embedded = request.model == "tiny"
+    return "alignment" if embedded and request.preset is None else request.preset
 
 
 def _taken(request: Request) -> dict[str, Path]:

@@ -11,12 +11,13 @@ interrupted call goes on where it was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 import torch
 
+from d3po_bench.config import pairs_of
 from d3po_bench.feedback import agreement, loop, raters, training
 from d3po_bench.feedback.raters import Annotator
 from d3po_bench.feedback.rounds import Question, Round
@@ -43,9 +44,12 @@ EXPERIMENTS = {
 }
 
 
-def play(name: str, folder: Path, seed: int, rounds: int, pool: list[Annotator]) -> None:
+def play(
+    experiment: Experiment, folder: Path, seed: int, rounds: int, pool: list[Annotator]
+) -> None:
     """Go through the rounds: draw, tag, learn."""
-    experiment, rows, before = EXPERIMENTS[name], [], None
+    rows: list[dict[str, float | int]] = []
+    before = None
     for number in range(rounds + 1):
         place = folder / f"round-{number}"
         round_ = loop.new(place, asked(experiment, seed, before))
@@ -100,11 +104,20 @@ def recognised(place: Path, round_: Round) -> float:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--raters", "number", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--error", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option("--draw", multiple=True, metavar="KEY=VALUE", help="Another way to draw.")
+@click.option("--set", "learn_", multiple=True, metavar="KEY=VALUE", help="Another way to learn.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/feedback"))
-def main(experiment: str, seed: int, rounds: int, number: int, error: float, out: Path) -> None:
+def main(
+    experiment: str, seed: int, rounds: int, number: int, error: float,
+    draw: tuple[str, ...], learn_: tuple[str, ...], out: Path,
+) -> None:  # fmt: skip
     """Play one seed of EXPERIMENT with NUMBER simulated raters."""
     folder = out / experiment / f"error-{error:g}" / f"seed-{seed}"
-    play(experiment, folder, seed, rounds, [Annotator(error=error)] * number)
+    own = EXPERIMENTS[experiment]
+    played = replace(
+        own, drawing=own.drawing | pairs_of(draw), learning=own.learning | pairs_of(learn_)
+    )
+    play(played, folder, seed, rounds, [Annotator(error=error)] * number)
 
 
 if __name__ == "__main__":
