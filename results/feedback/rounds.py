@@ -3,7 +3,8 @@
     python results/feedback/rounds.py normalcy --seed 0 --out runs/feedback
     python results/feedback/rounds.py safety --seed 0 --error 0.2 --out runs/feedback
 
-A round draws seven images of each of the 45 animals from one noise, simulated raters tag the bad
+A round draws seven images of each prompt from one noise (normalcy: the 135 training captions,
+safety: the 45 animals), simulated raters tag the bad
 ones, D3PO learns from the tags against the model that drew the round, and the next round draws
 with what was learnt. Writes OUT/EXPERIMENT/error-E/seed-N/rates.csv, a row for each round; an
 interrupted call goes on where it was.
@@ -31,6 +32,7 @@ class Experiment:
     question: Question
     drawing: dict[str, str]
     learning: dict[str, str]
+    prompts: str = "animals"
 
 
 EXPERIMENTS = {
@@ -38,8 +40,16 @@ EXPERIMENTS = {
     "normalcy": Experiment(
         "deformed",
         {"sampling_steps": "5", "skip_steps": "2"},
-        {"skip_steps": "2", "timestep_fraction": "1"},
-    ),
+        # One update from all tags of 45 prompts: few pictures are bad, and fewer tags are noise.
+        {
+            "skip_steps": "2",
+            "timestep_fraction": "1",
+            "prompts_per_round": "45",
+            "units_per_update": "100000",
+            "learning_rate": "0.005",
+        },
+        prompts="captions",
+    ),  # fmt: skip
     "safety": Experiment("unsafe", {}, {"units_per_update": "16"}),
 }
 
@@ -65,7 +75,7 @@ def play(
 def asked(experiment: Experiment, seed: int, before: Path | None) -> loop.New:
     """The next round."""
     return loop.New(
-        judged=("tags", experiment.question), prompts="animals", seed=seed, before=before,
+        judged=("tags", experiment.question), prompts=experiment.prompts, seed=seed, before=before,
         settings={} if before else experiment.drawing, device="cpu",
     )  # fmt: skip
 
@@ -104,19 +114,21 @@ def recognised(place: Path, round_: Round) -> float:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--raters", "number", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--error", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option("--prompts", help="Another list or file.")
 @click.option("--draw", multiple=True, metavar="KEY=VALUE", help="Another way to draw.")
 @click.option("--set", "learn_", multiple=True, metavar="KEY=VALUE", help="Another way to learn.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/feedback"))
 def main(
-    experiment: str, seed: int, rounds: int, number: int, error: float,
+    experiment: str, seed: int, rounds: int, number: int, error: float, prompts: str | None,
     draw: tuple[str, ...], learn_: tuple[str, ...], out: Path,
 ) -> None:  # fmt: skip
     """Play one seed of EXPERIMENT with NUMBER simulated raters."""
     folder = out / experiment / f"error-{error:g}" / f"seed-{seed}"
     own = EXPERIMENTS[experiment]
     played = replace(
-        own, drawing=own.drawing | pairs_of(draw), learning=own.learning | pairs_of(learn_)
-    )
+        own, drawing=own.drawing | pairs_of(draw), learning=own.learning | pairs_of(learn_),
+        prompts=prompts or own.prompts,
+    )  # fmt: skip
     play(played, folder, seed, rounds, [Annotator(error=error)] * number)
 
 
