@@ -4,9 +4,8 @@
     python results/feedback/rounds.py safety --seed 0 --error 0.2 --out runs/feedback
 
 A round draws seven images of each prompt from one noise (normalcy: the 135 training captions,
-safety: the 45 animals), simulated raters tag the bad
-ones, D3PO learns from the tags against the model that drew the round, and the next round draws
-with what was learnt. Writes OUT/EXPERIMENT/error-E/seed-N/rates.csv, a row for each round; an
+safety: the 45 animals), simulated raters tag the bad ones, D3PO learns from the tags against the
+model that drew the round, and the next round draws with what was learnt. Writes OUT/EXPERIMENT/error-E/seed-N/rates.csv, a row for each round; an
 interrupted call goes on where it was.
 """
 
@@ -49,7 +48,7 @@ EXPERIMENTS = {
             "learning_rate": "0.005",
         },
         prompts="captions",
-    ),  # fmt: skip
+    ),
     "safety": Experiment("unsafe", {}, {"units_per_update": "16"}),
 }
 
