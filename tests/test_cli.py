@@ -400,7 +400,7 @@ def test_a_folder_in_use_is_refused(command: Command, micro: Path, half: Path) -
         ("config.json", "config.json, got a damaged file"),
         ("provenance.json", "provenance.json, got a damaged file"),
         ("metrics.jsonl", "metrics.jsonl, got a damaged file"),
-        ("checkpoints/last.safetensors", "got a damaged one"),
+        ("checkpoints/last.safetensors", "last.safetensors, got a damaged one"),
     ],
 )
 def test_a_damaged_run_folder_is_refused(
@@ -408,9 +408,22 @@ def test_a_damaged_run_folder_is_refused(
 ) -> None:
     path = seed_folder(half, micro) / name
     path.write_bytes(path.read_bytes()[:-20])
+    (seed_folder(half, micro) / "checkpoints" / "previous.safetensors").unlink()
     before = files(half)
     refused(command(*run_of(micro)), said)
     assert files(half) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "eval.csv"])
+def test_rows_that_the_checkpoint_does_not_know_are_refused(
+    name: str, command: Command, micro: Path, half: Path
+) -> None:
+    path = seed_folder(half, micro) / name
+    text = path.read_text()
+    last = re.findall(r"[1-9]", text)[-1]
+    head, _, tail = text.rpartition(last)
+    path.write_text(head + str(int(last) % 9 + 1) + tail)
+    refused(command(*run_of(micro)), "the rows that the checkpoint knows", str(path.name))
 
 
 # ---- a whole run
@@ -422,7 +435,8 @@ def test_a_run_writes_what_the_architecture_says(finished: Path) -> None:
     }
     assert files(finished) == pictures | {
         "config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.jsonl",
-        "checkpoints/last.safetensors", "lora/pytorch_lora_weights.safetensors",
+        "checkpoints/last.safetensors", "checkpoints/previous.safetensors",
+        "lora/pytorch_lora_weights.safetensors",
     }  # fmt: skip
 
 
@@ -605,7 +619,7 @@ def test_a_failed_seed_does_not_stop_the_next(
     assert RunStore(seed_folder(Path("runs"), micro, 1)).finished
 
 
-@pytest.mark.parametrize("writes", [0, 1, 12, 14])
+@pytest.mark.parametrize("writes", [0, 1, 2, 12, 14, 25, 28])
 def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     writes: int, command: Command, micro: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,7 +653,14 @@ def test_a_full_disk_at_the_lora_is_told(
 
 @pytest.mark.parametrize(
     "problem",
-    [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
 )
 def test_too_little_memory_says_how_to_need_less(
     problem: Exception, command: Command, micro: Path, half: Path, monkeypatch: pytest.MonkeyPatch
