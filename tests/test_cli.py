@@ -686,15 +686,26 @@ def in_group(number: int) -> bool:
     return True
 
 
-def test_a_terminated_command_takes_its_workers_along(micro: Path, tmp_path: Path) -> None:
-    arguments = run_of(micro, "--seeds", "2", "--jobs", "2", rounds=10**5, eval_every=0)
+@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_stopped_command_takes_its_workers_along_and_keeps_its_rounds(
+    number: signal.Signals, jobs: int, micro: Path, tmp_path: Path
+) -> None:
+    arguments = run_of(
+        micro, "--seeds", str(jobs), "--jobs", str(jobs),
+        rounds=10**5, eval_every=0, checkpoint_every=10**5,
+    )  # fmt: skip
+
+    def rounds() -> list[int]:
+        return [p.read_text().count("\n") for p in tmp_path.rglob("metrics.jsonl")]
+
     with subprocess.Popen(
         [sys.executable, "-m", "d3po_bench", *arguments, "--out", tmp_path / "runs"],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            wait_for(lambda: len(list(tmp_path.rglob("metrics.jsonl"))) == 2)
-            process.terminate()
+            wait_for(lambda: len(rounds()) == jobs and min(rounds()) > 1)
+            assert not list(tmp_path.rglob("*.safetensors"))
+            process.send_signal(number)
             error = process.communicate(timeout=60)[1]
             wait_for(lambda: not in_group(process.pid))
         finally:
@@ -704,6 +715,12 @@ def test_a_terminated_command_takes_its_workers_along(micro: Path, tmp_path: Pat
     assert error.splitlines()[-1].startswith("error: Interrupted. The same command goes on")
     assert "Traceback" not in error
     assert not [name for name in files(tmp_path) if name.endswith((".lock", ".part"))]
+    for folder in (path.parent for path in tmp_path.rglob("metrics.jsonl")):
+        store = RunStore(folder)
+        checkpoint = store.load_checkpoint()
+        assert checkpoint is not None
+        # the signal may come between a round's line and its state
+        assert checkpoint[1]["round"] in (len(store.metrics) - 1, len(store.metrics))
 
 
 def test_a_killed_worker_is_told_in_our_words() -> None:
@@ -712,6 +729,32 @@ def test_a_killed_worker_is_told_in_our_words() -> None:
     problem = launch._failure(future)
     assert isinstance(problem, RunError)
     assert "got one that was killed" in str(problem)
+
+
+def workers(number: int) -> list[int]:
+    """The worker processes of a command."""
+    children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+    return [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in Linux's /proc")
+def test_a_worker_that_the_kernel_killed_for_its_memory_is_told(
+    micro: Path, tmp_path: Path
+) -> None:
+    arguments = run_of(micro, "--seeds", "2", "--jobs", "2", rounds=10**5, eval_every=0)
+    with subprocess.Popen(
+        [sys.executable, "-m", "d3po_bench", *arguments, "--out", tmp_path / "runs"],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_for(lambda: bool(list(tmp_path.rglob("metrics.jsonl"))))
+            os.kill(workers(process.pid)[0], signal.SIGKILL)
+            error = process.communicate(timeout=60)[1]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    refused(Outcome(process.returncode, "", error), "killed (out of memory?)", "--jobs 1",
+            "--set micro_batch=8", code=1)  # fmt: skip
 
 
 def test_errors_of_several_seeds_become_one_line() -> None:
