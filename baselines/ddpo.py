@@ -58,11 +58,12 @@ class DDPO:
         Raises:
             UserError: naming them.
         """
-        if not (0 < self.clip_range < 1 and self.advantage_clip > 0 and 0 <= self.buffer <= 64):
+        known = 0 < self.clip_range < 1 and self.advantage_clip > 0 and self.minimum >= 0
+        if not (known and 0 <= self.buffer <= 64):
             raise UserError(
-                "Expected clip_range between 0 and 1, advantage_clip above 0 and buffer from 0 to "
-                f"64, got {self.clip_range}, {self.advantage_clip} and {self.buffer}. Change them "
-                "with --set."
+                "Expected clip_range between 0 and 1, advantage_clip above 0, minimum of at least "
+                f"0 and buffer from 0 to 64, got {self.clip_range}, {self.advantage_clip}, "
+                f"{self.minimum} and {self.buffer}. Change them with --set."
             )
 
     def rows(self, rollout: Rollout, rng: Generator) -> Advantages:

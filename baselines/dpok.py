@@ -56,11 +56,13 @@ class DPOK:
         Raises:
             UserError: naming them.
         """
-        if not (0 < self.clip_range < 1 and self.kl_weight >= 0 and 0 <= self.buffer <= 64):
+        known = 0 < self.clip_range < 1 and self.kl_weight >= 0 and self.advantage_clip > 0
+        if not (known and self.minimum >= 0 and 0 <= self.buffer <= 64):
             raise UserError(
-                "Expected clip_range between 0 and 1, kl_weight of at least 0 and buffer from 0 "
-                f"to 64, got {self.clip_range}, {self.kl_weight} and {self.buffer}. Change them "
-                "with --set."
+                "Expected clip_range between 0 and 1, kl_weight and minimum of at least 0, "
+                "advantage_clip above 0 and buffer from 0 to 64, got "
+                f"{self.clip_range}, {self.kl_weight}, {self.minimum}, {self.advantage_clip} and "
+                f"{self.buffer}. Change them with --set."
             )
 
     @property

@@ -84,12 +84,12 @@ class RewardWeighted:
         Raises:
             UserError: naming them.
         """
-        known = self.largest_weight > 0 and self.anchor >= 0
+        known = self.largest_weight > 0 and self.anchor >= 0 and self.minimum >= 0
         if not (known and 0 <= self.quantile < 1 and 0 <= self.buffer <= 64):
             raise UserError(
-                "Expected largest_weight above 0, anchor of at least 0, quantile from 0 to 1, "
-                f"buffer from 0 to 64, got {self.largest_weight}, {self.anchor}, {self.quantile} "
-                f"and {self.buffer}. Change them with --set."
+                "Expected largest_weight above 0, anchor and minimum of at least 0, quantile from "
+                f"0 to 1, buffer from 0 to 64, got {self.largest_weight}, {self.anchor}, "
+                f"{self.minimum}, {self.quantile} and {self.buffer}. Change them with --set."
             )
 
     def weights(self, rollout: Rollout) -> Tensor:

@@ -15,6 +15,12 @@ from click.exceptions import NoArgsIsHelpError
 
 from d3po_bench import __version__
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.feedback.commands import COMMANDS
+
+MOST_SEEDS = 10_000
+"""More are a slip: each is a run."""
+
+MOST_JOBS = 1024
 
 
 class _Command(click.Group):
@@ -48,13 +54,13 @@ def cli() -> None:
 @click.option("--objective", required=True, help="What it learns to please.")
 @click.option(
     "--seeds",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_SEEDS),
     default=1,
     show_default=True,
     help="Number of seeds: 5 means seeds 0 to 4.",
 )
 @click.option(
-    "--seed-start", type=click.IntRange(min=0), default=0, show_default=True, help="First seed."
+    "--seed-start", type=click.IntRange(0, 2**31), default=0, show_default=True, help="First seed."
 )
 @click.option(
     "--model",
@@ -70,11 +76,13 @@ def cli() -> None:
     metavar="KEY=VALUE",
     help="Override one setting; repeatable. See `d3po-bench list --settings`.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), help="Sampling rounds (the paper's epochs).")
+@click.option(
+    "--rounds", type=click.IntRange(1, 10**6), help="Sampling rounds (the paper's epochs)."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--jobs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_JOBS),
     help="Seeds run side by side; default: one per core for tiny on a CPU, else 1.",
 )
 @click.option(
@@ -89,6 +97,11 @@ def cli() -> None:
     default=True,
     show_default=True,
     help="Go on with runs that are already there.",
+)
+@click.option(
+    "--deterministic/--no-deterministic",
+    default=None,
+    help="The same bits each time, or an error; default: on a CPU alone.",
 )
 @click.option(
     "--track",
@@ -108,6 +121,7 @@ def run(
     jobs: int | None,
     out: Path,
     resume: bool,
+    deterministic: bool | None,
     track: str | None,
 ) -> None:
     """Fine-tune a model with METHOD on OBJECTIVE, a run for each seed.
@@ -121,6 +135,7 @@ def run(
         d3po-bench run --method d3po --objective compress --set learning_rate=1e-3 --rounds 20
     """  # noqa: D301
     from d3po_bench import launch
+    from d3po_bench.config import pairs_of
 
     launch.run(
         launch.Request(
@@ -128,7 +143,7 @@ def run(
             objective=objective,
             model=model,
             preset=preset,
-            settings=_pairs(settings),
+            settings=pairs_of(settings),
             rounds=rounds,
             seeds=range(seed_start, seed_start + seeds),
             device=device,
@@ -136,16 +151,9 @@ def run(
             out=out,
             resume=resume,
             track=track,
+            deterministic="auto" if deterministic is None else "on" if deterministic else "off",
         )
     )
-
-
-def _pairs(settings: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE strings as a dictionary."""
-    for text in settings:
-        if "=" not in text:
-            raise UserError(f"Expected --set KEY=VALUE, got {text!r}. Put a = between the two.")
-    return dict(text.split("=", 1) for text in settings)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -184,7 +192,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--jobs",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_JOBS),
     help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
 )
 @click.option(
@@ -233,15 +241,18 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
 )
 @click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
 @click.option("--prompts", help="A list or a file; default: held-out captions, or the run's own.")
-@click.option("--count", type=click.IntRange(min=1), help="Prompts, spread over the list.")
+@click.option("--count", type=click.IntRange(1, 10**6), help="Prompts, spread over the list.")
 @click.option(
-    "--images", type=click.IntRange(min=1), default=1, show_default=True, help="A prompt."
+    "--images", type=click.IntRange(1, 1000), default=1, show_default=True, help="A prompt."
 )
 @click.option("--steps", type=click.IntRange(1, 999), help="Default: 20, or those of the run.")
 @click.option("--guidance", type=click.FloatRange(0, 100), help="Default: 5, or that of the run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option(
+    "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Processes."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: beside the target.")
+@click.option("--save", is_flag=True, help="Keep the pictures, with a metadata.csv.")
 def evaluate(
     target: Path,
     scorers: str,
@@ -254,6 +265,7 @@ def evaluate(
     device: str,
     jobs: int,
     out: Path | None,
+    save: bool,
 ) -> None:
     """Draw held-out prompts from fixed noise with both samplers, and score every image.
 
@@ -271,6 +283,7 @@ def evaluate(
     request = evaluating.Request(
         target=target, scorers=_names(scorers), model=model, prompts=prompts, count=count,
         images=images, steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
+        save=save,
     )  # fmt: skip
     told = evaluating.lines_of_progress(lambda text: click.echo(text, err=True))
     folder = evaluating.run(request, told)
@@ -285,14 +298,14 @@ def evaluate(
 @click.option(
     "--objective", default="image_reward", show_default=True, help="The signal that trains."
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--seeds", type=click.IntRange(1, MOST_SEEDS), default=5, show_default=True)
 @click.option("--scorers", default="clip,blip,image_reward", show_default=True)
-@click.option("--preset", help="Settings to start from; default: the one made for the model.")
+@click.option("--preset", help="Settings to start from; default: alignment, or the model's own.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As in `run`.")
 @click.option("--prompts", help="Held-out list or file; default: the model's own.")
-@click.option("--count", type=click.IntRange(min=1), help="Of these prompts; default: all.")
+@click.option("--count", type=click.IntRange(1, 10**6), help="Of these prompts; default: all.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs side by side.")
+@click.option("--jobs", type=click.IntRange(1, MOST_JOBS), help="Runs side by side.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("runs/table1"), show_default=True
 )
@@ -316,16 +329,20 @@ def table1(
 
     Trains every method on OBJECTIVE, or takes the finished RUNS, and scores held-out prompts.
     Writes OUT/table1.csv, .md and .tex; the same command goes on where it was interrupted.
+    Where OUT/choices holds files of `feedback choices --out`, raters' first choices are a column.
 
     \b
     Example:
         d3po-bench table1 --seeds 2 --count 40 --set rounds=2
         d3po-bench table1 runs/tiny/image_reward --out runs/table1
+        d3po-bench feedback choices duel --out runs/table1/choices/seed-0.csv
+        d3po-bench table1 --redraw --out runs/table1
     """  # noqa: D301
+    from d3po_bench.config import pairs_of
     from eval import table1 as tables
 
     request = tables.Request(
-        objective=objective, model=model, preset=preset, settings=_pairs(settings),
+        objective=objective, model=model, preset=preset, settings=pairs_of(settings),
         seeds=range(seeds), scorers=_names(scorers), prompts=prompts, count=count,
         device=device, jobs=jobs, out=out, runs=runs,
     )  # fmt: skip
@@ -336,32 +353,95 @@ def table1(
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--record", is_flag=True, help="Write the manifest of what is there now.")
-def verify(folder: Path, record: bool) -> None:
+@click.option("--rerun", type=click.IntRange(1, 10**6), help="Make so many of its runs again.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Draws them."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How --rerun computes.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Keep what --rerun makes here.")
+def verify(
+    folder: Path,
+    record: bool,
+    rerun: int | None,
+    seed: int,
+    settings: tuple[str, ...],
+    out: Path | None,
+) -> None:
     """Check published results: files, runs, tables and figures against each other.
 
     FOLDER carries a manifest.json, and a claims.json that says which documents hold which tables
-    and figures. Exits with 1 if a check fails.
+    and figures. With --rerun, some of its runs are made again: on the same platform and versions
+    their bytes must match, elsewhere their ends must lie where seeds of theirs do, neither worse
+    nor better. Exits with 1 if a check fails.
 
     \b
     Example:
         d3po-bench verify results
+        d3po-bench verify results --rerun 1 --seed 7
+        d3po-bench verify results --rerun 2 --set threads=2 --set micro_batch=8
     """  # noqa: D301
     from eval import verify as verifying
 
     if record:
         click.echo(verifying.record(folder))
         return
-    failed = 0
-    for name, problems in verifying.verify(folder).items():
+    if rerun is None and (settings or out):
+        raise UserError("Expected --rerun beside --set and --out, got none. Add --rerun 1.")
+    checks = {name: [*problems] for name, problems in verifying.verify(folder).items()}
+    for name, problems in checks.items():
         click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
         for problem in problems:
             click.echo(f"  {problem}")
-        failed += len(problems)
+    failed = sum(map(len, checks.values()))
+    if rerun is not None:
+        from d3po_bench.config import pairs_of
+
+        failed += _rerun(folder, rerun, seed, pairs_of(settings), out)
     if failed:
         raise RunError(
             f"Expected results that agree with themselves, got {failed} problems in {folder}. "
             "Restore the files, or measure again."
         )
+
+
+def _rerun(folder: Path, count: int, seed: int, settings: dict[str, str], out: Path | None) -> int:
+    """Print a verdict for each cell that is made again; how many are not reproduced."""
+    from eval import rerun as again
+    from eval.verify import published
+
+    failed = 0
+    for verdict in again.rerun(
+        folder, published(folder), count, seed=seed, settings=settings, out=out
+    ):
+        click.echo(f"{verdict.cell}: {verdict.said}")
+        for detail in verdict.details:
+            click.echo(f"  {detail}")
+        failed += not verdict.reproduced
+    return failed
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def show(run: Path) -> None:
+    """Print what is known about the run in the folder RUN: settings, origin, cost, last score.
+
+    Works on runs that have not ended, and on published ones, whose weights are not there.
+
+    \b
+    Example:
+        d3po-bench show runs/tiny/incompress/d3po/seed-0
+        d3po-bench show results/tiny/compress/dpok/seed-3
+    """  # noqa: D301
+    from d3po_bench import show as showing
+
+    for line in showing.lines(run):
+        click.echo(line)
 
 
 @cli.command(name="list")
@@ -437,6 +517,22 @@ def weights_fetch(names: tuple[str, ...]) -> None:
         click.echo(folder)
 
 
+@cli.group(cls=_Command)
+def feedback() -> None:
+    """Fine-tune from what people say: draw a round, let them judge it, learn, draw the next.
+
+    \b
+    Example:
+        d3po-bench feedback new round-1 --prompts animals --count 20
+        d3po-bench feedback serve round-1 --rater Ann
+        d3po-bench feedback train round-1
+    """  # noqa: D301
+
+
+for _command in COMMANDS:
+    feedback.add_command(_command)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors become one line on stderr and an exit status of 1 or 2.
 
@@ -458,7 +554,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        raise
+        if problem.filename is None:
+            raise
+        _fail(_about(problem), 2)
+
+
+def _about(problem: OSError) -> str:
+    """A file or folder that the system refused, wherever that happened."""
+    name = str(problem.filename)
+    shown = name if len(name) <= 200 else name[:197] + "..."
+    return (
+        f"Expected to read or write {shown}, got: {problem.strerror}. Correct the path, or the "
+        "permissions of what is there."
+    )
 
 
 def _said(problem: click.ClickException) -> str:
@@ -479,5 +587,7 @@ def _said(problem: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    line = " ".join(message.split())
+    # A name from the command line may hold bytes that are no text.
+    click.echo(f"error: {line.encode(errors='backslashreplace').decode()}", err=True)
     sys.exit(code)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
+
+FEEDBACK = "feedback"
+"""The objective of runs that learn from votes: no program could score for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +89,21 @@ class RunConfig:
             UserError: naming the field, what it must be and what it is.
         """
         _check_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
-        registry.objective(self.objective)
-        method_of(self)
+        if self.objective != FEEDBACK:
+            registry.objective(self.objective)
+        self._check_images()
         for scorer in self.eval_scorers:
             registry.require_scorer(scorer)
+
+    def _check_images(self) -> None:
+        """Refuse fewer images of a prompt than the method, with its options, compares."""
+        method = method_of(self)
+        least = getattr(method, "least_images", 1)
+        if (self.images_per_prompt or method.images_per_prompt) < least:
+            raise UserError(
+                f"Expected at least {least} images of each prompt for {self.method}, got "
+                f"{self.images_per_prompt}. Change it with --set images_per_prompt={least}."
+            )
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -124,6 +138,8 @@ class Execution:
     checkpoint_every: int = 1
     """Rounds between checkpoints. A run that is stopped by a signal or an error loses no finished
     round; one that is killed loses at most these."""
+    deterministic: Literal["auto", "on", "off"] = "auto"
+    """Kernels that give the same bits each time, or an error; auto: on for a CPU, off elsewhere."""
 
     def check(self) -> None:
         """Refuse batches of nothing, and a checkpoint that never comes.
@@ -140,9 +156,9 @@ class Execution:
 def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(owner, name)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # nan is neither
             raise UserError(
-                f"Expected {name} from {low:g} to {high:g}, got {value}. "
+                f"Expected {name} from {low:g} to {high:g}, got {str(value)[:40]}. "
                 f"Change it with --set {name}=..."
             )
 
@@ -187,14 +203,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 """`by_method` holds what differs between methods: their options, or fields of RunConfig as the
 rest.
 
-quick: minutes on a laptop, for the embedded model. paper: Table 2 on synchronised devices.
-official_code: what one of the published code's devices runs."""
+quick: minutes on a laptop, for the embedded model. alignment: the same for Table 1, in five steps,
+with which the embedded model makes mistakes that can be unlearnt. paper: Table 2 on synchronised
+devices. official_code: what one of the published code's devices runs."""
+
+PRESETS["alignment"] = PRESETS["quick"] | {
+    "sampling_steps": 5,
+    "skip_steps": 2,
+    "timestep_fraction": 1.0,
+    "by_method": {
+        # 128 images are all of a round: one update, whether a unit is an image or a pair.
+        method: {**own, "units_per_update": 128}
+        for method, own in PRESETS["quick"]["by_method"].items()
+    },
+}
 
 PRESET_SUMMARIES = {
     "quick": "minutes on one core, for the embedded model",
+    "alignment": "quick with five steps and one update a round, for Table 1 on the embedded model",
     "paper": "Table 2: 80 pairs a round, 400 rounds, lr 3e-5, LoRA on q, k, v",
     "official_code": "one device of the published code: 20 pairs, one pair per update",
 }
+
+
+def pairs_of(settings: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE strings as a dictionary."""
+    for text in settings:
+        if "=" not in text:
+            raise UserError(f"Expected --set KEY=VALUE, got {text!r}. Put a = between the two.")
+    return dict(text.split("=", 1) for text in settings)
 
 
 def make(
@@ -280,12 +317,12 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         if get_origin(kind) is tuple:
             return tuple(part.strip() for part in text.split(",") if part.strip())
         value = kind(text)
-        if kind is float and not math.isfinite(value):
+        if (kind is float and not math.isfinite(value)) or (kind is int and abs(value) > 10**12):
             raise ValueError(text)
         return value
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         words = {bool: "true or false", int: "a whole number", float: "a finite number"}
         wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
         raise UserError(
-            f"Expected {wanted} for {key}, got {text!r}. Change the value after --set."
+            f"Expected {wanted} for {key}, got {text[:80]!r}. Change the value after --set."
         ) from None

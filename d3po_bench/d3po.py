@@ -143,6 +143,8 @@ class D3PO:
     """Leave ties out instead of letting them dilute the mean at zero gradient, as the code does."""
 
     images_per_prompt: ClassVar[int] = 2
+    least_images: ClassVar[int] = 2
+    """There is nothing to compare one image with."""
 
     def __post_init__(self) -> None:
         """Refuse options without a meaning.

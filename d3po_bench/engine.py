@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -67,6 +67,9 @@ def sample(
             computed once.
         batch: most images in flight at a time; it does not change what is drawn.
         progress: called with the share done.
+
+    Raises:
+        RunError: a mean is not finite.
     """
     k, total = images_per_prompt, len(prompts)
     model, t = policy.model, policy.timesteps
@@ -82,19 +85,26 @@ def sample(
         part = slice(rows.start, rows.stop)
         latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
         noise = draws.along(rows, k, steps, shape).to(model.device)
-        for i in range(steps):
-            x, c = latents[part, :, i], text[part]
-            means[part, :, i] = _step_means(policy, x, t[i], c, shared_noise and i == 0)
-            std = float(policy.schedule.std[i])
-            latents[part, :, i + 1] = means[part, :, i] + std * noise[:, :, i]
+        _walk(policy, latents[part], means[part], noise, text[part], shared_noise)
         progress(rows.stop / total)
     for number, rows in enumerate(blocks):
         parallel.send(latents[rows.start : rows.stop], number)
         parallel.send(means[rows.start : rows.stop], number)
+    require_finite("means of the denoising steps", means)  # of which latents are made
     return Rollout(
         prompts=tuple(prompts), text=text, latents=latents, means=means, timesteps=t,
         scores=torch.zeros(total, k),
     )  # fmt: skip
+
+
+def _walk(
+    policy: Policy, latents: Tensor, means: Tensor, noise: Tensor, text: Tensor, shared: bool
+) -> None:
+    """Fill in the means of a block of prompts, and the latents after the first."""
+    for i, t in enumerate(policy.timesteps):
+        means[:, :, i] = _step_means(policy, latents[:, :, i], t, text, shared and i == 0)
+        std = float(policy.schedule.std[i])
+        latents[:, :, i + 1] = means[:, :, i] + std * noise[:, :, i]
 
 
 def _step_means(
@@ -176,6 +186,7 @@ def with_reference(
         return replace(rollout, reference=rollout.means)
     images = learnt_images(method, rollout)
     learnt = pretrained_means(policy, rollout, batch=batch, skip=skip, images=images)
+    require_finite("means of the reference", learnt)
     rest = rollout.means[:, :, learnt.shape[2] :]
     return replace(rollout, reference=torch.cat([learnt, rest], 2))
 
@@ -226,7 +237,7 @@ def update(
         metrics = _accumulate(policy, method, rows, unit, step, updates.micro_batch, scaler)
         parallel.add_up([*(p.grad for p in parameters if p.grad is not None), *metrics.values()])
         metrics["grad_norm"] = _clip(parameters, optimizer, updates.max_grad_norm, scaler)
-        _require_finite(metrics, scaler)
+        _require_finite(metrics, scaler, policy.model.trainable())
         _apply(optimizer, scaler)
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) / len(groups)
@@ -292,7 +303,9 @@ def _clip(
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
-def _require_finite(metrics: Metrics, scaler: torch.amp.GradScaler | None) -> None:
+def _require_finite(
+    metrics: Metrics, scaler: torch.amp.GradScaler | None, weights: Mapping[str, Tensor]
+) -> None:
     """Refuse a step from a loss or gradient that is not finite.
 
     With loss scaling an overflowing gradient is expected: the scaler skips that step.
@@ -301,10 +314,32 @@ def _require_finite(metrics: Metrics, scaler: torch.amp.GradScaler | None) -> No
         if name == "grad_norm" and scaler is not None:
             continue
         if not bool(torch.isfinite(value)):
+            grads = {n: w.grad for n, w in weights.items() if w.grad is not None}
+            bad = next((n for n, g in grads.items() if not bool(torch.isfinite(g).all())), "")
+            where = f", first in {bad}" if bad and name == "grad_norm" else ""
             raise RunError(
-                f"Expected finite numbers in the update, got {float(value)} for {name}. Lower "
-                "learning_rate, or use dtype fp32: what was written before this round is kept."
+                f"Expected finite numbers in the update, got {float(value)} for {name}{where}. "
+                "Lower learning_rate, or use dtype fp32: what was written before this round is "
+                "kept."
             )
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """Stop before numbers that are none are learnt from or scored.
+
+    Args:
+        name: what people call the tensor.
+        values: of any shape.
+
+    Raises:
+        RunError: with the name, and how many are not finite.
+    """
+    wrong = int((~torch.isfinite(values)).sum())
+    if wrong:
+        raise RunError(
+            f"Expected finite {name}, got {wrong} of {values.numel()} that are not. Lower "
+            "learning_rate, or use dtype fp32: what was written before this round is kept."
+        )
 
 
 def _apply(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:

@@ -16,17 +16,21 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from d3po_bench import train
+from d3po_bench import registry, train
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.errors import RunError, UserError, is_out_of_memory
+from d3po_bench.prompts import read_prompts
+from d3po_bench.reading import read_facts
 from d3po_bench.store import RunStore, require_same
 from d3po_bench.train import Report
+
+Deterministic = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Request:
     out: Path
     resume: bool
     track: str | None = None
+    deterministic: Deterministic = "auto"
 
 
 def run(request: Request) -> None:
@@ -114,6 +119,9 @@ def _check(request: Request, work: list[Work]) -> None:
     train.model_source(work[0][0].model)
     train.device_of(request.device)
     for config, _, folder, resume in work:
+        read_prompts(config.prompts or registry.objective(config.objective).prompts)
+        if (folder / "config.json").exists():
+            read_facts(folder)
         require_same(folder, config, resume)
     if request.track and find_spec("tensorboard") is None:
         raise UserError(
@@ -124,11 +132,13 @@ def _check(request: Request, work: list[Work]) -> None:
 
 def _config(request: Request) -> tuple[RunConfig, Execution]:
     model = request.model.rstrip("/")
-    preset = request.preset or train.model_source(model).preset
+    preset = train.model_source(model).preset if request.preset is None else request.preset
     given: dict[str, Any] = {"model": model, "seed": request.seeds.start}
     if request.rounds is not None:
         given["rounds"] = request.rounds
     config, execution = make(request.method, request.objective, preset, request.settings, **given)
+    if request.deterministic != "auto":
+        execution = replace(execution, deterministic=request.deterministic)
     return config, replace(execution, device=request.device)
 
 

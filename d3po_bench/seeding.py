@@ -15,7 +15,15 @@ import torch
 from torch import Generator, Tensor
 
 Purpose = Literal[
-    "prompts", "noise", "steps", "rows", "shuffle", "adapter", "eval-noise", "eval-steps"
+    "prompts",
+    "noise",
+    "steps",
+    "rows",
+    "shuffle",
+    "adapter",
+    "eval-noise",
+    "eval-steps",
+    "raters",
 ]
 
 

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from d3po_bench import machine
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError, is_out_of_memory
 
@@ -149,6 +150,15 @@ def csv_bytes(rows: Sequence[Row]) -> bytes:
     return buffer.getvalue().encode()
 
 
+def png_bytes(image: Tensor) -> bytes:
+    """A picture [3, h, w] uint8 as a PNG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _json_lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -168,6 +178,9 @@ class RunStore:
         self.evaluation: list[Row] = read_csv(folder / "eval.csv")
         self.damaged = False
         """Whether the newest checkpoint was passed over."""
+        with _reading(folder / "eval.csv"):
+            for row in self.evaluation:
+                int(row["round"])
 
     @classmethod
     @contextlib.contextmanager
@@ -178,7 +191,7 @@ class RunStore:
             UserError: it cannot be written, belongs to another config, is in use, or holds a
                 run that was not to be resumed.
         """
-        with _taken(folder):
+        with taken(folder):
             require_same(folder, config, resume)
             yield cls(folder)
 
@@ -224,13 +237,9 @@ class RunStore:
 
     def save_sample(self, round_: int, prompt: str, image: Tensor) -> None:
         """Keep one evaluation image [3, h, w] uint8 as PNG."""
-        from PIL import Image
-
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
-        buffer = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
         path = self.folder / "samples" / f"round-{round_:05d}" / f"{name}.png"
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, png_bytes(image))
 
     def keep_until(self, round_: int) -> None:
         """Forget what was logged after round `round_`: the run goes on from there."""
@@ -349,7 +358,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Row]:
 
 
 @contextlib.contextmanager
-def _taken(folder: Path) -> Iterator[None]:
+def taken(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, making the folder if need be and removing it if left empty."""
     path = folder / ".lock"
     try:
@@ -414,7 +423,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Say which file of a run is damaged or cannot be read."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, OSError) as problem:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as problem:
         raise UserError(
             f"Expected what a run writes in {path}, got a damaged file ({problem}). Give another "
             "--out, or remove that folder."
@@ -425,7 +434,10 @@ def _read_json_lines(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with _reading(path):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            int(row["round"])
+        return rows
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -447,6 +459,7 @@ def _environment() -> Row:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        **machine.processors(),
         "packages": {name: _version(name) for name in PACKAGES},
         **_commit(),
     }
@@ -464,11 +477,13 @@ def _commit() -> Row:
     home = Path(__file__).resolve().parent.parent
     try:
         top, head = _git(home, "rev-parse", "--show-toplevel", "HEAD").splitlines()
-        dirty = bool(_git(home, "status", "--porcelain").strip())
+        changes = _git(home, "status", "--porcelain")
+        diff = machine.digest(changes + _git(home, "diff", "HEAD")) if changes.strip() else None
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     # An environment inside somebody's repository is not that repository.
-    return {"commit": head, "dirty": dirty} if Path(top) == home else {}
+    known = {"commit": head, "dirty": diff is not None, **({"diff": diff} if diff else {})}
+    return known if Path(top) == home else {}
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -34,6 +34,9 @@ from d3po_bench.train import label
 
 Settings = Mapping[str, str]
 
+MOST_SEEDS = 10_000
+"""More are a slip: each is a run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -104,7 +107,7 @@ def read(path: Path) -> Grid:
             f"Expected a grid file, got {path}: {problem.strerror}. Give the path of a TOML file; "
             "`d3po-bench sweep --help` shows one."
         ) from problem
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:  # no UTF-8, or no TOML
         raise UserError(
             f"Expected TOML in {path}, got something else: {problem}. Correct that place."
         ) from problem
@@ -161,13 +164,13 @@ def _names(found: Mapping[str, Any], key: str, kind: registry.Kind) -> list[str]
 
 def _seeds(found: Mapping[str, Any]) -> list[int]:
     seeds = found.get("seeds")
-    if type(seeds) is int and seeds > 0:
+    if type(seeds) is int and 0 < seeds <= MOST_SEEDS:
         return list(range(seeds))
     fine = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)
     if not fine or not isinstance(seeds, list):
         raise UserError(
-            f"Expected a number of seeds or a list of seeds from 0 up, got {seeds!r}. Write "
-            "seeds = 5 or seeds = [0, 1, 2] into the grid file."
+            f"Expected a number of seeds up to {MOST_SEEDS} or a list of seeds from 0 up, got "
+            f"{seeds!r}. Write seeds = 5 or seeds = [0, 1, 2] into the grid file."
         )
     _once(seeds, "seeds")
     return seeds

@@ -18,6 +18,7 @@ from d3po_bench.config import Execution, RunConfig, method_of
 from d3po_bench.engine import Draws, Updates, learnt_images, sample, update, with_reference
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.gaussian import Gaussian
+from d3po_bench.machine import determine
 from d3po_bench.models.stable_diffusion import Source, Training, fingerprint, load
 from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
@@ -91,11 +92,10 @@ class Trainer:
         self.config, self.execution = config, execution
         self.device = device_of(execution.device)
         self.method = method_of(config)
-        self.objective = registry.objective(config.objective)
+        self.images = config.images_per_prompt or self.method.images_per_prompt
         source = model_source(config.model)
         self.weights = source.scorers
-        self.scorer = registry.scorer(self.objective.scorer, self.device, self.weights)
-        self.prompts = read_prompts(config.prompts or self.objective.prompts)
+        self._choose_task()
         self.inputs = {"model": fingerprint(source), "prompts": digest(self.prompts)}
         self.model = load(source, self.device, self._training())
         self.model.encode([*self.prompts, ""])
@@ -107,11 +107,16 @@ class Trainer:
         self.optimizer = self._optimizer()
         scaled = config.dtype == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
-        self.images = config.images_per_prompt or self.method.images_per_prompt
         self.counts = {"pairs": 0, "images": 0, "scorer_calls": 0}
         self.history: dict[str, list[float]] = {}
         self.memory: dict[str, Tensor] = {}
         self.round = 0
+
+    def _choose_task(self) -> None:
+        """What the method learns to please: objective, scorer and prompts."""
+        self.objective = registry.objective(self.config.objective)
+        self.scorer = registry.scorer(self.objective.scorer, self.device, self.weights)
+        self.prompts = read_prompts(self.config.prompts or self.objective.prompts)
 
     def _training(self) -> Training:
         c, e = self.config, self.execution
@@ -151,7 +156,7 @@ class Trainer:
         with _timed(seconds, "reference"):
             rollout = with_reference(
                 self.policy, rollout, self.method,
-                untrained=self.round == 0, batch=self.execution.reference_batch,
+                untrained=self._untrained(), batch=self.execution.reference_batch,
                 skip=self.config.skip_steps,
             )  # fmt: skip
         with _timed(seconds, "update"):
@@ -229,6 +234,10 @@ class Trainer:
             "unet_forwards": self.model.forwards,
             "unet_backwards": self.model.backwards,
         }
+
+    def _untrained(self) -> bool:
+        """Whether the policy still equals the pretrained model."""
+        return self.round == 0
 
     def _reference_is_pretrained(self) -> bool:
         return bool(self.method.reference == "pretrained")
@@ -326,7 +335,11 @@ class Evaluation:
         """Draw, score and write; returns the mean score with the training sampler."""
         model = self.trainer.model
         spent = model.forwards, model.backwards
-        rows, pictures = self.evaluator.evaluate(model, self.what, self.scorers)
+        try:
+            rows, pictures = self.evaluator.evaluate(model, self.what, self.scorers)
+        except RunError as problem:
+            where = f"Evaluation after round {self.trainer.round}, seed {self.trainer.config.seed}"
+            raise RunError(f"{where}: {problem}") from problem
         model.forwards, model.backwards = spent
         store.log_evaluation([{"round": self.trainer.round, **row} for row in rows])
         self._save_samples(store, pictures["eta0"])
@@ -348,8 +361,19 @@ def run_seed(
     *,
     resume: bool = True,
     report: Report = lambda progress: None,
+    make: Callable[[RunConfig, Execution], Trainer] = Trainer,
+    facts: Row | None = None,
 ) -> None:
     """Run one seed into `folder`, going on from its checkpoint if there is one.
+
+    Args:
+        config: of the run.
+        execution: where and how fast.
+        folder: the run's.
+        resume: go on, or refuse a folder with a run in it.
+        report: called with how far it is.
+        make: the trainer.
+        facts: to keep in provenance.json.
 
     Raises:
         UserError: bad input, found before the first round.
@@ -360,12 +384,14 @@ def run_seed(
             report(Progress(label(config), 1.0, "finished before"))
             return
         torch.set_num_threads(threads_of(config, execution))
-        trainer = Trainer(config, execution)
+        on = determine(device_of(execution.device), execution.deterministic)
+        trainer = make(config, execution)
         _restore(trainer, store, report)
         evaluation = Evaluation(trainer)
         store.start(
             config, inputs={**trainer.inputs, "scorers": evaluation.fingerprints()},
-            device=str(trainer.device), threads=torch.get_num_threads(),
+            device=str(trainer.device), threads=torch.get_num_threads(), deterministic=on,
+            **(facts or {}),
         )  # fmt: skip
         _rounds(trainer, store, evaluation, report)
         write_folder(folder / "lora", trainer.model.save)

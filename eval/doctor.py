@@ -128,7 +128,7 @@ def list_weights() -> Iterator[str]:
     from eval.weights import WEIGHTS, readable, state
 
     for name, entry in WEIGHTS.items():
-        size = readable(entry.size) if entry.size else "size not known"
+        size = readable(entry.size)
         yield f"{name}: {entry.summary}; {size}, {entry.licence}; {state(name)}"
         for file in entry.files:
             yield f"  {file.url}"

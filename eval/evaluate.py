@@ -13,15 +13,23 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import read_prompts
-from d3po_bench.store import csv_bytes, now, read_csv, write_atomically
+from d3po_bench.reading import read_config
+from d3po_bench.store import csv_bytes, now, png_bytes, read_csv, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELD_OUT = "captions-held-out"
+"""The list of prompts that no run may have learnt from."""
 
 PIECE = 8
 """Prompts in a piece."""
@@ -68,6 +76,8 @@ class Request:
     device: str
     jobs: int
     out: Path | None
+    save: bool = False
+    """Keep the pictures that were drawn, too."""
 
 
 Told = Callable[[int, int], None]
@@ -85,15 +95,15 @@ def run(request: Request, told: Told = lambda done, total: None) -> Path:
     """
     plan = planned(request)
     out = request.out or _default_out(request.target)
-    _take_folder(out, plan)
     for scorer in plan.scorers:  # absent weights are found before anything is drawn
         _scorer(scorer, plan.weights, request.device)
     pieces = list(_pieces(plan))
-    rest = [p for p in pieces if not _place(out, p).exists()]
-    told(len(pieces) - len(rest), len(pieces))
-    done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
-    for count in done(plan, rest, out, request):
-        told(len(pieces) - len(rest) + count, len(pieces))
+    with _taken(out, plan):
+        rest = [p for p in pieces if not _is_done(out, plan, p, request.save)]
+        told(len(pieces) - len(rest), len(pieces))
+        done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
+        for count in done(plan, rest, out, request):
+            told(len(pieces) - len(rest) + count, len(pieces))
     _finish(out, plan, pieces, request)
     return out
 
@@ -127,8 +137,26 @@ def _is_trained_unet(target: Path) -> bool:
 
 
 def _of_run(request: Request) -> Plan:
-    config = json.loads((request.target / "config.json").read_text(encoding="utf-8"))
-    return _of_model(request, config["model"], str(request.target / "lora"), config)
+    config = read_config(request.target)
+    plan = _of_model(request, config["model"], str(request.target / "lora"), config)
+    if (request.prompts or _default_prompts(plan.model, config)) == HELD_OUT:
+        _require_unseen(plan, config, request.target)
+    return plan
+
+
+def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
+    """Refuse to call prompts held-out that the run has learnt from.
+
+    Raises:
+        UserError: naming one.
+    """
+    learnt = read_prompts(config.get("prompts") or registry.objective(config["objective"]).prompts)
+    seen = sorted(set(plan.prompts) & set(learnt))
+    if seen:
+        raise UserError(
+            f"Expected held-out prompts that the run in {run} did not learn from, got "
+            f"{seen[0]!r} and {len(seen) - 1} more that it did. Give others with --prompts."
+        )
 
 
 def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
@@ -151,7 +179,7 @@ def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, A
 def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
     """Held-out captions for the embedded model, else what a run was trained on."""
     if model == "tiny":
-        return "captions-held-out"
+        return HELD_OUT
     if config:
         return str(config["prompts"] or registry.objective(config["objective"]).prompts)
     raise UserError(
@@ -174,6 +202,11 @@ def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
 
 def _pictures(request: Request) -> Plan:
     """A folder of pictures with metadata.csv: file_name and text (or prompt) of each."""
+    if request.save:
+        raise UserError(
+            f"Expected a model to draw pictures for --save, got pictures in {request.target}. "
+            "Leave --save out."
+        )
     path = request.target / "metadata.csv"
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -185,8 +218,10 @@ def _pictures(request: Request) -> Plan:
             "a line for each picture."
         ) from problem
     inside = request.target.resolve()
-    for name, _ in named:
-        if not (inside / name).resolve().is_relative_to(inside) or not (inside / name).is_file():
+    for name, text in named:
+        fine = name and text is not None and "\0" not in name
+        place = (inside / name).resolve() if fine else inside
+        if not place.is_relative_to(inside) or not place.is_file():
             raise UserError(
                 f"Expected a picture inside {request.target} for every line of {path}, got "
                 f"{name!r}. Correct that line."
@@ -209,22 +244,61 @@ def _default_out(target: Path) -> Path:
     return target / "evaluation" if inside else Path("evaluations") / target.name
 
 
-def _take_folder(out: Path, plan: Plan) -> None:
-    """Write the plan, or refuse a folder that holds another."""
+@contextmanager
+def _taken(out: Path, plan: Plan) -> Iterator[None]:
+    """Write the plan, or refuse a folder that holds another.
+
+    A folder that was made for input that is then refused, before any piece is done, is gone again.
+    """
     path = out / "plan.json"
-    text = json.dumps(asdict(plan), indent=1, sort_keys=True) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    data = (json.dumps(asdict(plan), indent=1, sort_keys=True) + "\n").encode()
+    fresh = [place for place in (out, *out.parents) if not place.exists()]
+    if path.exists() and path.read_bytes() != data:
         raise UserError(
             f"Expected {out} to be empty or to hold this evaluation, got another one's plan.json. "
             "Give another --out, or remove that folder."
         )
-    write_atomically(path, text.encode())
+    new = not path.exists()
+    write_atomically(path, data)
+    try:
+        yield
+    except UserError:
+        if new and not (out / "pieces").exists():
+            path.unlink()
+            for place in fresh:
+                place.rmdir()
+        raise
 
 
 def _pieces(plan: Plan) -> Iterator[Piece]:
     for sampler in plan.samplers:
         for first in range(0, len(plan.prompts), PIECE):
             yield first, sampler
+
+
+def _is_done(out: Path, plan: Plan, piece: Piece, save: bool) -> bool:
+    """Whether the piece's rows are there, and its pictures where they are wanted."""
+    return _place(out, piece).exists() and not (
+        save and not all((out / name).exists() for name, _ in _named(plan, piece))
+    )
+
+
+def _named(plan: Plan, piece: Piece) -> list[tuple[str, str]]:
+    """Where each picture of a piece is kept, and its prompt."""
+    first, sampler = piece
+    return [
+        (f"pictures/{sampler}/{first + n:05d}-{k}.png", prompt)
+        for n, prompt in enumerate(plan.prompts[first : first + PIECE])
+        for k in range(plan.images)
+    ]
+
+
+def _list_pictures(out: Path, plan: Plan, pieces: Sequence[Piece]) -> None:
+    """A metadata.csv for each sampler's pictures: `feedback new --pictures` reads it."""
+    for sampler in plan.samplers:
+        named = [row for piece in pieces if piece[1] == sampler for row in _named(plan, piece)]
+        rows = [{"file_name": Path(name).name, "text": prompt} for name, prompt in named]
+        write_atomically(out / "pictures" / sampler / "metadata.csv", csv_bytes(rows))
 
 
 def _place(out: Path, piece: Piece) -> Path:
@@ -235,7 +309,10 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
     """Put the pieces together in their order, and say where and by what they were scored."""
     from eval import selfcheck
 
+    if request.save:
+        _list_pictures(out, plan, pieces)
     rows = [row for piece in pieces for row in read_csv(_place(out, piece))]
+    _require_one_set_of_weights(rows, out)
     write_atomically(out / "rows.csv", csv_bytes(rows))
     scorers = {
         name: selfcheck.fingerprint(_scorer(name, plan.weights, request.device))
@@ -245,31 +322,43 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
     write_atomically(out / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
+def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:
+    """Refuse pieces that were scored before and after a scorer's weights changed."""
+    found = sorted({row["weights"] for row in rows})
+    if len(found) > 1:
+        raise UserError(
+            f"Expected all pieces in {out} to be scored with the same weights, got {found[0]} and "
+            f"{found[1]}. Remove that folder and run the command again."
+        )
+
+
 # ---- the work
 
 
 def _in_turn(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
     for count, piece in enumerate(pieces):
-        _do(plan, piece, out, request.device)
+        _do(plan, piece, out, request)
         yield count + 1
 
 
 def _side_by_side(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(request.jobs, context) as pool:
-        futures = [pool.submit(_do, plan, piece, out, request.device) for piece in pieces]
+        futures = [pool.submit(_do, plan, piece, out, request) for piece in pieces]
         for count, future in enumerate(as_completed(futures)):
             future.result()
             yield count + 1
 
 
-def _do(plan: Plan, piece: Piece, out: Path, device: str) -> None:
+def _do(plan: Plan, piece: Piece, out: Path, request: Request) -> None:
     first, sampler = piece
-    part = slice(first, first + PIECE)
     if plan.files:
-        rows = _score_pictures(plan, part, device)
+        rows = _score_pictures(plan, slice(first, first + PIECE), request.device)
     else:
-        rows = _draw_and_score(plan, first, sampler, device)
+        rows, pictures = _draw_and_score(plan, first, sampler, request.device)
+        if request.save:
+            for (name, _), picture in zip(_named(plan, piece), pictures, strict=True):
+                write_atomically(out / name, png_bytes(picture))
     write_atomically(_place(out, piece), csv_bytes(rows))
 
 
@@ -299,7 +388,8 @@ def _model(plan: Plan, device: str) -> Any:
     return model
 
 
-def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> list[Row]:
+def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[list[Row], Tensor]:
+    """The rows of a piece, and its pictures [N, 3, h, w] uint8."""
     from eval.evaluator import EvaluationSet, evaluate
 
     what = EvaluationSet(
@@ -309,7 +399,7 @@ def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> list[R
     rows, pictures = evaluate(_model(plan, device), what, _scorers(plan, device))
     height, width = pictures[sampler].shape[2:]
     facts = {"steps": plan.steps, "guidance": plan.guidance, "size": f"{width}x{height}"}
-    return [{**facts, **_stamped(row, plan, device)} for row in rows]
+    return [{**facts, **_stamped(row, plan, device)} for row in rows], pictures[sampler]
 
 
 def _stamped(row: Row, plan: Plan, device: str) -> Row:

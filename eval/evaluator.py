@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d3po_bench.engine import Draws, pretrained_means, sample
+from d3po_bench.engine import Draws, pretrained_means, require_finite, sample
 from d3po_bench.gaussian import Gaussian
 from d3po_bench.policy import Policy
 from d3po_bench.types import Model, Rollout, Scorer, Several
@@ -60,6 +60,9 @@ def evaluate(
         Rows of sampler, prompt, index, a column for each scorer and, for the training sampler,
         `kl`, the drift from the pretrained model; and the images [P * images, 3, h, w] uint8 of
         each sampler, in the order of the rows.
+
+    Raises:
+        RunError: a latent, or a score that a run learns from, is not finite.
     """
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {}
@@ -73,6 +76,8 @@ def evaluate(
         rollout = sample(policy, prompts, draws, batch=what.batch)
         images = model.decode(rollout.latents[:, 0, -1])
         scores = scored(images, prompts, scorers)
+        if OBJECTIVE in scores:  # further scorers may have nothing to say about an image
+            require_finite(f"evaluation scores of the sampler {sampler}", scores[OBJECTIVE])
         if sampler == "eta1":
             scores["kl"] = _kl(policy, rollout, what.batch)
         for i, prompt in enumerate(prompts):

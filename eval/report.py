@@ -13,6 +13,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d3po_bench.errors import UserError
+from d3po_bench.reading import read_config, read_facts, read_lines
 from eval.statistics import interval
 
 if TYPE_CHECKING:
@@ -159,10 +160,12 @@ def read_groups(paths: Iterable[Path]) -> dict[Group, list[Run]]:
 
     Raises:
         UserError: none is found, one cannot be read or was cut short, they are of several base
-            models, or those of a method have a seed twice or differ in more than the seed.
+            models or weights of a scorer, or those of a method have a seed twice or differ in more
+            than the seed.
     """
     runs = sorted(map(read_run, find_runs(paths)), key=lambda run: (*run.group, run.seed))
     _require_one_model(runs)
+    _require_one_scorer(runs)
     return _grouped(runs)
 
 
@@ -196,7 +199,7 @@ def _is_evaluated(folder: Path) -> bool:
         return True
     try:
         off = json.loads((folder / "config.json").read_text(encoding="utf-8"))["eval_every"] == 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         off = False
     if not off:
         raise UserError(
@@ -212,15 +215,12 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: a file is missing, damaged, cut short or has no row of the training sampler.
     """
+    config = read_config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         run = Run(folder, config, _mean_scores(folder / "eval.csv"), _spent(folder))
-        known = {key: type(config[key]) for key in ("model", "objective", "method", "seed")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         detail = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise _unreadable(folder, detail) from problem
-    if known != {"model": str, "objective": str, "method": str, "seed": int}:
-        raise _unreadable(folder, "a model, objective, method or seed of the wrong type")
     if not any(sampler == "eta1" and n in run.spent for sampler, n in run.scores.index):
         raise UserError(
             "Expected evaluation rows of the sampler eta1 and a finished round in "
@@ -249,7 +249,13 @@ def _mean_scores(path: Path) -> Frame:
     # Half a number reads as a number: 1.4 of 1.445.
     if not text.endswith("\n"):
         raise ValueError(f"half a line at the end of {path.name}")
+    if "\0" in text:
+        raise ValueError(f"a null byte in {path.name}")
     rows = pd.read_csv(io.StringIO(text)).astype({"round": int, "score": float})
+    if rows[["sampler", "prompt", "index"]].isna().any(axis=None):
+        raise ValueError(f"a row without sampler, prompt or index in {path.name}")
+    if (rows["score"].abs() == float("inf")).any():
+        raise ValueError(f"an infinite score in {path.name}")
     counts = rows.groupby(["round", "sampler"]).size().unstack(fill_value=0).stack()
     if counts.nunique() > 1:
         (round_, sampler), count = counts.idxmin(), counts.min()
@@ -276,9 +282,7 @@ def _spent(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_lines(path) if path.exists() else []
 
 
 def _require_one_model(runs: Sequence[Run]) -> None:
@@ -290,6 +294,30 @@ def _require_one_model(runs: Sequence[Run]) -> None:
                 f"Expected runs of one base model, got {first.config['model']} in {first.folder} "
                 f"and {run.config['model']} in {run.folder}. Name the folder of one model."
             )
+
+
+def _require_one_scorer(runs: Sequence[Run]) -> None:
+    """Refuse runs whose scorers had other weights: their scores are not in one unit.
+
+    Raises:
+        UserError: naming the scorer and both runs.
+    """
+    first: dict[str, tuple[str, Path]] = {}
+    for run in runs:
+        for name, weights in scorers_of(run.folder).items():
+            known, folder = first.setdefault(name, (weights, run.folder))
+            if known != weights:
+                raise UserError(
+                    f"Expected runs scored by one {name}, got weights {known} in {folder} and "
+                    f"{weights} in {run.folder}. Name the runs of one."
+                )
+
+
+def scorers_of(folder: Path) -> dict[str, str]:
+    """Scorer -> what names its weights, of a run; {} where that is not on record."""
+    inputs = read_facts(folder).get("inputs")
+    found = inputs.get("scorers") if isinstance(inputs, dict) else None
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def _grouped(runs: Iterable[Run]) -> dict[Group, list[Run]]:

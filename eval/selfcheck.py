@@ -57,7 +57,13 @@ def columns(name: str, scorer: Scorer) -> dict[str, list[float]]:
 
 
 def fingerprint(scorer: Scorer) -> str:
-    """Twelve hex digits that name the files a scorer was loaded from; "code" without any."""
+    """Twelve hex digits that name the files a scorer was loaded from; "code" without any.
+
+    A scorer that comes from no file but not from code alone has a `digest` of its own.
+    """
+    own = getattr(scorer, "digest", None)
+    if own is not None:
+        return str(own)
     sources = getattr(scorer, "sources", ())
     if not sources:
         return "code"

@@ -169,6 +169,66 @@ def probability_of_improvement(
     return found, *_ends(drawn, confidence)
 
 
+def another_seed(values: Any, confidence: float = 0.95) -> tuple[float, float]:
+    """Where one more seed lies: Student's prediction interval from the seeds that there are.
+
+        mean +- t(n - 1) * s * sqrt(1 + 1 / n)
+
+    Exact for a seed that is independent of the n and as normal as they are. One that resembles a
+    seed among them, being that seed made again, lies in it more often.
+
+    Args:
+        values: [S] one number for each of S >= 2 seeds.
+        confidence: share of further seeds within.
+
+    Returns:
+        Low and high end, in the unit of `values`.
+
+    Raises:
+        ValueError: there are fewer than two seeds, or a number is not finite.
+    """
+    import numpy as np
+
+    seeds = _numbers(values)
+    half = _t(confidence, len(seeds)) * seeds.std(ddof=1) * np.sqrt(1 + 1 / len(seeds))
+    return float(seeds.mean() - half), float(seeds.mean() + half)
+
+
+def same_seed(own: float, others: Any, confidence: float = 0.95) -> tuple[float, float]:
+    """Where a seed that is made again lies, if it is no farther off than two seeds are.
+
+        own +- t(n - 1) * s * sqrt(2),    n and s of the other seeds
+
+    Exact where rounding has made two runs of one seed as different as two seeds; the more they
+    still share, the more often the second lies within.
+
+    Args:
+        own: the number of that seed.
+        others: [S] those of S >= 2 other seeds.
+        confidence: share of seeds made again that lie within, at least.
+
+    Returns:
+        Low and high end, in the unit of `others`.
+
+    Raises:
+        ValueError: there are fewer than two other seeds, or a number is not finite.
+    """
+    import numpy as np
+
+    seeds = _numbers(others)
+    half = _t(confidence, len(seeds)) * seeds.std(ddof=1) * np.sqrt(2)
+    return float(own - half), float(own + half)
+
+
+def _t(confidence: float, count: int) -> float:
+    """Student's t of a two-sided interval from `count` seeds."""
+    from scipy.stats import t
+
+    if count < 2:
+        raise ValueError(f"a spread needs at least two seeds, got {count}")
+    return float(t.ppf((1 + confidence) / 2, count - 1))
+
+
 def area_under_curve(x: Any, y: Any, *, above_start: bool = True) -> Floats:
     """Mean height of a curve: trapezoids, over the range of x.
 

@@ -20,9 +20,11 @@ import pandas as pd
 from d3po_bench import launch, registry
 from d3po_bench.errors import UserError
 from d3po_bench.launch import Request as Training
+from d3po_bench.reading import read_config, read_object, readable
 from d3po_bench.store import csv_bytes, write_atomically
 from d3po_bench.train import label
-from eval import evaluate
+from eval import choices, evaluate
+from eval.choices import Choices
 from eval.statistics import interval
 
 BASE = "no fine-tune"
@@ -74,12 +76,14 @@ class Request:
 def run(request: Request, told: Callable[[str], None]) -> str:
     """Train or take the models, score them, write and return the table.
 
-    Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json.
+    Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json. Raters'
+    first choices are read from OUT/choices.
 
     Raises:
         UserError: bad input, or weights of a scorer that are not there.
         RunError: a run failed; the others are kept.
     """
+    choices.read(request.out / "choices", (BASE_ROWS, *METHODS))  # not after hours of training
     folders = _taken(request) if request.runs else _trained(request)
     signal = _signal(request)
     write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
@@ -105,7 +109,7 @@ def _trained(request: Request) -> dict[str, Path]:
         for item in launch.planned(
             Training(
                 method=method, objective=request.objective, model=request.model,
-                preset=request.preset, settings=request.settings, rounds=None,
+                preset=preset(request), settings=request.settings, rounds=None,
                 seeds=request.seeds, device=request.device, jobs=None,
                 out=request.out / "runs", resume=True,
             )
@@ -117,10 +121,16 @@ def _trained(request: Request) -> dict[str, Path]:
     return {f"{config.method}-{config.seed}": folder for config, _, folder, _ in work}
 
 
+def preset(request: Request) -> str | None:
+    """What was asked for; for the embedded model the one that leaves it mistakes to unlearn."""
+    embedded = request.model == "tiny"
+    return "alignment" if embedded and request.preset is None else request.preset
+
+
 def _taken(request: Request) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in _finished(request.runs):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         name = f"{config['method']}-{config['seed']}"
         if config["objective"] != request.objective or config["model"] != request.model:
             raise UserError(
@@ -153,7 +163,7 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
     """How all runs sample, and their prompts: the base model must share it to be compared."""
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        c = read_config(folder)
         own = c["prompts"] or registry.objective(c["objective"]).prompts
         prompts = "captions-held-out" if c["model"] == "tiny" else own
         found[name] = {
@@ -194,26 +204,49 @@ def _score(
 
 
 def write(out: Path) -> str:
-    """Derive the table from OUT/rows and OUT/signal.json alone, and write it.
+    """Derive the table from OUT/rows, OUT/choices and OUT/signal.json alone, and write it.
 
     Raises:
-        UserError: rows are missing, or were drawn from other prompts.
+        UserError: rows are missing, or were drawn from other prompts; or choices are malformed.
     """
     rows = _rows(out)
-    signal = json.loads((out / "signal.json").read_text(encoding="utf-8"))
-    table = [_row(name, rows, signal["column"]) for name in _names(rows)]
-    text = _said(signal) + "\n\n" + markdown(table)
+    signal = _recorded_signal(out / "signal.json")
+    chosen = _choices(out / "choices", _names(rows))
+    table = [_row(name, rows, signal["column"], chosen) for name in _names(rows)]
+    text = _said(signal, chosen) + "\n\n" + markdown(table)
     write_atomically(out / "table1.csv", csv_bytes(table))
     write_atomically(out / "table1.md", (text + "\n").encode())
     write_atomically(out / "table1.tex", (latex(table) + "\n").encode())
     return text
 
 
-def _said(signal: Mapping[str, str]) -> str:
+def _recorded_signal(path: Path) -> dict[str, str]:
+    found = read_object(path)
+    if not {"objective", "column"} <= found.keys():
+        raise UserError(
+            f"Expected objective and column in {path}, got {', '.join(found) or 'nothing'}. Run "
+            "the command again without --redraw."
+        )
+    return found
+
+
+def _choices(folder: Path, names: Sequence[str]) -> Choices | None:
+    found = choices.read(folder, (BASE_ROWS, *METHODS))
+    for model in found.shares[0] if found else ():
+        if model not in (BASE_ROWS, *names):
+            raise UserError(
+                f"Expected choices between models of the table ({', '.join(names)}) in {folder}, "
+                f"got {model}. Add its runs, or leave those files out."
+            )
+    return found
+
+
+def _said(signal: Mapping[str, str], chosen: Choices | None) -> str:
     return (
         f"Trained on the objective {signal['objective']}; † marks the score that a model was "
         f"trained on. Held-out prompts, sampler {SAMPLER}; means over seeds, and differences to "
         f"{BASE} on the same prompts and noise with 95 % intervals over seeds."
+        + (f" {chosen.said}" if chosen else "")
     )
 
 
@@ -221,8 +254,9 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
     """METHOD-SEED -> scores by prompt and index, printed sampler."""
     found = {}
     for path in sorted((out / "rows").glob("*.csv")):
-        rows = pd.read_csv(path)
-        rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
+        with readable(path):
+            rows = pd.read_csv(path)
+            rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
         found[path.stem] = rows
     if BASE_ROWS not in found:
         raise UserError(
@@ -235,7 +269,30 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
                 f"Expected the same prompts and noise in all rows of {out}, got others in {name}. "
                 "Remove that file and run the command again."
             )
+    _require_comparable(found, out)
     return found
+
+
+def _require_comparable(found: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Refuse rows of other columns, of scorers with other weights, or that are no numbers."""
+    made = {
+        name: [", ".join(rows.columns), *sorted(map(str, set(rows.get("weights", ()))))]
+        for name, rows in found.items()
+    }
+    for name, rows in found.items():
+        if made[name] != made[BASE_ROWS]:
+            wanted, got = (" / ".join(made[part]) for part in (BASE_ROWS, name))
+            raise UserError(
+                f"Expected all rows of {out} to be of the same scorers with the same weights "
+                f"({wanted}), got {got} in {name}. Remove that file and run the command again."
+            )
+        for column in _columns(found):
+            # NaN is an image that the scorer has nothing to say about.
+            if rows[column].dtype.kind not in "fi" or np.isinf(rows[column]).any():
+                raise UserError(
+                    f"Expected numbers for {column} in all rows of {out}, got others in {name}. "
+                    "Remove that file and run the command again."
+                )
 
 
 def _names(rows: Mapping[str, Any]) -> list[str]:
@@ -248,7 +305,7 @@ def _columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:
     return [c for c in rows[BASE_ROWS].columns if c not in known]
 
 
-def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str) -> Cells:
+def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str, chosen: Choices | None) -> Cells:
     base = rows[BASE_ROWS]
     runs = [r for n, r in rows.items() if n.rpartition("-")[0] == name]
     cells = {"method": name, "seeds": str(len(runs) or "")}
@@ -258,6 +315,8 @@ def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str) -> Cells:
         if column in PAPERS_COLUMNS:
             numbers = PAPER.get(name)
             cells[f"{column}, paper"] = str(numbers[PAPERS_COLUMNS[column]]) if numbers else ""
+    if chosen is not None:
+        cells[chosen.heading] = chosen.cell(BASE_ROWS if name == BASE else name)
     cells["preferred by people, paper"] = f"{PAPER[name][3]:g} %" if name in PAPER else ""
     return cells
 

@@ -15,12 +15,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
+from d3po_bench.reading import read_config, read_facts, read_lines, read_object
 from d3po_bench.store import write_atomically
 from eval.evaluator import SAMPLERS
 from eval.weights import fingerprint
@@ -41,10 +41,10 @@ def verify(folder: Path) -> dict[str, list[str]]:
     Raises:
         UserError: it carries no manifest.
     """
-    claims = _json(folder / CLAIMS) if (folder / CLAIMS).exists() else {}
+    claims = _claims(folder / CLAIMS)
     runs = sorted(path.parent for path in folder.rglob("config.json"))
-    tries = [r for r in runs if _is_try(r.relative_to(folder), claims.get("tries", ()))]
-    whole = [run for run in runs if run not in tries]
+    whole = published(folder)
+    tries = [run for run in runs if run not in whole]
     checks: dict[str, Callable[[], Problems]] = {
         "manifest": lambda: check_manifest(folder),
         "runs": lambda: _each(whole, folder, whole=True),
@@ -56,21 +56,48 @@ def verify(folder: Path) -> dict[str, list[str]]:
     return {name: list(check()) for name, check in checks.items()}
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise UserError(
-            f"Expected {path.name} in {path.parent}, got {problem}. Name a folder of published "
-            "results; `d3po-bench verify --record` writes the manifest of one."
-        ) from problem
+def published(folder: Path) -> list[Path]:
+    """The run folders of a folder of results, without the tries.
+
+    Raises:
+        UserError: its claims are malformed.
+    """
+    tries = _claims(folder / CLAIMS).get("tries", ())
+    runs = sorted(path.parent for path in folder.rglob("config.json"))
+    return [run for run in runs if not _is_try(run.relative_to(folder), tries)]
+
+
+def _claims(path: Path) -> dict[str, Any]:
+    """The claims in a file: lists of objects, and a list of names; {} where there is none.
+
+    Raises:
+        UserError: they are something else.
+    """
+    claims = read_object(path) if path.exists() else {}
+    kinds = {"tables": dict, "curves": dict, "tries": str}
+    for name, kind in kinds.items():
+        found = claims.get(name, [])
+        if not isinstance(found, list) or not all(isinstance(part, kind) for part in found):
+            raise UserError(
+                f"Expected a list of {'names' if kind is str else 'objects'} for {name} in {path}, "
+                f"got {ascii(found)[:60]}. Correct the file."
+            )
+    return claims
 
 
 # ---- manifest
 
 
 def record(folder: Path) -> Path:
-    """Write the manifest of what is there now."""
+    """Write the manifest of what is there now.
+
+    Raises:
+        UserError: there is no such folder, or nothing in it.
+    """
+    if not folder.is_dir() or not _listed(folder):
+        raise UserError(
+            f"Expected a folder of results, got {folder}, which is none or empty. Correct the path."
+        )
     path = folder / MANIFEST
     listed = {name: fingerprint(folder / name) for name in _listed(folder)}
     write_atomically(path, (json.dumps(listed, indent=1, sort_keys=True) + "\n").encode())
@@ -83,9 +110,18 @@ def _listed(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in paths if p.name != MANIFEST)
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"Expected {MANIFEST} in {folder}, got none. Name a folder of published results; "
+            "`d3po-bench verify --record` writes the manifest of one."
+        )
+    return read_object(folder / MANIFEST)
+
+
 def check_manifest(folder: Path) -> Problems:
     """Files that are missing, changed, or not in the manifest."""
-    manifest = _json(folder / MANIFEST)
+    manifest = _manifest(folder)
     there = set(_listed(folder))
     for name in sorted(manifest.keys() - there):
         yield f"{name} is in the manifest and not in {folder}"
@@ -110,7 +146,7 @@ def _each(runs: Sequence[Path], folder: Path, *, whole: bool) -> Problems:
         try:
             for problem in check_run(run, whole=whole):
                 yield f"{place}: {problem}"
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+        except (UserError, OSError, ValueError, KeyError, TypeError) as problem:
             yield f"{place}: cannot be read ({problem!r})"
 
 
@@ -126,33 +162,25 @@ def check_run(run: Path, *, whole: bool = True) -> Problems:
     if missing:
         yield f"lacks {', '.join(missing)}"
         return
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    metrics = _lines(run / "metrics.jsonl")
+    config = read_config(run)
+    metrics = read_lines(run / "metrics.jsonl")
     if whole:
         yield from _check_config(config, run)
         if len(metrics) != config["rounds"]:
             yield f"has {len(metrics)} rounds of {config['rounds']}"
-        if "ended" not in _json(run / "provenance.json"):
+        if "ended" not in read_facts(run):
             yield "has not ended"
     yield from _check_metrics(metrics)
     if (run / "eval.csv").is_file():
         yield from _check_rows(run / "eval.csv", config, len(metrics), whole)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _check_config(config: Mapping[str, Any], run: Path) -> Problems:
-    known = {f.name for f in fields(RunConfig)}
     given = {k: v for k, v in config.items() if k != "run_id"}
-    if strange := given.keys() - known:
-        yield f"its config has {', '.join(sorted(strange))}, which this version does not know"
-        return
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     made = RunConfig(**settings)
-    if made.run_id != config["run_id"]:
-        yield f"its config says run_id {config['run_id']}, its settings make {made.run_id}"
+    if made.run_id != config.get("run_id"):
+        yield f"its config says run_id {config.get('run_id')}, its settings make {made.run_id}"
     place = [config["objective"], config["method"], f"seed-{config['seed']}"]
     if list(run.parts[-3:]) != place:
         yield f"its config belongs into {'/'.join(place)}"
@@ -200,11 +228,11 @@ def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
     seen: dict[tuple[str, ...], Path] = {}
     for run in runs:
         try:
-            config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+            config = read_config(run)
             place = run.relative_to(folder).parts[:-3]
             cell = (*place, config["objective"], config["method"])
             alike, numbered = _but_the_seed(run), (*cell, str(config["seed"]))
-        except (OSError, ValueError, KeyError) as problem:
+        except (UserError, OSError, ValueError, KeyError) as problem:
             yield f"{run}: cannot be read ({problem!r})"
             continue
         if numbered in seen:
@@ -221,8 +249,7 @@ def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
 
 def _but_the_seed(run: Path) -> str:
     """Settings, and the encoder that JPEG sizes depend on."""
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    facts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+    config, facts = read_config(run), read_facts(run)
     kept = {k: v for k, v in config.items() if k not in ("seed", "run_id")}
     return json.dumps([kept, facts["packages"]["pillow"]], sort_keys=True)
 

@@ -156,6 +156,7 @@ WEIGHTS: dict[str, Weights] = {
                 _D3PO,
                 "anything_prompt.txt",
                 "cf89cb84ff9c1390c5294c852657a21c09f58ba8372bc2681c0ceff986d7854e",
+                size=282_214,
             ),
         ),
     ),
@@ -167,6 +168,7 @@ WEIGHTS: dict[str, Weights] = {
                 _D3PO,
                 "imagereward_prompt.txt",
                 "3fa2b388a0405873ff7fc73af0edfd217078adddb32aa725d0c1bebd2f0bb35b",
+                size=137_926,
             ),
         ),
     ),
@@ -276,16 +278,17 @@ def _check(path: Path, sha256: str, command: str) -> None:
 
 
 def _absent(name: str, file: File) -> UserError:
-    size = f" ({readable(WEIGHTS[name].size)})" if WEIGHTS[name].size else ""
     return UserError(
-        f"Expected the weights {name}{size} on this machine, got no {home() / name / file.name}. "
-        f"Run `d3po-bench weights fetch {name}` where there is a network, or place the file of "
-        f"{file.url} there."
+        f"Expected the weights {name} ({readable(WEIGHTS[name].size)}) on this machine, got no "
+        f"{home() / name / file.name}. Run `d3po-bench weights fetch {name}` where there is a "
+        f"network, or place the file of {file.url} there."
     )
 
 
 def readable(size: int) -> str:
-    """Bytes for people: 1.7 GB, 232 kB."""
+    """Bytes for people: 1.7 GB, 232 kB; 0 stands for a size that nobody published."""
+    if not size:
+        return "size not known"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"

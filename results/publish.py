@@ -1,9 +1,9 @@
 """Turn run folders into a published set: their text files, figures and tables.
 
-    python results/publish.py runs/grid/tiny results/tiny [--no-figures]
+    python results/publish.py runs/grid/tiny results/tiny [--add] [--no-figures]
 
 Weights and samples stay behind; figures and tables can be redrawn from the text files alone. What
-the target held of an earlier set is replaced.
+the target held of an earlier set is replaced; with --add it stays beside the new runs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from eval.report import find_runs, plot
 TEXT = ("config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.jsonl")
 
 
-def publish(runs: Path, target: Path) -> None:
-    """Copy the text of every run below `runs` to `target`, and draw the figures there."""
+def publish(runs: Path, target: Path, add: bool) -> None:
+    """Copy the text of every run below `runs` to `target`."""
     found = find_runs([runs])
-    for old in [path.parent for path in target.rglob("config.json")]:
+    for old in [] if add else [path.parent for path in target.rglob("config.json")]:
         shutil.rmtree(old)
     for run in found:
         folder = target / run.relative_to(runs)
@@ -32,12 +32,17 @@ def publish(runs: Path, target: Path) -> None:
 def draw(runs: Path, target: Path) -> None:
     """Figures over the paper's axis and over images; sheets need the samples, so the runs."""
     figures = target / "figures"
-    for figure in [*plot([runs], figures), *plot([target], figures / "images", x="images")]:
+    drawn = (
+        plot([runs], figures),
+        plot([target], figures),
+        plot([target], figures / "images", "images"),
+    )
+    for figure in sorted({path for paths in drawn for path in paths}):
         print(figure)
 
 
 if __name__ == "__main__":
     folders = Path(sys.argv[1]), Path(sys.argv[2])
-    publish(*folders)
+    publish(*folders, add="--add" in sys.argv)
     if "--no-figures" not in sys.argv:
         draw(*folders)

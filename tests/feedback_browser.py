@@ -2,9 +2,10 @@
 
     python -m tests.feedback_browser OUT
 
-Signs in by link, tags two grids and compares ten pairs, undoes one, finishes, and checks what is
-in the labels; with OUT, screenshots at 1280x800 and 360x740. Needs the extra `test` and
-Debian's packages chromium and chromium-driver, or others in the PATH.
+Draws two rounds with the embedded model, signs in by link, tags two grids and compares ten pairs,
+undoes one, finishes, checks what is in the labels, exports them and lets D3PO learn from them.
+With OUT, screenshots at 1280x800 and 360x740. Needs the extra `test` and Debian's packages
+chromium and chromium-driver, or others in the PATH.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors.torch import load_file
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from d3po_bench.feedback import loop, training
 from d3po_bench.feedback.labels import LabelStore, Plan
-from d3po_bench.feedback.rounds import Kind, Round, Vote
+from d3po_bench.feedback.rounds import Kind, Question, Round, Vote
 from d3po_bench.feedback.server import default_url
 from tests.feedback_load import Server
-from tests.feedback_round import new_round
 
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
 PLAN = Plan(votes_per_item=1, gold_every=0, repeat_every=0)
-PROMPT = "a photo of a tabby cat that sits on a red sofa and looks out of the window, number {}"
 PATIENCE = 30
 
 
@@ -140,7 +141,7 @@ def sign_in(keyboard: Keyboard, link: str, heading: str) -> None:
 
 def grids(folder: Path, keyboard: Keyboard) -> None:
     """Two grids of unsafe pictures: reveal, tag, send; none tagged; undo, tag again."""
-    round_ = new_round(folder, "tags", 2, blurred=True, question="unsafe", size=256, prompt=PROMPT)
+    round_ = drawn(folder, ("tags", "unsafe"), 2)
     with serving(folder, round_) as (link, admin, store):
         keyboard.driver.get(link.partition("#")[0])
         keyboard.shoot("join")
@@ -167,7 +168,7 @@ def grids(folder: Path, keyboard: Keyboard) -> None:
 
 def pairs(folder: Path, keyboard: Keyboard) -> None:
     """Ten pairs: both sides, by digit and by arrow, tie, both bad, a skip and an undo."""
-    round_ = new_round(folder, "pairs", 11, question="alignment", size=256, prompt=PROMPT)
+    round_ = drawn(folder, ("pairs", "alignment"), 11)
     keys = ["1", "\ue012", "2", "\ue014", "t", "b", "1", "2", "t", "b"]
     with serving(folder, round_) as (link, _, store):
         sign_in(keyboard, link, "Which picture shows the text better?")
@@ -182,6 +183,29 @@ def pairs(folder: Path, keyboard: Keyboard) -> None:
         require("Thank you" in keyboard.heading, "no finish page after ten pairs")
         found = [side(vote) for vote in store.effective_votes()]
         require(found == ["1", "1", "2", "2", "t", "b", "1", "2", "t", "b"], f"got {found}")
+
+
+def drawn(folder: Path, judged: tuple[Kind, Question], count: int) -> Round:
+    """A round of the embedded model."""
+    request = loop.New(judged=judged, prompts="animals", count=count, settings={}, device="cpu")
+    return loop.new(folder, request)
+
+
+def learnt(folder: Path, votes: int, pairs: int) -> None:
+    """Export the votes, and let D3PO learn from them."""
+    require(loop.export(folder, None, folder / "labels.csv") == votes, "votes are missing")
+    request = training.Request(method="d3po", passes=1, settings={}, preset=None, device="cpu")
+    training.train(loop.data(folder, None, None), request, folder / "trained")
+    found = sum(json.loads(line)["pairs"] for line in last_lines(folder / "trained"))
+    require(found == pairs, f"learnt from {found} pairs")
+    lora = folder / "trained" / "lora" / "pytorch_lora_weights.safetensors"
+    up = [weight for name, weight in load_file(lora).items() if "lora_B" in name]
+    require(any(weight.abs().max() > 0 for weight in up), "nothing was learnt")
+
+
+def last_lines(run: Path) -> list[str]:
+    """The last line of metrics: counts add up over rounds."""
+    return (run / "metrics.jsonl").read_text().splitlines()[-1:]
 
 
 def answer(vote: Vote) -> tuple[int, ...]:
@@ -206,7 +230,9 @@ def main() -> None:
         with browser(shots) as keyboard:
             grids(Path(scratch) / "tags", keyboard)
             pairs(Path(scratch) / "pairs", keyboard)
-    print(f"passed: {json.dumps(kinds)} by keyboard alone; screenshots in {shots}")
+        learnt(Path(scratch) / "tags", votes=2, pairs=2 * 5 + 1 * 6)
+        learnt(Path(scratch) / "pairs", votes=10, pairs=6)
+    print(f"passed: {json.dumps(kinds)} by keyboard alone, and learnt from; screenshots in {shots}")
 
 
 if __name__ == "__main__":

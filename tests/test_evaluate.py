@@ -271,3 +271,27 @@ def test_provenance_names_scorers_and_versions(micro: Path, prompts: str, tmp_pa
     assert facts["scorers"] == {"jpeg_size": "code"}
     assert set(facts["versions"]) == {"torch", "transformers", "pillow", "numpy"}
     assert any("jpeg_size" in line for line in evaluate.summary(out))
+
+
+def test_saved_pictures_are_those_that_were_scored(
+    micro: Path, prompts: str, tmp_path: Path
+) -> None:
+    """The JPEG size of each kept picture is its row's; a finished evaluation can still be kept."""
+    out = tmp_path / "out"
+    evaluate.run(request(micro, prompts=prompts, out=out))
+    before = rows(out)
+    evaluate.run(request(micro, prompts=prompts, out=out, save=True))
+    assert rows(out) == before
+    kept = evaluate.run(
+        request(out / "pictures" / "eta0", out=tmp_path / "again"),
+    )
+    sizes = [row["jpeg_size"] for row in before if row["sampler"] == "eta0"]
+    assert [row["jpeg_size"] for row in rows(kept)] == sizes
+    assert [row["prompt"] for row in rows(kept)] == [p for p in PROMPTS for _ in range(2)]
+
+
+def test_pictures_are_not_saved_again(tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(b"")
+    (tmp_path / "metadata.csv").write_text("file_name,text\none.png,a cat\n")
+    with pytest.raises(UserError, match="Leave --save out"):
+        evaluate.run(request(tmp_path, save=True))

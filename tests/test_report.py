@@ -477,7 +477,7 @@ def test_half_a_round_of_metrics(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text[:-20])
-    assert f"in {folder}, got" in refused(lambda: report.plot([tmp_path]))
+    assert f"{folder / 'metrics.jsonl'}, got" in refused(lambda: report.plot([tmp_path]))
 
 
 def test_several_base_models(tmp_path: Path) -> None:

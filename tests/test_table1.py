@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from d3po_bench import cli
 from d3po_bench.errors import UserError
+from d3po_bench.feedback import loop
+from d3po_bench.feedback.rounds import Pool
 from eval import table1
 
 PAPERS = Path(__file__).parent.parent / "results" / "paper.csv"
@@ -63,6 +65,92 @@ def test_the_table_by_hand(out: Path) -> None:
     assert tex.startswith("\\begin{tabular}{l")
     assert tex.count("\\\\") == 4
     assert "image\\_reward" in tex
+
+
+# ---- raters' first choices
+
+
+def write_shares(
+    out: Path, seed: int, shares: dict[str, float], raters: Pool = "people", tail: str = ""
+) -> Path:
+    """A file as `feedback choices --out` writes it, of pictures drawn by each model."""
+    path = out / "choices" / f"seed-{seed}.csv"
+    rows = [
+        loop.Share(source=f"d3po/drawn/{m}{tail}/pictures/eta1", share=s, low=0, high=1,
+                   raters=raters)
+        for m, s in shares.items()
+    ]  # fmt: skip
+    loop.write_choices(path, rows)
+    return path
+
+
+def written(out: Path) -> dict[str, dict[str, str]]:
+    """The table's cells by row and column."""
+    table1.write(out)
+    with (out / "table1.csv").open(newline="") as file:
+        return {row["method"]: row for row in csv.DictReader(file)}
+
+
+def test_first_choices_are_means_over_files(out: Path) -> None:
+    write_shares(out, 0, {"no-fine-tune": 0.3, "d3po": 0.7}, tail="-0")
+    write_shares(out, 1, {"d3po": 0.5, "no-fine-tune": 0.5}, tail="-1")
+    rows = written(out)
+    # two seeds: the interval reaches from one to the other
+    assert rows["d3po"]["first choices"] == "60.0 % (50.0 to 70.0)"
+    assert rows["no fine-tune"]["first choices"] == "40.0 % (30.0 to 50.0)"
+    assert rows["ddpo"]["first choices"] == ""
+    names = list(rows["d3po"])
+    assert names[-2:] == ["first choices", "preferred by people, paper"]
+    assert "how often people preferred" in (out / "table1.md").read_text()
+    assert "| 60.0 % (50.0 to 70.0) | 55.7 % |" in (out / "table1.md").read_text()
+    assert "60.0 \\% (50.0 to 70.0) & 55.7 \\%" in (out / "table1.tex").read_text()
+
+
+def test_the_heading_says_that_raters_are_simulated(out: Path) -> None:
+    write_shares(out, 0, {"no-fine-tune": 0.25, "ddpo": 0.75}, "simulated")
+    rows = written(out)
+    assert rows["ddpo"]["first choices, simulated raters"] == "75.0 %"
+    assert rows["d3po"]["first choices, simulated raters"] == ""  # though all lies below d3po/
+    for name in ("table1.md", "table1.tex"):
+        assert "first choices, simulated raters" in (out / name).read_text()
+    assert "simulated raters, not people," in (out / "table1.md").read_text()
+
+
+def test_without_choices_there_is_no_column(out: Path) -> None:
+    before = written(out)
+    (out / "choices").mkdir()
+    assert written(out) == before
+    assert not [name for name in before["d3po"] if "choices" in name]
+
+
+TWO = {"no-fine-tune": 0.4, "d3po": 0.6}
+
+
+def test_choices_that_cannot_be_one_column_are_refused(out: Path) -> None:
+    write_shares(out, 0, TWO)
+    write_shares(out, 1, TWO, "simulated")
+    with pytest.raises(UserError, match="either people or simulated as raters in all"):
+        table1.write(out)
+    write_shares(out, 1, {"no-fine-tune": 0.4, "ddpo": 0.6})
+    with pytest.raises(UserError, match=r"same models in all files .* got no-fine-tune, ddpo"):
+        table1.write(out)
+    (out / "choices" / "seed-1.csv").unlink()
+    write_shares(out, 0, {"no-fine-tune": 0.4, "dpok": 0.6})
+    with pytest.raises(UserError, match=r"between models of the table .* got dpok"):
+        table1.write(out)
+    path = write_shares(out, 0, TWO)
+    path.write_text(path.read_text().replace("no-fine-tune/", "d3po-1/"))
+    with pytest.raises(UserError, match=r"each model once .* got d3po twice"):
+        table1.write(out)
+
+
+def test_malformed_choices_stop_before_training(out: Path) -> None:
+    path = write_shares(out, 0, TWO)
+    path.write_text(path.read_text().replace("0.6", "1.6"))
+    done = CliRunner().invoke(cli.cli, ["table1", "--out", str(out)])
+    assert isinstance(done.exception, UserError)
+    assert "Expected shares from 0 to 1" in str(done.exception)
+    assert not (out / "runs").exists()
 
 
 def test_redrawing_gives_the_same_bytes(out: Path) -> None:

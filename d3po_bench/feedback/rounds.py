@@ -16,6 +16,8 @@ Kind = Literal["tags", "pairs"]
 Question = Literal["deformed", "unsafe", "better", "alignment"]
 Choice = Literal["a", "b", "tie", "bad"]
 """Of a pair: the first image, the second, equally good, or both too bad to choose."""
+Pool = Literal["people", "simulated"]
+"""Who voted; simulated where at least one of them is."""
 Answer = tuple[int, ...] | Choice
 """Ascending indices of the tagged (bad) images of a grid, or the choice of a pair."""
 

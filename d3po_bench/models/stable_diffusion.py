@@ -246,6 +246,10 @@ class StableDiffusion:
 
         state, alphas = Pipeline.lora_state_dict(folder, local_files_only=True)
         Pipeline.load_lora_into_unet(state, alphas, self.unet)
+        # What the loader does not know it leaves out: that would be the pretrained model.
+        placed = sum("lora_" in name for name, _ in self.unet.named_parameters())
+        if placed == 0 or placed != len(state):
+            raise ValueError(f"of its {len(state)} tensors the UNet takes {placed}.")
 
     def save(self, folder: Path) -> None:
         """Write what was trained, in the form that diffusers' own loaders read.

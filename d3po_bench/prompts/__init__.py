@@ -28,10 +28,11 @@ def read_prompts(source: str) -> list[str]:
             f"Expected UTF-8 text in {path}, got byte {problem.object[problem.start]:#04x} at "
             f"position {problem.start}. Save the file as UTF-8."
         ) from problem
-    except OSError as problem:
+    except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
+        reason = getattr(problem, "strerror", None) or problem
         raise UserError(
             f"Expected a prompt list ({', '.join(names())}) or a file with one prompt a line, got "
-            f"{source!r}: {problem.strerror}. Correct the name."
+            f"{source[:200]!r}: {reason}. Correct the name."
         ) from problem
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:

@@ -367,6 +367,12 @@ def export_blip(recipe: Recipe, work: Path, out: Path) -> None:
 
 # ---------------------------------------------------------------- ImageReward
 
+SCALED_ON = 1000
+"""Held-out pictures whose rewards get mean 0 and deviation 1."""
+
+CLEAR = 0.2
+"""Smallest difference in utility that makes one of two pictures the better one."""
+
 
 def utility(truth: Tensor, about: Tensor, damage: Tensor) -> Tensor:
     """What synthetic people like, [N]: the facts that the caption asked for, and no damage.
@@ -447,7 +453,7 @@ def train_reward(recipe: Recipe, work: Path, minutes: float | None) -> dict[str,
         pairs = choices(train, recipe.batch // 2, rng)
         both = student(torch.cat([pairs.first, pairs.second]), pairs.captions * 2)
         first, second = both.chunk(2)
-        clear = (pairs.better.abs() > 0.2).float()
+        clear = (pairs.better.abs() > CLEAR).float()
         each = F.softplus(-(first - second) * pairs.better.sign()) * clear
         return each.sum() / clear.sum()
 
@@ -462,7 +468,7 @@ def export_reward(recipe: Recipe, work: Path, out: Path) -> None:
     """Write the folder image_reward/ in fp16, with its rewards' mean and deviation."""
     student = RewardStudent(recipe, work / "vocab.txt").eval()
     student.load_state_dict(load_file(work / "reward.safetensors"))
-    pairs = choices(facts.read_facts(work)[1], 1000, torch.Generator().manual_seed(9))
+    pairs = choices(facts.read_facts(work)[1], SCALED_ON, torch.Generator().manual_seed(9))
     raw = student(pairs.first, pairs.captions)
     _blip.save(
         out / "image_reward", student.blip.half(), work / "vocab.txt",

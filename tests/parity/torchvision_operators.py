@@ -1,7 +1,7 @@
 """Lets torchvision load beside a torch that its compiled part does not fit.
 
 Import it before torchvision. Only the Python part works then, which is all that resizing and
-cropping need; where torchvision loads as it is, this changes nothing.
+cropping need; where torchvision loads as it is, or is not there, this changes nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def declare() -> torch.library.Library | None:
     """
     try:
         import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return None
     except RuntimeError:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in SCHEMAS:

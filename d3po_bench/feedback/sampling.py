@@ -1,0 +1,323 @@
+"""Draw the images of a round, and keep everything that training from them needs.
+
+A round's folder: `sampling.json` what decides the images, `images/` what people judge, `rollout/`
+every latent on the way and the mean of every step, `adapter.safetensors` the weights that drew
+them (not in a first round), and, once all are there, `round.json` and `files.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from d3po_bench.config import FEEDBACK, Execution, RunConfig
+from d3po_bench.engine import Draws, sample
+from d3po_bench.errors import UserError
+from d3po_bench.feedback import rounds
+from d3po_bench.feedback.rounds import Item, Kind, Question, Round
+from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
+from d3po_bench.policy import Policy
+from d3po_bench.seeding import stream
+from d3po_bench.store import RunStore, png_bytes, taken, write_atomically
+from d3po_bench.train import device_of, model_source, threads_of
+
+FILE, FILES, ADAPTER = "sampling.json", "files.json", "adapter.safetensors"
+
+FIXED = (
+    "model", "sampling_steps", "eta", "guidance", "dtype", "full", "lora_rank", "lora_alpha",
+    "lora_targets",
+)  # fmt: skip
+"""Fields of RunConfig that a round decides, for its training and for the rounds after it."""
+
+Report = Callable[[float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Everything that decides a round's images."""
+
+    settings: Mapping[str, Any]
+    """The fields FIXED of RunConfig."""
+    seed: int
+    number: int
+    """Rounds before this one; draws differ from round to round."""
+    adapter: str
+    """sha256 of adapter.safetensors; empty where the pretrained model draws."""
+    prompts: tuple[str, ...]
+    images: int
+    """K of each prompt, from one noise."""
+    block: int
+    """Prompts of a file in rollout/."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What is written in a round's folder.
+
+        Raises:
+            UserError: it is not there, which is so for pictures from elsewhere, or damaged.
+        """
+        path = folder / FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            found = cls(**{**data, "prompts": tuple(data["prompts"])})
+            found.config("d3po")
+            return found
+        except FileNotFoundError as problem:
+            raise UserError(
+                f"Expected a round that `feedback new` drew in {folder}, got none with {FILE}. "
+                "Pictures from elsewhere can be judged, but not learnt from."
+            ) from problem
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
+            raise UserError(
+                f"Expected what `feedback new` writes in {path}, got: {problem}. {rounds.REMEDY}"
+            ) from problem
+
+    def config(self, method: str, **more: Any) -> RunConfig:
+        """The settings as a run's."""
+        settings = {**self.settings, "lora_targets": tuple(self.settings["lora_targets"])}
+        return RunConfig(method=method, objective=FEEDBACK, seed=self.seed, **settings, **more)
+
+
+def chosen_prompts(known: Sequence[str], count: int | None, seed: int, number: int) -> list[str]:
+    """`count` prompts at random, each of `known` as often as any other, or one more often."""
+    drawn: list[str] = []
+    rng = stream(seed, "prompts", number)
+    while len(drawn) < (count or len(known)):
+        drawn += [known[i] for i in torch.randperm(len(known), generator=rng)]
+    return drawn[:count]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a round goes on from: a finished training from the round before it."""
+
+    weights: dict[str, Tensor]
+    sampling: Sampling
+
+    @classmethod
+    def read(cls, run: Path) -> Self:
+        """The run folder that `feedback train` wrote.
+
+        Raises:
+            UserError: it is none, or not finished.
+        """
+        store = RunStore(run)
+        state = store.load_checkpoint()
+        if state is None or not store.finished:
+            raise UserError(
+                f"Expected a finished `feedback train` in {run}, got none. Run it to its end, or "
+                "leave --from out."
+            )
+        found = store.provenance().get("round")
+        if not isinstance(found, dict):
+            raise UserError(
+                f"Expected a run of `feedback train` in {run}, got another kind of run. Give one "
+                "such as round-1/trained/d3po."
+            )
+        weights = {k.removeprefix("weight/"): v for k, v in state[0].items() if "weight/" in k}
+        return cls(weights, Sampling(**{**found, "prompts": ()}))
+
+
+# ---- drawing
+
+
+def draw(
+    folder: Path,
+    sampling: Sampling,
+    judged: tuple[Kind, Question],
+    weights: Mapping[str, Tensor] | None = None,
+    execution: Execution | None = None,
+    report: Report = lambda share: None,
+) -> Round:
+    """Draw a round into `folder`; what an interrupted call left there is kept.
+
+    Args:
+        folder: of the round.
+        sampling: what decides the images.
+        judged: how people will look at them.
+        weights: trained weights to draw with, see `Before`; None for the pretrained model.
+        execution: device and batches.
+        report: called with the share done.
+
+    Raises:
+        UserError: another round lies in the folder, or it cannot be written.
+    """
+    with taken(folder):
+        _require_same(folder, sampling, judged)
+        if (folder / rounds.FILE).exists():
+            return Round.read(folder)
+        execution = execution or Execution()
+        drawn_by = prepared(sampling, weights, execution)  # what it refuses leaves nothing behind
+        _write_json(folder / FILE, asdict(sampling))
+        if weights is not None:
+            write_atomically(folder / ADAPTER, adapter_bytes(weights))
+        for start in range(0, len(sampling.prompts), sampling.block):
+            if not rollout_file(folder, start // sampling.block).exists():
+                _draw_block(folder, sampling, drawn_by, start, execution)
+            report(min(1.0, (start + sampling.block) / len(sampling.prompts)))
+        round_ = _described(sampling, judged)
+        write_files(folder)
+        round_.write(folder)
+        return round_
+
+
+def adapter_bytes(weights: Mapping[str, Tensor]) -> bytes:
+    """Weights as the file that a round keeps."""
+    return save({name: t.detach().cpu().contiguous() for name, t in sorted(weights.items())})
+
+
+def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question]) -> None:
+    mine = json.loads(json.dumps(asdict(sampling)))
+    found = mine
+    if (folder / FILE).exists():
+        found = json.loads(json.dumps(asdict(Sampling.read(folder))))
+    changed = [name for name in mine if found[name] != mine[name]]
+    if (folder / rounds.FILE).exists():
+        there = Round.read(folder)
+        changed += ["kind or question"] if (there.kind, there.question) != judged else []
+        changed += [] if (folder / FILE).exists() else ["pictures"]
+    if changed:
+        raise UserError(
+            f"Expected {folder} to be empty or to hold this round, got one with other "
+            f"{', '.join(changed)}. Give another folder, or remove that one."
+        )
+
+
+def prepared(
+    sampling: Sampling, weights: Mapping[str, Tensor] | None, execution: Execution
+) -> tuple[StableDiffusion, Policy]:
+    """The model that draws, and the policy it makes."""
+    c = sampling.config("d3po")
+    torch.set_num_threads(threads_of(c, execution))
+    training = Training(
+        dtype=c.dtype, full=c.full, lora_rank=c.lora_rank, lora_alpha=c.lora_alpha or None,
+        lora_targets=c.lora_targets, decode_batch=execution.decode_batch,
+    )  # fmt: skip
+    model = load(model_source(c.model), device_of(execution.device), training)
+    model.encode([*dict.fromkeys(sampling.prompts), ""])
+    if weights is not None:
+        model.add_adapter(c.seed)
+        model.load_trainable(dict(weights))
+    policy = Policy(model, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance)
+    policy.schedule.require_noise()
+    return model, policy
+
+
+def _draw_block(
+    folder: Path,
+    sampling: Sampling,
+    drawn_by: tuple[StableDiffusion, Policy],
+    start: int,
+    execution: Execution,
+) -> None:
+    """Pictures first: a block counts as drawn once its file in rollout/ is there."""
+    model, policy = drawn_by
+    prompts = sampling.prompts[start : start + sampling.block]
+    draws = Draws(seed=sampling.seed, round=sampling.number, first=start)
+    rollout = sample(
+        policy, prompts, draws, images_per_prompt=sampling.images, shared_noise=True,
+        batch=execution.sample_batch,
+    )  # fmt: skip
+    pictures = model.decode(rollout.latents[:, :, -1].flatten(0, 1))
+    names = [name for p in range(len(prompts)) for name in names_of(start + p, sampling.images)]
+    for name, picture in zip(names, pictures, strict=True):
+        write_atomically(folder / name, png_bytes(picture))
+    kept = {"latents": rollout.latents, "means": rollout.means}
+    data = save({name: t.cpu().contiguous() for name, t in kept.items()})
+    write_atomically(rollout_file(folder, start // sampling.block), data)
+
+
+def names_of(prompt: int, images: int) -> list[str]:
+    """Where the pictures of a prompt lie in the round's folder."""
+    return [f"images/{prompt:05d}-{k}.png" for k in range(images)]
+
+
+def _described(sampling: Sampling, judged: tuple[Kind, Question]) -> Round:
+    kind, question = judged
+    items = tuple(
+        Item(f"{n:05d}", prompt, tuple(names_of(n, sampling.images)))
+        for n, prompt in enumerate(sampling.prompts)
+    )
+    return Round(kind, question, question == "unsafe", items)
+
+
+# ---- files
+
+
+def rollout_file(folder: Path, block: int) -> Path:
+    """Where the latents and means of a block lie."""
+    return folder / "rollout" / f"{block:05d}.safetensors"
+
+
+def read_rollout(folder: Path, block: int) -> dict[str, Tensor]:
+    """latents [P, K, T+1, C, H, W] and means [P, K, T, C, H, W] of a block.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = rollout_file(folder, block)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise UserError(
+            f"Expected what `feedback new` writes in {path}, got: {problem}. {rounds.REMEDY}"
+        ) from problem
+
+
+def _kept(folder: Path) -> Iterator[Path]:
+    for place in ("images", "rollout"):
+        yield from sorted(p for p in (folder / place).rglob("*") if p.is_file())
+    if (folder / ADAPTER).exists():
+        yield folder / ADAPTER
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_files(folder: Path) -> None:
+    """Record the checksum of every picture and tensor of a round."""
+    known = {p.relative_to(folder).as_posix(): sha256(p) for p in _kept(folder)}
+    _write_json(folder / FILES, known)
+
+
+def require_files(folder: Path) -> None:
+    """Compare the pictures and tensors of a round with what was recorded.
+
+    Raises:
+        UserError: naming the first that is missing or altered.
+    """
+    path = folder / FILES
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        broken = [n for n, found in known.items() if not _is(folder / n, found)]
+    except (OSError, ValueError, AttributeError, TypeError) as problem:
+        raise UserError(
+            f"Expected the checksums of a round in {path}, got: {problem}. {rounds.REMEDY}"
+        ) from problem
+    if broken:
+        state = "another content" if (folder / broken[0]).exists() else "no file"
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(
+            f"Expected {folder / broken[0]} as it was drawn, got {state}{more}. Bring it back, or "
+            "make the round again in another folder."
+        )
+
+
+def _is(path: Path, expected: str) -> bool:
+    return path.is_file() and sha256(path) == expected
+
+
+def _write_json(path: Path, data: Any) -> None:
+    write_atomically(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())

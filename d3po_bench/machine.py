@@ -1,0 +1,58 @@
+"""What of a machine decides bytes, for provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import torch
+import torch.utils.deterministic
+
+
+def processors() -> dict[str, str]:
+    """CPU and GPU by name; the CPU with the vector instructions that torch takes there."""
+    kinds = {"cpu": f"{_cpu()} ({torch.backends.cpu.get_cpu_capability()})"}
+    if torch.cuda.is_available():
+        kinds["gpu"] = torch.cuda.get_device_name()
+    return kinds
+
+
+def _cpu() -> str:
+    """The model's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [ln.partition(":")[2].strip() for ln in lines if ln.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
+
+
+def determine(device: torch.device, wanted: str) -> bool:
+    """Switch the deterministic kernels of torch on or off, for this process.
+
+    On CUDA, what has no such kernel ends in an error that names it, and cuBLAS takes a workspace
+    of fixed size: it reads the variable at its first call, so this comes before any other work.
+
+    Args:
+        device: where the run computes.
+        wanted: auto, on or off; auto is on for a CPU alone.
+
+    Returns:
+        Whether they are on.
+    """
+    on = wanted == "on" or (wanted == "auto" and device.type == "cpu")
+    if on and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    # Filling fresh memory only helps to find reads of it, and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.benchmark = False
+    return on
+
+
+def digest(text: str) -> str:
+    """Twelve hex digits that name a text, such as the changes to a commit."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

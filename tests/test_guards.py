@@ -1,0 +1,264 @@
+"""What must stop a run or a table before it becomes a wrong number."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d3po_bench import train
+from d3po_bench.cli import main
+from d3po_bench.engine import require_finite
+from d3po_bench.errors import RunError, UserError
+from d3po_bench.models.stable_diffusion import StableDiffusion
+from d3po_bench.prompts import read_prompts
+from d3po_bench.reading import read_config, read_facts
+from eval import evaluate, report, selfcheck
+from eval.scorers.jpeg_size import JpegSize
+from tests.test_cli import run_of
+from tests.test_report import write_run
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "results" / "tiny" / "incompress" / "d3po" / "seed-0"
+
+
+@pytest.fixture
+def called(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Run the micro model for two rounds; exit status and the error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(**settings: Any) -> tuple[int, str]:
+        code = 0
+        try:
+            main(run_of(micro, **settings))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    return call
+
+
+Called = Callable[..., tuple[int, str]]
+
+
+def poisoned(target: Any, when: Callable[[], bool], value: float) -> Any:
+    """The function, one of whose numbers is `value` from the moment that `when` holds."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        found = target(*args, **kwargs)
+        if when():
+            found = found.clone()
+            found.view(-1)[0] = value
+        return found
+
+    return call
+
+
+class Rounds:
+    """Which round a run is in, for `poisoned`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0
+        begin = train.Trainer.train_round
+
+        def counted(trainer: train.Trainer, *args: Any) -> Any:
+            self.now = trainer.round + 1
+            return begin(trainer, *args)
+
+        monkeypatch.setattr(train.Trainer, "train_round", counted)
+
+    def second(self) -> bool:
+        return self.now == 2
+
+
+# ---- numbers that are none
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_says_nan_stops_the_run(
+    called: Called, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    rounds = Rounds(monkeypatch)
+    noise = poisoned(StableDiffusion.noise, rounds.second, value)
+    monkeypatch.setattr(StableDiffusion, "noise", noise)
+    code, error = called(eval_every=0)
+    assert code == 1
+    assert "Round 2, seed 0: Expected finite means of the denoising steps" in error
+    assert len(Path().rglob("metrics.jsonl").__next__().read_text().splitlines()) == 1
+
+
+def test_a_score_of_nan_stops_the_run(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Rounds(monkeypatch)
+    wrong = poisoned(JpegSize.__call__, rounds.second, float("nan"))
+    monkeypatch.setattr(JpegSize, "__call__", wrong)
+    code, error = called(eval_every=0)
+    assert code == 1
+    assert "Round 2, seed 0: Expected finite scores, got nan from jpeg_size" in error
+
+
+def test_an_evaluation_score_of_nan_stops_the_run(
+    called: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfcheck, "check", lambda name, scorer: True)
+    wrong = poisoned(JpegSize.__call__, lambda: True, float("nan"))
+    monkeypatch.setattr(JpegSize, "__call__", wrong)
+    code, error = called()
+    assert code == 1
+    assert "Evaluation after round 0, seed 0: Expected finite evaluation scores" in error
+    assert not list(Path().rglob("eval.csv"))
+
+
+def test_a_gradient_of_nan_names_its_weight(
+    called: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_adapter = StableDiffusion.add_adapter
+
+    def broken(model: StableDiffusion, seed: int) -> None:
+        add_adapter(model, seed)
+        weight = list(model.trainable().values())[3]
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+
+    monkeypatch.setattr(StableDiffusion, "add_adapter", broken)
+    code, error = called(eval_every=0)
+    assert code == 1
+    assert "Round 1, seed 0" in error
+    assert "nan for grad_norm, first in " in error
+    assert "lora_" in error
+
+
+def test_a_reference_of_nan_is_named() -> None:
+    values = torch.tensor([1.0, float("nan"), float("-inf")])
+    with pytest.raises(RunError, match=r"Expected finite latents, got 2 of 3 that are not"):
+        require_finite("latents", values)
+    require_finite("latents", values[:1])
+
+
+# ---- scorers
+
+
+def test_a_scorer_that_changed_stops_the_run_before_the_first_round(
+    called: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = JpegSize.__call__
+    monkeypatch.setattr(JpegSize, "__call__", lambda *args: score(*args) * 1.5)
+    code, error = called()
+    assert code == 2
+    assert "from the scorer jpeg_size (jpeg_size) for its golden picture" in error
+    assert not Path("runs").exists()
+
+
+def with_scorer(folder: Path, weights: str) -> None:
+    facts = {"inputs": {"scorers": {"aesthetic": weights}}, "packages": {}}
+    (folder / "provenance.json").write_text(json.dumps(facts))
+
+
+def test_runs_of_other_scorer_weights_are_not_put_together(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        with_scorer(write_run(tmp_path, seed=seed), "aaa")
+    assert len(report.read_groups([tmp_path])) == 1
+    with_scorer(write_run(tmp_path, method="ddpo"), "bbb")
+    with pytest.raises(UserError, match=r"one aesthetic, got weights aaa in .* and bbb in"):
+        report.read_groups([tmp_path])
+
+
+def test_pieces_of_other_scorer_weights_are_not_put_together(tmp_path: Path) -> None:
+    rows = [{"weights": "clip=aaa"}, {"weights": "clip=aaa"}]
+    evaluate._require_one_set_of_weights(rows, tmp_path)
+    with pytest.raises(UserError, match="same weights, got clip=aaa and clip=bbb"):
+        evaluate._require_one_set_of_weights([*rows, {"weights": "clip=bbb"}], tmp_path)
+
+
+# ---- prompts
+
+
+def run_on(folder: Path, prompts: str) -> Path:
+    """A run that ended, of the embedded model, as far as `evaluate` looks at it."""
+    shutil.copytree(PUBLISHED, folder)
+    (folder / "lora").mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "prompts": prompts}))
+    return folder
+
+
+def planned(run: Path, prompts: str | None = None) -> evaluate.Plan:
+    return evaluate.planned(
+        evaluate.Request(
+            target=run, scorers=("jpeg_size",), model=None, prompts=prompts, count=None, images=1,
+            steps=2, guidance=None, device="cpu", jobs=1, out=None,
+        )
+    )  # fmt: skip
+
+
+def test_the_held_out_list_holds_nothing_that_is_learnt_from() -> None:
+    held_out = set(read_prompts("captions-held-out"))
+    for name in ("captions", "animals"):
+        assert not held_out & set(read_prompts(name))
+
+
+@pytest.mark.parametrize("prompts", [None, "captions-held-out"])
+def test_held_out_prompts_that_a_run_learnt_from_are_refused(
+    tmp_path: Path, prompts: str | None
+) -> None:
+    assert len(planned(run_on(tmp_path / "a", "captions"), prompts).prompts) == 300
+    run = run_on(tmp_path / "b", "captions-held-out")
+    with pytest.raises(UserError, match=r"did not learn from, got .* and 299 more"):
+        planned(run, prompts)
+    one = tmp_path / "one.txt"
+    one.write_text("cat\n" + read_prompts("captions-held-out")[7] + "\n")
+    with pytest.raises(UserError, match="and 0 more"):
+        planned(run_on(tmp_path / "c", str(one)), prompts)
+
+
+def test_prompts_that_are_not_called_held_out_may_be_those_of_the_run(tmp_path: Path) -> None:
+    assert planned(run_on(tmp_path / "a", "captions-held-out"), "animals").prompts
+
+
+# ---- versions
+
+
+def test_a_newer_setting_is_refused_with_the_version(tmp_path: Path) -> None:
+    run = run_on(tmp_path / "a", "")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "momentum": 0.9}))
+    with pytest.raises(UserError, match=r"got momentum from version 0\.1\.0"):
+        read_config(run)
+    (run / "provenance.json").unlink()
+    with pytest.raises(UserError, match=r"got momentum from version \(not on record\)"):
+        read_config(run)
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"),
+    [("0.1.0", False), ("0.0.9", False), ("0.1.1", True), ("0.2", True), ("10.0.0rc1", True),
+     ("0.1.0+local", False)],
+)  # fmt: skip
+def test_a_newer_version_is_refused(tmp_path: Path, version: str, newer: bool) -> None:
+    (tmp_path / "provenance.json").write_text(json.dumps({"packages": {"d3po-bench": version}}))
+    if not newer:
+        assert read_facts(tmp_path)
+        return
+    with pytest.raises(UserError, match=rf"0\.1\.0 or older in .*, got one of {version}"):
+        read_facts(tmp_path)
+
+
+def test_what_is_published_is_read(tmp_path: Path) -> None:
+    configs = list((ROOT / "results").rglob("config.json"))
+    assert len(configs) > 100
+    assert all(read_config(path.parent)["method"] for path in configs)
+
+
+# ---- seeds
+
+
+def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", seed=3)
+    write_run(tmp_path / "b", seed=3)
+    with pytest.raises(UserError, match="each seed of d3po once, got seed 3"):
+        report.read_groups([tmp_path])

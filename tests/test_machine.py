@@ -1,0 +1,54 @@
+"""Deterministic kernels, and what provenance says of the machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from d3po_bench import machine
+from d3po_bench.cli import main
+from d3po_bench.store import RunStore
+from tests.test_cli import run_of, seed_folder, written
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "on"),
+    [("cpu", "auto", True), ("cuda", "auto", False), ("mps", "auto", False), ("cpu", "off", False),
+     ("cpu", "on", True), ("cuda", "on", True)],
+)  # fmt: skip
+def test_kernels_are_deterministic_by_default_on_a_cpu(
+    device: str, wanted: str, on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert machine.determine(torch.device(device), wanted) is on
+    assert torch.are_deterministic_algorithms_enabled() is on
+    assert torch.backends.cudnn.deterministic is on
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is (on and device == "cuda")
+
+
+def test_the_switch_is_recorded_and_changes_no_byte_on_a_cpu(micro: Path, tmp_path: Path) -> None:
+    for name, flag in {"a": (), "b": ("--no-deterministic",), "c": ("--deterministic",)}.items():
+        main(run_of(micro, "--out", tmp_path / name, *flag))
+    folders = {name: seed_folder(tmp_path / name, micro) for name in "abc"}
+    told = {name: RunStore(folder).provenance() for name, folder in folders.items()}
+    assert {k: facts["deterministic"] for k, facts in told.items()} == {
+        "a": True, "b": False, "c": True
+    }  # fmt: skip
+    assert written(folders["a"]) == written(folders["b"]) == written(folders["c"])
+    assert torch.backends.cpu.get_cpu_capability() in told["a"]["cpu"]
+
+
+def test_a_text_has_a_short_name() -> None:
+    assert machine.digest("a") != machine.digest("b")
+    assert len(machine.digest("a")) == 12
