@@ -135,17 +135,22 @@ class Execution:
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    checkpoint_every: int = 1
+    """Rounds between checkpoints. A run that is stopped by a signal or an error loses no finished
+    round; one that is killed loses at most these."""
     deterministic: Literal["auto", "on", "off"] = "auto"
     """Kernels that give the same bits each time, or an error; auto: on for a CPU, off elsewhere."""
 
     def check(self) -> None:
-        """Refuse batches of nothing.
+        """Refuse batches of nothing, and a checkpoint that never comes.
 
         Raises:
             UserError: naming the field, what it must be and what it is.
         """
-        batches = ("sample_batch", "micro_batch", "reference_batch", "decode_batch")
-        _check_ranges(self, {"threads": (0, 1024)} | dict.fromkeys(batches, (1, 10**6)))
+        sizes = (
+            "sample_batch", "micro_batch", "reference_batch", "decode_batch", "checkpoint_every",
+        )  # fmt: skip
+        _check_ranges(self, {"threads": (0, 1024)} | dict.fromkeys(sizes, (1, 10**6)))
 
 
 def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> None:

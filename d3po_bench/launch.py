@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from d3po_bench import registry, train
 from d3po_bench.config import Execution, RunConfig, make
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import RunError, UserError, is_out_of_memory
 from d3po_bench.prompts import read_prompts
 from d3po_bench.reading import read_facts
 from d3po_bench.store import RunStore, require_same
@@ -165,21 +165,21 @@ def _one(work: Work, report: Report) -> None:
     config, execution, folder, resume = work
     try:
         train.run_seed(config, execution, folder, resume=resume, report=report)
-    except MemoryError as problem:
-        raise out_of_memory() from problem
-    except RuntimeError as problem:
-        if "out of memory" in str(problem) or "can't allocate memory" in str(problem):
+    except (MemoryError, RuntimeError, OSError) as problem:
+        if is_out_of_memory(problem):
             raise out_of_memory() from problem
         raise
 
 
+SMALLER = (
+    "Make the batches smaller: --set micro_batch=8 --set sample_batch=16 --set "
+    "reference_batch=16, or --set gradient_checkpointing=true."
+)
+
+
 def out_of_memory() -> RunError:
     """The error for a device or machine without enough memory."""
-    return RunError(
-        "Expected enough memory for a batch, got none left. Make the batches smaller: --set "
-        "micro_batch=8 --set sample_batch=16 --set reference_batch=16, or --set "
-        "gradient_checkpointing=true."
-    )
+    return RunError(f"Expected enough memory for a batch, got none left. {SMALLER}")
 
 
 def _in_turn(work: list[Work], report: Report) -> dict[str, UserError]:
@@ -248,8 +248,8 @@ def _failure(future: Future[None]) -> UserError | None:
     if isinstance(problem, RuntimeError) and "terminated abruptly" in str(problem):
         return RunError(
             "Expected a worker process that finishes, got one that was killed (out of memory?). "
-            "Run the same command again, with --jobs 1 if memory is short: it goes on from the "
-            "last checkpoint."
+            "Run the same command again: it goes on from the last checkpoint. If memory is short, "
+            f"add --jobs 1. {SMALLER}"
         )
     raise problem
 

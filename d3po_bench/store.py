@@ -6,24 +6,27 @@ import contextlib
 import csv
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from d3po_bench import machine
 from d3po_bench.config import RunConfig
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import RunError, UserError, is_out_of_memory
 
 PACKAGES = (
     "d3po-bench", "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors",
@@ -32,34 +35,88 @@ PACKAGES = (
 Row = dict[str, Any]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
     """Write beside, fsync, rename: `path` holds the old bytes or the new ones, never a part.
+
+    Args:
+        path: what to write; its folder is made.
+        data: the new bytes.
+        keep: where the old file goes once the new one is whole; None for away.
 
     Raises:
         RunError: the disk is full or the folder cannot be written, naming the file.
     """
     part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as problem:
-        raise write_error(path, problem) from problem
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            part.replace(path)
+            _sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, through a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:  # a file system that syncs no folders
+            raise
+    finally:
+        os.close(number)
+
+
+def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
+    """Let `save` fill a folder beside, sync, rename: `folder` is whole or not there.
+
+    Raises:
+        UserError: as `write_atomically` does.
+    """
+    part = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        with writing(folder):
+            save(part)
+            for path in (*part.rglob("*"), part):
+                _sync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            part.replace(folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+_NO_ROOM = {
+    errno.ENOSPC: "a full disk",
+    errno.EDQUOT: "a full disk",
+    errno.EFBIG: "a limit on the size of files",
+}
+
+
 def write_error(path: Path, problem: Exception) -> UserError:
     """What to tell people about a file that could not be written."""
-    full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in str(problem):
+    number = getattr(problem, "errno", None)
+    if "No space left" in str(problem):  # without a number, from safetensors
+        number = errno.ENOSPC
+    if number in _NO_ROOM:
         return RunError(
-            f"Expected room to write {path}, got a full disk. Free some space and run the same "
+            f"Expected room to write {path}, got {_NO_ROOM[number]}. Make room and run the same "
             "command again: it goes on from the last checkpoint."
+        )
+    if number == errno.EIO:
+        return RunError(
+            f"Expected to be able to write {path}, got: {os.strerror(errno.EIO)}. Look after that "
+            "disk, then run the same command again: it goes on from the last checkpoint."
         )
     reason = getattr(problem, "strerror", None) or problem
     return UserError(
@@ -69,14 +126,17 @@ def write_error(path: Path, problem: Exception) -> UserError:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in somebody else's writing of `path` into our errors.
+    """Turn what goes wrong in the writing of `path` into our errors.
 
     Raises:
         UserError: as `write_atomically` does.
+        OSError: there is no memory left, which is nothing that the file can help.
     """
     try:
         yield
     except (OSError, SafetensorError) as problem:
+        if is_out_of_memory(problem):
+            raise
         raise write_error(path, problem) from problem
 
 
@@ -116,6 +176,8 @@ class RunStore:
         self.metrics: list[Row] = _read_json_lines(folder / "metrics.jsonl")
         self.timing: list[Row] = _read_json_lines(folder / "timing.jsonl")
         self.evaluation: list[Row] = read_csv(folder / "eval.csv")
+        self.damaged = False
+        """Whether the newest checkpoint was passed over."""
         with _reading(folder / "eval.csv"):
             for row in self.evaluation:
                 int(row["round"])
@@ -185,34 +247,71 @@ class RunStore:
         self.timing = [t for t in self.timing if t["round"] <= round_]
         self.evaluation = [e for e in self.evaluation if int(e["round"]) <= round_]
 
+    def digests(self) -> dict[str, str]:
+        """File -> SHA-256 of what it says of the rounds that are kept."""
+        rows = {
+            "metrics.jsonl": _json_lines(self.metrics),
+            "timing.jsonl": _json_lines(self.timing),
+            "eval.csv": csv_bytes(self.evaluation),
+        }
+        return {name: hashlib.sha256(data).hexdigest() for name, data in rows.items()}
+
+    def require_digests(self, expected: Mapping[str, str]) -> None:
+        """Refuse rows that are not those of the checkpoint.
+
+        Raises:
+            UserError: naming the file.
+        """
+        for name, digest in self.digests().items():
+            if digest != expected.get(name):
+                raise UserError(
+                    f"Expected the rows that the checkpoint knows in {self.folder / name}, got "
+                    "others: the file is damaged or was changed. Restore it, or remove the run "
+                    "folder and start again."
+                )
+
     def checkpoint(self, tensors: Mapping[str, Tensor], facts: Row) -> None:
-        """Replace the checkpoint by one that holds `tensors` and `facts`."""
+        """Write the checkpoint of `tensors` and `facts`; the one before is kept beside it."""
         from safetensors.torch import save
 
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        data = save(contiguous, metadata={"facts": json.dumps(facts)})
-        write_atomically(self.folder / "checkpoints" / "last.safetensors", data)
+        text = json.dumps(facts)
+        data = save(contiguous, metadata={"facts": text, "sha256": _digest(contiguous, text)})
+        newest, before = self._checkpoints()
+        # A damaged one must not push out the whole one before it.
+        write_atomically(newest, data, keep=None if self.damaged else before)
+        self.damaged = False
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], Row] | None:
-        """The checkpoint's tensors and facts; None where there is none yet.
+        """Tensors and facts of the newest checkpoint that is whole; None where there is none yet.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: there are checkpoints, and none is whole.
         """
-        from safetensors import safe_open
-
-        path = self.folder / "checkpoints" / "last.safetensors"
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
+        problems: list[str] = []
+        for path in self._checkpoints():
+            try:
+                found = _read_checkpoint(path)
+            except FileNotFoundError:
+                continue
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
+                if is_out_of_memory(problem):
+                    raise
+                problems.append(f"{path}, got a damaged one ({problem})")
+                continue
+            self.damaged = bool(problems)
+            return found
+        if problems:
             raise UserError(
-                f"Expected a whole checkpoint at {path}, got a damaged one ({problem}). Remove "
-                "the run folder and start again."
-            ) from problem
+                f"Expected a whole checkpoint at {', and at '.join(problems)}. Remove the run "
+                "folder and start again."
+            )
+        return None
+
+    def _checkpoints(self) -> tuple[Path, Path]:
+        """The newest checkpoint and the one before it."""
+        folder = self.folder / "checkpoints"
+        return folder / "last.safetensors", folder / "previous.safetensors"
 
     @property
     def finished(self) -> bool:
@@ -230,6 +329,32 @@ class RunStore:
         known = {**_environment(), **self.provenance(), **facts}
         data = json.dumps(known, indent=1, sort_keys=True).encode() + b"\n"
         write_atomically(self.folder / "provenance.json", data)
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    """SHA-256 of everything that a checkpoint holds; the tensors are contiguous, on the CPU."""
+    whole = hashlib.sha256(facts.encode())
+    for name, t in sorted(tensors.items()):
+        whole.update(f"\0{name} {t.dtype} {tuple(t.shape)}\0".encode())
+        whole.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Row]:
+    """Tensors and facts.
+
+    Raises:
+        ValueError: the file is not what was written; its readers raise others.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        known = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if known.get("sha256") != _digest(tensors, known["facts"]):
+        raise ValueError("its checksum is another or is missing")
+    facts: Row = json.loads(known["facts"])
+    return tensors, facts
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from d3po_bench.models.stable_diffusion import Source, Training, fingerprint, lo
 from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
 from d3po_bench.seeding import stream
-from d3po_bench.store import Row, RunStore, now, writing
+from d3po_bench.store import Row, RunStore, now, write_folder
 from d3po_bench.types import Rollout, Scorer
 
 HISTORY = 64
@@ -262,7 +262,7 @@ class Trainer:
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"{key}/{name}"] = value
         tensors |= {f"memory/{name}": value for name, value in self.memory.items()}
-        facts = {"round": self.round, **self._spent(), "history": self.history}
+        facts = {"round": self.round, **self._spent(), "history": dict(self.history)}
         if self.scaler is not None:
             facts["scaler"] = self.scaler.state_dict()
         return tensors, facts
@@ -386,7 +386,7 @@ def run_seed(
         torch.set_num_threads(threads_of(config, execution))
         on = determine(device_of(execution.device), execution.deterministic)
         trainer = make(config, execution)
-        _restore(trainer, store)
+        _restore(trainer, store, report)
         evaluation = Evaluation(trainer)
         store.start(
             config, inputs={**trainer.inputs, "scorers": evaluation.fingerprints()},
@@ -394,8 +394,7 @@ def run_seed(
             **(facts or {}),
         )  # fmt: skip
         _rounds(trainer, store, evaluation, report)
-        with writing(folder / "lora"):
-            trainer.model.save(folder / "lora")
+        write_folder(folder / "lora", trainer.model.save)
         store.write_provenance(ended=now(), execution=vars(execution).copy())
 
 
@@ -406,35 +405,86 @@ def threads_of(config: RunConfig, execution: Execution) -> int:
     return 1 if config.model == "tiny" else torch.get_num_threads()
 
 
-def _restore(trainer: Trainer, store: RunStore) -> None:
+def _restore(trainer: Trainer, store: RunStore, report: Report) -> None:
+    """Go back to the newest whole checkpoint, and drop the rows of later rounds."""
     checkpoint = store.load_checkpoint()
-    if checkpoint is not None:
-        trainer.restore(*checkpoint)
-    store.keep_until(trainer.round if checkpoint is not None else -1)
+    if checkpoint is None:
+        store.keep_until(-1)
+        return
+    tensors, facts = checkpoint
+    trainer.restore(tensors, facts)
+    store.keep_until(trainer.round)
+    store.require_digests(facts["rows"])
+    if store.damaged:
+        place = trainer.round / trainer.config.rounds
+        text = f"the newest checkpoint is damaged: going on from round {trainer.round}"
+        report(Progress(label(trainer.config), place, text))
+
+
+class _Checkpoints:
+    """The checkpoints of a run: one every few rounds, and one when it is stopped in between."""
+
+    def __init__(self, trainer: Trainer, store: RunStore) -> None:
+        self.trainer, self.store = trainer, store
+        self.pending: tuple[dict[str, Tensor], Row] | None = None
+        """The state after the last finished round, where it is not on disk."""
+
+    def take(self) -> None:
+        """Write the state after a round, or only keep it while the next checkpoint is not due."""
+        every, last = self.trainer.execution.checkpoint_every, self.trainer.config.rounds
+        tensors, facts = self.trainer.state()
+        facts["rows"] = self.store.digests()
+        due = self.trainer.round % every == 0 or self.trainer.round == last
+        if not due:  # the next round changes the tensors
+            tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        self.pending = tensors, facts
+        if due:
+            self.store.checkpoint(tensors, facts)
+            self.pending = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write what is pending if the run ends on the way, whatever ended it."""
+        try:
+            yield
+        except BaseException:
+            if self.pending is not None:
+                with suppress(UserError, MemoryError):  # what ended the run is what is told
+                    self.store.checkpoint(*self.pending)
+            raise
 
 
 def _rounds(trainer: Trainer, store: RunStore, evaluation: Evaluation, report: Report) -> None:
     """Rounds until the last, each written before its checkpoint."""
     config, text = trainer.config, ""
-    if trainer.round == 0 and evaluation.due() and not store.evaluation:
-        report(Progress(label(config), 0.0, "evaluating the base model"))
-        text = f"held-out {evaluation.run(store):.3f} {trainer.scorer.unit}"
-        store.checkpoint(*trainer.state())
-    while trainer.round < config.rounds:
-        done = trainer.round
-
-        def stage(name: str, share: float, done: int = done, text: str = text) -> None:
-            place = (done + share) / config.rounds
-            report(Progress(label(config), place, f"round {done + 1}/{config.rounds} {text}"))
-
-        try:
-            metrics, timing = trainer.train_round(stage)
-        except RunError as problem:
-            raise RunError(f"Round {done + 1}, seed {config.seed}: {problem}") from problem
-        text = f"reward {metrics['reward_mean']:+.3f} {trainer.scorer.unit}"
-        start = time.monotonic()
-        if evaluation.due():
-            evaluation.run(store)
-        store.log(metrics, timing | {"evaluate": round(time.monotonic() - start, 3)})
-        store.checkpoint(*trainer.state())
+    checkpoints = _Checkpoints(trainer, store)
+    with checkpoints.kept():
+        if trainer.round == 0 and evaluation.due() and not store.evaluation:
+            report(Progress(label(config), 0.0, "evaluating the base model"))
+            text = f"held-out {evaluation.run(store):.3f} {trainer.scorer.unit}"
+            checkpoints.take()
+        while trainer.round < config.rounds:
+            text = _round(trainer, store, evaluation, report, text)
+            checkpoints.take()
     report(Progress(label(config), 1.0, text))
+
+
+def _round(
+    trainer: Trainer, store: RunStore, evaluation: Evaluation, report: Report, before: str
+) -> str:
+    """One round, evaluated if that is due, and written; returns what to show of it."""
+    config, done = trainer.config, trainer.round
+
+    def stage(name: str, share: float) -> None:
+        place = (done + share) / config.rounds
+        report(Progress(label(config), place, f"round {done + 1}/{config.rounds} {before}"))
+
+    try:
+        metrics, timing = trainer.train_round(stage)
+    except RunError as problem:
+        raise RunError(f"Round {done + 1}, seed {config.seed}: {problem}") from problem
+    start = time.monotonic()
+    if evaluation.due():
+        evaluation.run(store)
+    store.log(metrics, timing | {"evaluate": round(time.monotonic() - start, 3)})
+    return f"reward {metrics['reward_mean']:+.3f} {trainer.scorer.unit}"

@@ -400,7 +400,7 @@ def test_a_folder_in_use_is_refused(command: Command, micro: Path, half: Path) -
         ("config.json", "config.json, got a damaged file"),
         ("provenance.json", "Expected a readable"),
         ("metrics.jsonl", "metrics.jsonl, got a damaged file"),
-        ("checkpoints/last.safetensors", "got a damaged one"),
+        ("checkpoints/last.safetensors", "last.safetensors, got a damaged one"),
     ],
 )
 def test_a_damaged_run_folder_is_refused(
@@ -408,9 +408,22 @@ def test_a_damaged_run_folder_is_refused(
 ) -> None:
     path = seed_folder(half, micro) / name
     path.write_bytes(path.read_bytes()[:-20])
+    (seed_folder(half, micro) / "checkpoints" / "previous.safetensors").unlink()
     before = files(half)
     refused(command(*run_of(micro)), said)
     assert files(half) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "eval.csv"])
+def test_rows_that_the_checkpoint_does_not_know_are_refused(
+    name: str, command: Command, micro: Path, half: Path
+) -> None:
+    path = seed_folder(half, micro) / name
+    text = path.read_text()
+    last = re.findall(r"[1-9]", text)[-1]
+    head, _, tail = text.rpartition(last)
+    path.write_text(head + str(int(last) % 9 + 1) + tail)
+    refused(command(*run_of(micro)), "the rows that the checkpoint knows", str(path.name))
 
 
 # ---- a whole run
@@ -422,7 +435,8 @@ def test_a_run_writes_what_the_architecture_says(finished: Path) -> None:
     }
     assert files(finished) == pictures | {
         "config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.jsonl",
-        "checkpoints/last.safetensors", "lora/pytorch_lora_weights.safetensors",
+        "checkpoints/last.safetensors", "checkpoints/previous.safetensors",
+        "lora/pytorch_lora_weights.safetensors",
     }  # fmt: skip
 
 
@@ -605,7 +619,7 @@ def test_a_failed_seed_does_not_stop_the_next(
     assert RunStore(seed_folder(Path("runs"), micro, 1)).finished
 
 
-@pytest.mark.parametrize("writes", [0, 1, 12, 14])
+@pytest.mark.parametrize("writes", [0, 1, 2, 12, 14, 25, 28])
 def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     writes: int, command: Command, micro: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,7 +653,14 @@ def test_a_full_disk_at_the_lora_is_told(
 
 @pytest.mark.parametrize(
     "problem",
-    [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
 )
 def test_too_little_memory_says_how_to_need_less(
     problem: Exception, command: Command, micro: Path, half: Path, monkeypatch: pytest.MonkeyPatch
@@ -665,15 +686,26 @@ def in_group(number: int) -> bool:
     return True
 
 
-def test_a_terminated_command_takes_its_workers_along(micro: Path, tmp_path: Path) -> None:
-    arguments = run_of(micro, "--seeds", "2", "--jobs", "2", rounds=10**5, eval_every=0)
+@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_stopped_command_takes_its_workers_along_and_keeps_its_rounds(
+    number: signal.Signals, jobs: int, micro: Path, tmp_path: Path
+) -> None:
+    arguments = run_of(
+        micro, "--seeds", str(jobs), "--jobs", str(jobs),
+        rounds=10**5, eval_every=0, checkpoint_every=10**5,
+    )  # fmt: skip
+
+    def rounds() -> list[int]:
+        return [p.read_text().count("\n") for p in tmp_path.rglob("metrics.jsonl")]
+
     with subprocess.Popen(
         [sys.executable, "-m", "d3po_bench", *arguments, "--out", tmp_path / "runs"],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            wait_for(lambda: len(list(tmp_path.rglob("metrics.jsonl"))) == 2)
-            process.terminate()
+            wait_for(lambda: len(rounds()) == jobs and min(rounds()) > 1)
+            assert not list(tmp_path.rglob("*.safetensors"))
+            process.send_signal(number)
             error = process.communicate(timeout=60)[1]
             wait_for(lambda: not in_group(process.pid))
         finally:
@@ -683,6 +715,12 @@ def test_a_terminated_command_takes_its_workers_along(micro: Path, tmp_path: Pat
     assert error.splitlines()[-1].startswith("error: Interrupted. The same command goes on")
     assert "Traceback" not in error
     assert not [name for name in files(tmp_path) if name.endswith((".lock", ".part"))]
+    for folder in (path.parent for path in tmp_path.rglob("metrics.jsonl")):
+        store = RunStore(folder)
+        checkpoint = store.load_checkpoint()
+        assert checkpoint is not None
+        # the signal may come between a round's line and its state
+        assert checkpoint[1]["round"] in (len(store.metrics) - 1, len(store.metrics))
 
 
 def test_a_killed_worker_is_told_in_our_words() -> None:
@@ -691,6 +729,32 @@ def test_a_killed_worker_is_told_in_our_words() -> None:
     problem = launch._failure(future)
     assert isinstance(problem, RunError)
     assert "got one that was killed" in str(problem)
+
+
+def workers(number: int) -> list[int]:
+    """The worker processes of a command."""
+    children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+    return [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in Linux's /proc")
+def test_a_worker_that_the_kernel_killed_for_its_memory_is_told(
+    micro: Path, tmp_path: Path
+) -> None:
+    arguments = run_of(micro, "--seeds", "2", "--jobs", "2", rounds=10**5, eval_every=0)
+    with subprocess.Popen(
+        [sys.executable, "-m", "d3po_bench", *arguments, "--out", tmp_path / "runs"],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_for(lambda: bool(list(tmp_path.rglob("metrics.jsonl"))))
+            os.kill(workers(process.pid)[0], signal.SIGKILL)
+            error = process.communicate(timeout=60)[1]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    refused(Outcome(process.returncode, "", error), "killed (out of memory?)", "--jobs 1",
+            "--set micro_batch=8", code=1)  # fmt: skip
 
 
 def test_errors_of_several_seeds_become_one_line() -> None:

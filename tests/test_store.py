@@ -6,8 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,8 @@ def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), RunError, 1, "got a full disk"),
         (OSError(errno.EDQUOT, "Quota exceeded"), RunError, 1, "got a full disk"),
+        (OSError(errno.EFBIG, "File too large"), RunError, 1, "a limit on the size of files"),
+        (OSError(errno.EIO, "Input/output error"), RunError, 1, "got: Input/output error"),
         (OSError(errno.EROFS, "Read-only file system"), UserError, 2, "got: Read-only file system"),
     ],
 )
@@ -289,16 +293,126 @@ def test_a_checkpoint_comes_back(run: RunStore) -> None:
     for name, value in tensors.items():
         assert torch.equal(found[0][name], value)
         assert found[0][name].dtype == value.dtype
-    assert files(run.folder / "checkpoints") == ["last.safetensors"]
+    assert files(run.folder / "checkpoints") == ["last.safetensors", "previous.safetensors"]
 
 
-@pytest.mark.parametrize("keep", [0, 5, 60, -1])
-def test_a_damaged_checkpoint_is_refused(run: RunStore, keep: int) -> None:
-    run.checkpoint({"weight/a": torch.ones(4)}, {"round": 1})
-    path = run.folder / "checkpoints" / "last.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"Expected a whole checkpoint .* got a damaged one"):
+def state(round_: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and facts of a round, about as a trainer has them."""
+    rng = torch.Generator().manual_seed(round_)
+    tensors = {f"weight/{n}": torch.randn(8, 4, generator=rng) for n in "abc"}
+    return tensors | {"step/a": torch.tensor(float(round_))}, {"round": round_, "history": {}}
+
+
+def truncated(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def flipped(data: bytes, rng: random.Random) -> bytes:
+    place = rng.randrange(len(data))
+    return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+
+
+def flipped_in_the_header(data: bytes, rng: random.Random) -> bytes:
+    size = 8 + int.from_bytes(data[:8], "little")
+    return flipped(data[:size], rng) + data[size:]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("harm", [truncated, flipped, flipped_in_the_header])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    run: RunStore, harm: Callable[[bytes, random.Random], bytes], seed: int
+) -> None:
+    newest, before = (run.folder / "checkpoints" / f"{n}.safetensors" for n in ("last", "previous"))
+    for round_ in (1, 2):
+        run.checkpoint(*state(round_))
+    newest.write_bytes(harm(newest.read_bytes(), random.Random(seed)))
+    again = RunStore(run.folder)
+    found = again.load_checkpoint()
+    assert found is not None
+    assert found[1] == state(1)[1]
+    assert all(torch.equal(found[0][name], t) for name, t in state(1)[0].items())
+    assert again.damaged
+
+    again.checkpoint(*state(2))  # in the damaged one's place: the whole one stays
+    assert (_round_of(newest), _round_of(before)) == (2, 1)
+    before.write_bytes(harm(before.read_bytes(), random.Random(seed)))
+    newest.write_bytes(harm(newest.read_bytes(), random.Random(seed)))
+    with pytest.raises(UserError, match=r"Expected a whole checkpoint at .* damaged one") as told:
+        RunStore(run.folder).load_checkpoint()
+    assert str(newest) in str(told.value)
+    assert str(before) in str(told.value)
+
+
+def _round_of(path: Path) -> int:
+    return int(store._read_checkpoint(path)[1]["round"])
+
+
+def test_the_one_before_is_there_whenever_the_newest_is_not(
+    run: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between any two steps of a write leaves a checkpoint that can be read."""
+    run.checkpoint(*state(1))
+    run.checkpoint(*state(2))
+    replace, seen = Path.replace, []
+
+    def watched(self: Path, target: Path) -> Path:
+        done = replace(self, target)
+        found = RunStore(run.folder).load_checkpoint()
+        seen.append(found and found[1]["round"])
+        return done
+
+    monkeypatch.setattr(Path, "replace", watched)
+    run.checkpoint(*state(3))
+    assert seen == [2, 3]
+
+
+def test_a_checkpoint_that_was_not_written_leaves_both_of_before(
+    run: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.checkpoint(*state(1))
+    run.checkpoint(*state(2))
+    newest, before = run._checkpoints()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(RunError, match=r"room to write .*last\.safetensors, got a full disk"):
+            run.checkpoint(*state(3))
+    assert (_round_of(newest), _round_of(before)) == (2, 1)
+
+
+def test_too_little_memory_to_read_is_no_damage(
+    run: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.checkpoint(*state(1))
+    problem = OSError(errno.ENOMEM, "Cannot allocate memory")
+    monkeypatch.setattr(store, "_read_checkpoint", failing(problem))
+    with pytest.raises(OSError, match="Cannot allocate memory"):
         run.load_checkpoint()
+
+
+# ---- the folder of the final weights
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "lora"
+
+    def save(text: str) -> Callable[[Path], None]:
+        def fill(part: Path) -> None:
+            part.mkdir()
+            (part / text).write_text(text)
+            if text == "broken":
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return fill
+
+    with pytest.raises(RunError, match=r"room to write .*lora, got a full disk"):
+        store.write_folder(folder, save("broken"))
+    assert files(tmp_path) == []
+    (tmp_path / "lora.part").mkdir()  # as a kill leaves it
+    (tmp_path / "lora.part" / "old").touch()
+    store.write_folder(folder, save("one"))
+    assert files(tmp_path) == ["lora", "lora/one"]
+    store.write_folder(folder, save("two"))
+    assert files(tmp_path) == ["lora", "lora/two"]
 
 
 def test_a_strangers_safetensors_is_refused_as_a_checkpoint(run: RunStore) -> None:

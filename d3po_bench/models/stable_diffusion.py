@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from d3po_bench.errors import UserError
+from d3po_bench.errors import UserError, is_out_of_memory
 from d3po_bench.seeding import stream
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -226,6 +226,8 @@ class StableDiffusion:
             else:
                 self._load_lora(folder)
         except Exception as problem:  # a damaged or strange file can raise anything
+            if is_out_of_memory(problem):
+                raise
             raise UserError(
                 f"Expected a LoRA or UNet of this model in {folder}, got files that do not load: "
                 f"{_first_line(problem)} Give --model the model that it was trained on."
@@ -301,6 +303,8 @@ def load(source: Source, device: torch.device, training: Training) -> StableDiff
         if parts["tokenizer"].model_max_length > 10**6:  # made up, for want of any file
             raise OSError("its tokenizer is not there.")
     except Exception as problem:  # a damaged file can raise anything on its way through loaders
+        if is_out_of_memory(problem):
+            raise
         raise UserError(
             f"Expected a whole Stable Diffusion pipeline in {source.path}, got a part that does "
             f"not load: {_first_line(problem)} Fetch or save the pipeline again."

@@ -1,0 +1,189 @@
+"""A full, limited or read-only disk: one line that names the file, and nothing is corrupt.
+
+Once there is room again, the same command ends with the bytes of a run that always had it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import test_cli
+from tests.test_cli import Command, files, refused, run_of, seed_folder, written
+
+command, finished, half = test_cli.command, test_cli.finished, test_cli.half
+
+PAGE = 4096
+
+
+# ---- anywhere: errors of the system, raised where a file is opened
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "provenance.json", "metrics.jsonl", "timing.jsonl", "eval.csv",
+        "last.safetensors", "butterfly.png",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (errno.ENOSPC, 1, "got a full disk"),
+        (errno.EFBIG, 1, "got a limit on the size of files"),
+        (errno.EIO, 1, "got: Input/output error"),
+        (errno.EROFS, 2, "got: Read-only file system"),
+        (errno.EACCES, 2, "got: Permission denied"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_and_the_run_goes_on_later(
+    name: str, number: int, code: int, said: str,
+    command: Command, micro: Path, finished: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    open_ = Path.open
+
+    def broken(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == f"{name}.part":
+            raise OSError(number, os.strerror(number), str(self))
+        return open_(self, *args, **kwargs)
+
+    folder = seed_folder(Path("runs"), micro)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", broken)
+        done = command(*run_of(micro))
+    assert done.code == code
+    line = done.err.splitlines()[-1]
+    assert line.startswith("error: Expected")
+    assert said in line
+    assert f"/{name}, got" in line
+    assert "Traceback" not in done.err
+    assert not [f for f in files(Path()) if f.endswith((".part", ".lock"))]
+    assert command(*run_of(micro)).code == 0
+    assert written(folder) == written(finished)
+    assert files(folder) == files(finished)
+
+
+@contextlib.contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(0, "config.json"), (2 * PAGE, "last.safetensors"), (20, "config.json")]
+)
+def test_a_limit_on_the_size_of_files_is_told(
+    size: int, name: str, command: Command, micro: Path, finished: Path
+) -> None:
+    folder = seed_folder(Path("runs"), micro)
+    with at_most(size):
+        done = command(*run_of(micro))
+    refused(done, f"/{name}, got a limit on the size of files", code=1)
+    assert command(*run_of(micro)).code == 0
+    assert written(folder) == written(finished)
+
+
+def test_a_limit_that_ends_the_figures_is_told(command: Command, finished: Path) -> None:
+    with at_most(2 * PAGE):
+        done = command("plot", finished, "--out", "figures")
+    refused(done, "figures/curves.png, got a limit on the size of files", code=1)
+    assert files(Path()) == set()
+    assert command("plot", finished, "--out", "figures").code == 0
+
+
+# ---- a disk of our own
+
+
+def mount(*arguments: str | Path) -> None:
+    """Call `mount`, or skip the test."""
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("needs the right to mount")
+    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"mount is not allowed here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty disk of 4 MiB in memory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", place)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk: Path, room: int) -> Path:
+    """Leave `room` bytes on the disk; returns the file that fills the rest."""
+    path = disk / "ballast"
+    path.unlink(missing_ok=True)
+    free = shutil.disk_usage(disk).free
+    path.write_bytes(bytes(max(0, free - room) // PAGE * PAGE))
+    return path
+
+
+def test_a_disk_that_is_full_again_and_again(
+    disk: Path, command: Command, micro: Path, finished: Path
+) -> None:
+    arguments = run_of(micro, "--out", disk / "runs")
+    folder = seed_folder(disk / "runs", micro)
+    named: list[str] = []
+    room, before = 0, set[str]()
+    for _ in range(100):
+        ballast = fill(disk, room)
+        done = command(*arguments)
+        if done.code == 0:
+            break
+        line = refused(done, "Expected room to write", "got a full disk", code=1)
+        named.append(Path(line.split("room to write ")[1].split(", got")[0]).name)
+        assert not [f for f in files(disk) if f.endswith((".part", ".lock"))]
+        # A page more until something new fits, then none again: every file meets a full disk.
+        room = room + PAGE if files(disk) == before else 0
+        before = set(files(disk))
+    ballast.unlink()
+    assert set(named) >= {"config.json", "metrics.jsonl", "eval.csv", "last.safetensors", "lora"}
+    assert written(folder) == written(finished)
+    assert files(folder) == files(finished)
+
+
+def test_a_disk_too_full_for_the_figures(disk: Path, command: Command, finished: Path) -> None:
+    assert command("plot", finished, "--out", "figures").code == 0
+    for room, name in ((0, "curves.png"), (30 * PAGE, "curves.svg")):
+        ballast = fill(disk, room)
+        done = command("plot", finished, "--out", disk / "figures")
+        refused(done, f"room to write {disk}/figures/{name}, got a full disk", code=1)
+    ballast.unlink()
+    assert command("plot", finished, "--out", disk / "figures").code == 0
+    names = files(Path("figures"))
+    assert written(disk / "figures", tuple(names)) == written(Path("figures"), tuple(names))
+
+
+def test_a_read_only_disk(disk: Path, command: Command, micro: Path, half: Path) -> None:
+    shutil.copytree(half, disk / "runs")
+    arguments = run_of(micro, "--out", disk / "runs")
+    folder = seed_folder(disk / "runs", micro)
+    before = written(disk, tuple(files(disk)))
+    mount("-o", "remount,ro", disk)
+    refused(command(*arguments), str(folder), "got: Read-only file system", "--out")
+    done = command("plot", folder, "--out", disk / "figures")
+    refused(done, "figures/curves.png", "got: Read-only file system")
+    assert written(disk, tuple(files(disk))) == before
+    mount("-o", "remount,rw", disk)
+    assert command(*arguments).code == 0
+    assert files(folder) == files(seed_folder(half, micro))

@@ -1,0 +1,135 @@
+"""A run that was killed, stopped or damaged ends with the bytes of one that was not, or says why.
+
+`python -m tests.kills --kills 50` is the long form of the first test.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from d3po_bench import train
+from d3po_bench.errors import RunError
+from d3po_bench.store import RunStore
+from tests import kills, test_cli
+from tests.test_cli import ROOT, Command, Stop, files, refused, run_of, seed_folder, written
+from tests.test_store import flipped, truncated
+
+command, finished, half = test_cli.command, test_cli.finished, test_cli.half
+
+Harm = Callable[[bytes, random.Random], bytes]
+
+
+# ---- killed
+
+
+def test_killed_runs_end_with_the_same_bytes(micro: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kills", "--kills", "5", "--model", str(micro)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1].startswith("5 of 5 equal"), done.stdout + done.stderr
+    assert done.returncode == 0
+
+
+def test_the_harness_names_what_differs(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        (folder / "lora").mkdir(parents=True)
+        for name in ("metrics.jsonl", "eval.csv", "timing.jsonl", "lora/weights"):
+            (folder / name).write_text("1.5\n")
+    assert kills.different(one, other) == []
+    (other / "timing.jsonl").write_text("2.5\n")
+    assert kills.different(one, other) == []
+    (other / "lora" / "weights").write_text("1.4\n")
+    (other / "eval.csv").unlink()
+    (other / "eval.csv.part").touch()
+    assert kills.different(one, other) == ["eval.csv", "eval.csv.part", "lora/weights"]
+
+
+def test_the_harness_counts_where_it_hit_and_what_was_equal() -> None:
+    hits = [("ddpo", "learning", 0, []), ("d3po", "checkpoint", 1, ["eval.csv"])]
+    done = [kills.Trial(method, "", hit, parts, other) for method, hit, parts, other in hits]
+    head, first, second, last = (line.split() for line in kills.table(done))
+    assert head[1:] == [*kills.STAGES, "half-written", "kills", "equal"]
+    assert first == ["ddpo", "0", "1", "0", "0", "0", "0", "0", "1", "1"]
+    assert second == ["d3po", "0", "0", "0", "0", "1", "0", "1", "1", "0"]
+    assert last == ["all", "0", "1", "0", "0", "1", "0", "1", "2", "1"]
+
+
+# ---- stopped
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), SystemExit(1), RunError("Expected, got")])
+def test_a_stopped_run_loses_no_finished_round(
+    problem: BaseException, command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(*run_of(micro, "--out", "whole", rounds=4)).code == 0
+    rare = run_of(micro, rounds=4, checkpoint_every=3)
+    folder = seed_folder(Path("runs"), micro)
+    for done in (1, 2):  # before the first that is due after the base model's, and again
+        with monkeypatch.context() as patch:
+            stop = Stop(train.Trainer.train_round, lambda t, *_, n=done: t.round == n, problem)
+            patch.setattr(train.Trainer, "train_round", stop)
+            assert command(*rare).code == 1
+        assert written_round(folder) == done
+    assert command(*rare).code == 0
+    assert written(folder) == written(seed_folder(Path("whole"), micro))
+
+
+def written_round(folder: Path) -> int:
+    found = RunStore(folder).load_checkpoint()
+    assert found is not None
+    return int(found[1]["round"])
+
+
+def test_checkpoints_come_every_few_rounds_and_at_the_end(
+    command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    checkpoint = RunStore.checkpoint
+
+    def spy(self: RunStore, tensors: dict[str, object], facts: dict[str, int]) -> None:
+        seen.append(facts["round"])
+        checkpoint(self, tensors, facts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunStore, "checkpoint", spy)
+    assert command(*run_of(micro, rounds=5, checkpoint_every=2)).code == 0
+    assert seen == [0, 2, 4, 5]
+    refused(command(*run_of(micro, checkpoint_every=0)), "checkpoint_every from 1")
+
+
+# ---- damaged
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("harm", [truncated, flipped])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    harm: Harm, seed: int, command: Command, micro: Path, half: Path, finished: Path
+) -> None:
+    folder = seed_folder(half, micro)
+    path = folder / "checkpoints" / "last.safetensors"
+    path.write_bytes(harm(path.read_bytes(), random.Random(seed)))
+    done = command(*run_of(micro))
+    assert done.code == 0
+    assert "the newest checkpoint is damaged: going on from round 1" in done.err
+    assert written(folder) == written(finished)
+    assert files(folder) == files(finished)
+    assert written_round(folder) == 2
+
+
+@pytest.mark.parametrize("harm", [truncated, flipped])
+def test_a_run_without_a_whole_checkpoint_is_refused(
+    harm: Harm, command: Command, micro: Path, half: Path
+) -> None:
+    folder = seed_folder(half, micro)
+    for path in (folder / "checkpoints").iterdir():
+        path.write_bytes(harm(path.read_bytes(), random.Random(0)))
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    refused(command(*run_of(micro)), "last.safetensors", "previous.safetensors", "start again")
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
