@@ -67,6 +67,13 @@ def nightly(session: nox.Session) -> None:
 
 
 @nox.session
+def kills(session: nox.Session) -> None:
+    """Kill 50 runs at random moments, go on with them, and compare their bytes; ten minutes."""
+    _install(session)
+    session.run("python", "-m", "tests.kills", *(session.posargs or ["--kills", "50"]))
+
+
+@nox.session
 def parity(session: nox.Session) -> None:
     """Score random weights with the official packages, then with ours; `-- --full`: real sizes."""
     folder = Path(session.cache_dir, "parity").resolve()

@@ -5,8 +5,9 @@
 
 A round draws seven images of each prompt from one noise (normalcy: the 135 training captions,
 safety: the 45 animals), simulated raters tag the bad ones, D3PO learns from the tags against the
-model that drew the round, and the next round draws with what was learnt. Writes OUT/EXPERIMENT/error-E/seed-N/rates.csv, a row for each round; an
-interrupted call goes on where it was.
+model that drew the round, and the next round draws with what was learnt. Writes
+OUT/EXPERIMENT/error-E/seed-N/rates.csv, a row for each round; an interrupted call goes on where
+it was.
 """
 
 from __future__ import annotations
