@@ -18,6 +18,7 @@ import click
 
 from d3po_bench.feedback import loop
 from d3po_bench.feedback.raters import Annotator
+from d3po_bench.reading import read_config
 from d3po_bench.store import csv_bytes, write_atomically
 from eval import evaluate
 from eval.table1 import SAMPLER
@@ -27,11 +28,13 @@ METHODS = ("preferred_images", "reward_weighted", "d3po")
 RATERS = 5
 
 
-def drawn(target: Path, out: Path, count: int | None) -> Path:
-    """The pictures of a model, of the training sampler and at the runs' number of steps."""
+def drawn(target: Path, run: Path, out: Path, count: int | None) -> Path:
+    """The pictures of a model, by the training sampler and drawn as `run` was."""
+    own = read_config(run)
     request = evaluate.Request(
-        target=target, scorers=(), model="tiny", prompts=None, count=count, images=1, steps=10,
-        guidance=5.0, device="cpu", jobs=1, out=out, save=True,
+        target=target, scorers=(), model="tiny", prompts=None, count=count, images=1,
+        steps=own["sampling_steps"], guidance=own["guidance"], device="cpu", jobs=1, out=out,
+        save=True,
     )  # fmt: skip
     return evaluate.run(request) / "pictures" / SAMPLER
 
@@ -54,9 +57,12 @@ def compared(sources: list[Path], folder: Path, seed: int, error: float) -> list
 def main(runs: Path, seed: int, error: float, count: int | None, out: Path) -> None:
     """Compare the models of one seed of RUNS with each other and the base model."""
     place = out / "preference"
-    targets = {BASE: Path("tiny")}
-    targets |= {m: next(runs.rglob(f"image_reward/{m}/seed-{seed}")) for m in METHODS}
-    sources = [drawn(t, place / "drawn" / f"{m}-{seed}", count) for m, t in targets.items()]
+    trained = {m: next(runs.rglob(f"image_reward/{m}/seed-{seed}")) for m in METHODS}
+    targets = {BASE: Path("tiny"), **trained}
+    sources = [
+        drawn(t, trained["d3po"], place / "drawn" / f"{m}-{seed}", count)
+        for m, t in targets.items()
+    ]
     folder = place / f"error-{error:g}" / f"seed-{seed}"
     shares = compared(sources, folder, seed, error)
     rows = [{"model": m, "share": round(s.share, 6)} for m, s in zip(targets, shares, strict=True)]
