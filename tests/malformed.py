@@ -467,7 +467,10 @@ def safetensors() -> Iterator[Case]:
     )
     lora = "lora/pytorch_lora_weights.safetensors"
     for name, change in HEADERS.items():
-        checkpoints = {"{half}/checkpoints/last.safetensors": change}
+        # Both: of one that is damaged, the run goes on from the other.
+        checkpoints = {
+            f"{{half}}/checkpoints/{part}.safetensors": change for part in ("last", "previous")
+        }
         yield Case(f"checkpoint: {name}", GO_ON, "half", checkpoints)
         yield Case(f"lora: {name}", evaluate, "lora", {lora: change})
     unet = "model/unet/diffusion_pytorch_model.safetensors"

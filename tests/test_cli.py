@@ -701,6 +701,8 @@ def test_a_stopped_command_takes_its_workers_along_and_keeps_its_rounds(
     with subprocess.Popen(
         [sys.executable, "-m", "d3po_bench", *arguments, "--out", tmp_path / "runs"],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+        # A background job of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         try:
             wait_for(lambda: len(rounds()) == jobs and min(rounds()) > 1)

@@ -34,11 +34,15 @@ JUDGED = {"tags": ("tags", "deformed"), "pairs": ("pairs", "better")}
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but for those that keep times."""
+    """Every file below a folder, but for those that keep times, and checkpoints.
+
+    A checkpoint's header has its entries in no fixed order, and the one before is not always kept.
+    """
+    left_out = ("provenance.json", "timing.jsonl", "previous.safetensors", "last.safetensors")
     return {
         p.relative_to(folder).as_posix(): p.read_bytes()
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name not in ("provenance.json", "timing.jsonl")
+        if p.is_file() and p.name not in left_out
     }
 
 
