@@ -276,7 +276,9 @@ class RunStore:
 
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         text = json.dumps(facts)
-        data = save(contiguous, metadata={"facts": text, "sha256": _digest(contiguous, text)})
+        known = {"facts": text, "sha256": _digest(contiguous, text)}
+        # One entry: safetensors writes several in an order that differs from call to call.
+        data = save(contiguous, metadata={"checkpoint": json.dumps(known)})
         newest, before = self._checkpoints()
         # A damaged one must not push out the whole one before it.
         write_atomically(newest, data, keep=None if self.damaged else before)
@@ -349,9 +351,9 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Row]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        known = file.metadata() or {}
+        known = json.loads(file.metadata()["checkpoint"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if known.get("sha256") != _digest(tensors, known["facts"]):
+    if known["sha256"] != _digest(tensors, known["facts"]):
         raise ValueError("its checksum is another or is missing")
     facts: Row = json.loads(known["facts"])
     return tensors, facts

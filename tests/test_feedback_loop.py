@@ -24,7 +24,7 @@ from d3po_bench.feedback.rounds import Answer, Round
 from d3po_bench.feedback.sampling import Before, Sampling, prepared, read_rollout
 from d3po_bench.feedback.server import default_url
 from d3po_bench.policy import Policy
-from d3po_bench.store import RunStore
+from d3po_bench.store import RunStore, _digest, _read_checkpoint
 from d3po_bench.train import Progress
 from tests.feedback_round import new_round, picture
 
@@ -34,16 +34,21 @@ JUDGED = {"tags": ("tags", "deformed"), "pairs": ("pairs", "better")}
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but for those that keep times, and checkpoints.
-
-    A checkpoint's header has its entries in no fixed order, and the one before is not always kept.
-    """
-    left_out = ("provenance.json", "timing.jsonl", "previous.safetensors", "last.safetensors")
+    """Every file below a folder, but for those that keep times."""
     return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
+        p.relative_to(folder).as_posix(): without_times(p)
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name not in left_out
+        if p.is_file() and p.name not in ("provenance.json", "timing.jsonl")
     }
+
+
+def without_times(path: Path) -> bytes:
+    """A file's bytes; of a checkpoint, what it holds but for the digest of timing.jsonl."""
+    if path.parent.name != "checkpoints":
+        return path.read_bytes()
+    tensors, facts = _read_checkpoint(path)
+    del facts["rows"]["timing.jsonl"]
+    return _digest(tensors, json.dumps(facts)).encode()
 
 
 def draw(folder: Path, model: Path, kind: str = "tags", count: int = 4, **more: Any) -> Round:

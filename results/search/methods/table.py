@@ -1,4 +1,7 @@
-"""The search for the methods' rates: `python results/search/methods/table.py [FOLDER]`."""
+"""The tries in a folder: `python results/search/methods/table.py [FOLDER]`.
+
+Without FOLDER: the search for the methods' rates.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,34 @@ import numpy as np
 import pandas as pd
 
 HEAD = (
-    "| T | method | lr | further | seeds | rounds | training size | denoising error "
+    "| T | method | lr | further | seeds | rounds | training score | denoising error "
     "| held-out gain | KL | recognised | worst seed |\n"
     "|--:|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
 
 PRESET = {
-    "d3po": {"pairs": "extremes", "clip_range": 0.2},
-    "ddpo": {"minimum": 8, "clip_range": 0.1},
-    "dpok": {"minimum": 8, "clip_range": 0.1},
-    "reward_weighted": {"minimum": 8},
-    "preferred_images": {},
+    "d3po": {"pairs": "extremes", "clip_range": 0.2, "units_per_update": 2},
+    "ddpo": {"minimum": 8, "clip_range": 0.1, "units_per_update": 16},
+    "dpok": {"minimum": 8, "clip_range": 0.1, "units_per_update": 16},
+    "reward_weighted": {"minimum": 8, "units_per_update": 16},
+    "preferred_images": {"units_per_update": 2},
 }
-"""Options that are only named where they are something else."""
+"""Settings that are only named where they are something else."""
 
 Key = tuple[int, str, float, str]
 
 
 def key(config: dict[str, Any]) -> Key:
     """What tries that differ in the seed alone have in common."""
-    plain = PRESET[config["method"]]
-    other = {k: v for k, v in config["options"].items() if plain.get(k) != v}
+    plain = PRESET[config["method"]] | {"guidance": 5.0}
+    own = config["options"] | {k: config[k] for k in ("units_per_update", "guidance")}
+    other = {k: v for k, v in own.items() if plain.get(k) != v}
     said = ", ".join(f"{k}={str(v).lower()}" for k, v in other.items())
     return config["sampling_steps"], config["method"], config["learning_rate"], said
 
 
 def ends(run: Path) -> dict[str, float]:
-    """Rounds, training sizes and denoising errors, and what the evaluation at the end says.
+    """Rounds, training scores and denoising errors, and what the evaluation at the end says.
 
     The latter, training sampler, is not there for a run that was stopped by hand.
     """
