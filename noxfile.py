@@ -53,6 +53,7 @@ def reproduce(session: nox.Session) -> None:
     """Run the published grid again, 2.5 hours on two cores; an interrupted call goes on."""
     _install(session)
     session.run("d3po-bench", "sweep", "results/tiny/grid.toml", "--out", "runs/reproduce")
+    session.run("python", "results/diversity.py", "runs/reproduce/tiny")
     session.run("python", "results/publish.py", "runs/reproduce/tiny", "results/tiny")
     session.run("python", "results/summary.py", "results/tiny")
     session.run("d3po-bench", "verify", "results", "--record")

@@ -18,7 +18,7 @@ TEXT = ("config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.j
 
 
 def publish(runs: Path, target: Path, add: bool) -> None:
-    """Copy the text of every run below `runs` to `target`."""
+    """Copy the text of every run below `runs` to `target`, and what was measured beside it."""
     found = find_runs([runs])
     for old in [] if add else [path.parent for path in target.rglob("config.json")]:
         shutil.rmtree(old)
@@ -27,6 +27,8 @@ def publish(runs: Path, target: Path, add: bool) -> None:
         folder.mkdir(parents=True)
         for name in TEXT:
             shutil.copy2(run / name, folder / name)
+    if (runs / "diversity.csv").is_file():
+        shutil.copy2(runs / "diversity.csv", target)
 
 
 def draw(runs: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
+from d3po_bench.store import read_csv
 from eval.report import Group, Run, read_groups
 from eval.statistics import interval, iqm, paired_difference
 
@@ -80,6 +81,22 @@ def before_after(runs: list[Run], column: str) -> str:
     return "" if np.isnan(after) else f"{before:.2f} -> {after:.2f}"
 
 
+def diversity(group: Group, runs: list[Run]) -> str:
+    """The base model's and the mean over runs, as `results/diversity.py` measured them.
+
+    Empty where it did not measure all of them.
+    """
+    path = runs[0].folder.parents[2] / "diversity.csv"
+    rows = read_csv(path) if path.is_file() else []
+    known = {(row["objective"], row["method"], row["seed"]): row["diversity"] for row in rows}
+    keys = [(group[1], group[2], str(run.seed)) for run in runs]
+    keys.append((group[1], "no-fine-tune", ""))
+    if not all(key in known for key in keys):
+        return ""
+    *after, before = (float(known[key]) for key in keys)
+    return f"{before:.2f} -> {np.mean(after):.2f}"
+
+
 def share_of_excess(group: Group, base: float, gain: float) -> str:
     """The gain over what a flat image's file is smaller than the base model's."""
     model, objective, _ = group
@@ -138,7 +155,7 @@ def cost(group: Group, runs: list[Run]) -> Cells:
         "objective": group[1],
         "method": group[2],
         "recognised": before_after(runs, "animal"),
-        "diversity": before_after(runs, "diversity"),
+        "diversity": before_after(runs, "diversity") or diversity(group, runs),
         "KL at the end": number(drift, ".3f"),
         "pairs (or single images)": number(spent(runs, "pairs"), ",.0f"),
         "images": number(spent(runs, "images"), ",.0f"),

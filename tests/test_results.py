@@ -185,6 +185,18 @@ def test_summary_of_what_newer_runs_measure(summary: ModuleType, tmp_path: Path)
     assert learnt["incompress d3po"]["gain (95 % interval)"] == "+1.000"
 
 
+def test_diversity_that_was_measured_beside_the_runs(summary: ModuleType, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, seed=seed)
+    beside = tmp_path / "tiny" / "diversity.csv"
+    lines = ["objective,method,seed,diversity", "incompress,d3po,0,0.2", "incompress,d3po,1,0.3"]
+    beside.write_text("\n".join([*lines, "incompress,no-fine-tune,,0.5"]) + "\n")
+    assert rows(summary.tables([tmp_path]))[1]["incompress d3po"]["diversity"] == "0.50 -> 0.25"
+    # one run was not measured: no mean over the others
+    write_run(tmp_path, seed=2)
+    assert rows(summary.tables([tmp_path]))[1]["incompress d3po"]["diversity"] == ""
+
+
 def test_summary_of_empty_columns(summary: ModuleType, tmp_path: Path) -> None:
     folder = write_run(tmp_path, animal=False)
     add_columns(folder, {}, kl="", diversity="")
