@@ -129,7 +129,21 @@ def planned(request: Request) -> Plan:
         )
     if (target / "pytorch_lora_weights.safetensors").is_file() or _is_trained_unet(target):
         return _of_model(request, request.model or "tiny", str(target), {})
+    _require_no_other_model(request, str(target))
     return _of_model(request, str(target), "", {})
+
+
+def _require_no_other_model(request: Request, model: str) -> None:
+    """Refuse a --model that would be ignored.
+
+    Raises:
+        UserError: naming both.
+    """
+    if request.model not in (None, model):
+        raise UserError(
+            f"Expected --model only beside a LoRA or pictures, got {request.model} for "
+            f"{request.target}, whose model is {model}. Leave --model out."
+        )
 
 
 def _is_trained_unet(target: Path) -> bool:
@@ -138,6 +152,7 @@ def _is_trained_unet(target: Path) -> bool:
 
 def _of_run(request: Request) -> Plan:
     config = read_config(request.target)
+    _require_no_other_model(request, config["model"])
     plan = _of_model(request, config["model"], str(request.target / "lora"), config)
     if (request.prompts or _default_prompts(plan.model, config)) == HELD_OUT:
         _require_unseen(plan, config, request.target)

@@ -247,6 +247,8 @@ def test_what_cannot_be_evaluated_is_one_line(
         evaluate.run(request(adapter, prompts=prompts, out=tmp_path / "x"))
     with pytest.raises(UserError, match="Expected a model, got 'nothing'"):
         evaluate.run(request(Path("nothing"), prompts=prompts))
+    with pytest.raises(UserError, match="Expected --model only beside a LoRA or pictures"):
+        evaluate.run(request(micro, prompts=prompts, model="sd15"))
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.json").write_text("{}")
