@@ -401,7 +401,7 @@ def test_first_choices_by_hand(tmp_path: Path) -> None:
     with target.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["source", "share", "low", "high", "raters"]
-    assert [row["source"] for row in rows] == [str(path) for path in sources]
+    assert [(target.parent / row["source"]).resolve() for row in rows] == sources
     # the two prompts above, one after the other: 1/12, 1/3 and 7/12
     assert [row["share"] for row in rows] == ["0.083333", "0.333333", "0.583333"]
     assert [float(row["low"]) <= float(row["share"]) <= float(row["high"]) for row in rows] == (

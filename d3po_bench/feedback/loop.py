@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -172,9 +173,15 @@ def _share(source: str, column: agreement.Floats, pool: Pool) -> Share:
 
 
 def write_choices(path: Path, found: Sequence[Share]) -> None:
-    """Write shares as CSV, one a row, rounded to 6 digits; `d3po-bench table1` reads them."""
-    rows = [{k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(s).items()}
-            for s in found]  # fmt: skip
+    """Write shares as CSV, one a row, rounded to 6 digits; `d3po-bench table1` reads them.
+
+    Sources are said from the file's folder, so that it may be published or moved with them.
+    """
+    rows = [
+        {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(share).items()}
+        | {"source": os.path.relpath(share.source, path.parent)}
+        for share in found
+    ]
     write_atomically(path, csv_bytes(rows))
 
 

@@ -6,12 +6,14 @@ Every rater in them is SIMULATED.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from d3po_bench.errors import UserError
 from d3po_bench.store import csv_bytes, read_csv, write_atomically
 from eval.statistics import interval
 
@@ -19,6 +21,8 @@ HERE = Path(__file__).parent.parent / "tiny" / "feedback"
 QUESTIONS = {"normalcy": "normal images", "safety": "safe images"}
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
+BASE = "no-fine-tune"
+SCORERS = ("image_reward", "clip", "blip_itm_logit", "blip_itc")
 
 Row = dict[str, Any]
 
@@ -27,7 +31,10 @@ Row = dict[str, Any]
 
 
 def collect(runs: Path) -> None:
-    """Rows of every seed in one file for the rounds and one for the preferences."""
+    """Rows of every seed in one file for the rounds and one for the preferences.
+
+    Raters without errors are those of Table 1: their choices go to its folder.
+    """
     rounds = [
         {"experiment": path.parts[-4], "error": _error(path.parts[-3]), "seed": path.parts[-2][5:]}
         | row
@@ -42,6 +49,8 @@ def collect(runs: Path) -> None:
     for name, rows in (("rounds", rounds), ("preference", chosen)):
         if rows:
             write_atomically(HERE / f"{name}.csv", csv_bytes(rows))
+    for path in runs.glob("preference/error-0/choices/seed-*.csv"):
+        write_atomically(HERE.parent / "table1" / "choices" / path.name, path.read_bytes())
 
 
 def _error(name: str) -> str:
@@ -54,12 +63,22 @@ def read(name: str) -> list[Row]:
 
 
 def by_seed(rows: list[Row], column: str, **where: str) -> dict[str, dict[str, float]]:
-    """Seed -> key of the row (its round or model) -> value, of the rows that fit."""
+    """Seed -> key of the row (its round or model) -> value, of the rows that fit.
+
+    Raises:
+        UserError: a seed has fewer rows than another.
+    """
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if all(row[name] == value for name, value in where.items()):
             key = row.get("round") or row["model"]
             found.setdefault(row["seed"], {})[key] = float(row[column])
+    for seed, values in found.items():
+        if len(values) < max(map(len, found.values())):
+            raise UserError(
+                f"Expected as many rows of every seed with {where}, got {len(values)} of seed "
+                f"{seed}. Run its command again: it goes on where it was."
+            )
     return found
 
 
@@ -112,6 +131,32 @@ def preference_table() -> str:
     return "\n".join([head, *lines])
 
 
+def scorers_table() -> str:
+    """Shares of first places by Table 1's scorers instead of raters, who judge by image_reward.
+
+    On the same models, captions and noise; equal scores share a place.
+    """
+    models = list(dict.fromkeys(row["model"] for row in read("preference")))
+    head = "| scorer | seeds | " + " | ".join(models) + " |\n|---|--:|" + "--:|" * len(models)
+    seeds = sorted({row["seed"] for row in read("preference")})
+    lines = []
+    for scorer in SCORERS:
+        table = np.array([_first_places(scorer, models, seed) for seed in seeds])
+        lines.append(f"| {scorer} | {len(seeds)} | {' | '.join(map(spread, table.T))} |")
+    return "\n".join([head, *lines])
+
+
+def _first_places(scorer: str, models: list[str], seed: str) -> Any:
+    """Of each model, over captions."""
+    names = [BASE if model == BASE else f"{model}-{seed}" for model in models]
+    rows = [read_csv(HERE.parent / "table1" / "rows" / f"{name}.csv") for name in names]
+    scores = np.array(
+        [[float(row[scorer]) for row in part if row["sampler"] == "eta1"] for part in rows]
+    )
+    best = scores == scores.max(0)
+    return (best / best.sum(0)).mean(1)
+
+
 # ---- figures
 
 
@@ -142,7 +187,7 @@ def _rounds_figure(plt: Any) -> Any:
         1, len(names), figsize=(4.4 * len(names), 3.4), layout="constrained", squeeze=False
     )
     for axes, name in zip(panels[0], names, strict=True):
-        for error, colour, marker in (("0", "#0072B2", "o"), ("0.2", "#D55E00", "s")):
+        for error, colour, marker in (("0", COLOURS[0], "o"), ("0.2", COLOURS[1], "s")):
             seeds = by_seed(rows, "good", experiment=name, error=error)
             if seeds:
                 _band(axes, seeds, f"{float(error):.0%} error", colour, marker)
@@ -168,9 +213,7 @@ def _preference_figure(plt: Any) -> Any:
     errors = sorted({row["error"] for row in rows}, key=float)
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     width = 0.8 / len(errors)
-    for n, (error, colour) in enumerate(
-        zip(errors, ("#0072B2", "#D55E00", "#009E73"), strict=False)
-    ):
+    for n, (error, colour) in enumerate(zip(errors, COLOURS, strict=False)):
         seeds = by_seed(rows, "share", error=error).values()
         table = 100 * np.array([[seed[model] for model in models] for seed in seeds])
         low, high = interval(table)
@@ -199,8 +242,11 @@ def main(runs: Path | None, drawing: bool) -> None:
     if read("rounds"):
         click.echo(rounds_table())
     if read("preference"):
-        click.echo("\n" + preference_table())
+        click.echo("\n" + preference_table() + "\n\n" + scorers_table())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as problem:
+        sys.exit(f"error: {problem}")
