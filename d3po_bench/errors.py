@@ -1,5 +1,9 @@
 """The exceptions that are shown to people as one line, without a traceback."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Bad input, said in three parts: what was expected, what came, what to do."""
@@ -11,6 +15,20 @@ class RunError(UserError):
     """A run that failed on the way; what it had written is kept."""
 
     exit_code = 1
+
+
+@contextmanager
+def said_in_one_line() -> Iterator[None]:
+    """Around a script's work: a `UserError` becomes a line on stderr and an exit status.
+
+    Raises:
+        SystemExit: with the error's `exit_code`.
+    """
+    try:
+        yield
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
 
 
 _NO_MEMORY = (

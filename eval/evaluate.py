@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 HELD_OUT = "captions-held-out"
 """The list of prompts that no run may have learnt from."""
 
+FETCHED = "prompts-image-reward"
+"""The prompts that Stable Diffusion is asked for, among the weights."""
+
 PIECE = 8
 """Prompts in a piece."""
 
@@ -192,11 +195,18 @@ def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, A
 
 
 def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
-    """Held-out captions for the embedded model, else what a run was trained on."""
+    """Held-out captions for the embedded model, else what a run was trained on.
+
+    Stable Diffusion has the paper's alignment prompts, which are fetched by checksum.
+    """
     if model == "tiny":
         return HELD_OUT
     if config:
         return str(config["prompts"] or registry.objective(config["objective"]).prompts)
+    if model == "sd15":
+        from eval import weights
+
+        return str(weights.find(FETCHED) / weights.WEIGHTS[FETCHED].files[0].name)
     raise UserError(
         "Expected --prompts with a list or a file, got none, and only a run or the embedded "
         "model has prompts of its own. Give a file with one prompt a line."

@@ -20,6 +20,7 @@ import torch
 
 from d3po_bench import registry
 from d3po_bench.engine import Draws, sample
+from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.stable_diffusion import Training, load
 from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
@@ -77,4 +78,5 @@ def main(runs: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with said_in_one_line():
+        main()

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from d3po_bench import registry
-from d3po_bench.errors import UserError
+from d3po_bench.errors import UserError, said_in_one_line
 from d3po_bench.store import read_csv
 from eval.report import Group, Run, read_groups
 from eval.statistics import interval, iqm, paired_difference
@@ -186,8 +186,5 @@ def tables(folders: list[Path]) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with said_in_one_line():
         print(tables([Path(argument) for argument in sys.argv[1:]]))
-    except UserError as problem:
-        print(problem, file=sys.stderr)
-        sys.exit(problem.exit_code)

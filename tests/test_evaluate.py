@@ -267,6 +267,20 @@ def test_absent_weights_stop_it_before_anything_is_drawn(
     assert not list((tmp_path / "out").glob("pieces/*"))
 
 
+def test_stable_diffusion_has_a_list_that_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Absent, it is named before anything of the model is looked for."""
+    monkeypatch.setenv("D3PO_BENCH_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "sd15", "--scorers", "jpeg_size", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.count("\n") == 1
+    assert "d3po-bench weights fetch prompts-image-reward" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_provenance_names_scorers_and_versions(micro: Path, prompts: str, tmp_path: Path) -> None:
     out = evaluate.run(request(micro, prompts=prompts, out=tmp_path / "out", count=2))
     facts = json.loads((out / "provenance.json").read_text())

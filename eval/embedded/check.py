@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
+from d3po_bench.errors import said_in_one_line
 from eval.embedded import facts, recipe
 from eval.embedded.facts import Facts
 
@@ -142,4 +143,5 @@ def main(count: int, write: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with said_in_one_line():
+        main()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.embedded.recipe import fit
 from eval.embedded import facts
 from eval.embedded.facts import Facts
@@ -529,4 +530,5 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    with said_in_one_line():
+        main()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import loop
 from d3po_bench.feedback.raters import Annotator
 from d3po_bench.reading import read_config
@@ -73,4 +74,5 @@ def main(runs: Path, seed: int, error: float, count: int | None, out: Path) -> N
 
 
 if __name__ == "__main__":
-    main()
+    with said_in_one_line():
+        main()

@@ -19,6 +19,7 @@ import click
 import torch
 
 from d3po_bench.config import pairs_of
+from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import agreement, loop, raters, training
 from d3po_bench.feedback.raters import Annotator
 from d3po_bench.feedback.rounds import Question, Round
@@ -133,4 +134,5 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    with said_in_one_line():
+        main()

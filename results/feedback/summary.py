@@ -6,14 +6,13 @@ Every rater in them is SIMULATED.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from d3po_bench.errors import UserError
+from d3po_bench.errors import UserError, said_in_one_line
 from d3po_bench.store import csv_bytes, read_csv, write_atomically
 from eval.statistics import interval
 
@@ -246,7 +245,5 @@ def main(runs: Path | None, drawing: bool) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with said_in_one_line():
         main()
-    except UserError as problem:
-        sys.exit(f"error: {problem}")

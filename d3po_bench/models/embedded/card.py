@@ -18,6 +18,7 @@ from torch import Tensor
 
 from d3po_bench import registry
 from d3po_bench.engine import Draws, sample
+from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
 from d3po_bench.models.tiny import SOURCE
 from d3po_bench.policy import Policy
@@ -116,4 +117,5 @@ def main(images: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with said_in_one_line():
+        main()
