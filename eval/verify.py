@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -287,12 +288,10 @@ def check_table(claim: Mapping[str, Any], home: Path) -> Problems:
 
 
 def _stray(rows: Sequence[str], text: Sequence[str], document: str) -> Problems:
-    """Lines within a table of the document that the command did not print."""
-    if not rows or rows[0] not in text:
-        return
-    start = text.index(rows[0])
-    table = [line for line in _until_empty(text[start:]) if line not in rows]
-    for line in table:
+    """Lines of the document, in a table with a head of the command's, that it did not print."""
+    heads = {above for above, below in pairwise(rows) if below.startswith("|--")}
+    starts = [number for number, line in enumerate(text) if line in heads]
+    for line in (line for n in starts for line in _until_empty(text[n:]) if line not in rows):
         yield f"{document} has a line that no row supports: {line}"
 
 

@@ -223,6 +223,15 @@ def test_an_added_line_in_the_readme(home: Path) -> None:
     assert any("no row supports: | incompress | best" in p for p in found(home, "tables"))
 
 
+def test_a_second_table_in_the_readme(home: Path) -> None:
+    """Below the right one, with other numbers."""
+    text = (home / "README.md").read_text()
+    (home / "README.md").write_text(text + "\n\n" + text.replace("+29%", "+39%"))
+    problems = found(home, "tables")
+    assert len(problems) == 1
+    assert "+39%" in problems[0]
+
+
 def test_an_edited_figure(home: Path) -> None:
     edit(home / "results" / "figures" / "curves.svg", r"\d\.\d{3,}", "9.125")
     assert any("is not what `d3po-bench plot" in p for p in found(home, "curves"))
