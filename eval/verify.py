@@ -266,7 +266,7 @@ def _of_claims(
     for claim in claims:
         try:
             yield from check(claim, home)
-        except (UserError, OSError, KeyError, ValueError) as problem:
+        except (UserError, OSError, KeyError, TypeError, ValueError) as problem:
             yield f"{claim}: {problem}"
 
 

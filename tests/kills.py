@@ -227,7 +227,8 @@ def trials(kills: int, model: str, seed: int, folder: Path) -> Iterator[Trial]:
     methods = registry.names("method")
     references: dict[str, Reference] = {}
     for number in range(kills):
-        method, aim = methods[number % len(methods)], AIMS[(number + number // len(methods)) % 3]
+        turn, which = divmod(number, len(methods))
+        method, aim = methods[which], AIMS[(which + turn) % 3]
         run = run_of(method, model, prompts)
         if method not in references:
             place = folder / f"whole-{method}"

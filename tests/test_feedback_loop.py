@@ -499,6 +499,23 @@ def test_labels_that_do_not_belong_to_the_round_are_refused(own: Path, tmp_path:
     refused("feedback", "train", own, "--label-files", tmp_path / "files", match="got 9 x 7")
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("item", "99999"), ("answer", "garbage"), ("answer", "null"), ("answer", "[9]"),
+     ("answer", "[1, 1]"), ("shown", "[0]")],
+)  # fmt: skip
+def test_a_vote_on_something_else_is_refused(own: Path, column: str, value: str) -> None:
+    import sqlite3
+
+    with sqlite3.connect(own / "labels.sqlite") as connection:
+        connection.execute(f"update votes set {column} = ?", (value,))
+        before = connection.execute("select * from votes").fetchall()
+    for command in ("train", "export", "status"):
+        refused("feedback", command, own, match="Expected votes on this round's items")
+    with sqlite3.connect(own / "labels.sqlite") as connection:
+        assert connection.execute("select * from votes").fetchall() == before
+
+
 def test_a_database_of_a_newer_version_is_refused(own: Path) -> None:
     import sqlite3
 

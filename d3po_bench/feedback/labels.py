@@ -364,7 +364,11 @@ class LabelStore:
             return self._hand(connection, row)
 
     def effective_votes(self) -> list[Vote]:
-        """Votes in the order they were given, without what was skipped or undone."""
+        """Votes in the order they were given, without what was skipped or undone.
+
+        Raises:
+            UserError: a vote on an item that the round has not, or that answers something else.
+        """
         query = (
             _live(RATERS.c.name.label("name"))
             .join(RATERS, RATERS.c.id == VOTES.c.rater)
@@ -372,7 +376,26 @@ class LabelStore:
             .order_by(VOTES.c.id)
         )
         with self._reading() as connection:
-            return [_vote(row) for row in connection.execute(query).mappings()]
+            return [self._vote(row) for row in connection.execute(query).mappings()]
+
+    def _vote(self, row: Row) -> Vote:
+        """The vote of a row, which another program may have written."""
+        try:
+            images = len(self._items[row["item"]].images)
+            answer = check_answer(self.round.kind, images, json.loads(row["answer"]))
+            shown = tuple(json.loads(row["shown"]))
+            if sorted(shown) != list(range(images)):
+                raise ValueError("an order of all images")
+        except (KeyError, TypeError, ValueError) as problem:
+            said = ", ".join(f"{k} {ascii(row[k])[:40]}" for k in ("item", "shown", "answer"))
+            raise UserError(
+                f"Expected votes on this round's items, got vote {row['id']} with {said}. Restore "
+                "the labels from a copy, or give those of this round."
+            ) from problem
+        return Vote(
+            rater=row["name"], item=row["item"], repeat=row["repeat"], shown=shown,
+            answer=answer, milliseconds=row["milliseconds"], time=row["time"],
+        )  # fmt: skip
 
     # ---- inside a transaction
 
@@ -613,19 +636,6 @@ def _live(*columns: Any) -> sql.Select[Any]:
         undo.c.hand == VOTES.c.hand, undo.c.step == VOTES.c.step + 1
     )
     return sql.select(VOTES, *columns).where(VOTES.c.kind != "undo", ~undone.exists())
-
-
-def _vote(row: Row) -> Vote:
-    answer = json.loads(row["answer"])
-    return Vote(
-        rater=row["name"],
-        item=row["item"],
-        repeat=row["repeat"],
-        shown=tuple(json.loads(row["shown"])),
-        answer=tuple(answer) if isinstance(answer, list) else answer,
-        milliseconds=row["milliseconds"],
-        time=row["time"],
-    )
 
 
 def _steps(connection: Connection, hand: int) -> int:

@@ -163,7 +163,10 @@ def serve(
         for line in invitations(store, raters, url, renew=renew):
             echo(line)
         pages = app(round_, folder, store, session_key(folder), limits)
-        config = uvicorn.Config(pages, log_level="warning", access_log=False, server_header=False)
+        config = uvicorn.Config(
+            pages, log_level="warning", access_log=False, server_header=False,
+            proxy_headers=bool(public_url),  # else anybody here could give another address
+        )  # fmt: skip
         uvicorn.Server(config).run(sockets=[listener])
 
 

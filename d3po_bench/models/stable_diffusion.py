@@ -353,6 +353,7 @@ def _model_index(source: Source) -> dict[str, Any]:
     except (OSError, ValueError) as problem:
         raise _absent(source) from problem
     expected = {"UNet2DConditionModel", "CLIPTextModel", "CLIPTokenizer"}
+    index = index if isinstance(index, dict) else {}
     found = {v[1] for v in index.values() if isinstance(v, list) and len(v) == 2}
     vae = index.get("vae", [None, None])[1]
     known = expected <= found and vae in {"AutoencoderKL", "AutoencoderTiny"}
