@@ -157,8 +157,11 @@ def run(
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Names with commas between them."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """Names of scorers with commas between them, at least one."""
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise UserError(f"Expected a scorer, got {ascii(text)[:80]}. `d3po-bench list` names them.")
+    return found
 
 
 @cli.command()

@@ -257,6 +257,17 @@ def test_what_cannot_be_evaluated_is_one_line(
         evaluate.run(request(half))
 
 
+@pytest.mark.parametrize("command", [["evaluate", "tiny"], ["table1"]])
+def test_no_scorer_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--scorers", ",,", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: Expected a scorer, got ',,'.")
+    assert not (tmp_path / "out").exists()
+
+
 def test_absent_weights_stop_it_before_anything_is_drawn(
     micro: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
