@@ -6,6 +6,7 @@ Every rater in them is SIMULATED.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def rounds_table() -> str:
     """A line for each experiment and error rate."""
     head = (
         "| experiment | raters' error | seeds | round 0 | last round | gain (95 % interval) | "
-        "recognised, round 0 -> last |\n|---|--:|--:|--:|--:|--:|--:|"
+        "rate, round 0, 1, ... | recognised, round 0, 1, ... |\n|---|--:|--:|--:|--:|--:|--:|--:|"
     )
     rows = read("rounds")
     cells = sorted({(row["experiment"], row["error"]) for row in rows})
@@ -107,12 +108,18 @@ def _rounds_line(rows: list[Row], experiment: str, error: str) -> str:
     last = str(max(int(number) for seed in good.values() for number in seed))
     first = [seed["0"] for seed in good.values()]
     final = [seed[last] for seed in good.values()]
-    kept = " -> ".join(f"{np.mean([s[n] for s in known.values()]):.3f}" for n in ("0", last))
     gains = np.array(final) - np.array(first)
     return (
         f"| {QUESTIONS[experiment]} | {float(error):.0%} | {len(good)} | {spread(first)} | "
-        f"{spread(final)} (round {last}) | {spread(gains)} | {kept} |"
+        f"{spread(final)} (round {last}) | {spread(gains)} | "
+        f"{_by_round(good)} | {_by_round(known)} |"
     )
+
+
+def _by_round(seeds: dict[str, dict[str, float]]) -> str:
+    """Means over seeds."""
+    numbers = sorted(next(iter(seeds.values())), key=int)
+    return " ".join(f"{np.mean([seed[n] for seed in seeds.values()]):.3f}" for n in numbers)
 
 
 def preference_table() -> str:
@@ -148,12 +155,16 @@ def scorers_table() -> str:
 def _first_places(scorer: str, models: list[str], seed: str) -> Any:
     """Of each model, over captions."""
     names = [BASE if model == BASE else f"{model}-{seed}" for model in models]
-    rows = [read_csv(HERE.parent / "table1" / "rows" / f"{name}.csv") for name in names]
-    scores = np.array(
-        [[float(row[scorer]) for row in part if row["sampler"] == "eta1"] for part in rows]
-    )
+    scores = np.array([[float(row[scorer]) for row in _table1(name)] for name in names])
     best = scores == scores.max(0)
     return (best / best.sum(0)).mean(1)
+
+
+@cache
+def _table1(name: str) -> list[Row]:
+    """Rows of a model by the training sampler, in the order of captions."""
+    path = HERE.parent / "table1" / "rows" / f"{name}.csv"
+    return [row for row in read_csv(path) if row["sampler"] == "eta1"]
 
 
 # ---- figures
