@@ -487,6 +487,7 @@ CLAIMS: dict[str, Change] = {
     "a table of text": edited(tables=["README.md"]),
     "a table without command": edited(tables=[{"document": "README.md"}]),
     "a command of text": edited(tables=[{"document": "README.md", "command": "rm -r ."}]),
+    "a command of a number": edited(tables=[{"document": 3, "command": 5}]),
     "a document that is not there": edited(tables=[{"document": "no.md", "command": ["-c", "1"]}]),
     "a figure that is not there": edited(curves=[{"figure": "x.svg", "runs": "x", "x": "pairs"}]),
     "an unknown axis": edited(curves=[{"figure": "README.md", "runs": "results", "x": "hours"}]),

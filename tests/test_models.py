@@ -186,6 +186,9 @@ def test_sd15_is_pinned_and_absent_gives_its_size_and_command() -> None:
 def test_a_folder_of_another_kind_is_refused(micro: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model_index\.json"):
         load(Source(path=str(tmp_path)), CPU, Training())
+    (tmp_path / "model_index.json").write_text("[]")
+    with pytest.raises(UserError, match=r"Stable-Diffusion-1\.x-shaped"):
+        load(Source(path=str(tmp_path)), CPU, Training())
     index = json.loads((micro / "model_index.json").read_text())
     index["unet"] = ["diffusers", "UNet3DConditionModel"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
