@@ -41,6 +41,7 @@ def lines(run: Path) -> Iterator[str]:
     yield from section("settings", _settings(config))
     yield from section("made with", _made_with(facts))
     yield from section("inputs", _inputs(facts))
+    yield from section("content", _content(facts))
     yield from section("cost", _cost(metrics, seconds))
     yield from section("last evaluation", _evaluation(run / "eval.csv"))
 
@@ -144,6 +145,14 @@ def _inputs(facts: Row) -> dict[str, str]:
     if isinstance(scorers, dict):
         told |= {f"scorer {name}": str(value) for name, value in scorers.items()}
     return told
+
+
+def _content(facts: Row) -> dict[str, str]:
+    """SHA-256 of the text files as the run left them."""
+    found = facts.get("content")
+    if not isinstance(found, dict) or not found:
+        return {"hashes": ABSENT if "ended" in facts else "when it has ended"}
+    return {str(name): str(digest) for name, digest in found.items()}
 
 
 # ---- cost and score

@@ -32,6 +32,9 @@ PACKAGES = (
     "d3po-bench", "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors",
 )  # fmt: skip
 
+TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
+"""A run's text files but provenance.json, which holds their digests."""
+
 Row = dict[str, Any]
 
 
@@ -320,6 +323,10 @@ class RunStore:
         """Whether the run has ended."""
         return (self.folder / "provenance.json").exists() and "ended" in self.provenance()
 
+    def finish(self, **facts: Any) -> None:
+        """Record that the run has ended, `facts`, and what names the content of its text files."""
+        self.write_provenance(ended=now(), content=content(self.folder), **facts)
+
     def provenance(self) -> Row:
         """What is known about where the run was made."""
         path = self.folder / "provenance.json"
@@ -331,6 +338,20 @@ class RunStore:
         known = {**_environment(), **self.provenance(), **facts}
         data = json.dumps(known, indent=1, sort_keys=True).encode() + b"\n"
         write_atomically(self.folder / "provenance.json", data)
+
+
+def content(run: Path) -> dict[str, str]:
+    """File -> SHA-256 of the text files of a run.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    there = [run / name for name in TEXT if (run / name).exists()]
+    digests = {}
+    for path in there:
+        with _reading(path):
+            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:

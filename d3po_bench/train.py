@@ -23,7 +23,7 @@ from d3po_bench.models.stable_diffusion import Source, Training, fingerprint, lo
 from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
 from d3po_bench.seeding import stream
-from d3po_bench.store import Row, RunStore, now, write_folder
+from d3po_bench.store import Row, RunStore, write_folder
 from d3po_bench.types import Rollout, Scorer
 
 HISTORY = 64
@@ -395,7 +395,7 @@ def run_seed(
         )  # fmt: skip
         _rounds(trainer, store, evaluation, report)
         write_folder(folder / "lora", trainer.model.save)
-        store.write_provenance(ended=now(), execution=vars(execution).copy())
+        store.finish(execution=vars(execution).copy())
 
 
 def threads_of(config: RunConfig, execution: Execution) -> int:

@@ -22,12 +22,12 @@ from typing import Any
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.reading import read_config, read_facts, read_lines, read_object
-from d3po_bench.store import write_atomically
+from d3po_bench.store import TEXT, content, write_atomically
 from eval.evaluator import SAMPLERS
 from eval.weights import fingerprint
 
 MANIFEST, CLAIMS = "manifest.json", "claims.json"
-FILES = ("config.json", "eval.csv", "metrics.jsonl", "provenance.json", "timing.jsonl")
+FILES = (*TEXT, "provenance.json")
 COUNTS = ("images", "pairs", "scorer_calls", "unet_forwards")
 
 Problems = Iterator[str]
@@ -171,6 +171,7 @@ def check_run(run: Path, *, whole: bool = True) -> Problems:
             yield f"has {len(metrics)} rounds of {config['rounds']}"
         if "ended" not in read_facts(run):
             yield "has not ended"
+    yield from _check_content(run)
     yield from _check_metrics(metrics)
     if (run / "eval.csv").is_file():
         yield from _check_rows(run / "eval.csv", config, len(metrics), whole)
@@ -185,6 +186,14 @@ def _check_config(config: Mapping[str, Any], run: Path) -> Problems:
     place = [config["objective"], config["method"], f"seed-{config['seed']}"]
     if list(run.parts[-3:]) != place:
         yield f"its config belongs into {'/'.join(place)}"
+
+
+def _check_content(run: Path) -> Problems:
+    """Files that are not as the run left them; older runs have none on record."""
+    found = content(run)
+    for name, digest in read_facts(run).get("content", {}).items():
+        if found.get(name) != digest:
+            yield f"its {name} is not the one that it ended with"
 
 
 def _check_metrics(metrics: Sequence[Mapping[str, Any]]) -> Problems:
@@ -249,10 +258,10 @@ def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
 
 
 def _but_the_seed(run: Path) -> str:
-    """Settings, and the encoder that JPEG sizes depend on."""
+    """Settings, and the versions that scores depend on, the JPEG encoder's among them."""
     config, facts = read_config(run), read_facts(run)
     kept = {k: v for k, v in config.items() if k not in ("seed", "run_id")}
-    return json.dumps([kept, facts["packages"]["pillow"]], sort_keys=True)
+    return json.dumps([kept, facts["packages"]], sort_keys=True)
 
 
 # ---- claims

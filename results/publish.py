@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 from eval.report import find_runs, plot
-
-TEXT = ("config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.jsonl")
+from eval.verify import FILES
 
 
 def publish(runs: Path, target: Path, add: bool) -> None:
@@ -25,7 +24,7 @@ def publish(runs: Path, target: Path, add: bool) -> None:
     for run in found:
         folder = target / run.relative_to(runs)
         folder.mkdir(parents=True)
-        for name in TEXT:
+        for name in FILES:
             shutil.copy2(run / name, folder / name)
     if (runs / "diversity.csv").is_file():
         shutil.copy2(runs / "diversity.csv", target)

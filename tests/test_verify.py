@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from d3po_bench import cli
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.store import content
 from eval import verify
 
 ROOT = Path(__file__).parent.parent
@@ -87,12 +88,19 @@ def edit(path: Path, pattern: str, new: str, count: int = 1) -> None:
     path.write_text(changed)
 
 
+def put_content_on_record(run: Path) -> None:
+    """Digests of the files as they are, as at the end of a run."""
+    facts = json.loads((run / "provenance.json").read_text()) | {"content": content(run)}
+    (run / "provenance.json").write_text(json.dumps(facts))
+
+
 def rewrite_config(folder: Path, **changes: Any) -> None:
-    """Settings changed, with a run_id that fits."""
+    """Settings changed, with a run_id and digests that fit."""
     config = json.loads((folder / "config.json").read_text()) | changes
     del config["run_id"]
     kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     (folder / "config.json").write_text(RunConfig(**kept).to_json())
+    put_content_on_record(folder)
 
 
 # ---- what is published
@@ -200,8 +208,19 @@ def test_a_number_that_is_none(home: Path) -> None:
     assert any("no finite score" in p for p in found(home, "runs"))
 
 
-def test_a_run_of_another_encoder(home: Path) -> None:
-    edit(home / "results" / SEED / "provenance.json", r'"pillow": "[^"]+"', '"pillow": "1.0"')
+def test_a_number_changed_after_the_run(home: Path) -> None:
+    """Rounds that agree with each other and with the manifest, but not with the run's own word."""
+    put_content_on_record(home / "results" / SEED)
+    assert found(home, "runs") == []
+    edit(home / "results" / SEED / "metrics.jsonl", r'"reward_mean": [\d.]+', '"reward_mean": 9.5')
+    said = "tiny/incompress/d3po/seed-1: its metrics.jsonl is not the one that it ended with"
+    assert found(home, "runs") == [said]
+
+
+@pytest.mark.parametrize("package", ["pillow", "torch"])
+def test_a_run_of_other_versions(package: str, home: Path) -> None:
+    other = rf'"{package}": "1.0"'
+    edit(home / "results" / SEED / "provenance.json", rf'"{package}": "[^"]+"', other)
     assert any("differ in more than the seed" in p for p in found(home, "sets"))
 
 
