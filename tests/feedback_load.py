@@ -3,9 +3,9 @@
     python -m tests.feedback_load                      16 raters x 200 votes
     python -m tests.feedback_load --kill 20            the same, with 20 kill -9
 
-Prints votes lost, doubled and items seen twice (all must be 0) and how long a vote took; exits
-with 1 if a count is not 0. Raters think before they answer: `--think 0` measures a server that
-is never idle.
+One vote in twenty is undone and given again. Prints votes lost, votes and undos doubled, and
+items seen twice (all must be 0) and how long a vote took; exits with 1 if a count is not 0.
+Raters think before they answer: `--think 0` measures a server that is never idle.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from tests.feedback_round import new_round
 
 PATIENCE = 60.0
 """Seconds that a rater keeps trying."""
+UNDONE = 0.05
+"""Probability that a vote is undone."""
 UNLIMITED = Limits(votes=(10**9, 1.0), pages=(10**9, 1.0))
 
 
@@ -47,6 +49,7 @@ class Page:
     csrf: str
     prompt: str
     places: int
+    last: int
 
 
 @dataclass
@@ -60,7 +63,8 @@ class Person:
     think: float
     cookie: str = ""
     acknowledged: dict[int, str] = field(default_factory=dict)
-    """Hand -> the places or the choice that were sent."""
+    """Hand -> the places or the choice that were sent, and not undone since."""
+    undos: int = 0
     seen: list[tuple[int, str]] = field(default_factory=list)
     """Hand and prompt, each time a page was shown."""
     milliseconds: list[float] = field(default_factory=list)
@@ -76,6 +80,8 @@ class Person:
             self.seen.append((page.hand, page.prompt))
             time.sleep(self.think * rng.uniform(0.5, 1.5))
             self.vote(page, rng)
+            if rng.random() < UNDONE:
+                self.undo(page.hand)
 
     def sign_in(self) -> None:
         status, headers, _ = self.ask("POST", "/join", {"token": self.token})
@@ -102,6 +108,7 @@ class Person:
             csrf=read(r'name="csrf" value="(\w+)"'),
             prompt=read(r"Text: </span>([^<]*)<"),
             places=text.count("<img "),
+            last=int(read(r'name="last" value="(\d+)"')),
         )
 
     def vote(self, page: Page, rng: random.Random) -> None:
@@ -120,6 +127,17 @@ class Person:
             raise RuntimeError(f"a vote of {self.name} was refused: {status}")
         self.milliseconds.append(1000 * (time.perf_counter() - begun))
         self.acknowledged[page.hand] = answer
+
+    def undo(self, hand: int) -> None:
+        """Take the last vote back, as often as it takes; 409 says that it was undone before."""
+        page = self.look()
+        if page is None:
+            return
+        status, _, _ = self.ask("POST", "/undo", {"csrf": page.csrf, "last": page.last})
+        if status not in (303, 409):
+            raise RuntimeError(f"an undo of {self.name} was refused: {status}")
+        del self.acknowledged[hand]
+        self.undos += 1
 
     def ask(
         self, method: str, path: str, fields: dict[str, object] | None = None
@@ -198,7 +216,7 @@ class Outcome:
     lost: int
     """Acknowledged, but not stored as sent."""
     doubled: int
-    """Rows beyond one for each acknowledged vote."""
+    """Votes beyond one for each hand, and undos beyond those acknowledged."""
     seen_twice: int
     """Items shown to a rater under two hands, declared repeats aside."""
     milliseconds: list[float]
@@ -251,7 +269,9 @@ def compare(folder: Path, round_: Round, people: list[Person]) -> Outcome:
     engine = sql.create_engine(default_url(folder))
     query = sql.select(VOTES, RATERS.c.name).join(RATERS, RATERS.c.id == VOTES.c.rater)
     with engine.connect() as connection:
-        rows = connection.execute(query).mappings().all()
+        every = connection.execute(query).mappings().all()
+        undone = {(row["hand"], row["step"] - 1) for row in every if row["kind"] == "undo"}
+        rows = [r for r in every if r["kind"] == "vote" and (r["hand"], r["step"]) not in undone]
         again = sql.select(HANDS.c.id).where(HANDS.c.repeat > 0)
         repeats = {row.id for row in connection.execute(again)}
     engine.dispose()
@@ -261,7 +281,9 @@ def compare(folder: Path, round_: Round, people: list[Person]) -> Outcome:
         acknowledged=sent.total(),
         stored=len(rows),
         lost=(sent - stored).total(),
-        doubled=len(rows) - len({(row["name"], row["hand"]) for row in rows}),
+        doubled=len(rows)
+        - len({(row["name"], row["hand"]) for row in rows})
+        + abs(len(undone) - sum(person.undos for person in people)),
         seen_twice=sum(_seen_twice(person, repeats) for person in people),
         milliseconds=[ms for person in people for ms in person.milliseconds],
     )

@@ -192,7 +192,7 @@ def test_label_files_are_cut_and_averaged_as_in_the_published_code(
 @pytest.mark.parametrize(
     "text",
     ["", "{}", "[]", "[1]", "[[1]]", "[[0, 1], [0]]", '[["0", 1]]', "[[0, NaN]]", "[[0, true]]",
-     "[[0, 1e999]]", "[[0, null]]", "[" * 100_000, "[[]]"],
+     "[[0, 1e999]]", "[[0, null]]", "[" * 100_000, "[[]]", "[[0, 1]]", "[[0, -2]]", "[[0, -0.5]]"],
 )  # fmt: skip
 def test_a_malformed_label_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "ann.json").write_text(text)

@@ -477,10 +477,11 @@ def test_altered_or_missing_files_are_named(own: Path) -> None:
     image, stored = own / "images" / "00001-2.png", own / "rollout" / "00000.safetensors"
     before, kept = image.read_bytes(), stored.read_bytes()
     image.write_bytes((own / "images" / "00001-3.png").read_bytes())
-    for command in ("train", "export", "serve"):
+    commands = ("train", "export", "serve", "status", "simulate")
+    for command in commands:
         refused("feedback", command, own, match="00001-2.png as it was drawn, got another content")
     image.unlink()
-    for command in ("train", "export", "serve", "status"):
+    for command in commands:
         refused("feedback", command, own, match="00001-2.png")
     image.write_bytes(before)
     stored.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
@@ -528,6 +529,36 @@ def test_a_database_of_a_newer_version_is_refused(own: Path) -> None:
 def test_a_round_without_votes_cannot_be_learnt_from(own: Path) -> None:
     (own / "labels.sqlite").unlink()
     refused("feedback", "train", own, match="Expected votes on the round")
+
+
+def test_ties_alone_cannot_be_learnt_from(own: Path, tmp_path: Path) -> None:
+    (own / "labels.sqlite").unlink()
+    say(own, [(), tuple(range(7)), ()])
+    refused("feedback", "train", own, match="got ties alone: there is nothing to learn")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "ann.json").write_text(json.dumps([[0] * 7, [-1] * 7]))
+    refused("feedback", "train", own, "--label-files", tmp_path / "files", match="ties alone")
+
+
+@pytest.mark.parametrize("command", ["status", "export", "train"])
+def test_labels_that_are_not_there_are_refused_and_not_made(
+    command: str, own: Path, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'typo.sqlite'}"
+    refused("feedback", command, own, "--labels", url, match="typo.sqlite, got no such file")
+    assert not (tmp_path / "typo.sqlite").exists()
+
+
+def test_rows_that_not_all_label_files_have_are_left_out_and_said_so(
+    own: Path, tmp_path: Path
+) -> None:
+    rows = [[-1, -1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, -1], [0] * 7]
+    (tmp_path / "ann.json").write_text(json.dumps(rows))
+    (tmp_path / "bob.json").write_text(json.dumps(rows[:2]))
+    said: list[str] = []
+    assert len(loop.data(own, None, tmp_path, said.append).prompts) == 2
+    left = f"Only the first 2 of up to 3 rows are in all files of {tmp_path}: the rest is left out."
+    assert said == [left]
 
 
 def test_an_empty_round_and_no_round_are_refused(own: Path, tmp_path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import re
 import socket
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,9 +81,18 @@ def pairs(tmp_path: Path) -> Iterator[Site]:
 def fields(client: TestClient) -> dict[str, str]:
     """The hidden fields of the page's answer."""
     page = client.get("/").text
-    answer = page.partition('id="vote"')[2].partition("</form>")[0]
-    found = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', answer))
-    return {**found, "milliseconds": "1200"}
+    return {**hidden(page, 'id="vote"'), "milliseconds": "1200"}
+
+
+def hidden(page: str, form: str) -> dict[str, str]:
+    """The hidden fields of the form that begins with `form`."""
+    answer = page.partition(form)[2].partition("</form>")[0]
+    return dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', answer))
+
+
+def undo(client: TestClient) -> dict[str, str]:
+    """What the page's Undo would send."""
+    return hidden(client.get("/").text, 'action="/undo"')
 
 
 def refused(response: Response, status: int) -> None:
@@ -162,7 +176,7 @@ def test_tie_both_bad_skip_and_undo(pairs: Site) -> None:
     ann.post("/skip", data=fields(ann))
     assert [vote.answer for vote in pairs.store.effective_votes()] == ["tie", "bad"]
     for _ in range(2):
-        assert ann.post("/undo", data=fields(ann)).status_code == 303
+        assert ann.post("/undo", data=undo(ann)).status_code == 303
     assert [vote.answer for vote in pairs.store.effective_votes()] == ["tie"]
     assert [kind for _, _, kind, _ in pairs.votes()] == ["vote", "vote", "skip", "undo", "undo"]
 
@@ -360,10 +374,22 @@ def test_the_same_vote_twice_is_stored_once(tags: Site) -> None:
     assert ann.post("/vote", data=form).status_code == 303
     for path in ("/vote", "/skip"):
         refused(ann.post(path, data=form), 409)
-    ann.post("/undo", data=form)
+    assert ann.post("/undo", data=undo(ann)).status_code == 303
     refused(ann.post("/vote", data=form), 409)  # from before the undo
-    refused(ann.post("/undo", data=form), 409)  # nothing is left
+    refused(ann.post("/undo", data=undo(ann)), 409)  # nothing is left
     assert [kind for _, _, kind, _ in tags.votes()] == ["vote", "undo"]
+
+
+def test_the_same_undo_twice_takes_one_vote_back(tags: Site) -> None:
+    """Its reply may be lost on the way, and the page sends it again."""
+    ann = tags.rater()
+    for _ in range(2):
+        ann.post("/vote", data=fields(ann))
+    form = undo(ann)
+    assert ann.post("/undo", data=form).status_code == 303
+    refused(ann.post("/undo", data=form), 409)
+    refused(ann.post("/undo", data={"csrf": form["csrf"]}), 400)
+    assert [kind for _, _, kind, _ in tags.votes()] == ["vote", "vote", "undo"]
 
 
 @pytest.mark.parametrize(
@@ -427,6 +453,14 @@ def test_a_thousand_wrong_sign_ins_are_refused(tags: Site) -> None:
     assert statuses.count(403) < 1000 / 2
     assert COOKIE not in eve.cookies
     assert tags.votes() == []
+
+
+def test_a_right_sign_in_is_let_in_after_wrong_ones_from_its_address(tags: Site) -> None:
+    tags.limits = replace(tags.limits, sign_ins=(1, 0.001))
+    client, token = tags.browser(), tags.store.invite("Ann")
+    statuses = [client.post("/join", data={"token": "x"}).status_code for _ in range(2)]
+    assert statuses == [403, 429]
+    assert client.post("/join", data={"token": token}).status_code == 303
 
 
 def test_right_sign_ins_do_not_count_as_wrong(tags: Site) -> None:
@@ -567,6 +601,80 @@ def test_a_folder_without_a_round_is_not_served(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Expected a round in"):
         server.serve(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+PUBLIC = "https://labels.example"
+
+
+def test_behind_a_proxy_a_rater_signs_in_and_votes(tags: Site) -> None:
+    """The proxy's default: another Host, and the browser's own Origin."""
+    pages = server.app(tags.round, tags.folder, tags.store, KEY, public_url=PUBLIC)
+    client = TestClient(pages, base_url="http://127.0.0.1:8000", follow_redirects=False)
+    token, own = tags.store.invite("Ann"), {"origin": PUBLIC, "sec-fetch-site": "same-origin"}
+    joined = client.post("/join", data={"token": token}, headers=own)
+    assert joined.status_code == 303
+    assert "Secure" in joined.headers["set-cookie"]
+    client.headers["cookie"] = joined.headers["set-cookie"].split(";")[0]
+    form = fields(client)
+    for origin in ("https://evil.example", "http://", "https://labels.example.evil.example"):
+        refused(client.post("/vote", data=form, headers={"origin": origin}), 403)
+    assert client.post("/vote", data=form, headers=own).status_code == 303
+    assert len(tags.votes()) == 1
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[int]:
+    """The command in a process of its own; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "d3po_bench", "feedback", "serve", str(folder)]
+    command += ["--port", str(port), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline().startswith("Serving on ")
+            yield port
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_only_a_proxy_may_say_who_asks(tags: Site, public: bool) -> None:
+    """Wrong tries count for each address; whose it is, is a proxy's word or none's."""
+    with serving(tags.folder, *(["--public-url", PUBLIC] if public else [])) as port:
+
+        def tried(address: str) -> int:
+            headers = {"x-forwarded-for": address, "content-type": FORM}
+            for _ in range(100):  # the port is open before pages are
+                try:
+                    asked = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                    with contextlib.closing(asked) as connection:
+                        connection.request("POST", "/join", "token=wrong", headers)
+                        return connection.getresponse().status
+                except ConnectionError:
+                    time.sleep(0.05)
+            raise TimeoutError("no answer")
+
+        while tried("203.0.113.1") != 429:
+            pass
+        assert tried("203.0.113.2") == (403 if public else 429)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "labels.example", "ftp://labels.example", "https://", "https://a/page",
+            "https://a/?x", "https://a/#x", "https://a:99999", "https://[a"],
+)  # fmt: skip
+def test_a_public_url_that_is_no_origin_is_refused(tags: Site, url: str) -> None:
+    with pytest.raises(UserError, match="Expected a public URL such as https://labels"):
+        server.serve(tags.folder, public_url=url)
+
+
+def test_nothing_is_served_to_a_rater_without_a_name(tags: Site) -> None:
+    said: list[str] = []
+    with pytest.raises(UserError, match="Expected a rater's name"):
+        server.serve(tags.folder, port=0, raters=["Ann", ""], echo=said.append)
+    assert said == []
+    assert tags.store.raters() == []
 
 
 def test_acknowledged_votes_survive_kill_9(tmp_path: Path) -> None:

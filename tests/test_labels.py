@@ -367,7 +367,7 @@ def test_an_undo_is_a_row_and_the_item_comes_again(tmp_path: Path, store: LabelS
     (ann,) = invited(store, "Ann")
     first, second = voted(store, ann, 0), voted(store, ann, 1)
     third = handed(store, ann)
-    undone = store.undo(ann)
+    undone = store.undo(ann, store.last(ann))
     assert (undone.id, undone.shown, undone.step) == (second.id, second.shown, 2)
     assert handed(store, ann) == undone
     assert [vote.answer for vote in store.effective_votes()] == [(0,)]
@@ -385,10 +385,25 @@ def test_an_undo_is_a_row_and_the_item_comes_again(tmp_path: Path, store: LabelS
 def test_undo_goes_back_vote_by_vote_to_the_first(store: LabelStore) -> None:
     (ann,) = invited(store, "Ann")
     hands = [voted(store, ann) for _ in range(3)]
-    assert [store.undo(ann).id for _ in range(3)] == [hand.id for hand in reversed(hands)]
+    assert [store.undo(ann, store.last(ann)).id for _ in range(3)] == [
+        hand.id for hand in reversed(hands)
+    ]
     with pytest.raises(AlreadyVotedError, match="Expected a vote to undo, got none"):
-        store.undo(ann)
+        store.undo(ann, store.last(ann))
+    assert store.last(ann) == 0
     assert store.effective_votes() == []
+
+
+def test_an_undo_that_is_sent_again_takes_no_other_vote_back(store: LabelStore) -> None:
+    ann, bob = invited(store, "Ann", "Bob")
+    first, second = voted(store, ann), voted(store, ann)
+    voted(store, bob)
+    last = store.last(ann)
+    assert store.undo(ann, last).id == second.id
+    for vote in (last, last + 1, 0):  # again; Bob's; none
+        with pytest.raises(AlreadyVotedError, match="Expected your last vote to undo"):
+            store.undo(ann, vote)
+    assert {vote.item for vote in store.effective_votes() if vote.rater == "Ann"} == {first.item.id}
 
 
 def test_a_skipped_item_goes_to_somebody_else(store: LabelStore) -> None:
@@ -400,7 +415,7 @@ def test_a_skipped_item_goes_to_somebody_else(store: LabelStore) -> None:
     assert handed(store, bob).item == skipped.item
     assert len(store.effective_votes()) == 3
     # the last three were votes; the fourth undo takes back the skip
-    assert [store.undo(ann).id for _ in range(4)][-1] == skipped.id
+    assert [store.undo(ann, store.last(ann)).id for _ in range(4)][-1] == skipped.id
 
 
 def test_refused_votes_store_nothing(tmp_path: Path, store: LabelStore) -> None:
@@ -422,7 +437,7 @@ def test_refused_votes_store_nothing(tmp_path: Path, store: LabelStore) -> None:
     store.vote(ann, hand.id, (), 5, 0)
     with pytest.raises(AlreadyVotedError):
         store.vote(ann, hand.id, (1,), 5, 0)
-    store.undo(ann)
+    store.undo(ann, store.last(ann))
     with pytest.raises(AlreadyVotedError):  # the first answer, sent again after the undo
         store.vote(ann, hand.id, (), 5, 0)
     assert len(rows(tmp_path)) == 2

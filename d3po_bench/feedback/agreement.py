@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -211,10 +211,11 @@ def preferences(scores: Floats) -> NDArray[np.int64]:
     return np.array(pairs, dtype=np.int64).reshape(-1, 3)
 
 
-def read_label_files(folder: Path) -> Floats:
+def read_label_files(folder: Path, say: Callable[[str], None] = lambda line: None) -> Floats:
     """Scores from label files of the published code: one JSON file a rater, rows of K numbers.
 
-    0 is untouched and -1 tagged. All files are cut to the shortest, then averaged.
+    0 is untouched and -1 tagged. All files are cut to the shortest, as the published code does,
+    then averaged; `say` hears of rows that are left out.
 
     Returns:
         [P, K].
@@ -233,7 +234,10 @@ def read_label_files(folder: Path) -> Floats:
             f"Expected as many images a row in all label files of {folder}, got {widths}. "
             "Keep the files of one round together, and no others."
         )
-    shortest = min(len(table) for table in tables)
+    shortest, longest = min(map(len, tables)), max(map(len, tables))
+    if shortest < longest:
+        say(f"Only the first {shortest} of up to {longest} rows are in all files of {folder}: "
+            "the rest is left out.")  # fmt: skip
     mean: Floats = np.stack([table[:shortest] for table in tables]).mean(0)
     return mean
 
@@ -248,7 +252,9 @@ def _label_file(path: Path) -> Floats:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         if not _rows_of_numbers(rows):
-            raise ValueError("not a list of equally long rows of finite numbers")
+            raise ValueError("not a list of equally long rows of numbers")
+        if strange := {n for row in rows for n in row} - {0, -1}:
+            raise ValueError(f"the number {min(strange)}")
         return np.array(rows, dtype=np.float64)
     except (OSError, ValueError, OverflowError, RecursionError) as problem:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,9 @@ def new(
 @click.option("--rater", "raters", multiple=True, help="Name to invite; repeatable.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--public-url", help="How links begin where raters come through a proxy.")
+@click.option(
+    "--public-url", help="How links begin where raters come through a proxy; https://HOST."
+)
 @click.option("--renew", is_flag=True, help="New links also for those invited before.")
 @click.option(
     "--votes",
@@ -198,7 +201,9 @@ def choices(folder: Path, out: Path | None, labels: str | None) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Default: labels.csv in FOLDER.")
 @LABELS
 def export(folder: Path, out: Path | None, labels: str | None) -> None:
-    """Write all votes on the round in FOLDER as CSV, or as JSON where --out ends so.
+    """Write the votes on the round in FOLDER as CSV, or as JSON where --out ends so.
+
+    What was skipped or undone is left out.
 
     \b
     Example:
@@ -240,7 +245,8 @@ def train(
     """Learn from the votes on the round in FOLDER, from the weights that drew it.
 
     D3PO compares with the model that drew the round. The LoRA is in OUT/lora; the next round
-    draws with `feedback new --from OUT`. The same command goes on where it was interrupted.
+    draws with `feedback new --from OUT`. The same command goes on where it was interrupted,
+    and changes nothing where it has ended.
 
     \b
     Example:
@@ -255,7 +261,7 @@ def train(
     )
     target = out or folder / "trained" / method
     told = _shown("learning")
-    data = loop.data(folder, labels, label_files)
+    data = loop.data(folder, labels, label_files, partial(click.echo, err=True))
     training.train(data, request, target, report=lambda p: told(p.done))
     click.echo(f"The LoRA is in {target / 'lora'}. Draw the next round: d3po-bench feedback new "
                f"NEXT --prompts LIST --from {target}", err=True)  # fmt: skip

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -154,6 +155,20 @@ class Progress:
     done: int
     """Items answered or skipped; of the round: items with all their votes."""
     left: int
+    """Of a rater: without repeats and items with a known answer, which nobody may foresee."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a rater's name that is no name.
+
+    Raises:
+        UserError: it is empty, longer than 60 characters, or not printable.
+    """
+    if not name.strip() or len(name) > 60 or not name.isprintable():
+        raise UserError(
+            f"Expected a rater's name of 1 to 60 printable characters, got {ascii(name)[:80]}. "
+            "Give another name."
+        )
 
 
 def token_hash(token: str) -> str:
@@ -215,11 +230,7 @@ class LabelStore:
         Raises:
             UserError: the name is empty, longer than 60 characters, or not printable.
         """
-        if not name.strip() or len(name) > 60 or not name.isprintable():
-            raise UserError(
-                f"Expected a rater's name of 1 to 60 printable characters, got {ascii(name)[:80]}. "
-                "Give another name."
-            )
+        check_name(name)
         token = secrets.token_urlsafe(32)
         with self._writing() as connection:
             found = connection.execute(
@@ -346,18 +357,31 @@ class LabelStore:
                 raise _already()
             self._answer(connection, row, answer, milliseconds, step)
 
-    def undo(self, rater: int) -> Hand:
+    def last(self, rater: int) -> int:
+        """Number of this rater's last vote or skip that is not undone; 0 where there is none."""
+        with self._reading() as connection:
+            row = _last(connection, rater)
+            return int(row["id"]) if row else 0
+
+    def undo(self, rater: int, vote: int) -> Hand:
         """Take back this rater's last vote or skip, with a new row; its item is open again.
 
+        Args:
+            rater: number of the rater.
+            vote: what `last` gives: an undo that is sent again, its acknowledgement having been
+                lost, does not take back another.
+
         Raises:
-            AlreadyVotedError: there is nothing to take back.
+            AlreadyVotedError: `vote` is not the last, or there is nothing to take back.
         """
         with self._writing() as connection:
-            last = connection.execute(
-                _live().where(VOTES.c.rater == rater).order_by(VOTES.c.id.desc()).limit(1)
-            ).mappings().first()  # fmt: skip
+            last = _last(connection, rater)
             if last is None:
                 raise AlreadyVotedError("Expected a vote to undo, got none. Vote first.")
+            if last["id"] != vote:
+                raise AlreadyVotedError(
+                    "Expected your last vote to undo, got an earlier one. Reload the page."
+                )
             row = self._own(connection, rater, last["hand"])
             self._append(connection, row, last["step"] + 1, "undo", None, 0)
             self._set(connection, row, "open")
@@ -638,6 +662,12 @@ def _live(*columns: Any) -> sql.Select[Any]:
     return sql.select(VOTES, *columns).where(VOTES.c.kind != "undo", ~undone.exists())
 
 
+def _last(connection: Connection, rater: int) -> Row | None:
+    """The row that an undo would take back."""
+    query = _live().where(VOTES.c.rater == rater).order_by(VOTES.c.id.desc()).limit(1)
+    return connection.execute(query).mappings().first()
+
+
 def _steps(connection: Connection, hand: int) -> int:
     query = sql.select(sql.func.count()).select_from(VOTES).where(VOTES.c.hand == hand)
     return connection.execute(query).scalar_one()
@@ -712,6 +742,22 @@ def _database(url: str) -> Iterator[None]:
             f"Expected a database at {_shown(url)}, got: {reason}. Give another --labels URL, "
             "such as sqlite:///labels.sqlite."
         ) from problem
+
+
+def require_labels(url: str) -> None:
+    """Refuse an SQLite file that is not there, which opening it would make.
+
+    Raises:
+        UserError: naming it.
+    """
+    with _database(url):
+        where = sql.make_url(url)
+    file = where.database if where.get_backend_name() == "sqlite" else None
+    if file and file != ":memory:" and "uri" not in where.query and not Path(file).is_file():
+        raise UserError(
+            f"Expected labels at {_shown(url)}, got no such file. Correct --labels, or ask for "
+            "votes with `d3po-bench feedback serve`."
+        )
 
 
 def _shown(url: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from d3po_bench.config import FEEDBACK, Execution, make
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import agreement, pictures, raters, sampling, training
-from d3po_bench.feedback.labels import LabelStore, Plan
+from d3po_bench.feedback.labels import LabelStore, Plan, require_labels
 from d3po_bench.feedback.rounds import Kind, Pool, Question, Round, Vote
 from d3po_bench.feedback.sampling import FIXED, Before, Sampling
 from d3po_bench.prompts import read_prompts
@@ -93,14 +93,24 @@ def _settings(request: New, before: Before | None) -> tuple[dict[str, Any], Exec
 
 
 @contextlib.contextmanager
-def votes_of(folder: Path, labels: str | None, plan: Plan | None = None) -> Iterator[LabelStore]:
+def votes_of(
+    folder: Path, labels: str | None, plan: Plan | None = None, *, new: bool = False
+) -> Iterator[LabelStore]:
     """The labels of a round.
 
+    Args:
+        folder: of the round.
+        labels: URL of the labels; None for those in the folder, which are made if need be.
+        plan: how items are handed out.
+        new: make those that `labels` names, too.
+
     Raises:
-        UserError: no such round, or labels of another.
+        UserError: no such round, no such labels, or labels of another round.
     """
     from d3po_bench.feedback.server import default_url
 
+    if labels and not new:
+        require_labels(labels)
     with LabelStore(labels or default_url(folder), Round.read(folder), plan) as store:
         yield store
 
@@ -118,7 +128,12 @@ def checked(folder: Path) -> Round:
 
 
 def status(folder: Path, labels: str | None, plan: Plan) -> Iterator[str]:
-    """How far a round is, and how far its votes can be trusted."""
+    """How far a round is, and how far its votes can be trusted.
+
+    Raises:
+        UserError: the round or its labels are damaged.
+    """
+    checked(folder)
     with votes_of(folder, labels, plan) as store:
         progress, votes = store.status(), store.effective_votes()
         facts = agreement.summary(store.round, votes)
@@ -230,14 +245,17 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def data(folder: Path, labels: str | None, label_files: Path | None) -> training.Data:
+def data(
+    folder: Path, labels: str | None, label_files: Path | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> training.Data:  # fmt: skip
     """What a round's votes, or label files of the published code, give to learn from.
 
     Raises:
         UserError: they are of another round, or there are none.
     """
     if label_files is not None:
-        return training.data_of(folder, agreement.read_label_files(label_files))
+        return training.data_of(folder, agreement.read_label_files(label_files, say))
     checked(folder)
     with votes_of(folder, labels) as store:
         return training.data_of(folder, agreement.scores(store.round, store.effective_votes()))
@@ -246,5 +264,6 @@ def data(folder: Path, labels: str | None, label_files: Path | None) -> training
 def simulate(folder: Path, labels: str | None, pool: Sequence[raters.Annotator], seed: int) -> int:
     """Let a pool of simulated raters judge every item; returns the number of votes."""
     plan = Plan(votes_per_item=len(pool), gold_every=0, repeat_every=0)
-    with votes_of(folder, labels, plan) as store:
+    checked(folder)
+    with votes_of(folder, labels, plan, new=True) as store:
         return raters.vote(store, folder, pool, seed)

@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import agreement
 from d3po_bench.feedback.labels import (
+    MOST_ID,
     AlreadyVotedError,
     Hand,
     LabelStore,
@@ -34,6 +35,7 @@ from d3po_bench.feedback.labels import (
     Plan,
     Progress,
     Rater,
+    check_name,
     token_hash,
 )
 from d3po_bench.feedback.rounds import Answer, Round, Vote
@@ -57,6 +59,8 @@ STATIC = {
 MOST_BYTES = 16 * 1024
 """Of a request's body."""
 MOST_FIELDS = 32
+_OURS = ("same-origin", "none")
+"""Values of Sec-Fetch-Site of our own forms."""
 
 QUESTIONS = {
     ("tags", "deformed"): ("Tag every deformed picture", "deformed"),
@@ -87,8 +91,9 @@ class Limits:
 
 
 def app(
-    round_: Round, folder: Path, store: LabelStore, key: bytes, limits: Limits | None = None
-) -> FastAPI:
+    round_: Round, folder: Path, store: LabelStore, key: bytes, limits: Limits | None = None,
+    public_url: str | None = None,
+) -> FastAPI:  # fmt: skip
     """The page for one round.
 
     Args:
@@ -97,9 +102,10 @@ def app(
         store: where votes go.
         key: signs sessions; a new key signs everybody out.
         limits: how much anybody may ask for.
+        public_url: the origin that browsers see, where a proxy changes it.
     """
     made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    pages = _Pages(round_, folder, store, Sessions(key), limits or Limits())
+    pages = _Pages(round_, folder, store, Sessions(key), limits or Limits(), public_url)
     routes: tuple[tuple[str, str, Endpoint], ...] = (
         ("GET", "/", pages.item),
         ("GET", "/join", pages.join),
@@ -145,15 +151,18 @@ def serve(
         raters: names to invite.
         plan: how items are handed out.
         renew: make new links also for those invited before; their old links stop working.
-        public_url: how links begin, where raters do not reach `host` and `port` themselves.
+        public_url: how links begin, where raters do not reach `host` and `port` themselves:
+            the origin that their browsers see, such as https://labels.example.
         limits: how much anybody may ask for.
         echo: prints a line.
 
     Raises:
-        UserError: the round or the labels are damaged, or the port is taken.
+        UserError: the round or the labels are damaged, the port is taken, or the public URL is
+            no origin.
     """
     import uvicorn
 
+    public_url = _origin(public_url) if public_url is not None else None
     round_ = Round.read(folder)
     with (
         LabelStore(labels_url or default_url(folder), round_, plan) as store,
@@ -162,7 +171,7 @@ def serve(
         url = public_url or _url(host, listener.getsockname()[1])
         for line in invitations(store, raters, url, renew=renew):
             echo(line)
-        pages = app(round_, folder, store, session_key(folder), limits)
+        pages = app(round_, folder, store, session_key(folder), limits, public_url)
         config = uvicorn.Config(
             pages, log_level="warning", access_log=False, server_header=False,
             proxy_headers=bool(public_url),  # else anybody here could give another address
@@ -179,9 +188,11 @@ def invitations(
     store: LabelStore, names: Iterable[str], url: str, *, renew: bool = False
 ) -> Iterator[str]:
     """Invite whoever is new, and the admin: a line for each, with a link that is shown once."""
-    known = {rater.name for rater in store.raters()}
+    names, known = list(dict.fromkeys(names)), {rater.name for rater in store.raters()}
+    for name in names:
+        check_name(name)
     yield f"Serving on {url}"
-    for name in dict.fromkeys(names):
+    for name in names:
         if name in known and not renew:
             yield f"{name}: invited before; a new link with --renew"
         else:
@@ -194,6 +205,25 @@ def invitations(
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _origin(url: str) -> str:
+    """A public URL without a slash at its end.
+
+    Raises:
+        UserError: it is no origin: the page lives at a host's root.
+    """
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise UserError(
+            f"Expected a public URL such as https://labels.example, got {ascii(url)[:80]}. Give "
+            "scheme and host alone: the page needs a host of its own."
+        )
+    return url.rstrip("/")
 
 
 @contextlib.contextmanager
@@ -213,8 +243,10 @@ class _Pages:
     """What is answered to each request."""
 
     def __init__(
-        self, round_: Round, folder: Path, store: LabelStore, sessions: Sessions, limits: Limits
-    ) -> None:
+        self, round_: Round, folder: Path, store: LabelStore, sessions: Sessions, limits: Limits,
+        public_url: str | None,
+    ) -> None:  # fmt: skip
+        self._public = urlsplit(public_url or "")
         self._round, self._folder, self._store = round_, folder.resolve(), store
         self._sessions = sessions
         self._votes, self._reads, self._wrong = (
@@ -239,9 +271,9 @@ class _Pages:
             return RedirectResponse("/admin", 303)
         rater = await self._rater(request, session)
         self._spend(self._reads, f"rater {rater.id}")
-        hand, progress = await run_in_threadpool(self._next, rater)
+        hand, progress, last = await run_in_threadpool(self._next, rater)
         return self._page("item.html" if hand else "finish.html", session, **{
-            "rater": rater, "hand": hand, "progress": progress, "round": self._round,
+            "rater": rater, "hand": hand, "progress": progress, "last": last, "round": self._round,
             "question": QUESTIONS[self._round.kind, self._round.question],
         })  # fmt: skip
 
@@ -258,11 +290,12 @@ class _Pages:
 
     async def undo(self, request: Request) -> Response:
         """Take the last answer back and show its item again."""
-        rater, _ = await self._posted(request)
+        rater, form = await self._posted(request)
+        last = _number(_one(form, "last"), 0, MOST_ID)
         try:
-            await run_in_threadpool(self._store.undo, rater.id)
+            await run_in_threadpool(self._store.undo, rater.id, last)
         except AlreadyVotedError as problem:
-            raise HTTPException(409, "There is nothing to undo.") from problem
+            raise HTTPException(409, "This was undone already.") from problem
         return RedirectResponse("/", 303)
 
     async def image(self, request: Request) -> Response:
@@ -278,15 +311,16 @@ class _Pages:
             path, media_type="image/png", headers={"cache-control": "private, max-age=600"}
         )
 
-    def _next(self, rater: Rater) -> tuple[Hand | None, Progress]:
-        return self._store.hand_out(rater.id), self._store.progress(rater.id)
+    def _next(self, rater: Rater) -> tuple[Hand | None, Progress, int]:
+        store = self._store
+        return store.hand_out(rater.id), store.progress(rater.id), store.last(rater.id)
 
     async def _held(self, rater: Rater, form: Form) -> Hand:
         return await self._hand(rater, _one(form, "hand"))
 
     async def _hand(self, rater: Rater, number: str) -> Hand:
         try:
-            hand = _number(number, 1, 2**31 - 1)
+            hand = _number(number, 1, MOST_ID)
             return await run_in_threadpool(self._store.hand, rater.id, hand)
         except NotHandedError as problem:
             raise HTTPException(403, "This item was not handed to you.") from problem
@@ -294,7 +328,7 @@ class _Pages:
     async def _store_vote(
         self, rater: Rater, hand: Hand, form: Form, answer: Answer | None
     ) -> Response:
-        step = _number(_one(form, "step"), 0, 2**31 - 1)
+        step = _number(_one(form, "step"), 0, MOST_ID)
         spent = _number(_one(form, "milliseconds"), 0, 24 * 60 * 60 * 1000)
         try:
             await run_in_threadpool(self._store.vote, rater.id, hand.id, answer, spent, step)
@@ -310,19 +344,19 @@ class _Pages:
 
     async def sign_in(self, request: Request) -> Response:
         """Exchange an invitation token for a session."""
-        _require_same_site(request)
+        self._require_same_site(request)
         address = request.client.host if request.client else "unknown"
-        if not self._wrong.allow(address, spend=False):
-            raise HTTPException(429, "Too many wrong tries. Wait a minute, then try again.")
         token = _one(await _form(request), "token").strip()
         cookie, target = await run_in_threadpool(self._begin, token)
         if cookie is None:
-            self._wrong.allow(address)
+            # After the look-up: behind a proxy raters may share an address with a stranger.
+            if not self._wrong.allow(address):
+                raise HTTPException(429, "Too many wrong tries. Wait a minute, then try again.")
             raise HTTPException(403, "This invitation is not valid. Ask for a new link.")
         response = RedirectResponse(target, 303)
         response.set_cookie(
             COOKIE, cookie, max_age=MOST_SECONDS, httponly=True, samesite="lax",
-            secure=request.url.scheme == "https",
+            secure="https" in (request.url.scheme, self._public.scheme),
         )  # fmt: skip
         return response
 
@@ -365,12 +399,25 @@ class _Pages:
 
     async def _checked(self, request: Request, session: Session) -> Form:
         """A form that this session's own page sent."""
-        _require_same_site(request)
+        self._require_same_site(request)
         form = await _form(request)
         given = _one(form, "csrf")
         if not given.isascii() or not compare_digest(given, self._sessions.csrf(session)):
             raise HTTPException(403, "This form is out of date. Reload the page.")
         return form
+
+    def _require_same_site(self, request: Request) -> None:
+        """Refuse what another site's page sent, as browsers tell."""
+        origin = request.headers.get("origin")
+        # Most proxies put another Host into the request.
+        hosts = {request.headers.get("host"), self._public.netloc}
+        foreign = request.headers.get("sec-fetch-site", "same-origin") not in _OURS
+        try:
+            strange = origin is not None and urlsplit(origin).netloc not in hosts - {""}
+        except ValueError:
+            strange = True
+        if foreign or strange:
+            raise HTTPException(403, "This form came from another site.")
 
     def _spend(self, limiter: Limiter, key: str) -> None:
         if not limiter.allow(key):
@@ -489,18 +536,6 @@ def _number(text: str, low: int, high: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):
         raise HTTPException(400, "This request is malformed.")
     return int(text)
-
-
-def _require_same_site(request: Request) -> None:
-    """Refuse what another site's page sent, as browsers tell."""
-    origin = request.headers.get("origin")
-    foreign = request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
-    try:
-        strange = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
-    except ValueError:
-        strange = True
-    if foreign or strange:
-        raise HTTPException(403, "This form came from another site.")
 
 
 def _answer(round_: Round, hand: Hand, form: Form) -> Answer:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d3po_bench.config import FEEDBACK, Execution, RunConfig, make
 from d3po_bench.errors import UserError
-from d3po_bench.feedback.agreement import Floats
+from d3po_bench.feedback.agreement import Floats, preferences
 from d3po_bench.feedback.sampling import (
     ADAPTER,
     FIXED,
@@ -83,7 +83,7 @@ def data_of(folder: Path, scores: Floats) -> Data:
 
     Raises:
         UserError: a file is missing or altered, the scores are of another round, or there are
-            none.
+            none, or none that differ.
     """
     sampling = Sampling.read(folder)
     require_files(folder)
@@ -97,6 +97,11 @@ def data_of(folder: Path, scores: Floats) -> Data:
         raise UserError(
             f"Expected votes on the round in {folder}, got none. Ask for some with `d3po-bench "
             "feedback serve`."
+        )
+    if not len(preferences(scores)):
+        raise UserError(
+            f"Expected votes that prefer an image to another in {folder}, got ties alone: there "
+            "is nothing to learn. Ask for more with `d3po-bench feedback serve`."
         )
     whole = torch.full((number, images), float("nan"))
     whole[: len(scores)] = torch.from_numpy(scores).float()
