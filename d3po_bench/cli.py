@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from d3po_bench import __version__
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import RunError, UserError, fail
 from d3po_bench.feedback.commands import COMMANDS
 
 MOST_SEEDS = 10_000
@@ -35,6 +36,16 @@ class _Command(click.Group):
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             raise unknown("command", args[0], list(self.commands))
         return super().resolve_command(ctx, args)
+
+
+class _Range(click.FloatRange):
+    """A range that does not hold nan, which no comparison puts outside."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is not in the range {self.min}<=x<={self.max}.", param, ctx)
+        return found
 
 
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -249,7 +260,7 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
     "--images", type=click.IntRange(1, 1000), default=1, show_default=True, help="A prompt."
 )
 @click.option("--steps", type=click.IntRange(1, 999), help="Default: 20, or those of the run.")
-@click.option("--guidance", type=click.FloatRange(0, 100), help="Default: 5, or that of the run.")
+@click.option("--guidance", type=_Range(0, 100), help="Default: 5, or that of the run.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Processes."
@@ -548,18 +559,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(problem.format_message(), err=True)
         sys.exit(2)
     except click.ClickException as problem:
-        _fail(_said(problem), 2)
+        fail(_said(problem), 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted. The same command goes on from the last checkpoint.", 1)
+        fail("Interrupted. The same command goes on from the last checkpoint.", 1)
     except UserError as problem:
-        _fail(str(problem), problem.exit_code)
+        fail(str(problem), problem.exit_code)
     except OSError as problem:
         if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         if problem.filename is None:
             raise
-        _fail(_about(problem), 2)
+        fail(_about(problem), 2)
 
 
 def _about(problem: OSError) -> str:
@@ -587,10 +598,3 @@ def _said(problem: click.ClickException) -> str:
         name = problem.param.opts[0]
         return f"Expected a value that fits {name}, got another: {problem.message} See {manual}."
     return f"Expected a command as in {manual}, got another: {problem.format_message()}"
-
-
-def _fail(message: str, code: int) -> None:
-    line = " ".join(message.split())
-    # A name from the command line may hold bytes that are no text.
-    click.echo(f"error: {line.encode(errors='backslashreplace').decode()}", err=True)
-    sys.exit(code)

@@ -227,11 +227,20 @@ PRESET_SUMMARIES = {
 
 
 def pairs_of(settings: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE strings as a dictionary."""
+    """KEY=VALUE strings as a dictionary.
+
+    Raises:
+        UserError: one has no =, or a key comes twice.
+    """
+    found: dict[str, str] = {}
     for text in settings:
-        if "=" not in text:
+        key, sign, value = text.partition("=")
+        if not sign:
             raise UserError(f"Expected --set KEY=VALUE, got {text!r}. Put a = between the two.")
-    return dict(text.split("=", 1) for text in settings)
+        if key in found:
+            raise UserError(f"Expected --set {key}=... once, got it twice. Leave one of them out.")
+        found[key] = value
+    return found
 
 
 def make(

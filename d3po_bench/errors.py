@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -27,8 +28,15 @@ def said_in_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(problem.exit_code)
+        fail(str(problem), problem.exit_code)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print `message` in one line on stderr, and end with the exit status `code`."""
+    line = " ".join(message.split())
+    # A name from the command line may hold bytes that are no text.
+    print(f"error: {line.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+    sys.exit(code)
 
 
 _NO_MEMORY = (

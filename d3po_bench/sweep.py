@@ -101,7 +101,7 @@ def read(path: Path) -> Grid:
         UserError: it is not there, not TOML, or not a grid.
     """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as problem:
         raise UserError(
             f"Expected a grid file, got {path}: {problem.strerror}. Give the path of a TOML file; "

@@ -236,7 +236,9 @@ def _pictures(request: Request) -> Plan:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-        named = [(row["file_name"], row.get("text") or row["prompt"]) for row in rows]
+        named = [(row["file_name"], row.get("text") or row.get("prompt")) for row in rows]
+        if rows and not {"text", "prompt"} & rows[0].keys():
+            raise KeyError("text")
     except (OSError, KeyError, ValueError) as problem:
         raise UserError(
             f"Expected columns file_name and text in {path}, got {problem!r}. Write a header and "
@@ -244,7 +246,12 @@ def _pictures(request: Request) -> Plan:
         ) from problem
     inside = request.target.resolve()
     for name, text in named:
-        fine = name and text is not None and "\0" not in name
+        if name and text is None:
+            raise UserError(
+                f"Expected a text for every picture in {path}, got {name!r} alone. Complete that "
+                "line."
+            )
+        fine = name and "\0" not in name
         place = (inside / name).resolve() if fine else inside
         if not place.is_relative_to(inside) or not place.is_file():
             raise UserError(

@@ -30,6 +30,9 @@ MANIFEST, CLAIMS = "manifest.json", "claims.json"
 FILES = (*TEXT, "provenance.json")
 COUNTS = ("images", "pairs", "scorer_calls", "unet_forwards")
 
+MOST_APART = 32
+"""Of 255, between a pixel of a published figure and of the same figure drawn again."""
+
 Problems = Iterator[str]
 
 
@@ -312,11 +315,26 @@ def _until_empty(lines: Sequence[str]) -> Iterator[str]:
 
 
 def check_curves(claim: Mapping[str, Any], home: Path) -> Problems:
-    """The figure, drawn again from the rows, must have the same bytes."""
+    """The figure, drawn again from the rows, must have the same bytes, and its PNG look alike."""
     from eval.report import plot
 
+    figure, picture = (home / claim["figure"]).with_suffix(".svg"), Path(claim["figure"])
     with tempfile.TemporaryDirectory() as place:
         plot([home / claim["runs"]], Path(place), x=claim["x"])
-        drawn = (Path(place) / "curves.svg").read_bytes()
-    if drawn != (home / claim["figure"]).read_bytes():
-        yield f"{claim['figure']} is not what `d3po-bench plot {claim['runs']}` draws"
+        svg, png = Path(place, "curves.svg"), Path(place, "curves.png")
+        same = {
+            figure.name: svg.read_bytes() == figure.read_bytes(),
+            figure.with_suffix(".png").name: _alike(png, figure.with_suffix(".png")),
+        }
+    for name in (name for name, holds in same.items() if not holds):
+        yield f"{picture.with_name(name)} is not what `d3po-bench plot {claim['runs']}` draws"
+
+
+def _alike(one: Path, other: Path) -> bool:
+    """Whether no pixel differs by more than what another rounding of edges can do."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(one) as first, Image.open(other) as second:
+        a, b = (np.asarray(image.convert("RGB"), dtype=np.int16) for image in (first, second))
+    return a.shape == b.shape and int(np.abs(a - b).max()) <= MOST_APART

@@ -197,7 +197,7 @@ def _wrong_settings(kind: Any) -> list[str]:
 SAID = (
     "rum", "run run", "weights steal", "feedback nothing", "run --method", "'' --help me",
     f"{D3PO} --set =", f"{D3PO} --set =1", f"{D3PO} --set learning_rate",
-    f"{D3PO} --set model=sd15",
+    f"{D3PO} --set model=sd15", f"{D3PO} --set rounds=1 --set rounds=2",
     f"{D3PO} --set options=1", f"{D3PO} --set prompts=nowhere.txt", f"{D3PO} --set eval_scorers=x",
     f"{D3PO} --set lora_targets=", f"{D3PO} --set skip_steps=500", f"{D3PO} --model ''",
     f"{D3PO} --set images_per_prompt=1", f"{D3PO} --model /", f"{D3PO} --model a/b/c",
@@ -207,7 +207,8 @@ SAID = (
     "run --method ../d3po --objective incompress", "run --method d3po --objective ../prompts",
     "list --settings --method nonsense", "weights fetch nonsense", "plot nowhere elsewhere",
     "plot ''", "evaluate nowhere", "evaluate tiny --scorers nonsense",
-    "evaluate tiny --scorers jpeg_size:7", "evaluate tiny --prompts nowhere.txt",
+    "evaluate tiny --scorers jpeg_size:7", "evaluate tiny --guidance nan",
+    "evaluate tiny --prompts nowhere.txt",
     "evaluate tiny --scorers clip:nowhere", "evaluate ''", "table1 nowhere",
     "table1 --redraw --out nowhere", "table1 --scorers nonsense --count 1 nowhere",
     "table1 --objective nonsense", "feedback choices nowhere --out x.csv", "feedback choices ''",
@@ -290,6 +291,8 @@ PROMPTS: dict[str, Change] = {
     "utf-16": holds("cat".encode("utf-16")),
     "binary": holds(bytes(range(256))),
     "only a byte-order mark": holds("\ufeff"),
+    "a null byte": holds("cat\nd\0g\n"),
+    "an escape sequence": holds("cat\n\x1b[31mdog\n"),
     "too many tokens": holds("cat\n" + "a " * 15),
 }
 

@@ -123,6 +123,8 @@ def test_a_thousand_pictures_survive_kills(tmp_path: Path) -> None:
         ("file_name,text\n../secret.png,a cat", "Expected a picture inside"),
         ("file_name,text\n/etc/passwd,a cat", "Expected a picture inside"),
         ("file_name,text\nmissing.png,a cat", "Expected a picture inside"),
+        ("file_name,text\nmetadata.csv", "got 'metadata.csv' alone"),
+        ("file_name,prompt\nmetadata.csv", "got 'metadata.csv' alone"),
         ("file_name,text\n", "got none"),
         ("file_name,text\nmetadata.csv,a cat", "Expected a picture in"),
     ],

@@ -612,6 +612,8 @@ def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
     refused(*command, tmp_path, match="metadata.csv")
     (one / "metadata.csv").write_text("file_name,text\n../b/0.png,cat\n")
     refused(*command, one, match="Expected a picture inside")
+    (one / "metadata.csv").write_text("file_name,text\n0.png\n")
+    refused(*command, one, match="got '0.png' alone")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\n")
     (one / "0.png").write_bytes(b"no picture")
     refused(*command, one, "--pictures", one, match="Expected a picture in")

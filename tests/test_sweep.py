@@ -65,6 +65,12 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for n in names for path in out.rglob(n)}
 
 
+def test_a_byte_order_mark_is_no_fault(grid: Path) -> None:
+    before = read(grid)
+    grid.write_text("\ufeff" + grid.read_text(), encoding="utf-8")
+    assert read(grid) == before
+
+
 def test_the_special_beats_the_general(grid: Path) -> None:
     found = read(grid)
     assert (found.seeds, found.preset) == ([3, 1], "official_code")

@@ -256,6 +256,18 @@ def test_an_edited_figure(home: Path) -> None:
     assert any("is not what `d3po-bench plot" in p for p in found(home, "curves"))
 
 
+def test_an_edited_picture_of_a_figure(home: Path) -> None:
+    from PIL import Image
+
+    path = home / "results" / "figures" / "curves.png"
+    with Image.open(path) as image:
+        edited = image.convert("RGB")
+    edited.paste((0, 0, 0), (200, 200, 203, 203))
+    edited.save(path)
+    said = "results/figures/curves.png is not what `d3po-bench plot results/tiny` draws"
+    assert found(home, "curves") == [said]
+
+
 def test_a_script_that_fails_is_a_problem(home: Path) -> None:
     (home / "results" / "summary.py").write_text("raise SystemExit('broken')")
     assert any("fails: ['broken']" in p for p in found(home, "tables"))

@@ -64,7 +64,12 @@ def _listed(source: Path) -> Listed:
             "a line for each picture."
         ) from problem
     inside = source.resolve()
-    for picture, _ in found:
+    for picture, text in found:
+        if text is None:
+            raise UserError(
+                f"Expected a text for every picture in {path}, got {picture.name!r} alone. "
+                "Complete that line."
+            )
         if not picture.resolve().is_relative_to(inside) or not picture.is_file():
             raise UserError(
                 f"Expected a picture inside {source} for every line of {path}, got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unicodedata import category
 
 from d3po_bench.errors import UserError
 
@@ -18,7 +19,8 @@ def read_prompts(source: str) -> list[str]:
     """The prompts of a shipped list or of a file, without blank lines.
 
     Raises:
-        UserError: no such list or file, or it is empty or not UTF-8 text.
+        UserError: no such list or file, or it is empty, not UTF-8 text, or a line of it holds
+            control characters.
     """
     path = HOME / f"{source}.txt" if source in names() else Path(source)
     try:
@@ -35,6 +37,13 @@ def read_prompts(source: str) -> list[str]:
             f"{source[:200]!r}: {reason}. Correct the name."
         ) from problem
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    for prompt in prompts:
+        strange = next((c for c in prompt if category(c) == "Cc" and c != "\t"), None)
+        if strange is not None:
+            raise UserError(
+                f"Expected prompts without control characters in {path}, got {strange!a} in "
+                f"{ascii(prompt)[:60]}. Remove it."
+            )
     if not prompts:
         raise UserError(
             f"Expected at least one prompt in {path}, got none. Write one prompt on each line."
