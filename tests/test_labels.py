@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import sqlite3
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sql
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.labels import (
@@ -28,6 +30,10 @@ from d3po_bench.feedback.server import default_url
 from tests.feedback_round import new_round, picture
 
 PLAIN = Plan(gold_every=0, repeat_every=0)
+SERVER = os.environ.get("D3PO_TEST_POSTGRES")
+"""URL of a scratch database, such as postgresql+psycopg://me:secret@localhost/scratch: the same
+tests on Postgres."""
+sqlite_alone = pytest.mark.skipif(SERVER is not None, reason="of SQLite's files alone")
 
 
 class Clock:
@@ -48,7 +54,30 @@ def clock() -> Clock:
 def opened(
     folder: Path, round_: Round, plan: Plan = PLAIN, clock: Clock | None = None
 ) -> LabelStore:
-    return LabelStore(default_url(folder), round_, plan, clock or Clock())
+    return LabelStore(url_of(folder), round_, plan, clock or Clock())
+
+
+def url_of(folder: Path) -> str:
+    """SQLite in the folder, or a schema of its own in the Postgres that SERVER names."""
+    if SERVER is None:
+        return default_url(folder)
+    name = "test_" + hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    _run(SERVER, f"create schema if not exists {name}")
+    return f"{SERVER}?options=-csearch_path%3D{name}"
+
+
+def executed(folder: Path, statement: str) -> list[tuple[Any, ...]]:
+    """Look into a round's labels, or change them, past the store."""
+    return _run(url_of(folder), statement)
+
+
+def _run(url: str, statement: str) -> list[tuple[Any, ...]]:
+    engine = sql.create_engine(url)
+    with engine.begin() as connection:
+        found = connection.execute(sql.text(statement))
+        rows = [tuple(row) for row in found] if found.returns_rows else []
+    engine.dispose()
+    return rows
 
 
 def invited(store: LabelStore, *names: str) -> list[int]:
@@ -319,10 +348,7 @@ def test_gold_and_repeats_are_mixed_in_at_their_rate(tmp_path: Path) -> None:
         assert all(n - first[hand.item.id] > store.plan.repeat_gap for n, hand in again)
         assert len({hand.item.id for _, hand in again}) == len(again)
         # a repeat is no second vote on the item
-        taken = sqlite3.connect(tmp_path / "r" / "labels.sqlite").execute(
-            "select max(taken) from items"
-        )
-        assert taken.fetchone() == (1,)
+        assert executed(tmp_path / "r", "select max(taken) from items") == [(1,)]
 
 
 def test_gold_is_for_everybody_whatever_the_number_of_votes(tmp_path: Path) -> None:
@@ -356,11 +382,7 @@ def test_a_vote_holds_what_was_shown_and_when(store: LabelStore, clock: Clock) -
 
 
 def rows(folder: Path) -> list[tuple[Any, ...]]:
-    with sqlite3.connect(folder / "round" / "labels.sqlite") as connection:
-        found = connection.execute("select hand, step, kind, answer from votes order by id")
-        everything = found.fetchall()
-    connection.close()
-    return everything
+    return executed(folder / "round", "select hand, step, kind, answer from votes order by id")
 
 
 def test_an_undo_is_a_row_and_the_item_comes_again(tmp_path: Path, store: LabelStore) -> None:
@@ -509,6 +531,7 @@ def test_labels_are_there_after_reopening(tmp_path: Path, small: Round, store: L
         assert again.raters()[0].name == "Ann"
 
 
+@sqlite_alone
 def test_votes_are_synced_before_they_are_acknowledged(store: LabelStore) -> None:
     with store._writing() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
@@ -538,9 +561,7 @@ def test_a_longer_round_keeps_its_labels(tmp_path: Path, small: Round) -> None:
 
 def test_a_newer_version_is_refused(tmp_path: Path, small: Round) -> None:
     opened(tmp_path / "round", small).close()
-    with sqlite3.connect(tmp_path / "round" / "labels.sqlite") as connection:
-        connection.execute("update facts set value = '2' where name = 'version'")
-    connection.close()
+    executed(tmp_path / "round", "update facts set value = '2' where name = 'version'")
     with pytest.raises(UserError, match=r"Expected labels of version 1 in .*, got version 2"):
         opened(tmp_path / "round", small)
 
@@ -552,6 +573,7 @@ def test_a_bad_url_is_one_line(small: Round, url: str) -> None:
     assert "\n" not in str(problem.value)
 
 
+@sqlite_alone
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path, small: Round) -> None:
     (tmp_path / "round" / "labels.sqlite").write_text("something else entirely" * 100)
     with pytest.raises(UserError, match="file is not a database"):
