@@ -23,6 +23,9 @@ MOST_SEEDS = 10_000
 
 MOST_JOBS = 1024
 
+EXTRA = ("fastapi", "itsdangerous", "jinja2", "krippendorff", "sqlalchemy", "uvicorn")
+"""Modules that the extra `feedback` brings."""
+
 
 class _Command(click.Group):
     """A group whose unknown command gets a suggestion, and whose order is that of use."""
@@ -564,6 +567,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail("Interrupted. The same command goes on from the last checkpoint.", 1)
     except UserError as problem:
         fail(str(problem), problem.exit_code)
+    except ModuleNotFoundError as problem:
+        if problem.name not in EXTRA:
+            raise
+        fail(f"Expected the extra `feedback` to be installed, got no module {problem.name}. Run: "
+             "pip install -c constraints.txt -e '.[feedback]'", 2)  # fmt: skip
     except OSError as problem:
         if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

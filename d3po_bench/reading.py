@@ -72,8 +72,10 @@ def read_facts(folder: Path) -> Row:
     if not path.exists():
         return {}
     facts = read_object(path)
-    if not isinstance(facts.get("packages", {}), dict):
-        raise UserError(f"Expected versions of packages in {path}, got another thing. {REMEDY}")
+    for name in ("packages", "content"):
+        if not isinstance(facts.get(name, {}), dict):
+            raise UserError(f"Expected names and values as {name} in {path}, got another thing. "
+                            f"{REMEDY}")  # fmt: skip
     version = writer(facts)
     if version is not None and _numbers(version) > _numbers(__version__):
         raise UserError(

@@ -7,7 +7,6 @@ number of processes ends with the same bytes.
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import time
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from d3po_bench.prompts import read_prompts
+from d3po_bench.prompts import read_pictures, read_prompts
 from d3po_bench.reading import read_config
 from d3po_bench.store import csv_bytes, now, png_bytes, read_csv, write_atomically
 
@@ -226,41 +225,13 @@ def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
 
 
 def _pictures(request: Request) -> Plan:
-    """A folder of pictures with metadata.csv: file_name and text (or prompt) of each."""
+    """A folder of pictures with metadata.csv."""
     if request.save:
         raise UserError(
             f"Expected a model to draw pictures for --save, got pictures in {request.target}. "
             "Leave --save out."
         )
-    path = request.target / "metadata.csv"
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        named = [(row["file_name"], row.get("text") or row.get("prompt")) for row in rows]
-        if rows and not {"text", "prompt"} & rows[0].keys():
-            raise KeyError("text")
-    except (OSError, KeyError, ValueError) as problem:
-        raise UserError(
-            f"Expected columns file_name and text in {path}, got {problem!r}. Write a header and "
-            "a line for each picture."
-        ) from problem
-    inside = request.target.resolve()
-    for name, text in named:
-        if name and text is None:
-            raise UserError(
-                f"Expected a text for every picture in {path}, got {name!r} alone. Complete that "
-                "line."
-            )
-        fine = name and "\0" not in name
-        place = (inside / name).resolve() if fine else inside
-        if not place.is_relative_to(inside) or not place.is_file():
-            raise UserError(
-                f"Expected a picture inside {request.target} for every line of {path}, got "
-                f"{name!r}. Correct that line."
-            )
-    if not named:
-        raise UserError(f"Expected pictures in {path}, got none. Write a line for each.")
-    files, prompts = zip(*named, strict=True)
+    files, prompts = zip(*read_pictures(request.target), strict=True)
     return Plan(
         model=str(request.target), adapter="", prompts=prompts, files=files,
         scorers=_checked(request.scorers), samplers=("",),

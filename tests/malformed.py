@@ -293,6 +293,8 @@ PROMPTS: dict[str, Change] = {
     "only a byte-order mark": holds("\ufeff"),
     "a null byte": holds("cat\nd\0g\n"),
     "an escape sequence": holds("cat\n\x1b[31mdog\n"),
+    "a form feed": holds("cat\x0cdog\n"),
+    "a unit separator": holds("\x1fcat\n"),
     "too many tokens": holds("cat\n" + "a " * 15),
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -531,13 +533,20 @@ def test_a_round_without_votes_cannot_be_learnt_from(own: Path) -> None:
     refused("feedback", "train", own, match="Expected votes on the round")
 
 
-def test_ties_alone_cannot_be_learnt_from(own: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["d3po", "preferred_images", "reward_weighted", "ddpo"])
+def test_ties_alone_teach_only_who_compares_with_the_round(
+    method: str, own: Path, tmp_path: Path
+) -> None:
     (own / "labels.sqlite").unlink()
-    say(own, [(), tuple(range(7)), ()])
-    refused("feedback", "train", own, match="got ties alone: there is nothing to learn")
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "ann.json").write_text(json.dumps([[0] * 7, [-1] * 7]))
-    refused("feedback", "train", own, "--label-files", tmp_path / "files", match="ties alone")
+    (tmp_path / "ann.json").write_text(json.dumps([[0] * 7, [-1] * 7]))
+    train = ("feedback", "train", own, "--method", method, "--label-files", tmp_path)
+    if method in ("d3po", "preferred_images"):
+        refused(*train, match=f"got ties alone: {method} has nothing to learn")
+    else:
+        training.train(loop.data(own, None, tmp_path), request(method=method), tmp_path / "run")
+        assert RunStore(tmp_path / "run").metrics[-1]["pairs"] > 0
+    (tmp_path / "ann.json").write_text(json.dumps([[-1] * 7] * 2))
+    refused(*train, "--out", tmp_path / "other", match="got ties alone")
 
 
 @pytest.mark.parametrize("command", ["status", "export", "train"])
@@ -559,6 +568,26 @@ def test_rows_that_not_all_label_files_have_are_left_out_and_said_so(
     assert len(loop.data(own, None, tmp_path, said.append).prompts) == 2
     left = f"Only the first 2 of up to 3 rows are in all files of {tmp_path}: the rest is left out."
     assert said == [left]
+
+
+def test_how_far_a_round_is_needs_pictures_alone_and_makes_nothing(own: Path) -> None:
+    (own / "labels.sqlite").unlink()
+    for path in (own / "rollout").iterdir():
+        path.unlink()
+    result = CliRunner().invoke(cli, ["feedback", "status", str(own)])
+    assert (result.exit_code, result.output.splitlines()[0]) == (0, "0 of 4 items complete")
+    assert not (own / "labels.sqlite").exists()
+
+
+def test_without_its_extra_feedback_is_one_line() -> None:
+    code = (
+        "import sys; sys.modules['sqlalchemy'] = None; from d3po_bench.cli import main; "
+        "main(['feedback', 'status', 'round'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Expected the extra `feedback` to be installed, got no")
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_empty_round_and_no_round_are_refused(own: Path, tmp_path: Path) -> None:
@@ -614,6 +643,8 @@ def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
     refused(*command, one, match="Expected a picture inside")
     (one / "metadata.csv").write_text("file_name,text\n0.png\n")
     refused(*command, one, match="got '0.png' alone")
+    (one / "metadata.csv").write_text("file_name,text\n0.png,cat\x1b[31m\n")
+    refused(*command, one, match="without control characters")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\n")
     (one / "0.png").write_bytes(b"no picture")
     refused(*command, one, "--pictures", one, match="Expected a picture in")

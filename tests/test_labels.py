@@ -33,6 +33,7 @@ PLAIN = Plan(gold_every=0, repeat_every=0)
 SERVER = os.environ.get("D3PO_TEST_POSTGRES")
 """URL of a scratch database, such as postgresql+psycopg://me:secret@localhost/scratch: the same
 tests on Postgres."""
+SCHEMAS: set[str] = set()
 sqlite_alone = pytest.mark.skipif(SERVER is not None, reason="of SQLite's files alone")
 
 
@@ -63,7 +64,17 @@ def url_of(folder: Path) -> str:
         return default_url(folder)
     name = "test_" + hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     _run(SERVER, f"create schema if not exists {name}")
-    return f"{SERVER}?options=-csearch_path%3D{name}"
+    SCHEMAS.add(name)
+    inside = sql.make_url(SERVER).update_query_dict({"options": f"-csearch_path={name}"})
+    return inside.render_as_string(hide_password=False)
+
+
+@pytest.fixture(autouse=True)
+def gone_afterwards() -> Iterator[None]:
+    """Leave no schema behind."""
+    yield
+    while SERVER and SCHEMAS:
+        _run(SERVER, f"drop schema {SCHEMAS.pop()} cascade")
 
 
 def executed(folder: Path, statement: str) -> list[tuple[Any, ...]]:
@@ -221,6 +232,7 @@ def test_answers_are_checked() -> None:
 # ---- raters
 
 
+@sqlite_alone
 def test_a_token_is_kept_as_its_hash_alone(tmp_path: Path, store: LabelStore) -> None:
     token = store.invite("Ann")
     rater = store.rater_of(token)

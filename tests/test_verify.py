@@ -217,6 +217,21 @@ def test_a_number_changed_after_the_run(home: Path) -> None:
     assert found(home, "runs") == [said]
 
 
+@pytest.mark.parametrize("strange", [[], "x", None, 5])
+def test_content_that_is_none(strange: Any, home: Path) -> None:
+    path = home / "results" / SEED / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"content": strange}))
+    assert any("Expected names and values as content" in p for p in found(home, "runs"))
+
+
+def test_a_try_that_was_kept_in_part_is_not_changed(home: Path) -> None:
+    run = home / "results" / SEED
+    put_content_on_record(run)
+    (run / "timing.jsonl").unlink()
+    assert list(verify.check_run(run, whole=False)) == []
+    assert list(verify.check_run(run)) == ["lacks timing.jsonl"]
+
+
 @pytest.mark.parametrize("package", ["pillow", "torch"])
 def test_a_run_of_other_versions(package: str, home: Path) -> None:
     other = rf'"{package}": "1.0"'
@@ -266,6 +281,22 @@ def test_an_edited_picture_of_a_figure(home: Path) -> None:
     edited.save(path)
     said = "results/figures/curves.png is not what `d3po-bench plot results/tiny` draws"
     assert found(home, "curves") == [said]
+
+
+@pytest.mark.parametrize("how", ["pale parts erased", "transparent", "smaller"])
+def test_a_figure_that_shows_less(how: str, home: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    path = home / "results" / "figures" / "curves.png"
+    with Image.open(path) as image:
+        pixels = np.array(image.convert("RGBA"))
+    if how == "pale parts erased":
+        pixels[(pixels[..., :3] > 255 - verify.MOST_APART).all(-1)] = 255
+    elif how == "transparent":
+        pixels[..., 3] = 0
+    Image.fromarray(pixels if how != "smaller" else pixels[:-1]).save(path)
+    assert any("curves.png is not what" in p for p in found(home, "curves"))
 
 
 def test_a_script_that_fails_is_a_problem(home: Path) -> None:

@@ -32,7 +32,7 @@ from d3po_bench.feedback.rounds import Answer, Item, Round, Vote, check_answer
 VERSION = 1
 MOST_MILLISECONDS = 24 * 60 * 60 * 1000
 MOST_ID = 2**31 - 1
-"""Of a hand: what a 32-bit column holds."""
+"""Of a row: what a 32-bit column holds."""
 
 Row = Mapping[Any, Any]
 State = Literal["open", "abandoned", "done", "skipped"]
@@ -202,7 +202,9 @@ class LabelStore:
         with contextlib.ExitStack() as failing:
             failing.callback(self.close)
             with _database(url):
-                TABLES.create_all(self._engine)
+                with self._engine.begin() as connection:
+                    _one_at_a_time(connection)
+                    TABLES.create_all(connection)
                 with self._writing() as connection:
                     self._prepare(connection, url)
             failing.pop_all()
@@ -380,7 +382,7 @@ class LabelStore:
                 raise AlreadyVotedError("Expected a vote to undo, got none. Vote first.")
             if last["id"] != vote:
                 raise AlreadyVotedError(
-                    "Expected your last vote to undo, got an earlier one. Reload the page."
+                    "Expected your last vote to undo, got another. Reload the page."
                 )
             row = self._own(connection, rater, last["hand"])
             self._append(connection, row, last["step"] + 1, "undo", None, 0)
@@ -725,6 +727,12 @@ def _begin_sqlite(connection: Connection) -> None:
         # A writer that begins as a reader would fail when two of them turn to writing.
         connection.exec_driver_sql(f"PRAGMA synchronous={sync}")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _one_at_a_time(connection: Connection) -> None:
+    """Let no other process make the tables until the transaction ends."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sql.select(sql.func.pg_advisory_xact_lock(VERSION)))
 
 
 @contextlib.contextmanager

@@ -100,30 +100,32 @@ def votes_of(
 
     Args:
         folder: of the round.
-        labels: URL of the labels; None for those in the folder, which are made if need be.
+        labels: URL of the labels; None for those in the folder.
         plan: how items are handed out.
-        new: make those that `labels` names, too.
+        new: make them if need be; else `labels` must be there, and a folder without has no votes.
 
     Raises:
         UserError: no such round, no such labels, or labels of another round.
     """
-    from d3po_bench.feedback.server import default_url
+    from d3po_bench.feedback.server import LABELS, default_url
 
     if labels and not new:
         require_labels(labels)
-    with LabelStore(labels or default_url(folder), Round.read(folder), plan) as store:
+    made = new or (folder / LABELS).exists()
+    url = labels or (default_url(folder) if made else "sqlite://")
+    with LabelStore(url, Round.read(folder), plan) as store:
         yield store
 
 
 def checked(folder: Path) -> Round:
-    """A round whose files are all as they were made.
+    """A round whose pictures are all as they were made.
 
     Raises:
         UserError: naming the first that is not.
     """
     round_ = Round.read(folder)
     if (folder / sampling.FILES).exists():
-        sampling.require_files(folder)
+        sampling.require_files(folder, within="images")
     return round_
 
 
@@ -256,7 +258,6 @@ def data(
     """
     if label_files is not None:
         return training.data_of(folder, agreement.read_label_files(label_files, say))
-    checked(folder)
     with votes_of(folder, labels) as store:
         return training.data_of(folder, agreement.scores(store.round, store.effective_votes()))
 

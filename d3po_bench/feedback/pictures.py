@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections import defaultdict
@@ -14,6 +13,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
 from d3po_bench.feedback.rounds import Item, Kind, Question, Round, Vote
 from d3po_bench.feedback.sampling import write_files
+from d3po_bench.prompts import read_pictures
 from d3po_bench.store import taken, write_atomically
 
 SOURCES = "sources.json"
@@ -54,30 +54,7 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
 
 
 def _listed(source: Path) -> Listed:
-    path = source / "metadata.csv"
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            found = [(source / row["file_name"], row["text"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as problem:
-        raise UserError(
-            f"Expected columns file_name and text in {path}, got {problem!r}. Write a header and "
-            "a line for each picture."
-        ) from problem
-    inside = source.resolve()
-    for picture, text in found:
-        if text is None:
-            raise UserError(
-                f"Expected a text for every picture in {path}, got {picture.name!r} alone. "
-                "Complete that line."
-            )
-        if not picture.resolve().is_relative_to(inside) or not picture.is_file():
-            raise UserError(
-                f"Expected a picture inside {source} for every line of {path}, got "
-                f"{picture.name!r}. Correct that line."
-            )
-    if not found:
-        raise UserError(f"Expected pictures in {path}, got none. Write a line for each.")
-    return found
+    return [(source / name, text) for name, text in read_pictures(source)]
 
 
 def _groups(

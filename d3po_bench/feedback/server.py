@@ -8,6 +8,7 @@ limited, and templates escape everything.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -56,6 +57,8 @@ STATIC = {
     "join.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
+LABELS = "labels.sqlite"
+"""Where a round's votes are, unless told otherwise."""
 MOST_BYTES = 16 * 1024
 """Of a request's body."""
 MOST_FIELDS = 32
@@ -181,7 +184,7 @@ def serve(
 
 def default_url(folder: Path) -> str:
     """Where a round's labels are kept unless told otherwise."""
-    return f"sqlite:///{folder.resolve() / 'labels.sqlite'}"
+    return f"sqlite:///{folder.resolve() / LABELS}"
 
 
 def invitations(
@@ -208,22 +211,20 @@ def _url(host: str, port: int) -> str:
 
 
 def _origin(url: str) -> str:
-    """A public URL without a slash at its end.
+    """A public URL as browsers write it as an Origin.
 
     Raises:
         UserError: it is no origin: the page lives at a host's root.
     """
-    try:
-        parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        whole = False
-    if not whole or parts.path not in ("", "/") or parts.query or parts.fragment:
+    found = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?/?", url.lower())
+    if found is None:
         raise UserError(
             f"Expected a public URL such as https://labels.example, got {ascii(url)[:80]}. Give "
-            "scheme and host alone: the page needs a host of its own."
+            "scheme and host alone, in ASCII: the page needs a host of its own."
         )
-    return url.rstrip("/")
+    scheme, host, port = found.groups()
+    plain = port is None or int(port) == {"http": 80, "https": 443}[scheme]
+    return f"{scheme}://{host}" + ("" if plain else f":{int(port)}")
 
 
 @contextlib.contextmanager
@@ -246,7 +247,7 @@ class _Pages:
         self, round_: Round, folder: Path, store: LabelStore, sessions: Sessions, limits: Limits,
         public_url: str | None,
     ) -> None:  # fmt: skip
-        self._public = urlsplit(public_url or "")
+        self._public = public_url or ""
         self._round, self._folder, self._store = round_, folder.resolve(), store
         self._sessions = sessions
         self._votes, self._reads, self._wrong = (
@@ -295,7 +296,8 @@ class _Pages:
         try:
             await run_in_threadpool(self._store.undo, rater.id, last)
         except AlreadyVotedError as problem:
-            raise HTTPException(409, "This was undone already.") from problem
+            words = "This was undone before, or you have answered something since."
+            raise HTTPException(409, words) from problem
         return RedirectResponse("/", 303)
 
     async def image(self, request: Request) -> Response:
@@ -346,17 +348,17 @@ class _Pages:
         """Exchange an invitation token for a session."""
         self._require_same_site(request)
         address = request.client.host if request.client else "unknown"
+        if not self._wrong.allow(address, spend=False):
+            raise HTTPException(429, "Too many wrong tries. Wait a minute, then try again.")
         token = _one(await _form(request), "token").strip()
         cookie, target = await run_in_threadpool(self._begin, token)
         if cookie is None:
-            # After the look-up: behind a proxy raters may share an address with a stranger.
-            if not self._wrong.allow(address):
-                raise HTTPException(429, "Too many wrong tries. Wait a minute, then try again.")
+            self._wrong.allow(address)
             raise HTTPException(403, "This invitation is not valid. Ask for a new link.")
         response = RedirectResponse(target, 303)
         response.set_cookie(
             COOKIE, cookie, max_age=MOST_SECONDS, httponly=True, samesite="lax",
-            secure="https" in (request.url.scheme, self._public.scheme),
+            secure=request.url.scheme == "https" or self._public.startswith("https"),
         )  # fmt: skip
         return response
 
@@ -409,15 +411,17 @@ class _Pages:
     def _require_same_site(self, request: Request) -> None:
         """Refuse what another site's page sent, as browsers tell."""
         origin = request.headers.get("origin")
-        # Most proxies put another Host into the request.
-        hosts = {request.headers.get("host"), self._public.netloc}
         foreign = request.headers.get("sec-fetch-site", "same-origin") not in _OURS
-        try:
-            strange = origin is not None and urlsplit(origin).netloc not in hosts - {""}
-        except ValueError:
-            strange = True
-        if foreign or strange:
+        if foreign or (origin is not None and not self._ours(origin, request)):
             raise HTTPException(403, "This form came from another site.")
+
+    def _ours(self, origin: str, request: Request) -> bool:
+        if self._public:  # most proxies put another Host into the request
+            return origin == self._public
+        try:
+            return urlsplit(origin).netloc == request.headers.get("host")
+        except ValueError:
+            return False
 
     def _spend(self, limiter: Limiter, key: str) -> None:
         if not limiter.allow(key):

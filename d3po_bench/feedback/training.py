@@ -37,6 +37,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 model, and a tie between votes says nothing."""
 
 
+PAIRWISE = ("d3po", "preferred_images")
+"""Methods that compare images of one prompt alone; others compare with the round, too."""
+
+
 @dataclass(frozen=True)
 class Data:
     """A round as something to learn from."""
@@ -83,7 +87,7 @@ def data_of(folder: Path, scores: Floats) -> Data:
 
     Raises:
         UserError: a file is missing or altered, the scores are of another round, or there are
-            none, or none that differ.
+            none.
     """
     sampling = Sampling.read(folder)
     require_files(folder)
@@ -96,12 +100,7 @@ def data_of(folder: Path, scores: Floats) -> Data:
     if not np.isfinite(scores).all(1).any():
         raise UserError(
             f"Expected votes on the round in {folder}, got none. Ask for some with `d3po-bench "
-            "feedback serve`."
-        )
-    if not len(preferences(scores)):
-        raise UserError(
-            f"Expected votes that prefer an image to another in {folder}, got ties alone: there "
-            "is nothing to learn. Ask for more with `d3po-bench feedback serve`."
+            "feedback serve`, or give the --labels they are in."
         )
     whole = torch.full((number, images), float("nan"))
     whole[: len(scores)] = torch.from_numpy(scores).float()
@@ -222,9 +221,21 @@ def train(data: Data, request: Request, out: Path, report: Report = lambda progr
         UserError: bad input, or another training lies in the folder.
     """
     config, execution = planned(data, request)
+    _require_differences(data, request.method)
     _require_same_votes(data, out)
     trainer = partial(FeedbackTrainer, data)
     run_seed(config, execution, out, report=report, make=trainer, facts={"round": _facts(data)})
+
+
+def _require_differences(data: Data, method: str) -> None:
+    """Refuse votes that teach nothing."""
+    scores = data.scores[data.judged]
+    pairs = len(preferences(scores.numpy()))
+    if not pairs if method in PAIRWISE else bool((scores == scores.flatten()[0]).all()):
+        raise UserError(
+            f"Expected votes that prefer an image to another in {data.folder}, got ties alone: "
+            f"{method} has nothing to learn from them. Ask for more votes."
+        )
 
 
 def _require_same_votes(data: Data, out: Path) -> None:

@@ -1,7 +1,8 @@
-"""Prompt lists: plain text, one prompt a line."""
+"""Prompts: lists in plain text, one a line, and folders of pictures with the text of each."""
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from unicodedata import category
 
@@ -36,16 +37,62 @@ def read_prompts(source: str) -> list[str]:
             f"Expected a prompt list ({', '.join(names())}) or a file with one prompt a line, got "
             f"{source[:200]!r}: {reason}. Correct the name."
         ) from problem
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    for prompt in prompts:
-        strange = next((c for c in prompt if category(c) == "Cc" and c != "\t"), None)
-        if strange is not None:
-            raise UserError(
-                f"Expected prompts without control characters in {path}, got {strange!a} in "
-                f"{ascii(prompt)[:60]}. Remove it."
-            )
+    _require_text(text, path)
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(
             f"Expected at least one prompt in {path}, got none. Write one prompt on each line."
         )
     return prompts
+
+
+def read_pictures(folder: Path) -> list[tuple[str, str]]:
+    """File names and texts of a folder of pictures, from the lines of its metadata.csv.
+
+    The layout of Hugging Face's image folders: columns file_name and text (or prompt).
+
+    Raises:
+        UserError: the file is malformed, or a line names no picture inside the folder or no text.
+    """
+    path = folder / "metadata.csv"
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file)
+            column = "text" if "text" in (lines.fieldnames or ()) else "prompt"
+            named = [(line["file_name"] or "", line[column] or "") for line in lines]
+    except (OSError, KeyError, ValueError, csv.Error) as problem:
+        raise UserError(
+            f"Expected columns file_name and text in {path}, got {problem!r}. Write a header and "
+            "a line for each picture."
+        ) from problem
+    for name, text in named:
+        _require_inside(folder, name)
+        _require_text(text, path)
+        if not text.strip():
+            raise UserError(
+                f"Expected a text for every picture in {path}, got {name!a} alone. Complete that "
+                "line."
+            )
+    if not named:
+        raise UserError(f"Expected pictures in {path}, got none. Write a line for each.")
+    return named
+
+
+def _require_inside(folder: Path, name: str) -> None:
+    place = (folder / name).resolve() if "\0" not in name else folder
+    if not place.is_relative_to(folder.resolve()) or not place.is_file():
+        raise UserError(
+            f"Expected a picture inside {folder} for every line of its metadata.csv, got "
+            f"{name!a}. Correct that line."
+        )
+
+
+def _require_text(text: str, path: Path) -> None:
+    """Refuse control characters: a prompt with one is another than it seems."""
+    strange = next((c for c in text if category(c) == "Cc" and c not in "\t\n\r"), None)
+    if strange is not None:
+        place = ascii(text[max(0, text.index(strange) - 20) :][:40])
+        raise UserError(
+            f"Expected text without control characters in {path}, got {strange!a} in {place}. "
+            "Remove it."
+        )

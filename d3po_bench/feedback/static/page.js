@@ -33,13 +33,14 @@ function show(html) {
   begin();
 }
 
-// POST until there is an answer, and give the page that comes after it.
+// POST until there is an answer. Where the server says that this was sent before, that is the
+// page to go on with; and if it was not sent again, this page was out of date.
 async function post(action, body) {
   for (let tries = 0; ; tries += 1) {
     try {
       const response = await fetch(action, { method: "POST", body });
-      if (response.status === 409) return await (await fetch("/")).text();
-      if (response.status < 429) return response;
+      if (response.status === 409) return { page: await fetch("/"), stale: tries === 0 };
+      if (response.status < 429) return { page: response, stale: false };
     } catch {
       // no connection
     }
@@ -56,10 +57,10 @@ async function submit(form, button) {
     body.set("milliseconds", Math.min(Math.round(performance.now() - begun), 86400000));
   }
   document.querySelector("main").classList.add("busy");
-  const result = await post(form.action, body);
-  const ours = typeof result === "string" || (result.ok && new URL(result.url).pathname === "/");
-  if (ours) show(typeof result === "string" ? result : await result.text());
+  const { page, stale } = await post(form.action, body);
+  if (page.ok && new URL(page.url).pathname === "/") show(await page.text());
   else location.assign("/");
+  if (stale) say("That page was out of date: nothing was changed.");
   busy = false;
 }
 
