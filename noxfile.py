@@ -50,7 +50,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Run the published grid again, 2.5 hours on two cores; an interrupted call goes on."""
+    """Run the published grid again, 1.5 hours on two cores; an interrupted call goes on."""
     _install(session)
     session.run("d3po-bench", "sweep", "results/tiny/grid.toml", "--out", "runs/reproduce")
     session.run("python", "results/diversity.py", "runs/reproduce/tiny")

@@ -45,11 +45,12 @@ def test_a_published_run() -> None:
     assert told["run"]["method"] == "d3po"
     assert told["run"]["rounds"] == "12 of 12"
     assert told["run"]["kept"] == "text alone"
-    assert told["run"]["ended"] == "2026-11-23T19:00:06+00:00 (0:03:04 after the start)"
+    assert told["run"]["ended"] == "2026-11-25T09:59:51+00:00 (0:01:52 after the start)"
     assert told["settings"] == {"preset": "quick, unchanged"}
-    assert told["made with"]["commit"] == "fb03ba13e5173dad00026621c2d996fbc5a98b8f"
+    assert told["made with"]["commit"] == "b3fc746afa3b900c6c661a673f6beb97feb63418"
     assert "torch 2.13.0+cpu" in told["made with"]["packages"]
-    assert told["made with"]["processor"] == "not on record"
+    assert told["made with"]["processor"] == "AMD EPYC (AVX512)"
+    assert len(told["content"]) == 4
     assert told["cost"]["images"] == "1,536"
     assert told["cost"]["UNet passes"] == "34,624"
     rows = [ln.split(",") for ln in (PUBLISHED / "eval.csv").read_text().splitlines()[1:]]
