@@ -198,7 +198,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "fp16",
         "lora_targets": ("to_q", "to_k", "to_v"),
     },
-    "official_code": {"prompts_per_round": 20, "units_per_update": 1, "dtype": "fp16"},
+    "official_code": {
+        "prompts_per_round": 20,
+        "units_per_update": 1,
+        "dtype": "fp16",
+        "by_method": {"dpok": {"kl": "none"}},  # its KL is exactly 0
+    },
 }
 """`by_method` holds what differs between methods: their options, or fields of RunConfig as the
 rest.

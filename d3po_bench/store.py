@@ -213,6 +213,11 @@ class RunStore:
             UserError: an input is another than the run began with.
         """
         began = self.provenance().get("inputs", inputs)
+        if not isinstance(began, dict):
+            raise UserError(
+                f"Expected names and values as inputs in {self.folder / 'provenance.json'}, got "
+                "another thing. Give another --out, or remove that folder."
+            )
         for name, value in inputs.items():
             if began.get(name) != value:
                 raise UserError(

@@ -343,12 +343,17 @@ def configs() -> Iterator[Case]:
             )
     for name, change in {**BROKEN, "no run_id": edited(run_id=...)}.items():
         yield Case(f"config, run: {name}", GO_ON, "half", {"{half}/config.json": change})
+    others: dict[str, Any] = {"a list": [], "nothing": None, "text": "x"}
+    for name, value in others.items():
+        files = {"{half}/provenance.json": edited(inputs=value)}
+        yield Case(f"inputs, run: {name}", GO_ON, "half", files)
 
 
 FACTS: dict[str, Change] = {
     **BROKEN,
     "a newer version": edited(**NEWER),
     "packages of a list": edited(packages=[]),
+    "content of a list": edited(content=[]),
 }
 
 METRICS: dict[str, Change] = {

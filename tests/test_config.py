@@ -57,6 +57,12 @@ def test_the_paper_preset_is_table_2() -> None:
     assert (run.sampling_steps, run.guidance, run.lora_rank) == (20, 5.0, 4)
 
 
+def test_the_official_codes_dpok_has_no_kl() -> None:
+    expected: dict[str, dict[str, str]] = {"dpok": {"kl": "none"}, "ddpo": {}}
+    for method, options in expected.items():
+        assert make(method, "incompress", "official_code", {})[0].options == options
+
+
 def test_later_beats_earlier() -> None:
     given = make("d3po", "incompress", "quick", {}, rounds=3)[0]
     assert PRESETS["quick"]["rounds"] != 3
