@@ -308,10 +308,11 @@ def _require_finite(
 ) -> None:
     """Refuse a step from a loss or gradient that is not finite.
 
-    With loss scaling an overflowing gradient is expected: the scaler skips that step.
+    With loss scaling an overflowing gradient is expected: the scaler skips that step and halves
+    its scale. From 65536 to below 1 no step has been taken for long, and none will be.
     """
     for name, value in metrics.items():
-        if name == "grad_norm" and scaler is not None:
+        if name == "grad_norm" and scaler is not None and scaler.get_scale() >= 1:
             continue
         if not bool(torch.isfinite(value)):
             grads = {n: w.grad for n, w in weights.items() if w.grad is not None}
