@@ -182,7 +182,7 @@ def _names(text: str) -> tuple[str, ...]:
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--x",
-    type=click.Choice(["pairs", "images", "seconds"]),
+    type=click.Choice(["pairs", "images", "scorer_calls", "unet_forwards", "seconds"]),
     default="pairs",
     show_default=True,
     help="What the horizontal axis counts.",

@@ -197,16 +197,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "units_per_update": 4,
         "dtype": "fp16",
         "lora_targets": ("to_q", "to_k", "to_v"),
+        "eval_scorers": ("clip", "diversity"),
     },
     "official_code": {
         "prompts_per_round": 20,
         "units_per_update": 1,
         "dtype": "fp16",
         "by_method": {"dpok": {"kl": "none"}},  # its KL is exactly 0
+        "by_objective": {"aesthetic": {"rounds": 1000, "prompts_per_round": 8}},
     },
 }
-"""`by_method` holds what differs between methods: their options, or fields of RunConfig as the
-rest.
+"""`by_method` and `by_objective` hold what differs between them: options of the method, or fields
+of RunConfig as the rest.
 
 quick: minutes on a laptop, for the embedded model. alignment: the same for Table 1, in five steps,
 with which the embedded model makes mistakes that can be unlearnt. paper: Table 2 on synchronised
@@ -273,7 +275,10 @@ def make(
             raise _no_setting(key, text, known)
         parsed[group][key] = _parse(key, text, known[group][key])
     common = dict(PRESETS[preset])
-    own = common.pop("by_method", {}).get(method, {})
+    special = {"by_objective": objective, "by_method": method}
+    own = {
+        k: v for by, name in special.items() for k, v in common.pop(by, {}).get(name, {}).items()
+    }
     options = {k: v for k, v in own.items() if k in known["options"]} | parsed["options"]
     own = {k: v for k, v in own.items() if k not in known["options"]}
     chosen = {**common, **own, **given, **parsed["run"]}

@@ -310,7 +310,7 @@ class Evaluation:
         self.evaluator: Any = registry.evaluator()
         self.scorers: dict[str, Scorer] = {"score": trainer.scorer}
         for name in c.eval_scorers:
-            self.scorers[name] = registry.scorer(name, trainer.device, trainer.weights)
+            self.scorers[name] = self._further(name)
         self.what = self.evaluator.EvaluationSet(
             prompts=self.evaluator.spread(trainer.prompts, c.eval_prompts),
             images=c.eval_images,
@@ -318,6 +318,14 @@ class Evaluation:
             guidance=c.guidance,
             batch=trainer.execution.sample_batch,
         )
+
+    def _further(self, name: str) -> Scorer:
+        """A scorer that the objective does not need, so that a run can do without it."""
+        try:
+            return registry.scorer(name, self.trainer.device, self.trainer.weights)
+        except UserError as problem:
+            others = ",".join(s for s in self.trainer.config.eval_scorers if s != name)
+            raise UserError(f"{problem} Or leave it out: --set eval_scorers={others}") from problem
 
     def fingerprints(self) -> dict[str, str]:
         """Scorer -> what names its weights."""

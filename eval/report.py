@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 X_LABELS = {
     "pairs": "training pairs (images, for methods that learn from single ones)",
     "images": "training images generated",
+    "scorer_calls": "images scored in training",
+    "unet_forwards": "forward passes of the UNet in training (a guided step is two)",
     "seconds": "training time without evaluation (s)",
 }
+
+COUNTS = ("pairs", "images", "scorer_calls", "unet_forwards")
+"""Of `X_LABELS`, what metrics.jsonl counts; every run has the first two."""
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; a marker beside each.
 LOOKS = {
@@ -99,7 +104,7 @@ class Run:
     scores: Frame
     """Mean over the evaluation images by (sampler, round): score and whatever else was measured."""
     spent: dict[int, dict[str, float]]
-    """Round -> cumulative pairs, images and, where the run has them, unet_forwards and seconds."""
+    """Round -> cumulative pairs, images and, where the run has them, the rest of `X_LABELS`."""
 
     @property
     def group(self) -> Group:
@@ -272,9 +277,9 @@ def _spent(folder: Path) -> dict[int, dict[str, float]]:
     for line in _json_lines(folder / "timing.jsonl"):
         total += sum(v for stage, v in line.items() if stage not in ("round", "evaluate"))
         seconds[line["round"]] = total
-    spent = {0: {"pairs": 0.0, "images": 0.0}}
+    spent = {0: dict.fromkeys(COUNTS, 0.0)}
     for line in _json_lines(folder / "metrics.jsonl"):
-        known = ("pairs", "images", *({"unet_forwards"} & line.keys()))
+        known = ("pairs", "images", *(name for name in COUNTS[2:] if name in line))
         spent[line["round"]] = {k: float(line[k]) for k in known}
     for round_ in spent.keys() & seconds.keys():
         spent[round_]["seconds"] = seconds[round_]
@@ -361,14 +366,14 @@ def curves(runs: Iterable[Run], x: str) -> Frame:
 
     Args:
         runs: the runs.
-        x: pairs, images or seconds.
+        x: a key of `X_LABELS`.
 
     Returns:
         A row for each evaluated round of a run, with columns model, objective, method, seed,
         round, x, score (unit of the scorer) and animal (probability; NaN where not known).
 
     Raises:
-        UserError: seconds are asked for and a run has no timing.
+        UserError: a run does not know what is asked for, seconds without a timing.jsonl, say.
     """
     import pandas as pd
 
@@ -385,9 +390,10 @@ def _curve(run: Run, x: str) -> list[dict[str, Any]]:
         if round_ not in run.spent:
             continue
         if x not in run.spent[round_]:
+            where = run.folder / ("timing.jsonl" if x == "seconds" else "metrics.jsonl")
             raise UserError(
-                f"Expected the seconds of round {round_} in {run.folder / 'timing.jsonl'}, got "
-                "none. Choose --x pairs or --x images."
+                f"Expected the {x} of round {round_} in {where}, got none. Choose --x pairs or "
+                "--x images."
             )
         place = {"seed": run.seed, "round": round_, "x": run.spent[round_][x]}
         rows.append({**names, **place, **scores.reindex(["score", "animal"])})

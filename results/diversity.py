@@ -46,7 +46,7 @@ def diversity(lora: Path | None, config: dict[str, Any]) -> float:
     policy = Policy(model, steps=config["sampling_steps"], eta=1.0, guidance=config["guidance"])
     prompts = [prompt for prompt in read_prompts(PROMPTS) for _ in range(IMAGES)]
     pictures = model.decode(sample(policy, prompts, DRAWS).latents[:, 0, -1])
-    return float(registry.scorer("diversity", CPU)(pictures, prompts).mean())
+    return float(registry.scorer("diversity:tiny", CPU)(pictures, prompts).mean())
 
 
 def measured(runs: Path, known: list[Row]) -> Iterator[Row]:

@@ -31,12 +31,12 @@ def publish(runs: Path, target: Path, add: bool) -> None:
 
 
 def draw(runs: Path, target: Path) -> None:
-    """Figures over the paper's axis and over images; sheets need the samples, so the runs."""
+    """Figures over the paper's axis, images and UNet passes; sheets need the runs, with samples."""
     figures = target / "figures"
     drawn = (
         plot([runs], figures),
         plot([target], figures),
-        plot([target], figures / "images", "images"),
+        *(plot([target], figures / x, x) for x in ("images", "unet_forwards")),
     )
     for figure in sorted({path for paths in drawn for path in paths}):
         print(figure)

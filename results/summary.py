@@ -22,7 +22,7 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError, said_in_one_line
 from d3po_bench.store import read_csv
 from eval.report import Group, Run, read_groups
-from eval.statistics import interval, iqm, paired_difference
+from eval.statistics import interval, iqm, iqm_interval, paired_difference
 
 SIDES = {"tiny": 32, "sd15": 512}
 """Pixels a side of the pictures of the models that we know."""
@@ -142,7 +142,7 @@ def learnt(group: Group, runs: list[Run], d3po: list[Run]) -> Cells:
         "gain (95 % interval)": between(gain.mean(), *map(float, interval(gain))),
         "worst seed": f"{sign * (sign * gain).min():+.3f}",
         "share of excess": share_of_excess(group, base.mean(), gain.mean()),
-        "IQM of the gain": f"{iqm(gain):+.3f}",
+        "IQM of the gain (95 % interval)": between(iqm(gain), *iqm_interval(gain)),
         "difference to d3po (95 % interval)": against(runs, d3po),
         "gain, eta 0": number((last - first).mean(), "+.3f"),
     }

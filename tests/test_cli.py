@@ -215,7 +215,7 @@ RUN = "run --method d3po --objective incompress"
         (f"{RUN} --track wandb", "'wandb' is not 'tensorboard'"),
         (f"{RUN} --device gpu", "Expected a device that torch can use, got 'gpu'"),
         (f"{RUN} again", "unexpected extra argument (again)"),
-        ("plot --x hours", "'hours' is not one of 'pairs', 'images', 'seconds'"),
+        ("plot --x hours", "'hours' is not one of 'pairs', 'images', 'scorer_calls', '"),
         ("plot nowhere", "nowhere"),
         ("plot", "runs"),
     ],

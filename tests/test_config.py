@@ -43,7 +43,8 @@ def test_every_preset_fits_every_method_and_objective(
     assert execution == Execution()
     common = dict(PRESETS[preset])
     own = common.pop("by_method", {}).get(method, {})
-    for name, value in {**common, **own}.items():
+    special = common.pop("by_objective", {}).get(objective, {})
+    for name, value in {**common, **special, **own}.items():
         assert (run.options[name] if name in run.options else getattr(run, name)) == value
 
 
@@ -61,6 +62,12 @@ def test_the_official_codes_dpok_has_no_kl() -> None:
     expected: dict[str, dict[str, str]] = {"dpok": {"kl": "none"}, "ddpo": {}}
     for method, options in expected.items():
         assert make(method, "incompress", "official_code", {})[0].options == options
+
+
+def test_the_official_codes_aesthetic_runs_are_longer_and_of_fewer_pairs() -> None:
+    for objective, rounds, prompts in (("aesthetic", 1000, 8), ("compress", 400, 20)):
+        run, _ = make("d3po", objective, "official_code", {})
+        assert (run.rounds, run.prompts_per_round) == (rounds, prompts)
 
 
 def test_later_beats_earlier() -> None:

@@ -14,6 +14,7 @@ from d3po_bench.engine import Draws, sample
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.policy import Policy
 from eval.evaluator import NOISE_SEED, EvaluationSet, evaluate
+from eval.scorers._clip import EMBEDDED
 from eval.scorers.diversity import distances
 from tests.conftest import CPU, disturb
 
@@ -68,8 +69,9 @@ def test_distances_by_hand() -> None:
     assert math.isnan(found[3])
 
 
-def test_equal_pictures_have_no_diversity_and_different_ones_have() -> None:
-    judge = registry.scorer("diversity", CPU)
+@pytest.mark.parametrize("weights", ["tiny", str(EMBEDDED / "clip")])
+def test_equal_pictures_have_no_diversity_and_different_ones_have(weights: str) -> None:
+    judge = registry.scorer(f"diversity:{weights}", CPU)
     images: Tensor = torch.randint(
         0, 255, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)
     )

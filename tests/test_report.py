@@ -543,6 +543,20 @@ def test_seconds_without_timing(tmp_path: Path) -> None:
     assert report.plot([tmp_path], x="pairs")
 
 
+@pytest.mark.parametrize("x", ["scorer_calls", "unet_forwards"])
+def test_over_further_counts(tmp_path: Path, x: str) -> None:
+    folder = write_run(tmp_path)
+    assert "metrics.jsonl" in refused(lambda: report.plot([tmp_path], x=x))
+    path = folder / "metrics.jsonl"
+    logged = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(m | {x: 7 * m["round"]}) + "\n" for m in logged))
+    table = report.curves([report.read_run(folder)], x)
+    assert (table["x"] == 7 * table["round"]).all()
+    svg = (tmp_path / "plots" / "curves.svg") if report.plot([tmp_path], x=x) else None
+    assert svg is not None
+    assert report.X_LABELS[x] in svg.read_text()
+
+
 def test_same_seed_twice(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
@@ -586,5 +600,5 @@ def test_full_disk(tmp_path: Path) -> None:
 
 
 def test_unknown_x(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="pairs, images, seconds"):
+    with pytest.raises(ValueError, match="pairs, images, scorer_calls, unet_forwards, seconds"):
         report.plot([tmp_path], x="epochs")

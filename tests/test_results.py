@@ -131,7 +131,7 @@ def test_gains_by_hand(summary: ModuleType, two_methods: Path) -> None:
         "gain (95 % interval)": "+1.000 (+1.000 to +1.000)",
         "worst seed": "+1.000",
         "share of excess": f"{1 / (7.1 - summary.flat_size(32)):+.0%}",
-        "IQM of the gain": "+1.000",
+        "IQM of the gain (95 % interval)": "+1.000 (+1.000 to +1.000)",
         "difference to d3po (95 % interval)": "",
         "gain, eta 0": "+1.000",
     }

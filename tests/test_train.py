@@ -11,6 +11,7 @@ import pytest
 from d3po_bench import train
 from d3po_bench.config import make
 from d3po_bench.engine import Draws, sample
+from d3po_bench.errors import UserError
 from d3po_bench.train import Trainer
 
 
@@ -32,3 +33,13 @@ def test_every_round_draws_from_its_own_seed_and_round(
     for _ in range(2):
         trainer.train_round(lambda stage, share: None)
     assert seen == [Draws(seed=3, round=0), Draws(seed=3, round=1)]
+
+
+def test_a_run_can_do_without_a_card_whose_weights_are_absent(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D3PO_BENCH_CACHE", str(tmp_path))
+    changes = {"eval_scorers": "clip,animal", "dtype": "fp32"}
+    config, execution = make("d3po", "incompress", "official_code", changes, model=str(micro))
+    with pytest.raises(UserError, match=r"weights fetch clip.* --set eval_scorers=animal$"):
+        train.Evaluation(Trainer(config, replace(execution, device="cpu")))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,33 +14,52 @@ from d3po_bench.types import Scorer
 class Diversity:
     """Mean cosine distance of an image to the others of its prompt, 0 to 2.
 
-    Over the features of the embedded model's classifier, those before its last layer. NaN where
-    the images that are scored together hold no other one of that prompt.
+    Over the features of the embedded model's classifier, those before its last layer, or over
+    CLIP's embeddings. NaN where the images that are scored together hold no other one of that
+    prompt.
     """
 
     unit = "cosine distance"
 
-    def __init__(self, device: torch.device) -> None:
-        """Load the classifier that ships with the embedded model."""
-        from d3po_bench.models.embedded import classifier
-        from d3po_bench.models.embedded.render import GLYPHS
+    def __init__(self, device: torch.device, weights: str) -> None:
+        """Load the classifier that ships with the embedded model (tiny), or CLIP.
 
-        self.device = device
-        self.sources = (classifier.WEIGHTS,)
-        self.network = classifier.load(len(GLYPHS), device)
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """[N, F] of unit length, for images [N, 3, h, w] uint8."""
-        from d3po_bench.models.embedded.classifier import pictures
-
-        x = pictures(images, self.device)
-        found = torch.cat([self.network.features(part) for part in x.split(64)])
-        return torch.nn.functional.normalize(found, dim=1).cpu()
+        Raises:
+            UserError: CLIP's weights are not there.
+        """
+        self.features, self.sources = (
+            _of_classifier(device) if weights == "tiny" else _of_clip(device, weights)
+        )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Distances [N]."""
         return distances(self.features(images), prompts)
+
+
+Features = Callable[[Tensor], Tensor]
+"""[N, F] of unit length, for images [N, 3, h, w] uint8."""
+
+
+def _of_classifier(device: torch.device) -> tuple[Features, tuple[Path]]:
+    from d3po_bench.models.embedded import classifier
+    from d3po_bench.models.embedded.render import GLYPHS
+
+    network = classifier.load(len(GLYPHS), device)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        x = classifier.pictures(images, device)
+        found = torch.cat([network.features(part) for part in x.split(64)])
+        return torch.nn.functional.normalize(found, dim=1).cpu()
+
+    return features, (classifier.WEIGHTS,)
+
+
+def _of_clip(device: torch.device, weights: str) -> tuple[Features, tuple[Path]]:
+    from eval.scorers import _clip
+
+    folder = _clip.folder("clip", weights)
+    return _clip.Clip(folder, device).images, (folder / "model.safetensors",)
 
 
 def distances(features: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -56,6 +76,6 @@ def distances(features: Tensor, prompts: Sequence[str]) -> Tensor:
     return (distance * others).sum(1) / others.sum(1)
 
 
-def load(device: torch.device) -> Scorer:
-    """The measure on `device`."""
-    return Diversity(device)
+def load(device: torch.device, weights: str = "official") -> Scorer:
+    """The measure over the classifier's features ("tiny"), or CLIP's ("official", or a folder)."""
+    return Diversity(device, weights)

@@ -1,0 +1,124 @@
+"""The methods at equal budgets, and how surely one beats another: the tables of docs/comparison.md.
+
+    python results/efficiency.py results/tiny
+
+A table for each objective. "After" so many pairs, images or UNet passes is where the method that
+spends least of them ends; a curve is a straight line between its evaluations. Gains keep the
+score's own sign, so where smaller is better a negative one is good. Everything is of held-out
+images and the training sampler, with 95 % intervals over seeds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d3po_bench import registry
+from d3po_bench.errors import said_in_one_line
+from eval.report import Run, curves, read_groups
+from eval.statistics import (
+    area_under_curve,
+    images_to_threshold,
+    interval,
+    probability_of_improvement,
+)  # fmt: skip
+
+BUDGETS = {"pairs": "pairs or single images", "images": "images", "unet_forwards": "UNet passes"}
+"""What methods are compared at, and what to call it."""
+
+RIVAL = "d3po"
+"""The method that the others are compared with."""
+
+AGAINST = (f"images to half of {RIVAL}'s gain", f"probability to end better than {RIVAL}")
+
+Methods = dict[str, list[Run]]
+"""Of one objective: method -> its runs."""
+
+
+def paths(runs: list[Run], x: str) -> list[tuple[Any, Any]]:
+    """What each seed had spent [n], and its held-out score there [n]."""
+    seeds = curves(runs, x).groupby("seed")
+    return [(seed["x"].to_numpy(), seed["score"].to_numpy()) for _, seed in seeds]
+
+
+def least(methods: Methods, x: str) -> float:
+    """The most of a budget that every run has spent."""
+    return float(min(at[-1] for runs in methods.values() for at, _ in paths(runs, x)))
+
+
+def gains(runs: list[Run], x: str, budget: float) -> Any:
+    """Gain of each seed [S] when it had spent that much."""
+    return np.array([np.interp(budget, at, score) - score[0] for at, score in paths(runs, x)])
+
+
+def sure(values: Any) -> str:
+    """A mean over seeds with its interval, where there is one."""
+    low, high = map(float, interval(values))
+    return f"{values.mean():+.3f}" + ("" if np.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
+
+
+def ends(runs: list[Run]) -> Any:
+    """Gain of each seed [S] at its last evaluation."""
+    return gains(runs, "images", np.inf)
+
+
+def speed(runs: list[Run], methods: Methods, sign: int) -> str:
+    """Images until half of the rival's gain; how many seeds get there, where not all do."""
+    if RIVAL not in methods:
+        return ""
+    half = ends(methods[RIVAL]).mean() / 2
+    drawn = [
+        float(images_to_threshold(at, score - score[0], half, sign))
+        for at, score in paths(runs, "images")
+    ]
+    there = np.isfinite(drawn)
+    return f"{np.mean(drawn):,.0f}" if there.all() else f"{there.sum()} of {len(drawn)} seeds"
+
+
+def chance(runs: list[Run], methods: Methods, sign: int) -> str:
+    """How probably a seed ends better than one of the rival."""
+    if RIVAL not in methods or runs is methods[RIVAL]:
+        return ""
+    found, low, high = probability_of_improvement(sign * ends(runs), sign * ends(methods[RIVAL]))
+    return f"{found:.2f}" + ("" if np.isnan(low) else f" ({low:.2f} to {high:.2f})")
+
+
+def row(method: str, methods: Methods, budgets: dict[str, float], sign: int) -> str:
+    """One line of an objective's table."""
+    runs = methods[method]
+    area = np.array([area_under_curve(at, score) for at, score in paths(runs, "images")])
+    cells = [sure(gains(runs, x, budget)) for x, budget in budgets.items()]
+    cells += [sure(area), speed(runs, methods, sign), chance(runs, methods, sign)]
+    return f"| {' | '.join([method, *cells])} |"
+
+
+def table(objective: str, methods: Methods) -> str:
+    """The methods on one objective, under its name."""
+    budgets = {x: least(methods, x) for x in BUDGETS}
+    after = [f"gain after {budget:,.0f} {BUDGETS[x]}" for x, budget in budgets.items()]
+    names = ["method", *after, "mean gain over the images drawn", *AGAINST]
+    sign = registry.objective(objective).sign
+    rows = [row(method, methods, budgets, sign) for method in methods]
+    head = [f"| {' | '.join(names)} |", "|---" + "|--:" * (len(names) - 1) + "|"]
+    return "\n".join([f"`{objective}`:", "", *head, *rows])
+
+
+def tables(folders: list[Path]) -> str:
+    """A table for each objective of the runs below `folders`.
+
+    Raises:
+        UserError: the runs cannot be read or do not belong together, or one has no count of what
+            is compared.
+    """
+    objectives: dict[str, Methods] = {}
+    for (_, objective, method), runs in read_groups(folders).items():
+        objectives.setdefault(objective, {})[method] = runs
+    return "\n\n".join(table(objective, methods) for objective, methods in objectives.items())
+
+
+if __name__ == "__main__":
+    with said_in_one_line():
+        print(tables([Path(argument) for argument in sys.argv[1:]]))

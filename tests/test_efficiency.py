@@ -1,0 +1,83 @@
+"""Equal budgets by hand: `write_run` has score 7 + seed / 10 + gain * round, 64 images a round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from d3po_bench.errors import UserError
+from tests.test_report import write_run
+from tests.test_results import ROOT, add_columns, loaded
+
+Cells = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def efficiency() -> ModuleType:
+    return loaded(ROOT / "results" / "efficiency.py")
+
+
+def rows(text: str) -> dict[str, Cells]:
+    """Method -> heading -> cell, of one objective's table."""
+    title, _, *table = text.splitlines()
+    assert title == "`incompress`:" or title == "`compress`:"
+    names, _, *lines = ([c.strip() for c in line.split("|")[1:-1]] for line in table)
+    return {line[0]: dict(zip(names[1:], line[1:], strict=True)) for line in lines}
+
+
+@pytest.fixture
+def two_methods(tmp_path: Path) -> Path:
+    """D3PO with 100 UNet passes a round, DDPO with 200."""
+    for seed in range(3):
+        add_columns(write_run(tmp_path, seed=seed), {"unet_forwards": 100})
+        folder = write_run(tmp_path, method="ddpo", seed=seed, gain=0.06 * seed)
+        add_columns(folder, {"unet_forwards": 200})
+    return tmp_path
+
+
+def test_equal_budgets_by_hand(efficiency: ModuleType, two_methods: Path) -> None:
+    found = rows(efficiency.tables([two_methods]))
+    # D3PO gains 0.1 in every round; DDPO 0, 0.06 and 0.12, and has half its rounds at 1,000 passes.
+    assert found["d3po"] == {
+        "gain after 320 pairs or single images": "+1.000 (+1.000 to +1.000)",
+        "gain after 640 images": "+1.000 (+1.000 to +1.000)",
+        "gain after 1,000 UNet passes": "+1.000 (+1.000 to +1.000)",
+        "mean gain over the images drawn": "+0.500 (+0.500 to +0.500)",
+        "images to half of d3po's gain": "320",
+        "probability to end better than d3po": "",
+    }
+    ddpo = found["ddpo"]
+    assert ddpo["gain after 640 images"] == "+0.600 (+0.000 to +1.200)"
+    assert ddpo["gain after 1,000 UNet passes"] == "+0.300 (+0.000 to +0.600)"
+    assert ddpo["mean gain over the images drawn"] == "+0.300 (+0.000 to +0.600)"
+    # The seed that stands still never gets there: no mean without it.
+    assert ddpo["images to half of d3po's gain"] == "2 of 3 seeds"
+    # One of three seeds beats all of D3PO's.
+    assert ddpo["probability to end better than d3po"] == "0.33 (0.00 to 1.00)"
+
+
+def test_where_smaller_is_better(efficiency: ModuleType, tmp_path: Path) -> None:
+    for seed in range(2):
+        for method, gain in (("d3po", -0.1), ("ddpo", -0.2)):
+            folder = write_run(tmp_path, "compress", method, seed, gain=gain)
+            add_columns(folder, {"unet_forwards": 100})
+    found = rows(efficiency.tables([tmp_path]))["ddpo"]
+    assert found["gain after 640 images"] == "-2.000 (-2.000 to -2.000)"
+    assert found["images to half of d3po's gain"] == "160"
+    assert found["probability to end better than d3po"] == "1.00 (1.00 to 1.00)"
+
+
+def test_without_the_rival(efficiency: ModuleType, tmp_path: Path) -> None:
+    add_columns(write_run(tmp_path, method="ddpo"), {"unet_forwards": 100})
+    found = rows(efficiency.tables([tmp_path]))["ddpo"]
+    # one seed: no interval
+    assert found["gain after 640 images"] == "+1.000"
+    assert found["images to half of d3po's gain"] == ""
+
+
+def test_runs_that_did_not_count_passes(efficiency: ModuleType, tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    with pytest.raises(UserError, match=f"unet_forwards of round .* in {folder}/metrics.jsonl"):
+        efficiency.tables([tmp_path])
