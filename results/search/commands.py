@@ -26,7 +26,7 @@ def text(value: Any) -> str:
 
 def settings(recorded: dict[str, Any]) -> dict[str, str]:
     """KEY -> VALUE of all settings of a recorded config; what it does not name is the default."""
-    method = registry.method(recorded["method"])
+    method: Any = registry.method(recorded["method"])
     known = config.settings(recorded["method"])
     default = vars(RunConfig(method="d3po", objective="compress"))
     options = {f.name: getattr(method(), f.name) for f in fields(method)}

@@ -20,7 +20,7 @@ HEAD = (
     "|--:|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 )
 
-PRESET = {
+PRESET: dict[str, dict[str, Any]] = {
     "d3po": {"pairs": "extremes", "clip_range": 0.2, "units_per_update": 2},
     "ddpo": {"minimum": 8, "clip_range": 0.1, "units_per_update": 16},
     "dpok": {"minimum": 8, "clip_range": 0.1, "units_per_update": 16},
@@ -48,7 +48,7 @@ def ends(run: Path) -> dict[str, float]:
     """
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
-    found = {"rounds": len(metrics)}
+    found: dict[str, float] = {"rounds": len(metrics)}
     for name in ("score_mean", "denoising_error"):
         if name in metrics[0]:
             found |= {f"{name} first": metrics[0][name], f"{name} last": metrics[-1][name]}
