@@ -165,7 +165,8 @@ def scorer(name: str, device: Any, weights: str = "official") -> Scorer:
             else than it once did.
     """
     found = load_scorer(name, device, weights)
-    selfcheck().check(name.partition(":")[0], found)
+    chosen = ":" not in name and takes_weights(name)
+    selfcheck().check(f"{name}:{weights}" if chosen else name, found)
     return found
 
 

@@ -144,6 +144,9 @@ def _inputs(facts: Row) -> dict[str, str]:
     told = {k: str(v) for k, v in found.items() if k != "scorers"}
     if isinstance(scorers, dict):
         told |= {f"scorer {name}": str(value) for name, value in scorers.items()}
+    unchecked = facts.get("unchecked_scorers")
+    if unchecked and isinstance(unchecked, list):
+        told["without golden scores"] = ", ".join(map(str, unchecked))
     return told
 
 

@@ -42,6 +42,8 @@ class Progress:
     done: float
     """Share of the run, 0 to 1."""
     text: str
+    note: str = ""
+    """Something to say once, however many runs say it; the rest then tells nothing new."""
 
 
 Report = Callable[[Progress], None]
@@ -319,12 +321,22 @@ class Evaluation:
             batch=trainer.execution.sample_batch,
         )
 
+    def named(self) -> dict[str, Scorer]:
+        """The scorers by the names that they have on the command line."""
+        objective = self.trainer.objective.scorer
+        return {objective if name == "score" else name: s for name, s in self.scorers.items()}
+
     def fingerprints(self) -> dict[str, str]:
         """Scorer -> what names its weights."""
         selfcheck: Any = registry.selfcheck()
-        objective = self.trainer.objective.scorer
-        named = {objective if name == "score" else name: s for name, s in self.scorers.items()}
-        return {name: selfcheck.fingerprint(scorer) for name, scorer in named.items()}
+        return {name: selfcheck.fingerprint(scorer) for name, scorer in self.named().items()}
+
+    def unchecked(self) -> list[str]:
+        """Scorers without golden scores for their weights; people's votes are no such scorer."""
+        known = registry.names("scorer")
+        named = {n: s for n, s in self.named().items() if n.partition(":")[0] in known}
+        found: list[str] = registry.selfcheck().unchecked(named)
+        return found
 
     def due(self) -> bool:
         """Whether to evaluate now: at the start, every `eval_every` rounds, and at the end."""
@@ -391,11 +403,20 @@ def run_seed(
         store.start(
             config, inputs={**trainer.inputs, "scorers": evaluation.fingerprints()},
             device=str(trainer.device), threads=torch.get_num_threads(), deterministic=on,
-            **(facts or {}),
+            unchecked_scorers=evaluation.unchecked(), **(facts or {}),
         )  # fmt: skip
+        _tell_unchecked(trainer, evaluation, report)
         _rounds(trainer, store, evaluation, report)
         write_folder(folder / "lora", trainer.model.save)
         store.finish(execution=vars(execution).copy())
+
+
+def _tell_unchecked(trainer: Trainer, evaluation: Evaluation, report: Report) -> None:
+    """Say which scorers nothing was compared with."""
+    names, done = evaluation.unchecked(), trainer.round / trainer.config.rounds
+    if names:
+        note = registry.selfcheck().note(names)
+        report(Progress(label(trainer.config), done, "", note))
 
 
 def threads_of(config: RunConfig, execution: Execution) -> int:
