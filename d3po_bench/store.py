@@ -206,7 +206,7 @@ class RunStore:
         Args:
             config: the run's.
             inputs: what names the content of the model, prompts and scorers: a run goes on only
-                with those that it began with.
+                with those that it began with, where they are on record.
             facts: anything else.
 
         Raises:
@@ -219,7 +219,7 @@ class RunStore:
                 "another thing. Give another --out, or remove that folder."
             )
         for name, value in inputs.items():
-            if began.get(name) != value:
+            if began.get(name, value) != value:
                 raise UserError(
                     f"Expected the {name} that the run in {self.folder} began with "
                     f"({began.get(name)}), got others ({value}). Bring those back, or give "

@@ -100,6 +100,8 @@ class Trainer:
         self._choose_task()
         self.inputs = {"model": fingerprint(source), "prompts": digest(self.prompts)}
         self.model = load(source, self.device, self._training())
+        if self.model.commit:
+            self.inputs["model_commit"] = self.model.commit
         self.model.encode([*self.prompts, ""])
         self.model.add_adapter(config.seed)
         self.policy = Policy(
