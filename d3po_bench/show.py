@@ -127,6 +127,7 @@ def _made_with(facts: Row) -> dict[str, str]:
         "commit": commit,
         "python": str(facts.get("python", ABSENT)),
         "packages": ", ".join(f"{k} {v}" for k, v in sorted(packages.items()) if v) or ABSENT,
+        **{f"{what} from": str(package) for what, package in facts.get("plugins", {}).items()},
         "platform": str(facts.get("platform", ABSENT)),
         "processor": str(facts.get("cpu", ABSENT)),
         "device": " ".join(str(facts[k]) for k in ("device", "gpu") if facts.get(k)) or ABSENT,

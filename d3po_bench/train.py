@@ -405,12 +405,22 @@ def run_seed(
         store.start(
             config, inputs={**trainer.inputs, "scorers": evaluation.fingerprints()},
             device=str(trainer.device), threads=torch.get_num_threads(), deterministic=on,
-            unchecked_scorers=evaluation.unchecked(), **(facts or {}),
+            unchecked_scorers=evaluation.unchecked(), **_plugins(config, evaluation),
+            **(facts or {}),
         )  # fmt: skip
         _tell_unchecked(trainer, evaluation, report)
         _rounds(trainer, store, evaluation, report)
         write_folder(folder / "lora", trainer.model.save)
         store.finish(execution=vars(execution).copy())
+
+
+def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    """Which packages brought what a run uses, if any did."""
+    used: list[tuple[registry.Kind, str]] = [
+        ("method", config.method), ("objective", config.objective), ("model", config.model),
+        *(("scorer", name.partition(":")[0]) for name in evaluation.named()),
+    ]  # fmt: skip
+    return registry.plugins(used)
 
 
 def _tell_unchecked(trainer: Trainer, evaluation: Evaluation, report: Report) -> None:

@@ -335,9 +335,17 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
         "ended": now(),
         "scorers": {name: selfcheck.fingerprint(scorer) for name, scorer in used.items()},
         "unchecked_scorers": selfcheck.unchecked(used),
+        **_plugins(plan),
         "versions": selfcheck.versions(),
     }
     write_atomically(out / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _plugins(plan: Plan) -> Row:
+    """Which packages brought the scorers and the model, if any did."""
+    used: list[tuple[registry.Kind, str]] = [("model", plan.model)]
+    used += [("scorer", name.partition(":")[0]) for name in plan.scorers]
+    return registry.plugins(used)
 
 
 def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:
