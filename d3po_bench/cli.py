@@ -303,7 +303,7 @@ def evaluate(
         save=save,
     )  # fmt: skip
     told = evaluating.lines_of_progress(lambda text: click.echo(text, err=True))
-    folder = evaluating.run(request, told)
+    folder = evaluating.run(request, told, lambda text: click.echo(f"note: {text}", err=True))
     for line in evaluating.summary(folder):
         click.echo(line)
     click.echo(f"Rows are in {folder / 'rows.csv'}", err=True)

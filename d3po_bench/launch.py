@@ -88,7 +88,8 @@ def execute(work: list[Work], jobs: int | None, names: Mapping[str, str]) -> dic
         names: label of a run -> what to call it in the progress.
     """
     jobs = jobs or _jobs(*work[0][:2])
-    with _bars(names) as report, _terminable():
+    with _bars(names) as bars, _terminable():
+        report = _noting(bars)
         side_by_side = min(jobs, len(work)) > 1
         return _side_by_side(work, jobs, report) if side_by_side else _in_turn(work, report)
 
@@ -296,6 +297,20 @@ def _bars(names: Mapping[str, str]) -> Iterator[Report]:
             bars.update(whole, completed=sum(done.values()))
 
         yield show
+
+
+def _noting(report: Report) -> Report:
+    """Print each note once, above the bars; pass all else on."""
+    said: set[str] = set()
+
+    def told(progress: train.Progress) -> None:
+        if not progress.note:
+            report(progress)
+        elif progress.note not in said:
+            said.add(progress.note)
+            click.echo(f"note: {progress.note}", err=True)
+
+    return told
 
 
 class _Lines:

@@ -72,7 +72,7 @@ def read_facts(folder: Path) -> Row:
     if not path.exists():
         return {}
     facts = read_object(path)
-    for name in ("packages", "content"):
+    for name in ("packages", "content", "plugins"):
         if not isinstance(facts.get(name, {}), dict):
             raise UserError(f"Expected names and values as {name} in {path}, got another thing. "
                             f"{REMEDY}")  # fmt: skip

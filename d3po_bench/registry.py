@@ -12,9 +12,9 @@ import ast
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -96,6 +96,27 @@ def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> Use
     return UserError(f"Expected {article} {kind}, got {name!r}. {hint}{rest}")
 
 
+def plugins(used: Iterable[tuple[Kind, str]]) -> dict[str, dict[str, str]]:
+    """What other packages bring of what is used, as provenance has it; {} where it is all ours.
+
+    Args:
+        used: kinds and names.
+
+    Returns:
+        "plugins" -> kind and name -> distribution and version, such as my-methods 0.1.
+    """
+    found = {
+        f"{kind} {name}": _distribution(_plugins(kind)[name])
+        for kind, name in used
+        if name not in _files(kind) and name in _plugins(kind)
+    }
+    return {"plugins": found} if found else {}
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "of no distribution"
+
+
 def _module(kind: Kind, name: str) -> Any:
     if name in _files(kind):
         return importlib.import_module(_files(kind)[name][0])
@@ -165,7 +186,8 @@ def scorer(name: str, device: Any, weights: str = "official") -> Scorer:
             else than it once did.
     """
     found = load_scorer(name, device, weights)
-    selfcheck().check(name.partition(":")[0], found)
+    chosen = ":" not in name and takes_weights(name)
+    selfcheck().check(f"{name}:{weights}" if chosen else name, found)
     return found
 
 

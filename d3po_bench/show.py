@@ -127,6 +127,7 @@ def _made_with(facts: Row) -> dict[str, str]:
         "commit": commit,
         "python": str(facts.get("python", ABSENT)),
         "packages": ", ".join(f"{k} {v}" for k, v in sorted(packages.items()) if v) or ABSENT,
+        **{f"{what} from": str(package) for what, package in facts.get("plugins", {}).items()},
         "platform": str(facts.get("platform", ABSENT)),
         "processor": str(facts.get("cpu", ABSENT)),
         "device": " ".join(str(facts[k]) for k in ("device", "gpu") if facts.get(k)) or ABSENT,
@@ -144,6 +145,9 @@ def _inputs(facts: Row) -> dict[str, str]:
     told = {k: str(v) for k, v in found.items() if k != "scorers"}
     if isinstance(scorers, dict):
         told |= {f"scorer {name}": str(value) for name, value in scorers.items()}
+    unchecked = facts.get("unchecked_scorers")
+    if unchecked and isinstance(unchecked, list):
+        told["without golden scores"] = ", ".join(map(str, unchecked))
     return told
 
 

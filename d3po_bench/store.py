@@ -32,6 +32,9 @@ PACKAGES = (
     "d3po-bench", "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors",
 )  # fmt: skip
 
+CODE = ("d3po_bench", "baselines", "eval")
+"""Folders whose files decide what a run does, and where a method or scorer is found by its file."""
+
 TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 """A run's text files but provenance.json, which holds their digests."""
 
@@ -206,7 +209,7 @@ class RunStore:
         Args:
             config: the run's.
             inputs: what names the content of the model, prompts and scorers: a run goes on only
-                with those that it began with.
+                with those that it began with, where they are on record.
             facts: anything else.
 
         Raises:
@@ -219,7 +222,7 @@ class RunStore:
                 "another thing. Give another --out, or remove that folder."
             )
         for name, value in inputs.items():
-            if began.get(name) != value:
+            if began.get(name, value) != value:
                 raise UserError(
                     f"Expected the {name} that the run in {self.folder} began with "
                     f"({began.get(name)}), got others ({value}). Bring those back, or give "
@@ -505,7 +508,7 @@ def _commit() -> Row:
     home = Path(__file__).resolve().parent.parent
     try:
         top, head = _git(home, "rev-parse", "--show-toplevel", "HEAD").splitlines()
-        changes = _git(home, "status", "--porcelain")
+        changes = _git(home, "status", "--porcelain") + _untracked(home)
         diff = machine.digest(changes + _git(home, "diff", "HEAD")) if changes.strip() else None
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
@@ -514,9 +517,21 @@ def _commit() -> Row:
     return known if Path(top) == home else {}
 
 
+def _untracked(home: Path) -> str:
+    """Names and digests of files of the code that git does not know: a method can be one."""
+    known = _git(home, "ls-files", "-z", "--others", "--exclude-standard", "--", *CODE)
+    paths = [home / name for name in sorted(known.split("\0")) if name]
+    digests = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.is_file()}
+    return "".join(f"{path.relative_to(home)} {digests.get(path)}\n" for path in paths)
+
+
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    # A changed file need not be UTF-8.
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="backslashreplace", check=True,
+        timeout=10,
+    ).stdout  # fmt: skip
 
 
 def now() -> str:

@@ -42,6 +42,8 @@ class Progress:
     done: float
     """Share of the run, 0 to 1."""
     text: str
+    note: str = ""
+    """Something to say once, however many runs say it; the rest then tells nothing new."""
 
 
 Report = Callable[[Progress], None]
@@ -98,6 +100,8 @@ class Trainer:
         self._choose_task()
         self.inputs = {"model": fingerprint(source), "prompts": digest(self.prompts)}
         self.model = load(source, self.device, self._training())
+        if self.model.commit:
+            self.inputs["model_commit"] = self.model.commit
         self.model.encode([*self.prompts, ""])
         self.model.add_adapter(config.seed)
         self.policy = Policy(
@@ -327,12 +331,22 @@ class Evaluation:
             others = ",".join(s for s in self.trainer.config.eval_scorers if s != name)
             raise UserError(f"{problem} Or leave it out: --set eval_scorers={others}") from problem
 
+    def named(self) -> dict[str, Scorer]:
+        """The scorers by the names that they have on the command line."""
+        objective = self.trainer.objective.scorer
+        return {objective if name == "score" else name: s for name, s in self.scorers.items()}
+
     def fingerprints(self) -> dict[str, str]:
         """Scorer -> what names its weights."""
         selfcheck: Any = registry.selfcheck()
-        objective = self.trainer.objective.scorer
-        named = {objective if name == "score" else name: s for name, s in self.scorers.items()}
-        return {name: selfcheck.fingerprint(scorer) for name, scorer in named.items()}
+        return {name: selfcheck.fingerprint(scorer) for name, scorer in self.named().items()}
+
+    def unchecked(self) -> list[str]:
+        """Scorers without golden scores for their weights; people's votes are no such scorer."""
+        known = registry.names("scorer")
+        named = {n: s for n, s in self.named().items() if n.partition(":")[0] in known}
+        found: list[str] = registry.selfcheck().unchecked(named)
+        return found
 
     def due(self) -> bool:
         """Whether to evaluate now: at the start, every `eval_every` rounds, and at the end."""
@@ -399,11 +413,30 @@ def run_seed(
         store.start(
             config, inputs={**trainer.inputs, "scorers": evaluation.fingerprints()},
             device=str(trainer.device), threads=torch.get_num_threads(), deterministic=on,
+            unchecked_scorers=evaluation.unchecked(), **_plugins(config, evaluation),
             **(facts or {}),
         )  # fmt: skip
+        _tell_unchecked(trainer, evaluation, report)
         _rounds(trainer, store, evaluation, report)
         write_folder(folder / "lora", trainer.model.save)
         store.finish(execution=vars(execution).copy())
+
+
+def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    """Which packages brought what a run uses, if any did."""
+    used: list[tuple[registry.Kind, str]] = [
+        ("method", config.method), ("objective", config.objective), ("model", config.model),
+        *(("scorer", name.partition(":")[0]) for name in evaluation.named()),
+    ]  # fmt: skip
+    return registry.plugins(used)
+
+
+def _tell_unchecked(trainer: Trainer, evaluation: Evaluation, report: Report) -> None:
+    """Say which scorers nothing was compared with."""
+    names, done = evaluation.unchecked(), trainer.round / trainer.config.rounds
+    if names:
+        note = registry.selfcheck().note(names)
+        report(Progress(label(trainer.config), done, "", note))
 
 
 def threads_of(config: RunConfig, execution: Execution) -> int:

@@ -97,7 +97,7 @@ def _scorer(name: str) -> str:
 
     try:
         scorer = registry.load_scorer(name, torch.device("cpu"))
-        known = selfcheck.check(name.partition(":")[0], scorer)
+        known = selfcheck.check(name, scorer)
     except UserError as problem:
         return str(problem)
     words = "gives its golden scores" if known else "no golden scores of these weights: --record"

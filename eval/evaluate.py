@@ -86,8 +86,17 @@ Told = Callable[[int, int], None]
 """Called with pieces done and pieces in all."""
 
 
-def run(request: Request, told: Told = lambda done, total: None) -> Path:
+def run(
+    request: Request,
+    told: Told = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Score what was asked for; what is there of an earlier call is kept.
+
+    Args:
+        request: what to score, and by what.
+        told: called with how far it is.
+        note: called with what people should know of the scorers.
 
     Returns:
         The folder with rows.csv, plan.json and provenance.json.
@@ -95,12 +104,16 @@ def run(request: Request, told: Told = lambda done, total: None) -> Path:
     Raises:
         UserError: bad input, or another evaluation lies in the folder.
     """
+    from eval import selfcheck
+
     plan = planned(request)
     out = request.out or _default_out(request.target)
-    for scorer in plan.scorers:  # absent weights are found before anything is drawn
-        _scorer(scorer, plan.weights, request.device)
+    # Absent weights are found before anything is drawn.
+    unchecked = selfcheck.unchecked(_scorers(plan, request.device))
     pieces = list(_pieces(plan))
     with _taken(out, plan):
+        if unchecked:
+            note(selfcheck.note(unchecked))
         rest = [p for p in pieces if not _is_done(out, plan, p, request.save)]
         told(len(pieces) - len(rest), len(pieces))
         done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
@@ -317,12 +330,22 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
     rows = [row for piece in pieces for row in read_csv(_place(out, piece))]
     _require_one_set_of_weights(rows, out)
     write_atomically(out / "rows.csv", csv_bytes(rows))
-    scorers = {
-        name: selfcheck.fingerprint(_scorer(name, plan.weights, request.device))
-        for name in plan.scorers
+    used = _scorers(plan, request.device)
+    facts = {
+        "ended": now(),
+        "scorers": {name: selfcheck.fingerprint(scorer) for name, scorer in used.items()},
+        "unchecked_scorers": selfcheck.unchecked(used),
+        **_plugins(plan),
+        "versions": selfcheck.versions(),
     }
-    facts = {"ended": now(), "scorers": scorers, "versions": selfcheck.versions()}
     write_atomically(out / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _plugins(plan: Plan) -> Row:
+    """Which packages brought the scorers and the model, if any did."""
+    used: list[tuple[registry.Kind, str]] = [("model", plan.model)]
+    used += [("scorer", name.partition(":")[0]) for name in plan.scorers]
+    return registry.plugins(used)
 
 
 def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:

@@ -36,8 +36,8 @@ FEWEST = 3
 """Published seeds of a cell without which there is no spread to judge by."""
 
 BYTES = ("metrics.jsonl", "eval.csv")
-SAME = ("python", "platform", "machine", "cpu", "gpu", "packages", "device", "threads",
-        "deterministic")  # fmt: skip
+SAME = ("python", "platform", "machine", "cpu", "gpu", "packages", "plugins", "device",
+        "threads", "deterministic")  # fmt: skip
 """Provenance that bytes depend on."""
 
 Scores = dict[tuple[str, str, str, str], dict[str, float]]

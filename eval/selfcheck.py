@@ -2,13 +2,15 @@
 
 `golden.json` holds, for each scorer and each set of weights, the scores of these pictures. Before
 a scorer is used it must give them again: another library version, a damaged file or a changed
-preprocessing then stops a run instead of moving its numbers.
+preprocessing then stops a run instead of moving its numbers. Weights that ship with the package
+are all in it; those of others that are not are used, and named as such.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -74,18 +76,53 @@ def fingerprint(scorer: Scorer) -> str:
 def check(name: str, scorer: Scorer) -> bool:
     """Compare a scorer with its golden scores.
 
+    Args:
+        name: of the scorer, with :weights where they can be chosen.
+        scorer: what has that name.
+
     Returns:
         Whether there are any for its weights.
 
     Raises:
-        UserError: it says something else.
+        UserError: it says something else, or there are none though its weights ship with us.
     """
-    expected = golden().get(name, {}).get(fingerprint(scorer))
+    base, _, own = name.partition(":")
+    expected = _expected(base, scorer)
     if expected is None:
+        if own in ("", "tiny"):
+            _require_none_ship(base, scorer)
         return False
-    for column, found in columns(name, scorer).items():
-        _compare(name, column, expected, found)
+    for column, found in columns(base, scorer).items():
+        _compare(base, column, expected, found)
     return True
+
+
+def unchecked(scorers: Mapping[str, Scorer]) -> list[str]:
+    """Names of those that have no golden scores for their weights, with or without :weights."""
+    return sorted(n for n, s in scorers.items() if _expected(n.partition(":")[0], s) is None)
+
+
+def note(names: Sequence[str]) -> str:
+    """What people are told of scorers that are `unchecked`."""
+    return (
+        f"no golden scores for the weights of {', '.join(names)}: what they say is not compared "
+        "with what they once said"
+    )
+
+
+def _expected(name: str, scorer: Scorer) -> dict[str, Any] | None:
+    return golden().get(name, {}).get(fingerprint(scorer))
+
+
+def _require_none_ship(name: str, scorer: Scorer) -> None:
+    """Refuse weights in the place of those that ship: all of these have golden scores."""
+    known = golden().get(name)
+    if known:
+        raise UserError(
+            f"Expected the weights of {name} that ship with the package ({', '.join(known)}), got "
+            f"others ({fingerprint(scorer)}): a file is damaged or was exchanged. Install the "
+            "package again; weights of your own making need `d3po-bench doctor --record`."
+        )
 
 
 def _compare(name: str, column: str, expected: dict[str, Any], found: list[float]) -> None:

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def run(request: Request, told: Callable[[str], None]) -> str:
     signal = _signal(request)
     write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
     drawn = _drawn(folders)
+    once = cache(told)  # what is to be known of the scorers is the same for each model
     for name, folder in {BASE_ROWS: Path(request.model), **folders}.items():
-        _score(request, folder, name, drawn, told)
+        _score(request, folder, name, drawn, once)
     return write(request.out)
 
 
@@ -194,7 +196,8 @@ def _score(
             target=target, scorers=request.scorers, model=None, count=request.count, images=1,
             device=request.device, jobs=request.jobs or 1,
             out=request.out / "scoring" / name, **how,
-        )
+        ),
+        note=told,
     )  # fmt: skip
     write_atomically(path, (folder / "rows.csv").read_bytes())
     shutil.rmtree(folder)

@@ -36,7 +36,7 @@ def package(tmp_path: Path) -> Path:
     return site
 
 
-def command(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(package: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(package), str(ROOT)])
     return subprocess.run(
         [sys.executable, "-m", "d3po_bench", *arguments],
@@ -58,6 +58,11 @@ def test_a_method_of_another_package_runs(package: Path, micro: Path, tmp_path: 
     assert line["images"] == 8
     assert math.isfinite(line["log_prob"])
     assert line["grad_norm"] > 0
+    facts = json.loads(metrics.with_name("provenance.json").read_text())
+    assert facts["plugins"] == {"method reinforce": "my-methods 0.1"}
+    assert (
+        "method reinforce from  my-methods 0.1" in command(package, "show", metrics.parent).stdout
+    )
 
 
 def test_its_options_are_checked_like_all_others(package: Path, tmp_path: Path) -> None:

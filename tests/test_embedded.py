@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from d3po_bench import registry
 from d3po_bench.models.embedded import captions, card, recipe, render
-from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
+from d3po_bench.models.stable_diffusion import StableDiffusion, Training, content, load
 from d3po_bench.models.tiny import SOURCE
 from d3po_bench.prompts import read_prompts
 from tests.conftest import CPU
@@ -126,6 +126,7 @@ def test_the_recipe_runs_from_font_to_pipeline(tmp_path: Path) -> None:
     assert result.exit_code == 0
     pipe = StableDiffusionPipeline.from_pretrained(out / "tiny")
     assert pipe.unet.config.sample_size == 8
+    assert (out / "tiny.sha256").read_text().strip() == content(out / "tiny")
     made = json.loads((out / "card.json").read_text())
     assert made["stages"]["unet"]["steps"] == 2
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d3po_bench import cli
+from d3po_bench import cli, registry
 from d3po_bench.errors import UserError
 from d3po_bench.models.stable_diffusion import Source, Training, load
 from eval import evaluate
@@ -85,6 +85,18 @@ def test_pictures_are_scored_one_by_one(tmp_path: Path) -> None:
     assert found[3]["size"] == "11x11"
     assert float(found[0]["jpeg_size"]) > 0.5
     assert found[0]["weights"] == "jpeg_size=code"
+
+
+def test_packages_that_brought_a_scorer_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = gallery(tmp_path / "pictures", 1)
+    kept = {"plugins": {"scorer jpeg_size": "mine 1"}}
+    monkeypatch.setattr(
+        registry, "plugins", lambda used: kept if ("scorer", "jpeg_size") in list(used) else {}
+    )
+    facts = json.loads((evaluate.run(request(folder)) / "provenance.json").read_text())
+    assert facts["plugins"] == kept["plugins"]
 
 
 def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from d3po_bench import train
+from d3po_bench import show, train
 from d3po_bench.cli import main
 from d3po_bench.engine import require_finite
 from d3po_bench.errors import RunError, UserError
@@ -19,8 +20,10 @@ from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.prompts import read_prompts
 from d3po_bench.reading import read_config, read_facts
 from eval import evaluate, report, selfcheck
+from eval.scorers import _clip
 from eval.scorers.jpeg_size import JpegSize
 from tests.test_cli import run_of
+from tests.test_evaluate import gallery
 from tests.test_report import write_run
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +159,48 @@ def test_a_scorer_that_changed_stops_the_run_before_the_first_round(
     assert code == 2
     assert "from the scorer jpeg_size (jpeg_size) for its golden picture" in error
     assert not Path("runs").exists()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """A CLIP of one's own by its name on the command line: no golden scores are of its weights."""
+    folder = shutil.copytree(_clip.EMBEDDED / "clip", tmp_path / "clip")
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {n: t * 1.01 for n, t in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return f"clip:{folder}"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_scorer_without_golden_scores_is_named_and_recorded(
+    jobs: int, own: str, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    more = ("--seeds", "2", "--jobs", str(jobs), "--out", str(out))
+    main(run_of(micro, *more, rounds=1, eval_scorers=own))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert told == [f"note: {selfcheck.note([own])}"]
+    runs = [path.parent for path in out.rglob("provenance.json")]
+    assert [read_facts(run)["unchecked_scorers"] for run in runs] == [[own], [own]]
+    (line,) = [line for line in show.lines(runs[0]) if "without golden scores" in line]
+    assert line.endswith(own)
+
+
+def test_a_run_whose_scorers_were_all_checked_says_so(micro: Path, tmp_path: Path) -> None:
+    main(run_of(micro, "--out", str(tmp_path / "runs"), rounds=1, eval_scorers="animal"))
+    (path,) = (tmp_path / "runs").rglob("provenance.json")
+    assert read_facts(path.parent)["unchecked_scorers"] == []
+
+
+def test_an_evaluation_names_scorers_without_golden_scores(
+    own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = gallery(tmp_path / "pictures", 2)
+    main(["evaluate", str(folder), "--scorers", f"jpeg_size,{own}"])
+    assert capsys.readouterr().err.count(f"note: {selfcheck.note([own])}\n") == 1
+    facts = json.loads((folder / "evaluation" / "provenance.json").read_text())
+    assert facts["unchecked_scorers"] == [own]
 
 
 def with_scorer(folder: Path, weights: str) -> None:

@@ -8,23 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
+from d3po_bench.config import Execution, RunConfig
 from d3po_bench.d3po import D3PO
 from d3po_bench.engine import Draws, Updates, sample, update, with_reference
 from d3po_bench.errors import UserError
+from d3po_bench.models import stable_diffusion
 from d3po_bench.models.stable_diffusion import (
     Source,
     StableDiffusion,
     Training,
+    commit,
     fingerprint,
     load,
 )
 from d3po_bench.policy import Policy
 from d3po_bench.seeding import stream
-from d3po_bench.train import model_source
+from d3po_bench.store import RunStore
+from d3po_bench.train import Trainer, model_source
 from tests.conftest import CPU, disturb
 
 PROMPTS = ["cat", "a dog on a red background"]
@@ -214,3 +220,131 @@ def test_a_pipeline_folder_is_named_by_its_content(micro: Path, tmp_path: Path) 
     weights.write_bytes(data)
     assert fingerprint(Source(path=str(copy))) != name
     assert fingerprint(Source(path="owner/name", revision="abc")) == "owner/name@abc"
+
+
+# ---- only what was looked at is loaded
+
+
+def flipped(path: Path) -> None:
+    """Change the last bit of the last weight."""
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["unet", "vae", "text_encoder", "added", "gone", "unpinned"])
+def test_an_embedded_model_that_is_not_as_it_ships_is_refused(damage: str, tmp_path: Path) -> None:
+    source = model_source("tiny")
+    assert source.pin is not None
+    copy = shutil.copytree(source.path, tmp_path / "tiny")
+    pin = Path(shutil.copy(source.pin, tmp_path))
+    changed = replace(source, path=str(copy), pin=pin)
+    assert load(changed, CPU, Training())
+    if damage == "added":
+        (copy / "tokenizer" / "added_tokens.json").write_text("{}")
+    elif damage == "gone":
+        (copy / "tokenizer" / "tokenizer.json").unlink()
+    elif damage == "unpinned":
+        pin.unlink()
+    else:
+        flipped(next((copy / damage).glob("*.safetensors")))
+    with pytest.raises(UserError, match=r"Expected the model in .* got .* Install the package"):
+        load(changed, CPU, Training())
+
+
+def as_pickle(folder: Path) -> None:
+    """Weights of a part as diffusers and transformers once wrote them."""
+    (path,) = folder.glob("*.safetensors")
+    name = "pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"
+    torch.save(load_file(path), folder / name)
+    path.unlink()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_pickled_weights_are_not_loaded(part: str, micro: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(micro, tmp_path / "copy")
+    as_pickle(copy / part)
+    with pytest.raises(UserError, match=r"a part that does not load.* as \.safetensors: no others"):
+        load(Source(path=str(copy)), CPU, Training())
+
+
+def test_a_pickle_beside_the_weights_changes_nothing(micro: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(micro, tmp_path / "copy")
+    for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
+        (copy / name).write_bytes(b"no weights")
+    assert fingerprint(Source(path=str(copy))) == fingerprint(Source(path=str(micro)))
+    latents = torch.zeros(1, 4, 4, 4)
+    assert torch.equal(model_of(copy).decode(latents), model_of(micro).decode(latents))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_pickled_adapter_is_not_loaded(full: bool, micro: Path, tmp_path: Path) -> None:
+    model = model_of(micro, full=full)
+    model.save(tmp_path)
+    as_pickle(tmp_path / "unet" if full else tmp_path)
+    with pytest.raises(UserError, match="Expected a LoRA or UNet of this model"):
+        load(Source(path=str(micro)), CPU, Training()).load_saved(tmp_path)
+
+
+# ---- hub ids
+
+
+@pytest.fixture
+def hub(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with the model owner/micro, as `hf download` leaves it; its folder."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / "models--owner--micro"
+    (folder / "refs").mkdir(parents=True)
+    for commit_ in (OLD, NEW):
+        shutil.copytree(micro, folder / "snapshots" / commit_)
+    point(folder, OLD)
+    return folder
+
+
+OLD, NEW = "1" * 40, "2" * 40
+
+
+def point(folder: Path, commit_: str) -> None:
+    """Let main be that commit."""
+    (folder / "refs" / "main").write_text(commit_)
+
+
+def test_a_hub_id_is_named_by_the_commit_that_is_loaded(hub: Path) -> None:
+    source = model_source("owner/micro")
+    assert load(source, CPU, Training()).commit == OLD
+    point(hub, NEW)
+    assert commit(source) == NEW
+    assert commit(replace(source, revision=OLD)) == OLD
+    assert commit(model_source("nobody/nothing")) is None
+    assert commit(Source(path=str(hub / "snapshots" / OLD))) is None
+
+
+def test_all_parts_of_a_hub_id_come_from_one_commit(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else fetches a newer main while a run loads."""
+    shutil.rmtree(hub / "snapshots" / NEW / "unet")
+
+    def moving(source: Source) -> str | None:
+        found = commit(source)
+        point(hub, NEW)
+        return found
+
+    monkeypatch.setattr(stable_diffusion, "commit", moving)
+    assert load(model_source("owner/micro"), CPU, Training()).commit == OLD
+
+
+def test_a_run_keeps_the_commit_and_goes_on_with_it_alone(hub: Path, tmp_path: Path) -> None:
+    config = RunConfig(
+        method="d3po", objective="incompress", model="owner/micro", rounds=1, eval_every=0,
+        prompts_per_round=1, sampling_steps=2,
+    )  # fmt: skip
+    trainer = Trainer(config, Execution(device="cpu"))
+    assert trainer.inputs["model"] == "owner/micro@main"
+    assert trainer.inputs["model_commit"] == OLD
+    run = RunStore(tmp_path / "run")
+    run.start(config, {"model": "owner/micro@main"})  # of a version that kept no commit
+    run.start(config, trainer.inputs)
+    assert run.provenance()["inputs"]["model_commit"] == OLD
+    with pytest.raises(UserError, match=rf"Expected the model_commit .*{OLD}.*got others .*{NEW}"):
+        run.start(config, {**trainer.inputs, "model_commit": NEW})

@@ -103,6 +103,22 @@ def test_plugins_come_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.summary("method", "mine") == "from decimal:Decimal"
 
 
+def test_plugins_are_named_by_package_and_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = tmp_path / "my_scorers-2.5.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: my-scorers\nVersion: 2.5\n")
+    groups = ("methods", "objectives", "scorers", "models")
+    text = "".join(f"[d3po_bench.{group}]\nmine = decimal:Decimal\n" for group in groups)
+    (metadata / "entry_points.txt").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    used = [(kind, "mine") for kind in get_args(registry.Kind)]
+    found = registry.plugins([*used, ("method", "d3po"), ("scorer", "clip"), ("model", "a/b")])
+    assert found == {"plugins": {f"{kind} mine": "my-scorers 2.5" for kind, _ in used}}
+    assert registry.plugins([("method", "d3po")]) == {}
+
+
 # ---- prompt lists
 
 

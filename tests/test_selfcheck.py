@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
+from d3po_bench.models.embedded import classifier
 from eval import doctor, selfcheck
+from eval.scorers import _clip
 
 CPU = torch.device("cpu")
 SHIPPED = [name for name in doctor._checkable() if not name.endswith(":official")]
@@ -56,11 +59,54 @@ PIXELS = 12953936
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_ships_has_golden_scores_and_gives_them(name: str) -> None:
     scorer = registry.load_scorer(name, CPU)
-    assert selfcheck.check(name.partition(":")[0], scorer)
+    assert selfcheck.check(name, scorer)
+    assert selfcheck.unchecked({name: scorer}) == []
+
+
+def flipped(path: Path) -> None:
+    """Change the last bit of the last weight: no score shows it."""
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["clip", "aesthetic"])
+def test_a_flipped_weight_of_what_ships_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(_clip.EMBEDDED, tmp_path / "embedded")
+    monkeypatch.setattr(_clip, "EMBEDDED", copy)
+    assert registry.scorer(f"{name}:tiny", CPU)
+    flipped(copy / "clip" / "model.safetensors")
+    for wanted in ((f"{name}:tiny", CPU), (name, CPU, "tiny")):
+        with pytest.raises(UserError, match=rf"Expected the weights of {name} .*got others .*Inst"):
+            registry.scorer(*wanted)
+    assert "Install the package again" in doctor._scorer(f"{name}:tiny")
+
+
+@pytest.mark.parametrize("name", ["animal", "diversity"])
+def test_a_flipped_weight_of_the_classifier_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copy(classifier.WEIGHTS, tmp_path))
+    flipped(copy)
+    monkeypatch.setattr(classifier, "WEIGHTS", copy)
+    with pytest.raises(UserError, match=rf"Expected the weights of {name} that ship"):
+        registry.scorer(name, CPU, "tiny")
+
+
+def test_weights_of_ones_own_need_no_golden_scores(tmp_path: Path) -> None:
+    copy = shutil.copytree(_clip.EMBEDDED / "clip", tmp_path / "clip")
+    known, flip = f"clip:{copy}", f"clip:{tmp_path / 'mine'}"
+    flipped(shutil.copytree(copy, tmp_path / "mine") / "model.safetensors")
+    scorers = {name: registry.scorer(name, CPU) for name in (flip, known, "jpeg_size")}
+    assert selfcheck.unchecked(scorers) == [flip]
+    assert flip in selfcheck.note([flip])
 
 
 def test_unknown_weights_have_none(table: Path) -> None:
     assert not selfcheck.check("toy", Toy())
+    assert selfcheck.unchecked({"toy": Toy(), "other:w": Toy()}) == ["other:w", "toy"]
 
 
 def test_drift_is_refused_with_both_numbers(table: Path) -> None:

@@ -451,12 +451,16 @@ def test_a_damaged_provenance_is_refused(run: RunStore) -> None:
         _ = run.finished
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_the_commit_is_of_this_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*arguments: str) -> None:
-        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+def git(folder: Path, *arguments: str) -> None:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
 
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+@needs_git
+def test_the_commit_is_of_this_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(path: str) -> dict[str, Any]:
         monkeypatch.setattr(store, "__file__", str(tmp_path / path))
         return store._commit()
@@ -464,9 +468,9 @@ def test_the_commit_is_of_this_code_alone(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "d3po_bench").mkdir()
     (tmp_path / "d3po_bench" / "store.py").touch()
     assert here("d3po_bench/store.py") == {}
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "a")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "a")
     found = here("d3po_bench/store.py")
     assert len(found["commit"]) == 40
     assert found["dirty"] is False
@@ -475,3 +479,47 @@ def test_the_commit_is_of_this_code_alone(tmp_path: Path, monkeypatch: pytest.Mo
     # an environment inside somebody's repository: that commit is not ours
     (tmp_path / "venv" / "d3po_bench").mkdir(parents=True)
     assert here("venv/d3po_bench/store.py") == {}
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clean commit of some code, which says that `store` lies in it."""
+    for name in ("d3po_bench/store.py", "baselines/ddpo.py", ".gitignore"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("*.pyc\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "a")
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "d3po_bench" / "store.py"))
+    return tmp_path
+
+
+@needs_git
+@pytest.mark.parametrize("shown", ["normal", "no"])
+def test_new_files_of_the_code_are_changes_by_what_they_hold(code: Path, shown: str) -> None:
+    """A method is found by its file, which git need not know."""
+    git(code, "config", "status.showUntrackedFiles", shown)
+    assert store._commit()["dirty"] is False
+    found = []
+    for name, text in (("mine", "1"), ("mine", "2"), ("other", "2")):
+        path = code / "baselines" / "new" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        facts = store._commit()
+        assert facts["dirty"] is True
+        found.append(facts["diff"])
+    assert len(set(found)) == 3
+    shutil.rmtree(code / "baselines" / "new")
+    (code / "baselines" / "ddpo.pyc").touch()
+    assert store._commit()["dirty"] is False
+
+
+@needs_git
+def test_strange_files_do_not_cost_the_commit(code: Path) -> None:
+    (code / "baselines" / "ddpo.py").write_bytes("# \u00e9".encode("latin-1"))
+    (code / "eval").symlink_to("nowhere")
+    git(code, "init", "-q", "d3po_bench/inner")
+    git(code / "d3po_bench" / "inner", "commit", "-qm", "a", "--allow-empty")
+    facts = store._commit()
+    assert len(facts["commit"]) == 40
+    assert facts["dirty"] is True

@@ -224,6 +224,23 @@ def test_content_that_is_none(strange: Any, home: Path) -> None:
     assert any("Expected names and values as content" in p for p in found(home, "runs"))
 
 
+def test_a_seed_with_another_version_of_a_plug_in(home: Path) -> None:
+    for seed, version in enumerate(("0.1", "0.1", "0.2", "0.1", "0.1")):
+        path = home / "results" / SEED.parent / f"seed-{seed}" / "provenance.json"
+        plugins = {"plugins": {"scorer mine": f"my-scorers {version}"}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | plugins))
+    (problem,) = found(home, "sets")
+    assert "seed-2 and " in problem
+    assert "differ in more than the seed" in problem
+
+
+@pytest.mark.parametrize("strange", [[], "x", None, 5])
+def test_plug_ins_that_are_none(strange: Any, home: Path) -> None:
+    path = home / "results" / SEED / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"plugins": strange}))
+    assert any("Expected names and values as plugins" in p for p in found(home, "runs"))
+
+
 def test_a_try_that_was_kept_in_part_is_not_changed(home: Path) -> None:
     run = home / "results" / SEED
     put_content_on_record(run)

@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from d3po_bench.feedback.labels import Plan
     from d3po_bench.feedback.rounds import Kind, Question
+    from d3po_bench.train import Progress
 
 QUESTIONS = ("deformed", "unsafe", "better", "alignment")
 DEVICE = click.option(
@@ -261,8 +262,15 @@ def train(
     )
     target = out or folder / "trained" / method
     told = _shown("learning")
+
+    def report(progress: Progress) -> None:
+        if progress.note:
+            click.echo(f"note: {progress.note}", err=True)
+        else:
+            told(progress.done)
+
     data = loop.data(folder, labels, label_files, partial(click.echo, err=True))
-    training.train(data, request, target, report=lambda p: told(p.done))
+    training.train(data, request, target, report)
     click.echo(f"The LoRA is in {target / 'lora'}. Draw the next round: d3po-bench feedback new "
                f"NEXT --prompts LIST --from {target}", err=True)  # fmt: skip
 

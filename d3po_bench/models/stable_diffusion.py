@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from d3po_bench.errors import UserError, is_out_of_memory
 from d3po_bench.seeding import stream
+
+LOADED = (".json", ".safetensors", ".txt")
+"""What a pipeline is made of: configs, weights, vocabularies. Pickles (.bin) are never loaded."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,6 +40,8 @@ class Source:
     """How much there is to download, for people."""
     scorers: str = "official"
     """Weights of the scorers that suit its pictures."""
+    pin: Path | None = None
+    """A file with the sha256 that the folder's content must have; see `content`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,8 @@ class StableDiffusion:
         self.forwards = 0
         """Network forwards so far, in latents with one conditioning each."""
         self.backwards = 0
+        self.commit: str | None = None
+        """Of the hub id that it was loaded from."""
         self._embeddings: dict[str, Tensor] = {}
         self._network = self.unet
         self._pretrained: dict[str, Tensor] = {}
@@ -237,14 +244,18 @@ class StableDiffusion:
     def _load_unet(self, folder: Path) -> None:
         from diffusers import UNet2DConditionModel
 
-        tuned = UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
+        tuned = UNet2DConditionModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        )
         self._pretrained = {n: p.detach().clone() for n, p in self.unet.named_parameters()}
         self.unet.load_state_dict(tuned.state_dict())
 
     def _load_lora(self, folder: Path) -> None:
         from diffusers import StableDiffusionPipeline as Pipeline
 
-        state, alphas = Pipeline.lora_state_dict(folder, local_files_only=True)
+        state, alphas = Pipeline.lora_state_dict(
+            folder, local_files_only=True, use_safetensors=True
+        )
         Pipeline.load_lora_into_unet(state, alphas, self.unet)
         # What the loader does not know it leaves out: that would be the pretrained model.
         placed = sum("lora_" in name for name, _ in self.unet.named_parameters())
@@ -278,22 +289,28 @@ def load(source: Source, device: torch.device, training: Training) -> StableDiff
     """Load a pipeline folder or hub id, without an adapter.
 
     Raises:
-        UserError: it is not there, or not of Stable Diffusion 1.x's shape.
+        UserError: it is not there, not of Stable Diffusion 1.x's shape, not what ships, or its
+            weights are pickles.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     _quieten()
+    _require_pinned(source)
     index = _model_index(source)
+    # All parts of a hub id come from one commit, whatever happens to its branch meanwhile.
+    found = commit(source)
+    source = replace(source, revision=found or source.revision)
     dtype = torch.float32 if training.full else DTYPES[training.dtype]
     vae = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}[index["vae"][1]]
     classes = {"unet": UNet2DConditionModel, "vae": vae, "text_encoder": CLIPTextModel}
     where = {"pretrained_model_name_or_path": source.path, "revision": source.revision}
+    weights = {**where, "use_safetensors": True}
     try:
         parts = {
-            name: cls.from_pretrained(**where, subfolder=name, dtype=dtype)
+            name: cls.from_pretrained(**weights, subfolder=name, dtype=dtype)
             if name == "text_encoder"
-            else cls.from_pretrained(**where, subfolder=name, torch_dtype=dtype)
+            else cls.from_pretrained(**weights, subfolder=name, torch_dtype=dtype)
             for name, cls in classes.items()
         }
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(
@@ -307,9 +324,12 @@ def load(source: Source, device: torch.device, training: Training) -> StableDiff
             raise
         raise UserError(
             f"Expected a whole Stable Diffusion pipeline in {source.path}, got a part that does "
-            f"not load: {_first_line(problem)} Fetch or save the pipeline again."
+            f"not load: {_first_line(problem)} Fetch or save the pipeline again, its weights as "
+            ".safetensors: no others are loaded."
         ) from problem
-    return StableDiffusion(parts, device, training)
+    model = StableDiffusion(parts, device, training)
+    model.commit = found
+    return model
 
 
 def fingerprint(source: Source) -> str:
@@ -317,14 +337,46 @@ def fingerprint(source: Source) -> str:
     folder = Path(source.path)
     if not folder.is_dir():
         return f"{source.path}@{source.revision or 'main'}"
+    return content(folder)[:12]
+
+
+def content(folder: Path) -> str:
+    """sha256, hex, of all that a pipeline in `folder` is loaded from: names, sizes and bytes."""
     whole = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt")
-    ):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in LOADED):
         whole.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:12]
+    return whole.hexdigest()
+
+
+def commit(source: Source) -> str | None:
+    """The commit of a hub id's files on this machine; None for a folder, and before they came."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source.path).exists():
+        return None
+    index = try_to_load_from_cache(source.path, "model_index.json", revision=source.revision)
+    return Path(index).parent.name if isinstance(index, str) else None
+
+
+def _require_pinned(source: Source) -> None:
+    """Refuse a folder that ships with the package and is not as it was.
+
+    Raises:
+        UserError: naming both checksums.
+    """
+    if source.pin is None:
+        return
+    try:
+        expected, found = source.pin.read_text(encoding="utf-8").strip(), content(Path(source.path))
+    except (OSError, ValueError) as problem:
+        expected, found = "on record", str(problem)
+    if found != expected:
+        raise UserError(
+            f"Expected the model in {source.path} with the sha256 {expected}, got {found}: a file "
+            "of it is damaged or was exchanged. Install the package again."
+        )
 
 
 def _quieten() -> None:

@@ -4,6 +4,6 @@ from pathlib import Path
 
 from d3po_bench.models.stable_diffusion import Source
 
-SOURCE = Source(
-    path=str(Path(__file__).parent / "embedded" / "tiny"), preset="quick", scorers="tiny"
-)
+HERE = Path(__file__).parent / "embedded"
+
+SOURCE = Source(path=str(HERE / "tiny"), preset="quick", scorers="tiny", pin=HERE / "tiny.sha256")

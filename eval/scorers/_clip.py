@@ -84,7 +84,9 @@ class Clip:
         logging.disable_progress_bar()
         _require_quick_gelu(path)
         try:
-            self.model = CLIPModel.from_pretrained(path, local_files_only=True, dtype="float32")
+            self.model = CLIPModel.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, dtype="float32"
+            )
             self.tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
         except Exception as problem:  # a damaged file can raise anything on its way in
             raise UserError(

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.embedded import render
+from d3po_bench.models.stable_diffusion import content
 
 HERE = Path(__file__).parent
 TEXT_LENGTH = 16
@@ -448,7 +449,7 @@ def _halve(module: Any) -> Any:
 
 
 def export(recipe: Recipe, work: Path, out: Path) -> None:
-    """Write a stock StableDiffusionPipeline folder in fp16, the classifier and card.json."""
+    """Write a stock StableDiffusionPipeline folder in fp16, its pin, the classifier, card.json."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
@@ -465,6 +466,7 @@ def export(recipe: Recipe, work: Path, out: Path) -> None:
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(out / "tiny", safe_serialization=True)
+    (out / "tiny.sha256").write_text(content(out / "tiny") + "\n")
     judge = {
         k: v.half().contiguous() for k, v in load_file(work / "classifier.safetensors").items()
     }
