@@ -62,7 +62,7 @@ def evaluate(
         each sampler, in the order of the rows.
 
     Raises:
-        RunError: a latent, or a score that a run learns from, is not finite.
+        RunError: a latent, a score that a run learns from, or `kl` is not finite.
     """
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {}
@@ -80,6 +80,7 @@ def evaluate(
             require_finite(f"evaluation scores of the sampler {sampler}", scores[OBJECTIVE])
         if sampler == "eta1":
             scores["kl"] = _kl(policy, rollout, what.batch)
+            require_finite("evaluation kl to the pretrained model", scores["kl"])
         for i, prompt in enumerate(prompts):
             row = {"sampler": sampler, "prompt": prompt, "index": i % what.images}
             rows.append(row | {name: round(float(s[i]), 6) for name, s in scores.items()})
