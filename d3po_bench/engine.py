@@ -17,6 +17,8 @@ from d3po_bench.types import Choosy, Method, Metrics, Rollout, Rows
 
 R = TypeVar("R", bound=Rows)
 
+_REMEDY = "Lower learning_rate, or use dtype fp32: what was written before this round is kept."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
@@ -226,7 +228,8 @@ def update(
     micro-batches: the gradient is that of one timestep at a time. Of no rows nothing is learnt.
 
     Raises:
-        RunError: a loss or gradient is not finite; the weights are those before that step.
+        RunError: a loss or gradient is not finite, and the weights are those before that step; or
+            the last step has left weights that are not.
     """
     if len(rows) == 0:
         return {"updates": 0}
@@ -242,6 +245,7 @@ def update(
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) / len(groups)
         progress((number + 1) / len(groups))
+    _require_finite_weights(policy.model.trainable())  # no loss is computed with the last ones
     return {**totals, "updates": len(groups)}
 
 
@@ -311,18 +315,32 @@ def _require_finite(
     With loss scaling an overflowing gradient is expected: the scaler skips that step and halves
     its scale. From 65536 to below 1 no step has been taken for long, and none will be.
     """
-    for name, value in metrics.items():
-        if name == "grad_norm" and scaler is not None and scaler.get_scale() >= 1:
-            continue
-        if not bool(torch.isfinite(value)):
-            grads = {n: w.grad for n, w in weights.items() if w.grad is not None}
-            bad = next((n for n, g in grads.items() if not bool(torch.isfinite(g).all())), "")
-            where = f", first in {bad}" if bad and name == "grad_norm" else ""
-            raise RunError(
-                f"Expected finite numbers in the update, got {float(value)} for {name}{where}. "
-                "Lower learning_rate, or use dtype fp32: what was written before this round is "
-                "kept."
-            )
+    wrong = {name: float(value) for name, value in metrics.items() if not value.isfinite()}
+    if scaler is not None and scaler.get_scale() >= 1:
+        wrong.pop("grad_norm", None)
+    if not wrong:
+        return
+    _require_finite_weights(weights)  # of which all the rest is made
+    grads = {n: w.grad for n, w in weights.items() if w.grad is not None}
+    where = f", first in {_not_finite(grads)}" if list(wrong) == ["grad_norm"] else ""
+    # A loss is made of what the method measures beside it, such as abs_log_ratio.
+    said = ", ".join(f"{value} for {name}" for name, value in wrong.items())
+    raise RunError(f"Expected finite numbers in the update, got {said}{where}. {_REMEDY}")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor with a number that is none; empty if all are finite."""
+    fine = [torch.isfinite(tensor).all() for tensor in tensors.values()]
+    if not fine or bool(torch.stack(fine).all()):
+        return ""
+    return next(name for name, holds in zip(tensors, fine, strict=True) if not holds)
+
+
+def _require_finite_weights(weights: Mapping[str, Tensor]) -> None:
+    """Stop before weights that are none are drawn with, or written as what was learnt."""
+    name = _not_finite(weights)
+    if name:
+        require_finite(f"weights {name} after an optimizer step", weights[name])
 
 
 def require_finite(name: str, values: Tensor) -> None:
@@ -338,8 +356,7 @@ def require_finite(name: str, values: Tensor) -> None:
     wrong = int((~torch.isfinite(values)).sum())
     if wrong:
         raise RunError(
-            f"Expected finite {name}, got {wrong} of {values.numel()} that are not. Lower "
-            "learning_rate, or use dtype fp32: what was written before this round is kept."
+            f"Expected finite {name}, got {wrong} of {values.numel()} that are not. {_REMEDY}"
         )
 
 

@@ -72,7 +72,7 @@ def planned(request: Request) -> list[Work]:
     Raises:
         UserError: bad input.
     """
-    config, execution = _config(request)
+    config, execution = configured(request)
     runs = [replace(config, seed=seed) for seed in request.seeds]
     work = [(c, execution, _folder(request, c), request.resume) for c in runs]
     _check(request, work)
@@ -131,7 +131,12 @@ def _check(request: Request, work: list[Work]) -> None:
         )
 
 
-def _config(request: Request) -> tuple[RunConfig, Execution]:
+def configured(request: Request) -> tuple[RunConfig, Execution]:
+    """The config of a request's first seed.
+
+    Raises:
+        UserError: an unknown name, or a setting that no run can have.
+    """
     model = request.model.rstrip("/")
     preset = train.model_source(model).preset if request.preset is None else request.preset
     given: dict[str, Any] = {"model": model, "seed": request.seeds.start}

@@ -19,7 +19,7 @@ clip_range = 0.1
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import click
 
 from d3po_bench import launch, registry
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import Request, Work
 from d3po_bench.train import label
@@ -77,18 +78,28 @@ def run(path: Path, *, out: Path, jobs: int | None, device: str, resume: bool) -
     launch.finish([], out)
 
 
+def configs(grid: Grid) -> list[RunConfig]:
+    """The config of every run of a grid, wherever it is made.
+
+    Raises:
+        UserError: a setting that no run can have.
+    """
+    return [launch.configured(request)[0] for request in _requests(grid, Path(), "cpu", True)]
+
+
 def _work(grid: Grid, out: Path, device: str, resume: bool) -> list[Work]:
+    requests = _requests(grid, out, device, resume)
+    return [work for request in requests for work in launch.planned(request)]
+
+
+def _requests(grid: Grid, out: Path, device: str, resume: bool) -> Iterator[Request]:
     """All runs, seed by seed, so that a grid that is cut short is balanced."""
-    work: list[Work] = []
     for seed, objective, method in product(grid.seeds, grid.objectives, grid.methods):
-        work += launch.planned(
-            Request(
-                method=method, objective=objective, model=grid.model, preset=grid.preset,
-                settings=grid.settings_of(method, objective), rounds=None,
-                seeds=range(seed, seed + 1), device=device, jobs=None, out=out, resume=resume,
-            )
+        yield Request(
+            method=method, objective=objective, model=grid.model, preset=grid.preset,
+            settings=grid.settings_of(method, objective), rounds=None,
+            seeds=range(seed, seed + 1), device=device, jobs=None, out=out, resume=resume,
         )  # fmt: skip
-    return work
 
 
 # ---- the grid file

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from d3po_bench import registry
 from d3po_bench.config import Execution, RunConfig, method_of
-from d3po_bench.engine import Draws, Updates, learnt_images, sample, update, with_reference
+from d3po_bench.engine import (
+    Draws,
+    Updates,
+    learnt_images,
+    require_finite,
+    sample,
+    update,
+    with_reference,
+)
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.gaussian import Gaussian
 from d3po_bench.machine import determine
@@ -255,7 +263,9 @@ class Trainer:
         std = self.policy.schedule.std[:learnt].float().to(rollout.means.device)
         means = (m[chosen][:, :learnt] for m in (rollout.means, rollout.reference))
         ours, theirs = (m.flatten(0, 1) for m in means)
-        return float(Gaussian(ours, std.repeat(int(chosen.sum()))).kl(theirs).mean())
+        kl = Gaussian(ours, std.repeat(int(chosen.sum()))).kl(theirs)
+        require_finite("kl of the steps to the pretrained model", kl)  # its squares can overflow
+        return float(kl.mean())
 
     # ---- checkpoints
 

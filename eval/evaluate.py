@@ -438,7 +438,7 @@ def _stamped(row: Row, plan: Plan, device: str) -> Row:
 
 def _score_pictures(plan: Plan, part: slice, device: str) -> list[Row]:
     """One picture at a time: sizes may differ."""
-    from eval.evaluator import scored
+    from eval.evaluator import cell, scored
 
     rows = []
     for name, prompt in zip(plan.files[part], plan.prompts[part], strict=True):
@@ -446,7 +446,7 @@ def _score_pictures(plan: Plan, part: slice, device: str) -> list[Row]:
         scores = scored(image, [prompt], _scorers(plan, device))
         height, width = image.shape[2:]
         row: Row = {"file": name, "size": f"{width}x{height}", "prompt": prompt}
-        row |= {column: round(float(values[0]), 6) for column, values in scores.items()}
+        row |= {column: cell(float(values[0])) for column, values in scores.items()}
         rows.append(_stamped(row, plan, device))
     return rows
 

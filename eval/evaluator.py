@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def evaluate(
         each sampler, in the order of the rows.
 
     Raises:
-        RunError: a latent, or a score that a run learns from, is not finite.
+        RunError: a latent, a score that a run learns from, or `kl` is not finite.
     """
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {}
@@ -80,11 +81,17 @@ def evaluate(
             require_finite(f"evaluation scores of the sampler {sampler}", scores[OBJECTIVE])
         if sampler == "eta1":
             scores["kl"] = _kl(policy, rollout, what.batch)
+            require_finite("evaluation kl to the pretrained model", scores["kl"])
         for i, prompt in enumerate(prompts):
             row = {"sampler": sampler, "prompt": prompt, "index": i % what.images}
-            rows.append(row | {name: round(float(s[i]), 6) for name, s in scores.items()})
+            rows.append(row | {name: cell(float(s[i])) for name, s in scores.items()})
         pictures[sampler] = images
     return rows, pictures
+
+
+def cell(value: float) -> float | str:
+    """The number of a row; empty where a further scorer has nothing to say about an image."""
+    return "" if math.isnan(value) else round(value, 6)
 
 
 def scored(

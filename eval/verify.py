@@ -1,7 +1,7 @@
 """`d3po-bench verify`: are published results whole, and do tables and figures say what rows say?
 
 A folder of results carries two files. `manifest.json` names every file with its sha256;
-`claims.json` says which documents hold which tables and which figures were drawn from which runs.
+`claims.json` says where runs, tables and figures come from (`eval/claims.py`).
 A check that fails is a sentence; there is no score between right and wrong.
 """
 
@@ -10,12 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +19,15 @@ from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.reading import read_config, read_facts, read_lines, read_object
 from d3po_bench.store import TEXT, content, write_atomically
-from eval.evaluator import SAMPLERS
+from eval import claims
+from eval.evaluator import OBJECTIVE, SAMPLERS
 from eval.weights import fingerprint
 
-MANIFEST, CLAIMS = "manifest.json", "claims.json"
+MANIFEST = "manifest.json"
 FILES = (*TEXT, "provenance.json")
 COUNTS = ("images", "pairs", "scorer_calls", "unet_forwards")
-
-MOST_APART = 32
-"""Of 255, between a pixel of a published figure and of the same figure drawn again."""
-MOST_OTHERS = 1e-3
-"""Share of pixels that differ at all between the two."""
-
+KEYS = ("round", "sampler", "prompt", "index")
+"""Columns of eval.csv that name an image; the others are numbers."""
 Problems = Iterator[str]
 
 
@@ -45,9 +38,8 @@ def verify(folder: Path) -> dict[str, list[str]]:
         folder: holds manifest.json and claims.json; documents lie beside it.
 
     Raises:
-        UserError: it carries no manifest.
+        UserError: it carries no manifest, or its claims are malformed.
     """
-    claims = _claims(folder / CLAIMS)
     runs = sorted(path.parent for path in folder.rglob("config.json"))
     whole = published(folder)
     tries = [run for run in runs if run not in whole]
@@ -56,8 +48,7 @@ def verify(folder: Path) -> dict[str, list[str]]:
         "runs": lambda: _each(whole, folder, whole=True),
         "tries": lambda: _each(tries, folder, whole=False),
         "sets": lambda: check_sets(whole, folder),
-        "tables": lambda: _of_claims(claims.get("tables", ()), folder, check_table),
-        "curves": lambda: _of_claims(claims.get("curves", ()), folder, check_curves),
+        **claims.checks(folder, whole),
     }
     return {name: list(check()) for name, check in checks.items()}
 
@@ -68,27 +59,9 @@ def published(folder: Path) -> list[Path]:
     Raises:
         UserError: its claims are malformed.
     """
-    tries = _claims(folder / CLAIMS).get("tries", ())
+    tries = claims.read(folder).get("tries", ())
     runs = sorted(path.parent for path in folder.rglob("config.json"))
     return [run for run in runs if not _is_try(run.relative_to(folder), tries)]
-
-
-def _claims(path: Path) -> dict[str, Any]:
-    """The claims in a file: lists of objects, and a list of names; {} where there is none.
-
-    Raises:
-        UserError: they are something else.
-    """
-    claims = read_object(path) if path.exists() else {}
-    kinds = {"tables": dict, "curves": dict, "tries": str}
-    for name, kind in kinds.items():
-        found = claims.get(name, [])
-        if not isinstance(found, list) or not all(isinstance(part, kind) for part in found):
-            raise UserError(
-                f"Expected a list of {'names' if kind is str else 'objects'} for {name} in {path}, "
-                f"got {ascii(found)[:60]}. Correct the file."
-            )
-    return claims
 
 
 # ---- manifest
@@ -218,14 +191,16 @@ def _check_metrics(metrics: Sequence[Mapping[str, Any]]) -> Problems:
 def _check_rows(path: Path, config: Mapping[str, Any], rounds: int, whole: bool) -> Problems:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    keys = [(r["round"], r["sampler"], r["prompt"], r["index"]) for r in rows]
+    keys = [tuple(r[name] for name in KEYS) for r in rows]
     if len(set(keys)) != len(keys):
         yield "an evaluation image has two rows"
     sizes = Counter((number, sampler) for number, sampler, *_ in keys)
     if len(set(sizes.values())) > 1:
         yield f"its evaluations have {sorted(set(sizes.values()))} images"
-    if any(not math.isfinite(float(r["score"])) for r in rows):
-        yield "an evaluation image has no finite score"
+    for name in (name for name in (rows[0] if rows else ()) if name not in KEYS):
+        values = [r[name] for r in rows if r[name] or name == OBJECTIVE]
+        if not all(math.isfinite(float(value)) for value in values):
+            yield f"an evaluation image has no finite {name}"
     every = config["eval_every"]
     if whole and every:
         due = {n for n in range(rounds + 1) if n % every == 0 or n == rounds}
@@ -267,79 +242,3 @@ def _but_the_seed(run: Path) -> str:
     config, facts = read_config(run), read_facts(run)
     kept = {k: v for k, v in config.items() if k not in ("seed", "run_id")}
     return json.dumps([kept, facts["packages"], facts.get("plugins")], sort_keys=True)
-
-
-# ---- claims
-
-
-def _of_claims(
-    claims: Sequence[Mapping[str, Any]], folder: Path,
-    check: Callable[[Mapping[str, Any], Path], Problems],
-) -> Problems:  # fmt: skip
-    home = folder.resolve().parent
-    for claim in claims:
-        try:
-            yield from check(claim, home)
-        except (UserError, OSError, KeyError, TypeError, ValueError) as problem:
-            yield f"{claim}: {problem}"
-
-
-def check_table(claim: Mapping[str, Any], home: Path) -> Problems:
-    """Every line that the command prints must stand in the document."""
-    command = [str(part) for part in claim["command"]]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=home, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        yield f"{' '.join(command)} fails: {done.stderr.strip().splitlines()[-1:]}"
-        return
-    text = (home / claim["document"]).read_text(encoding="utf-8").splitlines()
-    for line in done.stdout.strip().splitlines():
-        if line not in text:
-            yield f"{claim['document']} lacks a line of `{' '.join(command)}`: {line}"
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    yield from _stray(rows, text, str(claim["document"]))
-
-
-def _stray(rows: Sequence[str], text: Sequence[str], document: str) -> Problems:
-    """Lines of the document, in a table with a head of the command's, that it did not print."""
-    heads = {above for above, below in pairwise(rows) if below.startswith("|--")}
-    starts = [number for number, line in enumerate(text) if line in heads]
-    for line in (line for n in starts for line in _until_empty(text[n:]) if line not in rows):
-        yield f"{document} has a line that no row supports: {line}"
-
-
-def _until_empty(lines: Sequence[str]) -> Iterator[str]:
-    for line in lines:
-        if not line.startswith("|"):
-            return
-        yield line
-
-
-def check_curves(claim: Mapping[str, Any], home: Path) -> Problems:
-    """The figure, drawn again from the rows, must have the same bytes, and its PNG look alike."""
-    from eval.report import plot
-
-    figure, picture = (home / claim["figure"]).with_suffix(".svg"), Path(claim["figure"])
-    with tempfile.TemporaryDirectory() as place:
-        plot([home / claim["runs"]], Path(place), x=claim["x"])
-        svg, png = Path(place, "curves.svg"), Path(place, "curves.png")
-        same = {
-            figure.name: svg.read_bytes() == figure.read_bytes(),
-            figure.with_suffix(".png").name: _alike(png, figure.with_suffix(".png")),
-        }
-    for name in (name for name, holds in same.items() if not holds):
-        yield f"{picture.with_name(name)} is not what `d3po-bench plot {claim['runs']}` draws"
-
-
-def _alike(one: Path, other: Path) -> bool:
-    """Whether pixels differ no more, and no more of them, than by another rounding of edges."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(one) as first, Image.open(other) as second:
-        a, b = (np.asarray(image.convert("RGBA"), dtype=np.int16) for image in (first, second))
-    if a.shape != b.shape:
-        return False
-    apart = np.abs(a - b).max(2)
-    return int(apart.max()) <= MOST_APART and float((apart > 0).mean()) <= MOST_OTHERS

@@ -519,7 +519,7 @@ def test_two_models_have_two_folders_inside_out(micro: Path) -> None:
             method="d3po", objective="compress", model=model, preset="quick", settings={},
             rounds=None, seeds=range(1), device="cpu", jobs=1, out=Path("runs"), resume=True,
         )  # fmt: skip
-        return launch._folder(request, launch._config(request)[0])
+        return launch._folder(request, launch.configured(request)[0])
 
     end = "compress/d3po/seed-0"
     assert folder("owner/model") == Path("runs/owner--model") / end

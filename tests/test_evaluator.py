@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,3 +81,11 @@ def test_equal_pictures_have_no_diversity_and_different_ones_have(weights: str) 
     assert same.abs().max() < 1e-6
     assert judge(images.to(torch.uint8), ["cat", "cat"]).min() > 0.01
     assert judge(images.to(torch.uint8), ["cat", "dog"]).isnan().all()
+
+
+def test_a_scorer_with_nothing_to_say_leaves_its_cell_empty(micro_model: StableDiffusion) -> None:
+    rows, _ = evaluate(micro_model, WHAT, {"animal": registry.scorer("animal", CPU)})
+    assert all(isinstance(row["animal"], float) for row in rows)
+    what = replace(WHAT, prompts=["a house"])
+    rows, _ = evaluate(micro_model, what, {"animal": registry.scorer("animal", CPU)})
+    assert [row["animal"] for row in rows] == [""] * 4

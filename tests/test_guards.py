@@ -16,6 +16,7 @@ from d3po_bench import show, train
 from d3po_bench.cli import main
 from d3po_bench.engine import require_finite
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.gaussian import Gaussian
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.prompts import read_prompts
 from d3po_bench.reading import read_config, read_facts
@@ -138,6 +139,43 @@ def test_a_gradient_of_nan_names_its_weight(
     assert f"Round {round_}, seed 0" in error
     assert "nan for grad_norm, first in " in error
     assert "lora_" in error
+
+
+def test_a_kl_that_is_infinite_stops_the_run(
+    called: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of means that are finite: their squares need not be."""
+    rounds = Rounds(monkeypatch)
+    monkeypatch.setattr(Gaussian, "kl", poisoned(Gaussian.kl, rounds.second, float("inf")))
+    code, error = called(eval_every=0)
+    assert code == 1
+    assert "Round 2, seed 0: Expected finite kl of the steps to the pretrained model" in error
+    assert len(Path().rglob("metrics.jsonl").__next__().read_text().splitlines()) == 1
+
+
+def test_an_evaluation_kl_of_nan_stops_the_run(
+    called: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gaussian, "kl", poisoned(Gaussian.kl, lambda: True, float("nan")))
+    code, error = called()
+    assert code == 1
+    assert "Evaluation after round 0, seed 0: Expected finite evaluation kl" in error
+    assert not list(Path().rglob("eval.csv"))
+
+
+@pytest.mark.parametrize("units", [1000, 1])
+def test_weights_of_nan_are_named_and_not_written(called: Called, units: int) -> None:
+    """Adam without epsilon divides the first LoRA factor's gradient of 0 by 0.
+
+    In the only step of the last round, after which no loss is computed, or in the first of two.
+    """
+    code, error = called(rounds=1, eval_every=0, units_per_update=units, adam_epsilon=0)
+    assert code == 1
+    assert "Round 1, seed 0: Expected finite weights " in error
+    assert "lora_A" in error
+    assert "after an optimizer step, got" in error
+    assert not list(Path().rglob("*.safetensors"))
+    assert not list(Path().rglob("metrics.jsonl"))
 
 
 def test_a_reference_of_nan_is_named() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,28 @@ from d3po_bench import cli
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.store import content
-from eval import verify
+from eval import claims, verify
 
 ROOT = Path(__file__).parent.parent
 SEED = Path("tiny", "incompress", "d3po", "seed-1")
 
+GRID = 'methods = ["d3po"]\nobjectives = ["incompress"]\nseeds = 5\n'
+SENTENCE = "It gains 0.20 kB, or 29%."
+DRAW = """
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+rows = len(Path("results/tiny/incompress/d3po/seed-0/eval.csv").read_text().splitlines())
+Image.new("RGB", (rows, 9)).save(Path(sys.argv[1], "rows.png"))
+"""
+"""Draws a figure that is as wide as a seed has rows."""
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with D3PO's runs on incompress alone, its README and its figure."""
+    """A project with D3PO's runs on incompress alone, its README and its figures."""
     home = tmp_path_factory.mktemp("project")
     published = ROOT / "results"
     (home / "results" / "tiny" / "incompress").mkdir(parents=True)
@@ -35,27 +49,43 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         home / "results" / "tiny" / "incompress" / "d3po",
     )
     shutil.copy(published / "summary.py", home / "results")
-    claims = {
-        "tables": [
-            {"document": "README.md", "command": ["results/summary.py", "results/tiny"]},
-        ],
-        "curves": [
-            {"figure": "results/figures/curves.svg", "runs": "results/tiny", "x": "pairs"},
-        ],
-    }
-    (home / "results" / "claims.json").write_text(json.dumps(claims))
+    (home / "results" / "draw.py").write_text(DRAW)
+    (home / "results" / "tiny" / "grid.toml").write_text(GRID)
+    (home / "results" / "claims.json").write_text(json.dumps(claimed()))
     figures = home / "results" / "figures"
     runner = CliRunner()
     plotted = ["plot", str(home / "results" / "tiny"), "--out", str(figures)]
     assert runner.invoke(cli.cli, plotted).exit_code == 0
-    (home / "README.md").write_text(printed(home))
+    (figures / "sheet.png").write_bytes((figures / "curves.png").read_bytes())
+    ran(home, "results/draw.py", "results/figures")
+    (home / "README.md").write_text(
+        f"{SENTENCE}\n\n" + ran(home, "results/summary.py", "results/tiny")
+    )
     verify.record(home / "results")
     return home
 
 
-def printed(home: Path) -> str:
-    command = [sys.executable, "results/summary.py", "results/tiny"]
-    return subprocess.run(command, cwd=home, capture_output=True, text=True, check=True).stdout
+def claimed() -> dict[str, Any]:
+    """Where everything in the project comes from."""
+    line, figures = "| incompress | d3po |", "results/figures"
+    return {
+        "grids": [{"grid": "results/tiny/grid.toml", "runs": "results/tiny"}],
+        "tables": [{"document": "README.md", "command": ["results/summary.py", "results/tiny"]}],
+        "numbers": [
+            {"document": "README.md", "text": SENTENCE,
+             "cells": [[line, "gain (95 % interval)"], [line, "share of excess"]]},
+        ],
+        "curves": [{"figure": f"{figures}/curves.svg", "runs": "results/tiny", "x": "pairs"}],
+        "figures": [{"figures": [f"{figures}/rows.png"], "command": ["results/draw.py"]}],
+        "unchecked": [{"figures": [f"{figures}/sheet.png"], "why": "pictures were not kept"}],
+    }  # fmt: skip
+
+
+def ran(home: Path, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=home, capture_output=True, text=True, check=True
+    )
+    return done.stdout
 
 
 @pytest.fixture
@@ -68,14 +98,10 @@ def found(home: Path, check: str) -> list[str]:
     """What one check says; the manifest agrees, as a careful forger's would."""
     verify.record(home / "results")
     runs = sorted(p.parent for p in (home / "results").rglob("config.json"))
-    claims = json.loads((home / "results" / "claims.json").read_text())
     parts: dict[str, Callable[[], Any]] = {
         "runs": lambda: verify._each(runs, home / "results", whole=True),
         "sets": lambda: verify.check_sets(runs, home / "results"),
-        "tables": lambda: verify._of_claims(claims["tables"], home / "results", verify.check_table),
-        "curves": lambda: verify._of_claims(
-            claims["curves"], home / "results", verify.check_curves
-        ),
+        **claims.checks(home / "results", runs),
     }
     assert list(verify.check_manifest(home / "results")) == []
     return list(parts[check]())
@@ -114,7 +140,8 @@ def test_an_untouched_copy_is_fine(home: Path) -> None:
     done = CliRunner().invoke(cli.cli, ["verify", str(home / "results")])
     assert done.exit_code == 0
     assert done.output.splitlines() == [
-        "manifest: fine", "runs: fine", "tries: fine", "sets: fine", "tables: fine", "curves: fine"
+        "manifest: fine", "runs: fine", "tries: fine", "sets: fine", "grids: fine", "tables: fine",
+        "numbers: fine", "curves: fine", "figures: fine",
     ]  # fmt: skip
 
 
@@ -204,8 +231,21 @@ def test_rounds_left_out(home: Path) -> None:
 
 
 def test_a_number_that_is_none(home: Path) -> None:
-    edit(home / "results" / SEED / "eval.csv", r"^(12,eta1,ant,0),[\d.]+", r"\1,nan")
-    assert any("no finite score" in p for p in found(home, "runs"))
+    path = home / "results" / SEED / "eval.csv"
+    whole = path.read_text()
+    for number, (column, value) in enumerate([("score", "nan"), ("animal", "inf"), ("kl", "nan")]):
+        path.write_text(whole)
+        edit(path, rf"^(12,eta1,ant,0(,[\d.]+){{{number}}}),[\d.]+", rf"\1,{value}")
+        assert any(f"no finite {column}" in p for p in found(home, "runs"))
+
+
+def test_a_number_that_was_not_measured(home: Path) -> None:
+    """A further scorer may have nothing to say, the objective's must."""
+    path = home / "results" / SEED / "eval.csv"
+    edit(path, r"^(12,eta1,ant,0,[\d.]+),[\d.]+", r"\1,")
+    assert not any("finite" in p or "cannot" in p for p in found(home, "runs"))
+    edit(path, r"^(12,eta1,ant,0),[\d.]+", r"\1,")
+    assert any("cannot be read" in p for p in found(home, "runs"))
 
 
 def test_a_number_changed_after_the_run(home: Path) -> None:
@@ -309,16 +349,160 @@ def test_a_figure_that_shows_less(how: str, home: Path) -> None:
     with Image.open(path) as image:
         pixels = np.array(image.convert("RGBA"))
     if how == "pale parts erased":
-        pixels[(pixels[..., :3] > 255 - verify.MOST_APART).all(-1)] = 255
+        pixels[(pixels[..., :3] > 255 - claims.MOST_APART).all(-1)] = 255
     elif how == "transparent":
         pixels[..., 3] = 0
     Image.fromarray(pixels if how != "smaller" else pixels[:-1]).save(path)
     assert any("curves.png is not what" in p for p in found(home, "curves"))
 
 
+def test_an_edited_figure_of_a_script(home: Path) -> None:
+    from PIL import Image
+
+    path = home / "results" / "figures" / "rows.png"
+    with Image.open(path) as image:
+        image.crop((0, 0, 200, 9)).save(path)
+    said = "results/figures/rows.png is not what `results/draw.py` draws"
+    assert found(home, "figures") == [said]
+    path.unlink()
+    assert any("No such file" in p for p in found(home, "figures"))
+
+
+def test_a_figure_that_its_script_does_not_draw(home: Path) -> None:
+    (home / "results" / "draw.py").write_text("")
+    said = "results/figures/rows.png is not what `results/draw.py` draws"
+    assert found(home, "figures") == [said]
+
+
 def test_a_script_that_fails_is_a_problem(home: Path) -> None:
-    (home / "results" / "summary.py").write_text("raise SystemExit('broken')")
-    assert any("fails: ['broken']" in p for p in found(home, "tables"))
+    for name in ("summary.py", "draw.py"):
+        (home / "results" / name).write_text("raise SystemExit('broken')")
+    for check in ("tables", "figures"):
+        assert any("fails: ['broken']" in p for p in found(home, check))
+
+
+# ---- claims that were taken out
+
+
+def without(home: Path, kind: str) -> None:
+    path = home / "results" / "claims.json"
+    path.write_text(json.dumps({k: v for k, v in claimed().items() if k != kind}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "check", "said"),
+    [
+        ("grids", "grids", ["which runs results/tiny/grid.toml asks for"]),
+        ("tables", "tables", ["the table of README.md below | objective | method | seeds",
+                              "the table of README.md below | objective | method | recognised"]),
+        ("curves", "figures", ["where results/figures/curves.png comes from",
+                               "where results/figures/curves.svg comes from"]),
+        ("figures", "figures", ["where results/figures/rows.png comes from"]),
+        ("unchecked", "figures", ["where results/figures/sheet.png comes from"]),
+    ],
+)  # fmt: skip
+def test_a_claim_taken_out(kind: str, check: str, said: list[str], home: Path) -> None:
+    without(home, kind)
+    problems = found(home, check)
+    assert len(problems) == len(said)
+    assert all(
+        s in p and p.startswith("no claim says") for s, p in zip(said, problems, strict=True)
+    )
+
+
+@pytest.mark.parametrize("rule", ["|---|--:|", "|---|---|"])
+def test_a_table_of_a_document_that_no_claim_names(rule: str, home: Path) -> None:
+    (home / "docs").mkdir()
+    page = home / "docs" / "page.md"
+    page.write_text(f"| method | gain |\n{rule}\n| d3po | +0.9 (+0.8 to +1.0) |\n")
+    said = "no claim says what prints the table of docs/page.md below | method | gain |"
+    assert found(home, "tables") == [said]
+    path, kept = home / "results" / "claims.json", {"tables": ["| method | gain |"], "why": "slow"}
+    path.write_text(json.dumps({**claimed(), "unchecked": [*claimed()["unchecked"], kept]}))
+    assert found(home, "tables") == found(home, "figures") == []
+    page.write_text("| method | what |\n|---|---|\n| d3po | pairs, 5 to 9 |\n")
+    assert found(home, "tables") == []
+
+
+@pytest.mark.parametrize("why", ["", None])
+def test_a_figure_that_is_not_checked_has_a_reason_and_is_there(why: Any, home: Path) -> None:
+    path, name = home / "results" / "claims.json", "results/figures/sheet.png"
+    path.write_text(json.dumps({**claimed(), "unchecked": [{"figures": [name], "why": why}]}))
+    (home / name).unlink()
+    problems = found(home, "figures")
+    assert "no reason is given" in problems[0]
+    assert problems[1:] == [f"claims.json names {name}, which is not there"]
+
+
+# ---- grids
+
+
+def test_a_seed_dropped_everywhere(home: Path) -> None:
+    """Tables and figures may be made again without it; the grid still asks for it."""
+    shutil.rmtree(home / "results" / SEED.parent / "seed-4")
+    said = "asks for incompress/d3po/seed-4, which is not in results/tiny"
+    assert [said in p for p in found(home, "grids")] == [True]
+
+
+def test_a_method_or_a_seed_that_the_grid_does_not_ask_for(home: Path) -> None:
+    edit(home / "results" / "tiny" / "grid.toml", "seeds = 5", "seeds = [0, 2, 3, 4]")
+    said = "results/tiny holds incompress/d3po/seed-1, which results/tiny/grid.toml does not"
+    assert [said in p for p in found(home, "grids")] == [True]
+    edit(home / "results" / "tiny" / "grid.toml", '"d3po"', '"d3po", "ddpo"')
+    assert sum("asks for incompress/ddpo/seed-" in p for p in found(home, "grids")) == 4
+
+
+def test_a_config_swapped_everywhere(home: Path) -> None:
+    for seed in (home / "results" / SEED.parent).iterdir():
+        rewrite_config(seed, learning_rate=1e-3)
+    assert found(home, "runs") == found(home, "sets") == []
+    problems = found(home, "grids")
+    assert len(problems) == 5
+    assert all("has another learning_rate, run_id than results/tiny/grid.toml" in p
+               for p in problems)  # fmt: skip
+
+
+def test_runs_called_tries_are_missed(home: Path) -> None:
+    path = home / "results" / "claims.json"
+    path.write_text(json.dumps({**claimed(), "tries": ["tiny"]}))
+    verify.record(home / "results")
+    assert len(verify.verify(home / "results")["grids"]) == 5
+
+
+# ---- sentences
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ("It gains 0.21 kB, or 29%.", ["README.md says 0.21 where README.md has '+0.198"]),
+        ("It gains 0.20 kB, or -29%.", ["README.md says -29 where"]),
+        ("It gains 0.2000 kB, or 29%.", ["README.md says 0.2000 where"]),
+        ("It gains 0.20 kB.", ["Expected a cell for each of 1 numbers, got 2"]),
+    ],
+)
+def test_an_edited_sentence(new: str, said: list[str], home: Path) -> None:
+    """As it stands in the document, and also where the claim is edited to match."""
+    edit(home / "README.md", re.escape(SENTENCE), new)
+    assert found(home, "numbers") == [f"README.md does not say: {SENTENCE}"]
+    text = json.dumps(claimed()).replace(SENTENCE, new)
+    (home / "results" / "claims.json").write_text(text)
+    problems = found(home, "numbers")
+    assert [s in p for s, p in zip(said, problems, strict=True)] == [True]
+
+
+def test_a_number_of_a_cell_that_is_not_there(home: Path) -> None:
+    text = json.dumps(claimed()).replace("share of excess", "share of nothing")
+    (home / "results" / "claims.json").write_text(text)
+    problems = found(home, "numbers")
+    assert [p.startswith("README.md has no one cell 'share of nothing'") for p in problems] == [
+        True
+    ]
+
+
+def test_numbers_of_a_sentence() -> None:
+    said = claims._numbers("D3PO draws 1,536 at 2.5e-3, from +0.5 (blip2) to -0.06.")
+    assert said == [1536, Decimal("0.0025"), Decimal("0.5"), Decimal("-0.06")]
 
 
 def test_a_failed_check_is_told_and_exits_with_1(home: Path) -> None:

@@ -42,9 +42,11 @@ def drawn(target: Path, run: Path, out: Path, count: int | None) -> Path:
 
 def compared(sources: list[Path], folder: Path, seed: int, error: float) -> list[loop.Share]:
     """Shares of first choices, of each folder of pictures."""
-    judged = ("pairs", "alignment")
     if not (folder / "round.json").exists():
-        loop.new(folder, loop.New(judged=judged, prompts=None, pictures=sources, settings={}))
+        loop.new(
+            folder,
+            loop.New(judged=("pairs", "alignment"), prompts=None, pictures=sources, settings={}),
+        )
     loop.simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
     return loop.choices(folder, None)
 

@@ -1,4 +1,6 @@
-"""Tables and figures of results/tiny/feedback: `python results/feedback/summary.py [--draw]`.
+"""Tables of results/tiny/feedback, or its figures with `--draw results/tiny/feedback`.
+
+    python results/feedback/summary.py [--draw FOLDER]
 
 With `--collect RUNS` it first copies the rows of `rounds.py` and `preference.py` from RUNS.
 Every rater in them is SIMULATED.
@@ -170,8 +172,8 @@ def _table1(name: str) -> list[Row]:
 # ---- figures
 
 
-def draw() -> None:
-    """rounds.png and preference.png."""
+def draw(folder: Path) -> None:
+    """rounds.png and preference.png, into a folder."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -179,15 +181,16 @@ def draw() -> None:
 
     from eval.report import STYLE
 
-    with plt.rc_context({k: v for k, v in STYLE.items() if k in plt.rcParams}):
+    known: Any = {k: v for k, v in STYLE.items() if k in plt.rcParams}
+    with plt.rc_context(known):
         if read("rounds"):
-            _save(_rounds_figure(plt), "rounds")
+            _save(_rounds_figure(plt), folder / "rounds.png")
         if read("preference"):
-            _save(_preference_figure(plt), "preference")
+            _save(_preference_figure(plt), folder / "preference.png")
 
 
-def _save(figure: Any, name: str) -> None:
-    figure.savefig(HERE / f"{name}.png", dpi=150, metadata={"Software": None})
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
 def _rounds_figure(plt: Any) -> Any:
@@ -242,13 +245,14 @@ def _preference_figure(plt: Any) -> Any:
 
 @click.command()
 @click.option("--collect", "runs", type=click.Path(path_type=Path, exists=True))
-@click.option("--draw", "drawing", is_flag=True)
-def main(runs: Path | None, drawing: bool) -> None:
-    """Print the tables."""
+@click.option("--draw", "figures", type=click.Path(path_type=Path, exists=True))
+def main(runs: Path | None, figures: Path | None) -> None:
+    """Print the tables, or draw the figures into a folder."""
     if runs is not None:
         collect(runs)
-    if drawing:
-        draw()
+    if figures is not None:
+        draw(figures)
+        return
     if read("rounds"):
         click.echo(rounds_table())
     if read("preference"):
