@@ -15,7 +15,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from d3po_bench import __version__
-from d3po_bench.errors import RunError, UserError, fail
+from d3po_bench.errors import RunError, UserError, fail, of_file
 from d3po_bench.feedback.commands import COMMANDS
 
 MOST_SEEDS = 10_000
@@ -578,17 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(1)
         if problem.filename is None:
             raise
-        fail(_about(problem), 2)
-
-
-def _about(problem: OSError) -> str:
-    """A file or folder that the system refused, wherever that happened."""
-    name = str(problem.filename)
-    shown = name if len(name) <= 200 else name[:197] + "..."
-    return (
-        f"Expected to read or write {shown}, got: {problem.strerror}. Correct the path, or the "
-        "permissions of what is there."
-    )
+        fail(str(of_file(problem)), 2)
 
 
 def _said(problem: click.ClickException) -> str:

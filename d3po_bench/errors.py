@@ -52,3 +52,13 @@ def is_out_of_memory(problem: BaseException) -> bool:
         return True
     text = str(problem).lower()
     return isinstance(problem, RuntimeError | OSError) and any(s in text for s in _NO_MEMORY)
+
+
+def of_file(problem: OSError) -> UserError:
+    """The error for a file or folder that the system refused, wherever that happened."""
+    name = str(problem.filename)
+    shown = name if len(name) <= 200 else name[:197] + "..."
+    return UserError(
+        f"Expected to read or write {shown}, got: {problem.strerror}. Correct the path, or the "
+        "permissions of what is there."
+    )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from d3po_bench import registry, train
 from d3po_bench.config import Execution, RunConfig, make
-from d3po_bench.errors import RunError, UserError, is_out_of_memory
+from d3po_bench.errors import RunError, UserError, is_out_of_memory, of_file
 from d3po_bench.prompts import read_prompts
 from d3po_bench.reading import read_facts
 from d3po_bench.store import RunStore, require_same
@@ -60,10 +61,12 @@ def run(request: Request) -> None:
         RunError: a run failed, or its process was killed; the others have finished.
     """
     work = planned(request)
-    failed = execute(work, request.jobs, {train.label(c): f"seed {c.seed}" for c, *_ in work})
+    names = {train.label(c): f"seed {c.seed}" for c, *_ in work}
+    failed = execute(work, request.jobs, names)
     if request.track:
         track([folder for _, _, folder, _ in work])
-    finish(list(failed.values()), request.out)
+    alone = len(work) == 1
+    finish({"" if alone else names[run]: why for run, why in failed.items()}, request.out)
 
 
 def planned(request: Request) -> list[Work]:
@@ -82,23 +85,38 @@ def planned(request: Request) -> list[Work]:
 def execute(work: list[Work], jobs: int | None, names: Mapping[str, str]) -> dict[str, UserError]:
     """Make the runs, side by side where there are cores; what failed, by its label.
 
+    A run that fails, whatever with, stops no other; the traceback of what nobody expected is
+    printed on stderr.
+
     Args:
         work: the runs.
         jobs: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
     """
-    jobs = jobs or _jobs(*work[0][:2])
+    jobs, failures = jobs or _jobs(*work[0][:2]), _Failures()
     with _bars(names) as bars, _terminable():
         report = _noting(bars)
-        side_by_side = min(jobs, len(work)) > 1
-        return _side_by_side(work, jobs, report) if side_by_side else _in_turn(work, report)
+        if min(jobs, len(work)) > 1:
+            _side_by_side(work, jobs, report, failures.add)
+        else:
+            for item in work:
+                failures.add(item, _one(item, report))
+    labels = [train.label(config) for config, *_ in work]
+    return {name: failures.found[name] for name in labels if name in failures.found}
 
 
-def finish(failed: list[UserError], out: Path) -> None:
-    """Say where the runs are, or raise what went wrong."""
+def finish(failed: Mapping[str, UserError], out: Path) -> None:
+    """Say where the runs are, or raise what went wrong.
+
+    Args:
+        failed: what to call a run -> its problem; "" for a run that was asked for alone.
+        out: folder of the run folders.
+
+    Raises:
+        UserError: there are problems.
+    """
     if failed:
-        worst = failed[0] if len(failed) == 1 else _joined(failed)
-        raise worst
+        raise _joined(failed)
     click.echo(f"Runs are in {out}. Draw them: d3po-bench plot {out}", err=True)
 
 
@@ -167,14 +185,66 @@ def _folder(request: Request, config: RunConfig) -> Path:
 Work = tuple[RunConfig, Execution, Path, bool]
 
 
-def _one(work: Work, report: Report) -> None:
+@dataclass(frozen=True)
+class _End:
+    """How a run ended.
+
+    It goes from process to process, so the error is one of ours; and it holds no frames of the
+    run, whose model would fill the memory of the next one.
+    """
+
+    problem: UserError | None = None
+    trace: str = ""
+    """The traceback, where nobody expected the problem."""
+
+
+def _one(work: Work, report: Report) -> _End:
+    """Make one run; only what is no Exception, such as Ctrl-C, goes through."""
     config, execution, folder, resume = work
     try:
         train.run_seed(config, execution, folder, resume=resume, report=report)
-    except (MemoryError, RuntimeError, OSError) as problem:
+    except UserError as problem:
+        kind = RunError if isinstance(problem, RunError) else UserError
+        return _End(kind(str(problem)))
+    except Exception as problem:
         if is_out_of_memory(problem):
-            raise out_of_memory() from problem
-        raise
+            return _End(out_of_memory())
+        if isinstance(problem, OSError) and problem.filename is not None:
+            return _End(of_file(problem))
+        return _unexpected(problem)
+    return _End()
+
+
+LONGEST = 300
+"""Characters of a foreign exception that a line quotes."""
+
+
+def _unexpected(problem: Exception) -> _End:
+    """A mistake in the package or in a plug-in: its author needs the traceback."""
+    said = " ".join("".join(traceback.format_exception_only(problem)).split())
+    shown = said if len(said) <= LONGEST else said[: LONGEST - 3] + "..."
+    told = RunError(
+        f"Expected a run that finishes, got {shown} (traceback above). Mend what the traceback "
+        "names, and run the same command again: it goes on from the last checkpoint."
+    )
+    return _End(told, "".join(traceback.format_exception(problem)))
+
+
+class _Failures:
+    """What failed, by the run's label."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, UserError] = {}
+        self.printed = {""}
+
+    def add(self, work: Work, end: _End) -> None:
+        """Keep the problem, and print its traceback, once for all runs that end in the same."""
+        name = train.label(work[0])
+        if end.problem is not None:
+            self.found[name] = end.problem
+        if end.trace not in self.printed:
+            self.printed.add(end.trace)
+            print(f"{name}:\n{end.trace}", end="", file=sys.stderr)
 
 
 SMALLER = (
@@ -188,82 +258,126 @@ def out_of_memory() -> RunError:
     return RunError(f"Expected enough memory for a batch, got none left. {SMALLER}")
 
 
-def _in_turn(work: list[Work], report: Report) -> dict[str, UserError]:
-    failed: dict[str, UserError] = {}
-    for item in work:
+class _Worker:
+    """A process that makes one run after the other, and what it is at.
+
+    Each has a pipe of its own: a queue that several share can stay locked when one is killed,
+    and does not tell whose run that was.
+    """
+
+    def __init__(self, work: Work) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        self.process.start()
+        theirs.close()  # so that the pipe ends with the process
+        self.give(work)
+
+    def give(self, work: Work) -> None:
+        """Let it make that run."""
+        self.work = work
+        with contextlib.suppress(OSError):  # it has died, and `end` will say so
+            self.pipe.send(work)
+
+    def end(self, report: Report) -> _End | None:
+        """Pass on the progress that has come; how the run ended, if it has."""
+        while (said := self._said()) is not None:
+            if isinstance(said, _End):
+                return said
+            report(said)
+        return None
+
+    def _said(self) -> train.Progress | _End | None:
+        alive = self.process.is_alive()  # asked first: what it said before it died is in the pipe
         try:
-            _one(item, report)
-        except UserError as problem:
-            failed[train.label(item[0])] = problem
-    return failed
+            if self.pipe.poll():
+                said: train.Progress | _End = self.pipe.recv()
+                return said
+        except (EOFError, OSError):
+            self.process.join()
+            alive = False
+        return None if alive else _died(self.process.exitcode or 0)
 
 
-_events: Any = None
-
-
-def _share(events: Any) -> None:
-    """In a worker process: keep the queue, and leave Ctrl-C to the parent, who ends us."""
-    global _events
-    _events = events
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _serve(pipe: connection.Connection[Any, Any]) -> None:
+    """In a worker process: make the runs that come, until the parent closes the pipe or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
 
-
-def _remote(work: Work) -> None:
-    """In a worker process: run one seed, sending its progress to the parent."""
-    try:
-        _one(work, _tell)
-    except SystemExit:
-        os._exit(1)  # what was open is closed; the pool would go on with the next seed
-
-
-def _tell(progress: train.Progress) -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        sys.exit(1)
-    _events.put(progress)
-
-
-def _side_by_side(work: list[Work], jobs: int, report: Report) -> dict[str, UserError]:
-    context = multiprocessing.get_context("spawn")
-    events = context.Queue()
-    with ProcessPoolExecutor(jobs, context, _share, (events,)) as pool:
-        futures = [pool.submit(_remote, item) for item in work]
+    def tell(progress: train.Progress) -> None:
         try:
-            while not all(f.done() for f in futures):
-                _drain(events, report, wait=0.2)
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
-        _drain(events, report, wait=0.0)
-    found = zip(work, map(_failure, futures), strict=True)
-    return {train.label(item[0]): problem for item, problem in found if problem is not None}
+            pipe.send(progress)
+        except OSError:
+            sys.exit(1)  # the parent is gone
+
+    try:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                pipe.send(_one(pipe.recv(), tell))
+    except SystemExit:
+        os._exit(1)  # what was open is closed; threads of a plug-in hold nobody up
 
 
-def _drain(events: Any, report: Report, wait: float) -> None:
-    with contextlib.suppress(queue.Empty):
-        while True:
-            report(events.get(timeout=wait) if wait else events.get_nowait())
+def _died(code: int) -> _End:
+    """The end of a run whose process ended on the way; a signal's number is below 0."""
+    how = f"ended with status {code}"
+    if code == -signal.SIGKILL:
+        how = "was killed (out of memory?)"
+    elif code < 0:
+        how = f"died of signal {-code} ({signal.strsignal(-code)})"
+    told = RunError(
+        f"Expected a worker process that finishes, got one that {how}. "
+        "Run the same command again: it goes on from the last checkpoint. If memory is short, "
+        f"add --jobs 1. {SMALLER}"
+    )
+    return _End(told)
 
 
-def _failure(future: Future[None]) -> UserError | None:
-    problem = future.exception()
-    if problem is None or isinstance(problem, UserError):
-        return problem
-    if isinstance(problem, RuntimeError) and "terminated abruptly" in str(problem):
-        return RunError(
-            "Expected a worker process that finishes, got one that was killed (out of memory?). "
-            "Run the same command again: it goes on from the last checkpoint. If memory is short, "
-            f"add --jobs 1. {SMALLER}"
-        )
-    raise problem
+def _side_by_side(
+    work: list[Work], jobs: int, report: Report, ended: Callable[[Work, _End], None]
+) -> None:
+    """Make the runs in worker processes, a new one where one died."""
+    waiting, workers, started = deque(work), list[_Worker](), list[_Worker]()
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < jobs:
+                workers.append(_Worker(waiting.popleft()))
+                started.append(workers[-1])
+            connection.wait([worker.pipe for worker in workers], timeout=0.2)
+            workers = [w for w in workers if _at_work(w, waiting, report, ended)]
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        for worker in started:
+            worker.process.join()
 
 
-def _joined(failed: list[UserError]) -> UserError:
-    """Several seeds' errors as one; equal ones are said once."""
-    kind = type(failed[0])
-    return kind(" ".join(dict.fromkeys(str(problem) for problem in failed)))
+def _at_work(
+    worker: _Worker, waiting: deque[Work], report: Report, ended: Callable[[Work, _End], None]
+) -> bool:
+    """Hear a worker, and give it the next run when its run has ended; False if it gets none."""
+    end = worker.end(report)
+    if end is None:
+        return True
+    ended(worker.work, end)
+    # What nobody expected may have left a process in which nothing works, a GPU's context say.
+    if waiting and not end.trace and worker.process.is_alive():
+        worker.give(waiting.popleft())
+        return True
+    worker.pipe.close()
+    return False
+
+
+def _joined(failed: Mapping[str, UserError]) -> UserError:
+    """Several runs' errors as one, after their names; equal ones are said once."""
+    kind = type(next(iter(failed.values())))
+    said: dict[str, list[str]] = {}
+    for name, problem in failed.items():
+        said.setdefault(str(problem), []).append(name)
+    parts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
+    return kind(" ".join(parts).removeprefix(": "))
 
 
 # ---- progress and tracking

@@ -75,7 +75,7 @@ def run(path: Path, *, out: Path, jobs: int | None, device: str, resume: bool) -
             f"Expected {len(work)} runs that finish, got {len(failed)} that did not "
             f"({', '.join(failed)}). Run the same command again for those: the others are kept."
         )
-    launch.finish([], out)
+    launch.finish({}, out)
 
 
 def configs(grid: Grid) -> list[RunConfig]:

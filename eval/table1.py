@@ -119,7 +119,7 @@ def _trained(request: Request) -> dict[str, Path]:
     ]  # fmt: skip
     failed = launch.execute(work, request.jobs, {label(c): label(c) for c, *_ in work})
     if failed:
-        launch.finish(list(failed.values()), request.out)
+        launch.finish(failed, request.out)
     return {f"{config.method}-{config.seed}": folder for config, _, folder, _ in work}
 
 

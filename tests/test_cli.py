@@ -15,8 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -725,12 +723,33 @@ def test_a_stopped_command_takes_its_workers_along_and_keeps_its_rounds(
         assert checkpoint[1]["round"] in (len(store.metrics) - 1, len(store.metrics))
 
 
-def test_a_killed_worker_is_told_in_our_words() -> None:
-    future: Future[None] = Future()
-    future.set_exception(BrokenProcessPool("A child process terminated abruptly, ..."))
-    problem = launch._failure(future)
+def test_a_killed_command_takes_its_workers_along(micro: Path, tmp_path: Path) -> None:
+    arguments = run_of(micro, "--seeds", "2", "--jobs", "2", rounds=10**5, eval_every=0)
+    with subprocess.Popen(
+        [sys.executable, "-m", "d3po_bench", *arguments, "--out", tmp_path / "runs"],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            wait_for(lambda: len(list(tmp_path.rglob("metrics.jsonl"))) == 2)
+            process.kill()
+            wait_for(lambda: not list(tmp_path.rglob(".lock")))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (-signal.SIGKILL, "got one that was killed (out of memory?)."),
+        (-signal.SIGSEGV, f"got one that died of signal {signal.SIGSEGV:d} (Segmentation fault)."),
+        (3, "got one that ended with status 3."),
+    ],
+)
+def test_what_ended_a_worker_is_told(code: int, said: str) -> None:
+    problem = launch._died(code).problem
     assert isinstance(problem, RunError)
-    assert "got one that was killed" in str(problem)
+    assert said in str(problem)
 
 
 def workers(number: int) -> list[int]:
@@ -740,7 +759,7 @@ def workers(number: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in Linux's /proc")
-def test_a_worker_that_the_kernel_killed_for_its_memory_is_told(
+def test_workers_that_the_kernel_killed_for_their_memory_are_told(
     micro: Path, tmp_path: Path
 ) -> None:
     arguments = run_of(micro, "--seeds", "2", "--jobs", "2", rounds=10**5, eval_every=0)
@@ -749,17 +768,18 @@ def test_a_worker_that_the_kernel_killed_for_its_memory_is_told(
         stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
     ) as process:  # fmt: skip
         try:
-            wait_for(lambda: bool(list(tmp_path.rglob("metrics.jsonl"))))
-            os.kill(workers(process.pid)[0], signal.SIGKILL)
+            wait_for(lambda: len(list(tmp_path.rglob("metrics.jsonl"))) == 2)
+            for worker in workers(process.pid):
+                os.kill(worker, signal.SIGKILL)
             error = process.communicate(timeout=60)[1]
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    refused(Outcome(process.returncode, "", error), "killed (out of memory?)", "--jobs 1",
-            "--set micro_batch=8", code=1)  # fmt: skip
+    refused(Outcome(process.returncode, "", error), "error: seed 0, seed 1: Expected",
+            "killed (out of memory?)", "--jobs 1", "--set micro_batch=8", code=1)  # fmt: skip
 
 
 def test_errors_of_several_seeds_become_one_line() -> None:
-    same = [UserError("Expected a, got b."), UserError("Expected a, got b.")]
-    assert str(launch._joined(same)) == "Expected a, got b."
-    assert str(launch._joined([RunError("one."), RunError("two.")])) == "one. two."
+    failed = {"seed 0": RunError("one."), "seed 1": UserError("two."), "seed 3": RunError("one.")}
+    assert str(launch._joined(failed)) == "seed 0, seed 3: one. seed 1: two."
+    assert str(launch._joined({"": RunError("one.")})) == "one."

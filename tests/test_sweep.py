@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from d3po_bench import launch, train
 from d3po_bench.cli import main
+from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.store import RunStore
 from d3po_bench.sweep import read
@@ -154,6 +156,133 @@ def test_a_failed_cell_is_named_and_stops_no_other(
     assert unfinished in ([], ["compress/d3po/seed-3"])
     assert sum(store.finished for store in stores().values()) == 7
     monkeypatch.undo()
+
+
+FRAGILE = """
+import os, signal, time
+from dataclasses import dataclass
+from pathlib import Path
+
+from d3po_bench.d3po import D3PO
+
+def wait_for(name):
+    end = time.monotonic() + 60
+    while not Path(name).exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+@dataclass(frozen=True)
+class Fragile(D3PO):
+    does: str = ""
+
+    def rows(self, rollout, rng):
+        if self.does == "divide":
+            return 1 / 0
+        if self.does == "wait":
+            Path("begun").touch()
+            wait_for("killed")
+        if self.does == "die" and rollout.history and not Path("killed").exists():
+            wait_for("begun")
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().rows(rollout, rng)
+"""
+"""A method of another package that goes wrong, in its first round or later, where it is told to."""
+
+
+@pytest.fixture
+def fragile(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes a grid of that method on two objectives, from what it does on each."""
+    metadata = tmp_path / "site" / "fragile-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata.parent / "fragile.py").write_text(FRAGILE)
+    (metadata / "METADATA").write_text("Name: fragile\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[d3po_bench.methods]\nfragile = fragile:Fragile\n")
+    monkeypatch.syspath_prepend(metadata.parent)  # spawned workers get the path, too
+
+    def write(seeds: list[int], **does: str) -> Path:
+        text, _, _ = grid.read_text().partition("[method.")
+        text = text.replace('"d3po", "reward_weighted"', '"fragile"')
+        text = text.replace("[3, 1]", str(seeds))
+        lines = [f'[objective.{name}]\ndoes = "{what}"' for name, what in does.items()]
+        grid.write_text("\n".join([text, *lines]))
+        return grid
+
+    return write
+
+
+@pytest.mark.parametrize(("jobs", "seeds"), [(1, [3, 1]), (2, [3])])
+def test_a_mistake_in_a_plugin_stops_no_other_cell(
+    jobs: int, seeds: list[int], fragile: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(fragile(seeds, compress="divide"), "--jobs", str(jobs)) == 1
+    err = capsys.readouterr().err
+    *before, last = err.splitlines()
+    for seed, line in zip(seeds, before[-len(seeds) :], strict=True):
+        said = "Expected a run that finishes, got ZeroDivisionError: division by zero (traceback"
+        assert line.startswith(f"fragile compress seed {seed}: {said}")
+    assert f"runs that finish, got {len(seeds)} that did not (fragile compress seed 3" in last
+    assert err.count("return 1 / 0") == 1  # the traceback, once for all
+    finished = [name for name, store in stores().items() if store.finished]
+    assert finished == [f"incompress/fragile/seed-{seed}" for seed in sorted(seeds)]
+
+
+def test_of_a_killed_worker_only_the_cell_is_blamed_and_goes_on(
+    fragile: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = fragile([3, 1], compress="die", incompress="wait")
+    assert sweep(grid, "--jobs", "2", "--no-resume") == 1
+    *_, line, last = capsys.readouterr().err.splitlines()
+    assert line.startswith("fragile compress seed 3: Expected a worker process that finishes, got")
+    assert "got 1 that did not (fragile compress seed 3)." in last
+    killed = stores().pop("compress/fragile/seed-3")
+    assert [row["round"] for row in killed.metrics] == [1]
+    assert sum(store.finished for store in stores().values()) == 3
+    assert sweep(grid, "--jobs", "1") == 0
+    assert sweep(grid, "--jobs", "1", "--out", "whole") == 0
+    assert contents(Path("runs")) == contents(Path("whole"))
+
+
+def ended(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> launch._End:
+    """How a run ends that meets the problem."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(train, "run_seed", fail)
+    item = (RunConfig(method="d3po", objective="compress"), Execution(), Path("run"), True)
+    return launch._one(item, lambda progress: None)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), SystemExit(3)])
+def test_what_stops_a_run_stops_all(
+    problem: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(type(problem)):
+        ended(problem, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "said"),
+    [
+        (UserError("Expected a."), 2, "Expected a."),
+        (RunError("Expected b."), 1, "Expected b."),
+        (MemoryError(), 1, "Expected enough memory"),
+        (PermissionError(13, "Permission denied", "w.bin"), 2, "or write w.bin, got: Permission"),
+        (OSError("no file"), 1, "got OSError: no file (traceback above)"),
+        (TypeError("x\n" * 999), 1, f"got TypeError: {'x ' * 143}... (traceback above)"),
+    ],
+)
+def test_what_a_run_failed_with_is_told(
+    problem: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = ended(problem, monkeypatch)
+    assert end.problem is not None
+    assert end.problem.exit_code == code
+    assert said in str(end.problem)
+    kept = end.problem.__traceback__, end.problem.__context__, end.problem.__cause__
+    assert kept == (None, None, None)  # which would hold the run's frames, and its model
+    assert ("Traceback" in end.trace) == ("(traceback above)" in said)
 
 
 def test_side_by_side_gives_the_same_bytes(grid: Path) -> None:
