@@ -12,6 +12,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry
-from d3po_bench.errors import UserError
+from d3po_bench.errors import RunError, UserError
 from d3po_bench.prompts import read_pictures, read_prompts
 from d3po_bench.reading import read_config
 from d3po_bench.store import csv_bytes, now, png_bytes, read_csv, write_atomically
@@ -372,7 +373,14 @@ def _side_by_side(plan: Plan, pieces: list[Piece], out: Path, request: Request) 
     with ProcessPoolExecutor(request.jobs, context) as pool:
         futures = [pool.submit(_do, plan, piece, out, request) for piece in pieces]
         for count, future in enumerate(as_completed(futures)):
-            future.result()
+            try:
+                future.result()
+            except BrokenProcessPool as problem:
+                raise RunError(
+                    "Expected worker processes that finish, got one that was killed (out of "
+                    "memory?). Run the same command again: what is scored is kept. If memory is "
+                    "short, add --jobs 1."
+                ) from problem
             yield count + 1
 
 

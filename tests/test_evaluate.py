@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from d3po_bench import cli, registry
-from d3po_bench.errors import UserError
+from d3po_bench.errors import RunError, UserError
 from d3po_bench.models.stable_diffusion import Source, Training, load
 from eval import evaluate
 from eval.evaluate import Request
@@ -104,6 +105,24 @@ def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
                "jpeg_size,animal", "--out", str(out)]  # fmt: skip
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def test_a_killed_worker_is_told_and_what_is_scored_is_kept(
+    micro: Path, prompts: str, tmp_path: Path
+) -> None:
+    asked = request(micro, prompts=prompts, jobs=2, out=tmp_path / "out")
+
+    def kill(done: int, total: int) -> None:
+        if done:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+    with pytest.raises(RunError, match=r"one that was killed .* Run the same command again"):
+        evaluate.run(asked, kill)
+    told: list[int] = []
+    out = evaluate.run(asked, lambda done, total: told.append(done))
+    assert told[0] > 0, "something was kept"
+    assert len(rows(out)) == 2 * 2 * len(PROMPTS)
 
 
 def test_a_thousand_pictures_survive_kills(tmp_path: Path) -> None:
