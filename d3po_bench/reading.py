@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from d3po_bench import __version__
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
+from d3po_bench.origins import misshapen
 
 Row = dict[str, Any]
 
@@ -72,10 +73,8 @@ def read_facts(folder: Path) -> Row:
     if not path.exists():
         return {}
     facts = read_object(path)
-    for name in ("packages", "content"):
-        if not isinstance(facts.get(name, {}), dict):
-            raise UserError(f"Expected names and values as {name} in {path}, got another thing. "
-                            f"{REMEDY}")  # fmt: skip
+    if expected := misshapen(facts):
+        raise UserError(f"Expected {expected} in {path}, got another thing. {REMEDY}")
     version = writer(facts)
     if version is not None and _numbers(version) > _numbers(__version__):
         raise UserError(
