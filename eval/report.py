@@ -7,7 +7,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -100,6 +100,8 @@ class Run:
     """Mean over the evaluation images by (sampler, round): score and whatever else was measured."""
     spent: dict[int, dict[str, float]]
     """Round -> cumulative pairs, images and, where the run has them, unet_forwards and seconds."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What names the content of model, prompts and scorers; {} where that is not on record."""
 
     @property
     def group(self) -> Group:
@@ -160,13 +162,16 @@ def read_groups(paths: Iterable[Path]) -> dict[Group, list[Run]]:
 
     Raises:
         UserError: none is found, one cannot be read or was cut short, they are of several base
-            models or weights of a scorer, or those of a method have a seed twice or differ in more
-            than the seed.
+            models or weights of a model or scorer, or those of a method have a seed twice or
+            differ in more than the seed.
     """
     runs = sorted(map(read_run, find_runs(paths)), key=lambda run: (*run.group, run.seed))
     _require_one_model(runs)
     _require_one_scorer(runs)
-    return _grouped(runs)
+    groups = _grouped(runs)
+    for members in groups.values():
+        _require_one("prompts", members)
+    return groups
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
@@ -217,7 +222,9 @@ def read_run(folder: Path) -> Run:
     """
     config = read_config(folder)
     try:
-        run = Run(folder, config, _mean_scores(folder / "eval.csv"), _spent(folder))
+        scores, spent = _mean_scores(folder / "eval.csv"), _spent(folder)
+        inputs = read_facts(folder).get("inputs")
+        run = Run(folder, config, scores, spent, inputs if isinstance(inputs, dict) else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         detail = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise _unreadable(folder, detail) from problem
@@ -294,6 +301,23 @@ def _require_one_model(runs: Sequence[Run]) -> None:
                 f"Expected runs of one base model, got {first.config['model']} in {first.folder} "
                 f"and {run.config['model']} in {run.folder}. Name the folder of one model."
             )
+    _require_one("model", runs)
+
+
+def _require_one(name: str, runs: Iterable[Run]) -> None:
+    """Refuse runs whose input of that name had other content, where that is on record.
+
+    Raises:
+        UserError: naming two such runs.
+    """
+    known = [run for run in runs if name in run.inputs]
+    for run in known:
+        if run.inputs[name] != known[0].inputs[name]:
+            raise UserError(
+                f"Expected runs that share their {name}, got {known[0].inputs[name]} in "
+                f"{known[0].folder} and {run.inputs[name]} in {run.folder}: files of one name had "
+                "other content. Name the runs of one."
+            )
 
 
 def _require_one_scorer(runs: Sequence[Run]) -> None:
@@ -304,7 +328,7 @@ def _require_one_scorer(runs: Sequence[Run]) -> None:
     """
     first: dict[str, tuple[str, Path]] = {}
     for run in runs:
-        for name, weights in scorers_of(run.folder).items():
+        for name, weights in scorers_of(run).items():
             known, folder = first.setdefault(name, (weights, run.folder))
             if known != weights:
                 raise UserError(
@@ -313,10 +337,9 @@ def _require_one_scorer(runs: Sequence[Run]) -> None:
                 )
 
 
-def scorers_of(folder: Path) -> dict[str, str]:
+def scorers_of(run: Run) -> dict[str, str]:
     """Scorer -> what names its weights, of a run; {} where that is not on record."""
-    inputs = read_facts(folder).get("inputs")
-    found = inputs.get("scorers") if isinstance(inputs, dict) else None
+    found = run.inputs.get("scorers")
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 

@@ -275,10 +275,10 @@ def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
 
 
 def _but_the_seed(run: Path) -> str:
-    """Settings, and the versions that scores depend on, the JPEG encoder's among them."""
+    """Settings, inputs, and the versions that scores depend on, the JPEG encoder's among them."""
     config, facts = read_config(run), read_facts(run)
     kept = {k: v for k, v in config.items() if k not in ("seed", "run_id")}
-    return json.dumps([kept, facts["packages"]], sort_keys=True)
+    return json.dumps([kept, facts.get("inputs"), facts["packages"]], sort_keys=True)
 
 
 # ---- claims
