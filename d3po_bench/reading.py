@@ -112,9 +112,10 @@ def read_config(folder: Path) -> Row:
         )
     wrong = [name for name in NEEDED if name not in found]
     wrong += [name for name, value in found.items() if not _fits(value, kinds[name])]
+    wrong += [] if wrong or found["seed"] >= 0 else ["seed"]
     if wrong:
         raise UserError(
-            f"Expected {', '.join(NEEDED)} and settings of the right type in {path}, got "
+            f"Expected {', '.join(NEEDED)} and settings that a run can have in {path}, got "
             f"{wrong[0]} = {ascii(found.get(wrong[0], 'nothing'))[:60]}. {REMEDY}"
         )
     return found

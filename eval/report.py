@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,6 +74,11 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "d3po-bench",
 }
 DPI = 150
+IMAGE = ("round", "sampler", "prompt", "index")
+"""Columns that name an evaluation image; the others measure it."""
+MOST = 2.0**53
+"""Largest count that a float still tells from the next."""
+
 SEEDS_SHOWN = 3
 """Most methods in a panel that still shows the curve of every seed."""
 
@@ -248,8 +254,21 @@ def _mean_scores(path: Path) -> Frame:
     """Means over the evaluation images; images without a score are left out.
 
     Raises:
-        ValueError: the file does not end where an evaluation ends.
+        ValueError: the file does not end where an evaluation ends, or holds what none writes.
     """
+    rows = _rows(path)
+    counts = rows.groupby(["round", "sampler"]).size().unstack(fill_value=0).stack()
+    if counts.nunique() > 1:
+        (round_, sampler), count = counts.idxmin(), counts.min()
+        raise ValueError(
+            f"{count} of {counts.max()} images of round {round_}, sampler {sampler}, in {path.name}"
+        )
+    columns = [c for c in rows if c not in IMAGE]
+    return rows.groupby(["sampler", "round"])[columns].mean().dropna(subset="score")
+
+
+def _rows(path: Path) -> Frame:
+    """The rows of the evaluation images, each image once, with numbers that can be averaged."""
     import pandas as pd
 
     text = path.read_text(encoding="utf-8")
@@ -258,38 +277,68 @@ def _mean_scores(path: Path) -> Frame:
         raise ValueError(f"half a line at the end of {path.name}")
     if "\0" in text:
         raise ValueError(f"a null byte in {path.name}")
-    rows = pd.read_csv(io.StringIO(text)).astype({"round": int, "score": float})
-    if rows[["sampler", "prompt", "index"]].isna().any(axis=None):
-        raise ValueError(f"a row without sampler, prompt or index in {path.name}")
-    if (rows["score"].abs() == float("inf")).any():
-        raise ValueError(f"an infinite score in {path.name}")
-    counts = rows.groupby(["round", "sampler"]).size().unstack(fill_value=0).stack()
-    if counts.nunique() > 1:
-        (round_, sampler), count = counts.idxmin(), counts.min()
-        raise ValueError(
-            f"{count} of {counts.max()} images of round {round_}, sampler {sampler}, in {path.name}"
-        )
-    columns = [c for c in rows if c not in ("round", "sampler", "prompt", "index")]
-    return rows.groupby(["sampler", "round"])[columns].mean().dropna(subset="score")
+    rows = pd.read_csv(io.StringIO(text))
+    if rows[list(IMAGE)].isna().any(axis=None):
+        raise ValueError(f"a row without round, sampler, prompt or index in {path.name}")
+    for name in ("round", "index") if len(rows) else ():  # no column of no rows has a type
+        if not pd.api.types.is_integer_dtype(rows[name]) or (rows[name] < 0).any():
+            raise ValueError(f"another {name} than a whole number from 0 in {path.name}")
+    if rows.duplicated(list(IMAGE)).any():
+        raise ValueError(f"two rows of one image in {path.name}")
+    _require_numbers(rows.drop(columns=list(IMAGE)), path.name)
+    return rows
+
+
+def _require_numbers(columns: Frame, name: str) -> None:
+    """Refuse scores that are text, true or false, or infinite; one that is not there is none.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    for column in columns:
+        if len(columns) and column not in columns.select_dtypes("number"):
+            raise ValueError(f"another {column} than a number in {name}")
+        if (columns[column].abs() == math.inf).any():
+            raise ValueError(f"an infinite {column} in {name}")
 
 
 def _spent(folder: Path) -> dict[int, dict[str, float]]:
-    """What each finished round had cost since the start; evaluation is not a cost."""
+    """What each finished round had cost since the start; evaluation is not a cost.
+
+    Raises:
+        ValueError: a round is not there or there twice, or a number is none or goes back.
+    """
     total, seconds = 0.0, {0: 0.0}
-    for line in _json_lines(folder / "timing.jsonl"):
-        total += sum(v for stage, v in line.items() if stage not in ("round", "evaluate"))
+    for line in _rounds(folder / "timing.jsonl"):
+        total += sum(_amount(line, stage) for stage in line if stage not in ("round", "evaluate"))
         seconds[line["round"]] = total
     spent = {0: {"pairs": 0.0, "images": 0.0}}
-    for line in _json_lines(folder / "metrics.jsonl"):
-        known = ("pairs", "images", *({"unet_forwards"} & line.keys()))
-        spent[line["round"]] = {k: float(line[k]) for k in known}
+    for line in _rounds(folder / "metrics.jsonl"):
+        number, known = line["round"], ("pairs", "images", *({"unet_forwards"} & line.keys()))
+        spent[number] = {name: _amount(line, name) for name in known}
+        for name in spent[number].keys() & spent[number - 1].keys():
+            if spent[number][name] < spent[number - 1][name]:
+                raise ValueError(f"a count of {name} that goes back in round {number}")
     for round_ in spent.keys() & seconds.keys():
         spent[round_]["seconds"] = seconds[round_]
     return spent
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return read_lines(path) if path.exists() else []
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file with one for each round, from 1; none where there is no file."""
+    lines = read_lines(path) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line["round"] != number:
+            raise ValueError(f"round {line['round']} in line {number} of {path.name}")
+    return lines
+
+
+def _amount(line: Mapping[str, Any], name: str) -> float:
+    """A count, or seconds."""
+    value = line[name]
+    if type(value) not in (int, float) or not 0 <= value <= MOST:
+        raise ValueError(f"{ascii(value)[:40]} as {name} of round {line['round']}")
+    return float(value)
 
 
 def _require_one_model(runs: Sequence[Run]) -> None:
