@@ -17,6 +17,7 @@ from click.exceptions import NoArgsIsHelpError
 from d3po_bench import __version__
 from d3po_bench.errors import RunError, UserError, fail, of_file
 from d3po_bench.feedback.commands import COMMANDS
+from d3po_bench.places import PLACE
 
 MOST_SEEDS = 10_000
 """More are a slip: each is a run."""
@@ -101,7 +102,7 @@ def cli() -> None:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     default=Path("runs"),
     show_default=True,
     help="Folder of run folders.",
@@ -179,7 +180,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, type=PLACE)
 @click.option(
     "--x",
     type=click.Choice(["pairs", "images", "scorer_calls", "unet_forwards", "seconds"]),
@@ -187,7 +188,7 @@ def _names(text: str) -> tuple[str, ...]:
     show_default=True,
     help="What the horizontal axis counts.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for the figures.")
+@click.option("--out", type=PLACE, help="Folder for the figures.")
 def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
     """Draw learning curves with intervals, and before/after sheets.
 
@@ -205,7 +206,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
 
 
 @cli.command()
-@click.argument("grid", type=click.Path(path_type=Path))
+@click.argument("grid", type=PLACE)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--jobs",
@@ -214,7 +215,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     default=Path("runs"),
     show_default=True,
     help="Folder of run folders.",
@@ -250,7 +251,7 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
 
 
 @cli.command()
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=PLACE)
 @click.option(
     "--scorers",
     default="",
@@ -268,7 +269,7 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
 @click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Processes."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Default: beside the target.")
+@click.option("--out", type=PLACE, help="Default: beside the target.")
 @click.option("--save", is_flag=True, help="Keep the pictures, with a metadata.csv.")
 def evaluate(
     target: Path,
@@ -310,7 +311,7 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, type=PLACE)
 @click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
 @click.option(
     "--objective", default="image_reward", show_default=True, help="The signal that trains."
@@ -323,9 +324,7 @@ def evaluate(
 @click.option("--count", type=click.IntRange(1, 10**6), help="Of these prompts; default: all.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--jobs", type=click.IntRange(1, MOST_JOBS), help="Runs side by side.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/table1"), show_default=True
-)
+@click.option("--out", type=PLACE, default=Path("runs/table1"), show_default=True)
 @click.option("--redraw", is_flag=True, help="Only write the table of the rows in OUT again.")
 def table1(
     runs: tuple[Path, ...],
@@ -368,7 +367,7 @@ def table1(
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PLACE)
 @click.option("--record", is_flag=True, help="Write the manifest of what is there now.")
 @click.option("--rerun", type=click.IntRange(1, 10**6), help="Make so many of its runs again.")
 @click.option(
@@ -381,7 +380,7 @@ def table1(
     metavar="KEY=VALUE",
     help="How --rerun computes.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Keep what --rerun makes here.")
+@click.option("--out", type=PLACE, help="Keep what --rerun makes here.")
 def verify(
     folder: Path,
     record: bool,
@@ -444,7 +443,7 @@ def _rerun(folder: Path, count: int, seed: int, settings: dict[str, str], out: P
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PLACE)
 def show(run: Path) -> None:
     """Print what is known about the run in the folder RUN: settings, origin, cost, last score.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from d3po_bench import __version__
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
+from d3po_bench.origins import misshapen
 
 Row = dict[str, Any]
 
@@ -72,10 +73,8 @@ def read_facts(folder: Path) -> Row:
     if not path.exists():
         return {}
     facts = read_object(path)
-    for name in ("packages", "content", "plugins"):
-        if not isinstance(facts.get(name, {}), dict):
-            raise UserError(f"Expected names and values as {name} in {path}, got another thing. "
-                            f"{REMEDY}")  # fmt: skip
+    if expected := misshapen(facts):
+        raise UserError(f"Expected {expected} in {path}, got another thing. {REMEDY}")
     version = writer(facts)
     if version is not None and _numbers(version) > _numbers(__version__):
         raise UserError(
@@ -113,9 +112,10 @@ def read_config(folder: Path) -> Row:
         )
     wrong = [name for name in NEEDED if name not in found]
     wrong += [name for name, value in found.items() if not _fits(value, kinds[name])]
+    wrong += [] if wrong or found["seed"] >= 0 else ["seed"]
     if wrong:
         raise UserError(
-            f"Expected {', '.join(NEEDED)} and settings of the right type in {path}, got "
+            f"Expected {', '.join(NEEDED)} and settings that a run can have in {path}, got "
             f"{wrong[0]} = {ascii(found.get(wrong[0], 'nothing'))[:60]}. {REMEDY}"
         )
     return found

@@ -13,6 +13,7 @@ from d3po_bench import registry
 from d3po_bench.config import PRESETS, RunConfig, make
 from d3po_bench.errors import UserError
 from d3po_bench.listing import section
+from d3po_bench.origins import differing, sessions
 from d3po_bench.reading import Row, read_config, read_facts, read_lines, readable
 
 ABSENT = "not on record"
@@ -40,6 +41,8 @@ def lines(run: Path) -> Iterator[str]:
     yield from section("run", _what(run, config, facts, metrics))
     yield from section("settings", _settings(config))
     yield from section("made with", _made_with(facts))
+    if several := _sessions(facts):
+        yield from section("made in several environments", several)
     yield from section("inputs", _inputs(facts))
     yield from section("content", _content(facts))
     yield from section("cost", _cost(metrics, seconds))
@@ -134,6 +137,23 @@ def _made_with(facts: Row) -> dict[str, str]:
         "threads": str(facts.get("threads", ABSENT)),
         "deterministic": str(facts.get("deterministic", ABSENT)),
     }
+
+
+def _sessions(facts: Row) -> dict[str, str]:
+    """Where the run went on after a stop, and what was not as above; {} if nothing ever was."""
+    first, *later = sessions(facts)
+    told = {
+        f"start {number}, after round {session.get('after_round', '?')}": "; ".join(
+            f"{name} {_known(then)} -> {_known(now)}"
+            for name, (then, now) in differing(first, session).items()
+        )
+        for number, session in enumerate(later, 2)
+    }
+    return {k: v or "as above" for k, v in told.items()} if any(told.values()) else {}
+
+
+def _known(value: object) -> str:
+    return ABSENT if value is None else str(value)
 
 
 def _inputs(facts: Row) -> dict[str, str]:

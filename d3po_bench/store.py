@@ -27,6 +27,7 @@ from torch import Tensor
 from d3po_bench import machine
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError, is_out_of_memory
+from d3po_bench.origins import kept, misshapen, require_packages
 
 PACKAGES = (
     "d3po-bench", "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors",
@@ -184,6 +185,7 @@ class RunStore:
         self.evaluation: list[Row] = read_csv(folder / "eval.csv")
         self.damaged = False
         """Whether the newest checkpoint was passed over."""
+        self._checkpointed = False
         with _reading(folder / "eval.csv"):
             for row in self.evaluation:
                 int(row["round"])
@@ -203,17 +205,42 @@ class RunStore:
 
     # ---- writing
 
-    def start(self, config: RunConfig, inputs: Row, **facts: Any) -> None:
-        """Make the folder this config's, and record `facts` about where it is run.
+    def start(
+        self, config: RunConfig, inputs: Row, *,
+        after: int | None = None, facts: Row | None = None, **how: Any,
+    ) -> None:  # fmt: skip
+        """Make the folder this config's, and record that a process begins or goes on with it.
 
         Args:
             config: the run's.
             inputs: what names the content of the model, prompts and scorers: a run goes on only
                 with those that it began with, where they are on record.
-            facts: anything else.
+            after: round of the checkpoint that the process goes on from; None without one, which
+                keeps nothing of earlier processes.
+            facts: anything else to keep.
+            how: where and how it is computed, beside what this process knows of itself.
 
         Raises:
             UserError: an input is another than the run began with.
+        """
+        self.require_inputs(inputs)
+        path = self.folder / "config.json"
+        if not path.exists():
+            write_atomically(path, config.to_json().encode())
+        known = {} if after is None else self.provenance()
+        session = {**_environment(), **how}
+        self._checkpointed = after is not None
+        self._write_facts({
+            **(known or session), **(facts or {}), "inputs": inputs,
+            "checkpointed": self._checkpointed,
+            "sessions": [*kept(known, after or 0), {**session, "after_round": after or 0}],
+        })  # fmt: skip
+
+    def require_inputs(self, inputs: Row) -> None:
+        """Refuse other models, prompts or scorers than those that the run began with.
+
+        Raises:
+            UserError: naming what is another.
         """
         began = self.provenance().get("inputs", inputs)
         if not isinstance(began, dict):
@@ -228,11 +255,35 @@ class RunStore:
                     f"({began.get(name)}), got others ({value}). Bring those back, or give "
                     "another --out."
                 )
-        facts = {"inputs": inputs, **facts}
-        path = self.folder / "config.json"
-        if not path.exists():
-            write_atomically(path, config.to_json().encode())
-        self.write_provenance(**facts)
+
+    def require_packages(self) -> None:
+        """Refuse to go on with other package versions than the run began with.
+
+        Raises:
+            UserError: naming the packages and both their versions.
+        """
+        began = self.provenance().get("packages", {})
+        require_packages(self.folder, began, _environment()["packages"])
+
+    def require_rest(self, *, checkpoint: bool) -> None:
+        """Refuse a folder that has lost what a run that came so far had written.
+
+        Args:
+            checkpoint: whether it has one that can be read.
+
+        Raises:
+            UserError: naming what is not there.
+        """
+        known, lost = self.provenance(), ""
+        if known.get("checkpointed") and not checkpoint:
+            lost = "checkpoints/last.safetensors"
+        elif not known and (checkpoint or self.metrics or self.evaluation):
+            lost = "provenance.json"
+        if lost:
+            raise UserError(
+                f"Expected {lost} beside the rest of the run in {self.folder}, got no such file. "
+                "Restore it, give another --out, or remove that folder to start again."
+            )
 
     def log(self, metrics: Row, timing: Row) -> None:
         """Add a round: its line of metrics and its seconds."""
@@ -294,6 +345,9 @@ class RunStore:
         # A damaged one must not push out the whole one before it.
         write_atomically(newest, data, keep=None if self.damaged else before)
         self.damaged = False
+        if not self._checkpointed:  # from now on, a folder without one has lost it
+            self.write_provenance(checkpointed=True)
+            self._checkpointed = True
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], Row] | None:
         """Tensors and facts of the newest checkpoint that is whole; None where there is none yet.
@@ -339,12 +393,18 @@ class RunStore:
         """What is known about where the run was made."""
         path = self.folder / "provenance.json"
         with _reading(path):
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            found: Row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            expected = misshapen(found) if isinstance(found, dict) else "an object"
+            if expected:
+                raise ValueError(f"no {expected}")
+            return found
 
     def write_provenance(self, **facts: Any) -> None:
-        """Record versions, machine, commit and `facts`, keeping what was recorded before."""
-        known = {**_environment(), **self.provenance(), **facts}
-        data = json.dumps(known, indent=1, sort_keys=True).encode() + b"\n"
+        """Record `facts`, keeping what was recorded before."""
+        self._write_facts({**self.provenance(), **facts})
+
+    def _write_facts(self, facts: Row) -> None:
+        data = json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n"
         write_atomically(self.folder / "provenance.json", data)
 
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -395,6 +397,7 @@ def run_seed(
     report: Report = lambda progress: None,
     make: Callable[[RunConfig, Execution], Trainer] = Trainer,
     facts: Row | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> None:
     """Run one seed into `folder`, going on from its checkpoint if there is one.
 
@@ -406,30 +409,65 @@ def run_seed(
         report: called with how far it is.
         make: the trainer.
         facts: to keep in provenance.json.
+        prompts: those of `make`'s trainers; None for those that the config names.
 
     Raises:
-        UserError: bad input, found before the first round.
+        UserError: bad input, found before the first round, or a run in the folder that was begun
+            with other inputs or packages.
         RunError: the run failed on the way; what it had written is kept.
     """
     with RunStore.open(folder, config, resume=resume) as store:
         if store.finished:
+            store.require_inputs(_inputs(config, store, prompts))
             report(Progress(label(config), 1.0, "finished before"))
             return
+        store.require_packages()
         torch.set_num_threads(threads_of(config, execution))
         on = determine(device_of(execution.device), execution.deterministic)
         trainer = make(config, execution)
-        _restore(trainer, store, report)
+        after = _restore(trainer, store, report)
         evaluation = Evaluation(trainer)
         store.start(
-            config, inputs={**trainer.inputs, "scorers": evaluation.fingerprints()},
+            config, {**trainer.inputs, "scorers": evaluation.fingerprints()}, after=after,
+            facts={"unchecked_scorers": evaluation.unchecked(), **(facts or {})},
             device=str(trainer.device), threads=torch.get_num_threads(), deterministic=on,
-            unchecked_scorers=evaluation.unchecked(), **_plugins(config, evaluation),
-            **(facts or {}),
+            execution=vars(execution).copy(), **_plugins(config, evaluation),
         )  # fmt: skip
         _tell_unchecked(trainer, evaluation, report)
         _rounds(trainer, store, evaluation, report)
         write_folder(folder / "lora", trainer.model.save)
-        store.finish(execution=vars(execution).copy())
+        store.finish()
+
+
+def _inputs(config: RunConfig, store: RunStore, prompts: Sequence[str] | None) -> Row:
+    """What the inputs of a finished run are today, told without loading its model."""
+    source = model_source(config.model)
+    if prompts is None:
+        prompts = read_prompts(config.prompts or registry.objective(config.objective).prompts)
+    found: Row = {"model": fingerprint(source), "prompts": digest(prompts)}
+    inputs = store.provenance().get("inputs")
+    began = inputs.get("scorers") if isinstance(inputs, dict) else None
+    if isinstance(began, dict):
+        today = {name: _scorer_fingerprint(name, source.scorers) for name in began}
+        found["scorers"] = {name: today[name] or began[name] for name in began}
+    return found
+
+
+def _scorer_fingerprint(name: str, weights: str) -> str | None:
+    """What names a scorer's weights; None where it cannot be loaded here, so scores nothing."""
+    selfcheck: Any = registry.selfcheck()
+    try:
+        return str(selfcheck.fingerprint(_origin(name, weights)))
+    except (UserError, ImportError):
+        return None
+
+
+@cache
+def _origin(name: str, weights: str) -> SimpleNamespace:
+    """What a scorer comes from, without its network; loaded once for all runs of a command."""
+    scorer = registry.load_scorer(name, torch.device("cpu"), weights)
+    known = {k: getattr(scorer, k) for k in ("sources", "digest") if hasattr(scorer, k)}
+    return SimpleNamespace(**known)
 
 
 def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, str]]:
@@ -456,12 +494,17 @@ def threads_of(config: RunConfig, execution: Execution) -> int:
     return 1 if config.model == "tiny" else torch.get_num_threads()
 
 
-def _restore(trainer: Trainer, store: RunStore, report: Report) -> None:
-    """Go back to the newest whole checkpoint, and drop the rows of later rounds."""
+def _restore(trainer: Trainer, store: RunStore, report: Report) -> int | None:
+    """Go back to the newest whole checkpoint, and drop the rows of later rounds.
+
+    Returns:
+        The checkpoint's round; None without one.
+    """
     checkpoint = store.load_checkpoint()
+    store.require_rest(checkpoint=checkpoint is not None)
     if checkpoint is None:
         store.keep_until(-1)
-        return
+        return None
     tensors, facts = checkpoint
     trainer.restore(tensors, facts)
     store.keep_until(trainer.round)
@@ -470,6 +513,7 @@ def _restore(trainer: Trainer, store: RunStore, report: Report) -> None:
         place = trainer.round / trainer.config.rounds
         text = f"the newest checkpoint is damaged: going on from round {trainer.round}"
         report(Progress(label(trainer.config), place, text))
+    return trainer.round
 
 
 class _Checkpoints:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -78,6 +79,11 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "d3po-bench",
 }
 DPI = 150
+IMAGE = ("round", "sampler", "prompt", "index")
+"""Columns that name an evaluation image; the others measure it."""
+MOST = 2.0**53
+"""Largest count that a float still tells from the next."""
+
 SEEDS_SHOWN = 3
 """Most methods in a panel that still shows the curve of every seed."""
 
@@ -105,6 +111,8 @@ class Run:
     """Mean over the evaluation images by (sampler, round): score and whatever else was measured."""
     spent: dict[int, dict[str, float]]
     """Round -> cumulative pairs, images and, where the run has them, the rest of `X_LABELS`."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What names the content of model, prompts and scorers; {} where that is not on record."""
 
     @property
     def group(self) -> Group:
@@ -165,13 +173,16 @@ def read_groups(paths: Iterable[Path]) -> dict[Group, list[Run]]:
 
     Raises:
         UserError: none is found, one cannot be read or was cut short, they are of several base
-            models or weights of a scorer, or those of a method have a seed twice or differ in more
-            than the seed.
+            models or weights of a model or scorer, or those of a method have a seed twice or
+            differ in more than the seed.
     """
     runs = sorted(map(read_run, find_runs(paths)), key=lambda run: (*run.group, run.seed))
     _require_one_model(runs)
     _require_one_scorer(runs)
-    return _grouped(runs)
+    groups = _grouped(runs)
+    for members in groups.values():
+        _require_one("prompts", members)
+    return groups
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
@@ -222,7 +233,9 @@ def read_run(folder: Path) -> Run:
     """
     config = read_config(folder)
     try:
-        run = Run(folder, config, _mean_scores(folder / "eval.csv"), _spent(folder))
+        scores, spent = _mean_scores(folder / "eval.csv"), _spent(folder)
+        inputs = read_facts(folder).get("inputs")
+        run = Run(folder, config, scores, spent, inputs if isinstance(inputs, dict) else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         detail = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise _unreadable(folder, detail) from problem
@@ -246,8 +259,21 @@ def _mean_scores(path: Path) -> Frame:
     """Means over the evaluation images; images without a score are left out.
 
     Raises:
-        ValueError: the file does not end where an evaluation ends.
+        ValueError: the file does not end where an evaluation ends, or holds what none writes.
     """
+    rows = _rows(path)
+    counts = rows.groupby(["round", "sampler"]).size().unstack(fill_value=0).stack()
+    if counts.nunique() > 1:
+        (round_, sampler), count = counts.idxmin(), counts.min()
+        raise ValueError(
+            f"{count} of {counts.max()} images of round {round_}, sampler {sampler}, in {path.name}"
+        )
+    columns = [c for c in rows if c not in IMAGE]
+    return rows.groupby(["sampler", "round"])[columns].mean().dropna(subset="score")
+
+
+def _rows(path: Path) -> Frame:
+    """The rows of the evaluation images, each image once, with numbers that can be averaged."""
     import pandas as pd
 
     text = path.read_text(encoding="utf-8")
@@ -256,38 +282,69 @@ def _mean_scores(path: Path) -> Frame:
         raise ValueError(f"half a line at the end of {path.name}")
     if "\0" in text:
         raise ValueError(f"a null byte in {path.name}")
-    rows = pd.read_csv(io.StringIO(text)).astype({"round": int, "score": float})
-    if rows[["sampler", "prompt", "index"]].isna().any(axis=None):
-        raise ValueError(f"a row without sampler, prompt or index in {path.name}")
-    if (rows["score"].abs() == float("inf")).any():
-        raise ValueError(f"an infinite score in {path.name}")
-    counts = rows.groupby(["round", "sampler"]).size().unstack(fill_value=0).stack()
-    if counts.nunique() > 1:
-        (round_, sampler), count = counts.idxmin(), counts.min()
-        raise ValueError(
-            f"{count} of {counts.max()} images of round {round_}, sampler {sampler}, in {path.name}"
-        )
-    columns = [c for c in rows if c not in ("round", "sampler", "prompt", "index")]
-    return rows.groupby(["sampler", "round"])[columns].mean().dropna(subset="score")
+    rows = pd.read_csv(io.StringIO(text))
+    if rows[list(IMAGE)].isna().any(axis=None):
+        raise ValueError(f"a row without round, sampler, prompt or index in {path.name}")
+    for name in ("round", "index") if len(rows) else ():  # no column of no rows has a type
+        if not pd.api.types.is_integer_dtype(rows[name]) or (rows[name] < 0).any():
+            raise ValueError(f"another {name} than a whole number from 0 in {path.name}")
+    if rows.duplicated(list(IMAGE)).any():
+        raise ValueError(f"two rows of one image in {path.name}")
+    _require_numbers(rows.drop(columns=list(IMAGE)), path.name)
+    return rows
+
+
+def _require_numbers(columns: Frame, name: str) -> None:
+    """Refuse scores that are text, true or false, or infinite; one that is not there is none.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    for column in columns:
+        if len(columns) and column not in columns.select_dtypes("number"):
+            raise ValueError(f"another {column} than a number in {name}")
+        if (columns[column].abs() == math.inf).any():
+            raise ValueError(f"an infinite {column} in {name}")
 
 
 def _spent(folder: Path) -> dict[int, dict[str, float]]:
-    """What each finished round had cost since the start; evaluation is not a cost."""
+    """What each finished round had cost since the start; evaluation is not a cost.
+
+    Raises:
+        ValueError: a round is not there or there twice, or a number is none or goes back.
+    """
     total, seconds = 0.0, {0: 0.0}
-    for line in _json_lines(folder / "timing.jsonl"):
-        total += sum(v for stage, v in line.items() if stage not in ("round", "evaluate"))
+    for line in _rounds(folder / "timing.jsonl"):
+        total += sum(_amount(line, stage) for stage in line if stage not in ("round", "evaluate"))
         seconds[line["round"]] = total
     spent = {0: dict.fromkeys(COUNTS, 0.0)}
-    for line in _json_lines(folder / "metrics.jsonl"):
+    for line in _rounds(folder / "metrics.jsonl"):
+        number = line["round"]
         known = ("pairs", "images", *(name for name in COUNTS[2:] if name in line))
-        spent[line["round"]] = {k: float(line[k]) for k in known}
+        spent[number] = {name: _amount(line, name) for name in known}
+        for name in spent[number].keys() & spent[number - 1].keys():
+            if spent[number][name] < spent[number - 1][name]:
+                raise ValueError(f"a count of {name} that goes back in round {number}")
     for round_ in spent.keys() & seconds.keys():
         spent[round_]["seconds"] = seconds[round_]
     return spent
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return read_lines(path) if path.exists() else []
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file with one for each round, from 1; none where there is no file."""
+    lines = read_lines(path) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if line["round"] != number:
+            raise ValueError(f"round {line['round']} in line {number} of {path.name}")
+    return lines
+
+
+def _amount(line: Mapping[str, Any], name: str) -> float:
+    """A count, or seconds."""
+    value = line[name]
+    if type(value) not in (int, float) or not 0 <= value <= MOST:
+        raise ValueError(f"{ascii(value)[:40]} as {name} of round {line['round']}")
+    return float(value)
 
 
 def _require_one_model(runs: Sequence[Run]) -> None:
@@ -299,6 +356,23 @@ def _require_one_model(runs: Sequence[Run]) -> None:
                 f"Expected runs of one base model, got {first.config['model']} in {first.folder} "
                 f"and {run.config['model']} in {run.folder}. Name the folder of one model."
             )
+    _require_one("model", runs)
+
+
+def _require_one(name: str, runs: Iterable[Run]) -> None:
+    """Refuse runs whose input of that name had other content, where that is on record.
+
+    Raises:
+        UserError: naming two such runs.
+    """
+    known = [run for run in runs if name in run.inputs]
+    for run in known:
+        if run.inputs[name] != known[0].inputs[name]:
+            raise UserError(
+                f"Expected runs that share their {name}, got {known[0].inputs[name]} in "
+                f"{known[0].folder} and {run.inputs[name]} in {run.folder}: files of one name had "
+                "other content. Name the runs of one."
+            )
 
 
 def _require_one_scorer(runs: Sequence[Run]) -> None:
@@ -309,7 +383,7 @@ def _require_one_scorer(runs: Sequence[Run]) -> None:
     """
     first: dict[str, tuple[str, Path]] = {}
     for run in runs:
-        for name, weights in scorers_of(run.folder).items():
+        for name, weights in scorers_of(run).items():
             known, folder = first.setdefault(name, (weights, run.folder))
             if known != weights:
                 raise UserError(
@@ -318,10 +392,9 @@ def _require_one_scorer(runs: Sequence[Run]) -> None:
                 )
 
 
-def scorers_of(folder: Path) -> dict[str, str]:
+def scorers_of(run: Run) -> dict[str, str]:
     """Scorer -> what names its weights, of a run; {} where that is not on record."""
-    inputs = read_facts(folder).get("inputs")
-    found = inputs.get("scorers") if isinstance(inputs, dict) else None
+    found = run.inputs.get("scorers")
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
+from d3po_bench.origins import differing, sessions
 from d3po_bench.reading import read_config, read_facts, read_lines, read_object
 from d3po_bench.store import TEXT, content, write_atomically
 from eval import claims
@@ -149,6 +150,7 @@ def check_run(run: Path, *, whole: bool = True) -> Problems:
             yield f"has {len(metrics)} rounds of {config['rounds']}"
         if "ended" not in read_facts(run):
             yield "has not ended"
+        yield from _check_sessions(run)
     yield from _check_content(run)
     yield from _check_metrics(metrics)
     if (run / "eval.csv").is_file():
@@ -172,6 +174,16 @@ def _check_content(run: Path) -> Problems:
     for name, digest in read_facts(run).get("content", {}).items():
         if name in found and found[name] != digest:
             yield f"its {name} is not the one that it ended with"
+
+
+def _check_sessions(run: Path) -> Problems:
+    """A run that went on where bytes may come out otherwise: nobody can make it again."""
+    first, *later = sessions(read_facts(run))
+    for session in later:
+        changed = differing(first, session)
+        if changed:
+            where = f"from round {session.get('after_round', '?')} with other {', '.join(changed)}"
+            yield f"was made in several environments: {where}"
 
 
 def _check_metrics(metrics: Sequence[Mapping[str, Any]]) -> Problems:
@@ -238,7 +250,8 @@ def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
 
 
 def _but_the_seed(run: Path) -> str:
-    """Settings, and the versions that scores depend on, the JPEG encoder's and plug-ins' too."""
+    """Settings, inputs, and the versions that scores depend on, the JPEG encoder's among them."""
     config, facts = read_config(run), read_facts(run)
     kept = {k: v for k, v in config.items() if k not in ("seed", "run_id")}
-    return json.dumps([kept, facts["packages"], facts.get("plugins")], sort_keys=True)
+    origin = [facts.get("inputs"), facts["packages"], facts.get("plugins")]
+    return json.dumps([kept, *origin], sort_keys=True)

@@ -83,6 +83,17 @@ def line(number: int, text: str) -> Change:
     return change
 
 
+def inside(number: int, **values: Any) -> Change:
+    """Other values in the JSON object of one line; inf is written as 1e999."""
+
+    def change(whole: bytes) -> bytes:
+        lines = whole.decode().splitlines()
+        lines[number] = json.dumps({**json.loads(lines[number]), **values})
+        return ("\n".join(lines) + "\n").replace("Infinity", "1e999").encode()
+
+    return change
+
+
 def column(name: str, value: str, row: int = -1) -> Change:
     """Another value in one row of a table."""
 
@@ -158,11 +169,13 @@ def _valid(parameter: click.Parameter) -> list[str]:
 
 
 def _wrong(option: click.Parameter) -> list[str]:
-    """Values that a numeric option or a choice must refuse."""
+    """Values that a numeric option, a choice or a path must refuse."""
     if isinstance(option.type, click.IntRange):
         return ["", "two", "1.5", "-1", "9" * 30, *(["0"] if option.type.min == 1 else [])]
     if isinstance(option.type, click.FloatRange):
         return ["", "many", "-1", "nan", "inf"]
+    if isinstance(option.type, click.Path) and isinstance(option, click.Option):
+        return [""]
     return ["nonsense", ""] if isinstance(option.type, click.Choice) else []
 
 
@@ -213,7 +226,7 @@ SAID = (
     "table1 --redraw --out nowhere", "table1 --scorers nonsense --count 1 nowhere",
     "table1 --objective nonsense", "feedback choices nowhere --out x.csv", "feedback choices ''",
     "verify nowhere", "verify nowhere --record", "verify ''",
-    "sweep nowhere.toml", "sweep .", "sweep ''",
+    "sweep nowhere.toml", "sweep .", "sweep ''", "show ''", "table1 ''", "plot . ''",
 )  # fmt: skip
 """Command lines that a person may type; nothing lies in the folder."""
 
@@ -322,6 +335,8 @@ NEWER = {"packages": {"d3po-bench": "99.0"}}
 CONFIGS: dict[str, Change] = {
     "seed of text": edited(seed="0"),
     "seed of a half": edited(seed=0.5),
+    "seed below zero": edited(seed=-1),
+    "seed of true": edited(seed=True),
     "method of a number": edited(method=3),
     "objective of a list": edited(objective=["incompress"]),
     "no model": edited(model=...),
@@ -354,6 +369,9 @@ FACTS: dict[str, Change] = {
     "a newer version": edited(**NEWER),
     "packages of a list": edited(packages=[]),
     "content of a list": edited(content=[]),
+    "sessions of text": edited(sessions="two"),
+    "no sessions in a list": edited(sessions=[]),
+    "a session of a number": edited(sessions=[3]),
 }
 
 METRICS: dict[str, Change] = {
@@ -366,9 +384,37 @@ METRICS: dict[str, Change] = {
     "round of text": line(1, '{"round": "two", "pairs": 3, "images": 4}'),
     "pairs of text": line(1, '{"round": 2, "pairs": "many", "images": 4}'),
     "no pairs": line(1, '{"round": 2, "images": 4}'),
+    "pairs of nan": inside(1, pairs=float("nan")),
+    "pairs without end": inside(-1, pairs=float("inf")),
+    "pairs below zero": inside(0, pairs=-1),
+    "pairs of true": inside(0, pairs=True),
+    "pairs of digits in quotes": inside(0, pairs="32"),
+    "pairs of 400 digits": inside(-1, pairs=10**400),
+    "pairs that go back": inside(-1, pairs=1),
+    "images of nan": inside(1, images=float("nan")),
+    "passes below zero": inside(0, unet_forwards=-1),
+    "a round twice": inside(1, round=1),
+    "a round left out": inside(-1, round=99),
+    "round zero": inside(0, round=0),
     "binary": holds(bytes(range(256))),
     "deep": holds("[" * 100_000),
 }
+
+TIMES: dict[str, Change] = {
+    "nan": inside(1, sample=float("nan")),
+    "without end": inside(1, sample=float("inf")),
+    "below zero": inside(1, sample=-1.5),
+    "text": inside(1, sample="1"),
+    "true": inside(1, sample=True),
+    "a round twice": inside(1, round=1),
+}
+
+
+def doubled(whole: bytes) -> bytes:
+    """Every row of a table twice."""
+    head, *rows = whole.splitlines(keepends=True)
+    return head + b"".join(row * 2 for row in rows)
+
 
 ROWS: dict[str, Change] = {
     "half": cut(0.497),
@@ -388,6 +434,15 @@ ROWS: dict[str, Change] = {
     "too many fields": line(-1, "12,eta0,cat,0,1.0,1.0,1.0,1.0,1.0"),
     "an open quote": line(-1, '12,eta0,"cat,0,1.0,1.0,'),
     "a null byte": line(-1, "12,eta0,c\0t,0,1.0,1.0,"),
+    "round below zero": column("round", "-1"),
+    "index of a half": column("index", "0.5"),
+    "index below zero": column("index", "-1"),
+    "another measure of text": column("animal", "much"),
+    "another measure of inf": column("animal", "-inf"),
+    "a row in place of another": lambda whole: b"".join(
+        [*whole.splitlines(keepends=True)[:-1], whole.splitlines(keepends=True)[-2]]
+    ),
+    "every row twice": doubled,
     "a row short": lambda whole: b"\n".join(whole.splitlines()[:-1]) + b"\n",
 }
 
@@ -400,10 +455,14 @@ def run_folders() -> Iterator[Case]:
         yield Case(f"metrics, plot: {name}", ("plot", "runs"), "run", files)
     for name, change in ROWS.items():
         yield Case(f"rows, plot: {name}", ("plot", "runs"), "run", {f"{place}/eval.csv": change})
+    for name, change in TIMES.items():
+        files = {f"{place}/timing.jsonl": change}
+        yield Case(f"seconds, plot: {name}", ("plot", "runs", "--x", "seconds"), "run", files)
     for name, change in FACTS.items():
         files = {f"{place}/provenance.json": change}
         yield Case(f"provenance, show: {name}", ("show", place), "run", files)
         yield Case(f"provenance, run: {name}", GO_ON, "half", {"{half}/provenance.json": change})
+    yield from _lost()
     for name in ("half", "a line of text", "a line of a list", "binary", "deep"):
         files = {"{half}/metrics.jsonl": METRICS[name]}
         yield Case(f"metrics, run: {name}", GO_ON, "half", files)
@@ -422,6 +481,27 @@ def run_folders() -> Iterator[Case]:
         "run",
         {f"{place}/../seed-1/config.json": other, f"{place}/../seed-1/eval.csv": gone},
     )
+
+
+def _lost() -> Iterator[Case]:
+    """Runs that have lost a part, or went on with other inputs or packages."""
+    facts, other = "{half}/provenance.json", {"model": "0" * 12, "prompts": "0" * 12}
+    ended = "2030-01-01T00:00:00+00:00"
+    checkpoints: dict[str, Change] = {
+        f"{{half}}/checkpoints/{part}.safetensors": gone for part in ("last", "previous")
+    }
+    lost: dict[str, Mapping[str, Change]] = {
+        "no checkpoint": checkpoints,
+        "no provenance": {facts: gone},
+        "no provenance, no checkpoint": {facts: gone, **checkpoints},
+        "other packages": {facts: edited(packages={"torch": "1.0"})},
+        "other inputs": {facts: edited(inputs=other)},
+        "ended with other inputs": {facts: edited(inputs=other, ended=ended)},
+        "ended with inputs of a list": {facts: edited(inputs=[], ended=ended)},
+        "ended with scorers of text": {facts: edited(inputs={"scorers": "x"}, ended=ended)},
+    }
+    for name, files in lost.items():
+        yield Case(f"lost, run: {name}", GO_ON, "half", files)
 
 
 # ---- safetensors

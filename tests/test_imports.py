@@ -72,8 +72,8 @@ ONLY_IN = {
 LIGHT = (
     "d3po_bench", "d3po_bench.cli", "d3po_bench.config", "d3po_bench.errors",
     "d3po_bench.feedback.commands", "d3po_bench.listing",
-    "d3po_bench.models", "d3po_bench.objectives", "d3po_bench.prompts", "d3po_bench.registry",
-    "d3po_bench.types", "baselines", "eval", "eval.scorers",
+    "d3po_bench.models", "d3po_bench.objectives", "d3po_bench.places", "d3po_bench.prompts",
+    "d3po_bench.registry", "d3po_bench.types", "baselines", "eval", "eval.scorers",
 )  # fmt: skip
 """What `--help` and `list` load; of the packages among them, the `__init__.py`."""
 

@@ -599,6 +599,29 @@ def test_full_disk(tmp_path: Path) -> None:
         report.plot([folder], tmp_path)
 
 
+def test_seeds_of_other_inputs_are_not_averaged(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, seed=seed) for seed in range(3)]
+
+    def put(number: int, **inputs: str) -> None:
+        (folders[number] / "provenance.json").write_text(json.dumps({"inputs": inputs}))
+
+    put(1, model="m1", prompts="p1")  # seed 0 has none on record
+    put(2, model="m1", prompts="p1")
+    assert len(report.read_groups([tmp_path])) == 1
+    for name, value in {"model": "m2", "prompts": "p2"}.items():
+        put(2, **{"model": "m1", "prompts": "p1"} | {name: value})
+        said = refused(lambda: report.read_groups([tmp_path]))
+        assert all(str(folder) in said for folder in folders[1:])
+        assert f"share their {name}, got {name[0]}1 in" in said
+
+
+def test_methods_on_other_weights_of_a_model_are_not_compared(tmp_path: Path) -> None:
+    for method, model in {"d3po": "m1", "ddpo": "m2"}.items():
+        facts = {"inputs": {"model": model}}
+        (write_run(tmp_path, method=method) / "provenance.json").write_text(json.dumps(facts))
+    refused(lambda: report.read_groups([tmp_path]))
+
+
 def test_unknown_x(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pairs, images, scorer_calls, unet_forwards, seconds"):
         report.plot([tmp_path], x="epochs")

@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from d3po_bench import train
+from d3po_bench import store, train
 from d3po_bench.errors import RunError
+from d3po_bench.models.stable_diffusion import Source, fingerprint
 from d3po_bench.store import RunStore
+from eval import verify
 from tests import kills, test_cli
 from tests.test_cli import ROOT, Command, Stop, files, refused, run_of, seed_folder, written
 from tests.test_store import flipped, truncated
@@ -133,3 +139,135 @@ def test_a_run_without_a_whole_checkpoint_is_refused(
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     refused(command(*run_of(micro)), "last.safetensors", "previous.safetensors", "start again")
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
+# ---- gone on with elsewhere, or with other inputs
+
+
+def stopped(command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was stopped in its second round."""
+    with monkeypatch.context() as patch:
+        stop = Stop(train.Trainer.train_round, lambda t, *_: t.round == 1, KeyboardInterrupt())
+        patch.setattr(train.Trainer, "train_round", stop)
+        assert command(*run_of(micro)).code == 1
+    return seed_folder(Path("runs"), micro)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def test_a_run_that_has_not_ended_says_how_it_is_computed(
+    command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = RunStore(stopped(command, micro, monkeypatch)).provenance()
+    assert facts["execution"]["micro_batch"] == 32
+    assert facts["checkpointed"] is True
+    (session,) = facts["sessions"]
+    told = {"after_round", "execution", "device", "threads", "deterministic", "packages", "commit"}
+    assert told <= session.keys()
+    assert all(facts[name] == session[name] for name in session.keys() - {"after_round"})
+
+
+def test_going_on_with_other_packages_is_refused(
+    command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(command, micro, monkeypatch)
+    version, before = store._version, contents(folder)
+    monkeypatch.setattr(store, "_version", lambda n: "1.0" if n == "torch" else version(n))
+    refused(command(*run_of(micro)), f"torch {torch.__version__}", "got others (torch 1.0)")
+    assert contents(folder) == before
+
+
+def test_going_on_with_a_smaller_batch_is_on_record(
+    command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(command, micro, monkeypatch)
+    assert command(*run_of(micro, micro_batch=2)).code == 0
+    facts = RunStore(folder).provenance()
+    assert [s["execution"]["micro_batch"] for s in facts["sessions"]] == [32, 2]
+    assert [s["after_round"] for s in facts["sessions"]] == [0, 1]
+    assert facts["execution"]["micro_batch"] == 32
+    shown = command("show", folder).out
+    assert "made in several environments:\n  start 2, after round 1  execution.micro_batch" in shown
+    said = "was made in several environments: from round 1 with other execution.micro_batch"
+    assert said in list(verify.check_run(folder))
+
+
+def test_going_on_in_the_same_environment_is_nothing_to_tell(
+    command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(command, micro, monkeypatch)
+    assert command(*run_of(micro)).code == 0
+    assert len(RunStore(folder).provenance()["sessions"]) == 2
+    assert "several environments" not in command("show", folder).out
+    assert not any("several environments" in problem for problem in verify.check_run(folder))
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpoint_every": 2, "eval_every": 0}])
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    settings: dict[str, int], command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = run_of(micro, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "checkpoint", Stop(None, lambda *_: True, KeyboardInterrupt()))
+        assert command(*every).code == 1
+    folder = seed_folder(Path("runs"), micro)
+    rows = RunStore(folder)
+    assert rows.metrics or rows.evaluation
+    assert not (folder / "checkpoints").exists()
+    assert command(*every).code == 0
+    assert command(*run_of(micro, "--out", "whole", **settings)).code == 0
+    assert written(folder, ("metrics.jsonl",)) == written(
+        seed_folder(Path("whole"), micro), ("metrics.jsonl",)
+    )
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused(
+    command: Command, micro: Path, half: Path
+) -> None:
+    folder = seed_folder(half, micro)
+    shutil.rmtree(folder / "checkpoints")
+    before = contents(folder)
+    refused(command(*run_of(micro)), "checkpoints/last.safetensors", "Restore it", "--out")
+    assert contents(folder) == before
+
+
+def test_a_finished_run_of_other_weights_is_refused(command: Command, micro: Path) -> None:
+    model = Path("model").absolute()
+    shutil.copytree(micro, model)
+    assert command(*run_of("model", rounds=1)).code == 0
+    assert "finished before" in command(*run_of("model", rounds=1)).err
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    refused(command(*run_of("model", rounds=1)), "Expected the model that the run", "got others")
+
+
+def test_a_finished_run_of_other_prompts_is_refused(command: Command, micro: Path) -> None:
+    Path("list.txt").write_text("cat\ndog\n")
+    wanted = run_of(micro, rounds=1, prompts="list.txt")
+    assert command(*wanted).code == 0
+    Path("list.txt").write_text("cat\nfox\n")
+    refused(command(*wanted), "Expected the prompts that the run", "got others")
+
+
+def test_a_finished_run_of_another_scorer_is_refused_where_that_can_be_told(
+    command: Command, micro: Path, half: Path
+) -> None:
+    path = seed_folder(half, micro) / "provenance.json"
+    facts = json.loads(path.read_text()) | {"ended": "2030-01-01T00:00:00+00:00"}
+    facts["inputs"]["scorers"] = {"jpeg_size": "code", "image_reward": "of weights not here"}
+    path.write_text(json.dumps(facts))
+    assert command(*run_of(micro)).code == 0
+    facts["inputs"]["scorers"] = {"jpeg_size": "another"}
+    path.write_text(json.dumps(facts))
+    refused(command(*run_of(micro)), "Expected the scorers that the run", "got others")
+
+
+def test_finished_runs_are_looked_at_without_reading_the_model_again(
+    micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(path=str(micro))
+    name = fingerprint(source)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert fingerprint(source) == name

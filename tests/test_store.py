@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from d3po_bench import store
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.origins import differing, sessions
+from d3po_bench.reading import read_facts
 from d3po_bench.store import RunStore, write_atomically
 
 CONFIG = RunConfig(method="d3po", objective="incompress")
@@ -443,6 +445,84 @@ def test_provenance_keeps_the_start_and_tells_the_end(run: RunStore) -> None:
     assert (before, run.finished) == (False, True)
     assert run.provenance()["started"] == started
     assert run.provenance()["device"] == "cuda"
+
+
+def test_each_start_that_goes_on_is_on_record_beside_the_first(run: RunStore) -> None:
+    begun = run.provenance()
+    run.checkpoint(*state(3))
+    later = RunStore(run.folder)
+    later.start(CONFIG, inputs=begun["inputs"], after=3, facts={"round": 7}, device="cuda", gpu="A")
+    facts = later.provenance()
+    first, second = facts["sessions"]
+    assert [first["after_round"], second["after_round"]] == [0, 3]
+    assert differing(first, second) == {"device": ("cpu", "cuda"), "gpu": (None, "A")}
+    told = {"sessions": [first, second], "checkpointed": True, "round": 7}
+    assert facts == begun | told
+    later.finish()
+    assert "gpu" not in later.provenance()
+
+
+def test_a_start_of_which_nothing_is_kept_is_not_on_record(run: RunStore) -> None:
+    run.start(CONFIG, inputs=run.provenance()["inputs"], device="cuda")
+    facts = run.provenance()
+    assert facts["device"] == "cuda"
+    assert [session["device"] for session in facts["sessions"]] == ["cuda"]
+
+
+def test_a_start_that_left_nothing_is_not_on_record(run: RunStore) -> None:
+    inputs = run.provenance()["inputs"]
+    run.checkpoint(*state(0))
+    for after, device in ((0, "a"), (0, "b"), (1, "c"), (3, "d"), (3, "e"), (1, "f")):
+        run.start(CONFIG, inputs=inputs, after=after, device=device)
+    told = [(s["after_round"], s["device"]) for s in run.provenance()["sessions"]]
+    assert told == [(0, "cpu"), (0, "b"), (1, "f")]
+
+
+def test_a_run_of_an_older_version_has_one_session(run: RunStore) -> None:
+    facts = run.provenance()
+    (recorded,) = facts.pop("sessions")
+    assert differing(recorded, sessions(facts)[0]) == {}
+
+
+def test_sessions_differ_in_packages_and_settings_by_name() -> None:
+    one = {"started": "1", "packages": {"torch": "2", "numpy": "1"}, "execution": {"threads": 1}}
+    other = {"started": "2", "packages": {"torch": "3", "numpy": "1"}, "execution": {"threads": 2}}
+    assert differing(one, one | {"started": "2", "after_round": 4}) == {}
+    assert differing(one, other) == {"packages.torch": ("2", "3"), "execution.threads": (1, 2)}
+
+
+def test_a_run_does_not_go_on_with_other_packages(
+    run: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.require_packages()
+    began = run.provenance()["packages"]
+    changed = {"torch": "1.0", "peft": None}
+    monkeypatch.setattr(store, "_version", lambda name: changed.get(name, began[name]))
+    with pytest.raises(UserError) as told:
+        run.require_packages()
+    then, here = f"(peft {began['peft']}, torch {began['torch']})", "(peft (none), torch 1.0)"
+    assert f"began with {then}, got others {here}. Install those versions" in str(told.value)
+
+
+def test_what_a_run_has_lost_is_named(run: RunStore) -> None:
+    run.require_rest(checkpoint=False)  # killed before the first
+    run.checkpoint(*state(1))
+    run.require_rest(checkpoint=True)
+    with pytest.raises(UserError, match=r"Expected checkpoints/last.safetensors .* got no such"):
+        run.require_rest(checkpoint=False)
+    (run.folder / "provenance.json").unlink()
+    with pytest.raises(UserError, match=r"Expected provenance.json beside the rest of the run"):
+        run.require_rest(checkpoint=True)
+
+
+@pytest.mark.parametrize("strange", [{"sessions": 3}, {"sessions": [3]}, {"packages": []}])
+def test_a_provenance_of_another_shape_is_refused(run: RunStore, strange: dict[str, Any]) -> None:
+    path = run.folder / "provenance.json"
+    path.write_text(json.dumps(run.provenance() | strange))
+    with pytest.raises(UserError, match="got a damaged file"):
+        run.require_packages()
+    with pytest.raises(UserError, match="names and values as"):
+        read_facts(run.folder)
 
 
 def test_a_damaged_provenance_is_refused(run: RunStore) -> None:

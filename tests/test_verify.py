@@ -296,6 +296,28 @@ def test_a_run_of_other_versions(package: str, home: Path) -> None:
     assert any("differ in more than the seed" in p for p in found(home, "sets"))
 
 
+@pytest.mark.parametrize("changed", [{"model": "0" * 12}, {"prompts": "0" * 12}, None])
+def test_a_run_of_other_inputs(changed: dict[str, str] | None, home: Path) -> None:
+    path = home / "results" / SEED / "provenance.json"
+    facts = json.loads(path.read_text())
+    facts["inputs"] = None if changed is None else {**facts["inputs"], **changed}
+    path.write_text(json.dumps(facts))
+    assert any("differ in more than the seed" in p for p in found(home, "sets"))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [({}, []), ({"threads": 9, "gpu": "A"}, ["threads, gpu"])]
+)
+def test_a_run_that_went_on_elsewhere(other: dict[str, Any], said: list[str], home: Path) -> None:
+    path = home / "results" / SEED / "provenance.json"
+    facts = json.loads(path.read_text())
+    first = {"started": "a", "after_round": 0, "threads": 1}
+    facts["sessions"] = [first, {**first, "started": "b", "after_round": 3, **other}]
+    path.write_text(json.dumps(facts))
+    where = "tiny/incompress/d3po/seed-1: was made in several environments: from round 3 with other"
+    assert found(home, "runs") == [f"{where} {names}" for names in said]
+
+
 def test_an_unreadable_run(home: Path) -> None:
     (home / "results" / SEED / "metrics.jsonl").write_text("{")
     assert any("cannot be read" in p for p in found(home, "runs"))

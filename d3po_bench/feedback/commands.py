@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from d3po_bench.places import PLACE
+
 if TYPE_CHECKING:
     from d3po_bench.feedback.labels import Plan
     from d3po_bench.feedback.rounds import Kind, Question
@@ -18,7 +20,7 @@ QUESTIONS = ("deformed", "unsafe", "better", "alignment")
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
 )
-FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+FOLDER = click.argument("folder", type=PLACE)
 LABELS = click.option(
     "--labels", help="SQLAlchemy URL of the votes; default: labels.sqlite in FOLDER."
 )
@@ -38,11 +40,11 @@ SETTINGS = click.option(
 @click.option("--question", type=click.Choice(QUESTIONS), help="Default: deformed, or better.")
 @click.option("--images", type=click.IntRange(2, 9), help="A prompt; default: 7 to tag, 2 a pair.")
 @click.option(
-    "--from", "before", type=click.Path(path_type=Path),
+    "--from", "before", type=PLACE,
     help="Run folder of `feedback train` that draws; default: the pretrained model.",
 )  # fmt: skip
 @click.option(
-    "--pictures", multiple=True, type=click.Path(path_type=Path),
+    "--pictures", multiple=True, type=PLACE,
     help="Instead of drawing, a folder with metadata.csv (file_name,text); repeatable.",
 )  # fmt: skip
 @click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
@@ -169,7 +171,7 @@ def status(folder: Path, votes: int, labels: str | None) -> None:
 @click.command()
 @FOLDER
 @click.option(
-    "--out", type=click.Path(path_type=Path),
+    "--out", type=PLACE,
     help="Also write a CSV of source, share, low, high and raters.",
 )  # fmt: skip
 @LABELS
@@ -199,7 +201,7 @@ def choices(folder: Path, out: Path | None, labels: str | None) -> None:
 
 @click.command()
 @FOLDER
-@click.option("--out", type=click.Path(path_type=Path), help="Default: labels.csv in FOLDER.")
+@click.option("--out", type=PLACE, help="Default: labels.csv in FOLDER.")
 @LABELS
 def export(folder: Path, out: Path | None, labels: str | None) -> None:
     """Write the votes on the round in FOLDER as CSV, or as JSON where --out ends so.
@@ -224,11 +226,11 @@ def export(folder: Path, out: Path | None, labels: str | None) -> None:
     "--passes", type=click.IntRange(1, 10**4), default=1, show_default=True, help="Over the votes."
 )
 @click.option(
-    "--label-files", type=click.Path(path_type=Path),
+    "--label-files", type=PLACE,
     help="Folder of label files of the published code instead of votes.",
 )  # fmt: skip
 @click.option("--preset", help="Settings to start from; default: the one made for the model.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: FOLDER/trained/METHOD.")
+@click.option("--out", type=PLACE, help="Default: FOLDER/trained/METHOD.")
 @SETTINGS
 @DEVICE
 @LABELS

@@ -224,7 +224,10 @@ def train(data: Data, request: Request, out: Path, report: Report = lambda progr
     _require_differences(data, request.method)
     _require_same_votes(data, out)
     trainer = partial(FeedbackTrainer, data)
-    run_seed(config, execution, out, report=report, make=trainer, facts={"round": _facts(data)})
+    run_seed(
+        config, execution, out, report=report, make=trainer, facts={"round": _facts(data)},
+        prompts=data.prompts,
+    )  # fmt: skip
 
 
 def _require_differences(data: Data, method: str) -> None:
