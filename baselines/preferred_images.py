@@ -42,6 +42,8 @@ class PreferredImages:
     shared_noise: bool = True
 
     images_per_prompt: ClassVar[int] = 2
+    least_images: ClassVar[int] = 2
+    """One image wins against none."""
     reference: ClassVar[Reference | None] = None
 
     def rows(self, rollout: Rollout, rng: Generator) -> Winners:

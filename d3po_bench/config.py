@@ -98,7 +98,7 @@ class RunConfig:
     def _check_images(self) -> None:
         """Refuse fewer images of a prompt than the method, with its options, compares."""
         method = method_of(self)
-        least = getattr(method, "least_images", 1)
+        least = least_images(method)
         if (self.images_per_prompt or method.images_per_prompt) < least:
             raise UserError(
                 f"Expected at least {least} images of each prompt for {self.method}, got "
@@ -323,6 +323,11 @@ def _no_setting(key: str, text: str, known: Mapping[str, Mapping[str, Any]]) -> 
 def method_of(config: RunConfig) -> Any:
     """The method with its options."""
     return registry.method(config.method)(**config.options)
+
+
+def least_images(method: Any) -> int:
+    """Fewest images of a prompt that it learns from: 2 where it compares them with no others."""
+    return int(getattr(method, "least_images", 1))
 
 
 def _parse(key: str, text: str, kind: Any) -> Any:

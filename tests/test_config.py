@@ -244,3 +244,10 @@ def test_the_json_holds_every_field_and_the_id() -> None:
         tuple, (found["lora_targets"], found["eval_scorers"])
     )
     assert RunConfig(**found) == CONFIG
+
+
+@pytest.mark.parametrize("method", ["d3po", "preferred_images"])
+def test_methods_that_compare_want_two_images_of_a_prompt(method: str) -> None:
+    with pytest.raises(UserError, match=f"at least 2 images of each prompt for {method}, got 1"):
+        make(method, "incompress", "quick", {"images_per_prompt": "1"})
+    assert make("ddpo", "incompress", "quick", {"images_per_prompt": "1"})

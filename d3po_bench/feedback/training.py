@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3po_bench.config import FEEDBACK, Execution, RunConfig, make
+from d3po_bench.config import FEEDBACK, Execution, RunConfig, least_images, make, method_of
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.agreement import Floats, preferences
 from d3po_bench.feedback.sampling import (
@@ -35,10 +35,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Options that differ from a preset's: the paper's section 5.2 compares with the last round's
 model, and a tie between votes says nothing."""
-
-
-PAIRWISE = ("d3po", "preferred_images")
-"""Methods that compare images of one prompt alone; others compare with the round, too."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +217,7 @@ def train(data: Data, request: Request, out: Path, report: Report = lambda progr
         UserError: bad input, or another training lies in the folder.
     """
     config, execution = planned(data, request)
-    _require_differences(data, request.method)
+    _require_differences(data, config)
     _require_same_votes(data, out)
     trainer = partial(FeedbackTrainer, data)
     run_seed(
@@ -230,14 +226,14 @@ def train(data: Data, request: Request, out: Path, report: Report = lambda progr
     )  # fmt: skip
 
 
-def _require_differences(data: Data, method: str) -> None:
-    """Refuse votes that teach nothing."""
+def _require_differences(data: Data, config: RunConfig) -> None:
+    """Refuse votes that teach nothing: some methods compare with other prompts' images, too."""
     scores = data.scores[data.judged]
-    pairs = len(preferences(scores.numpy()))
-    if not pairs if method in PAIRWISE else bool((scores == scores.flatten()[0]).all()):
+    within = least_images(method_of(config)) > 1
+    if not len(preferences(scores.numpy())) if within else len(scores.unique()) == 1:
         raise UserError(
             f"Expected votes that prefer an image to another in {data.folder}, got ties alone: "
-            f"{method} has nothing to learn from them. Ask for more votes."
+            f"{config.method} has nothing to learn from them. Ask for more votes."
         )
 
 
