@@ -446,11 +446,10 @@ def _inputs(config: RunConfig, store: RunStore, prompts: Sequence[str] | None) -
         prompts = read_prompts(config.prompts or registry.objective(config.objective).prompts)
     found: Row = {"model": fingerprint(source), "prompts": digest(prompts)}
     inputs = store.provenance().get("inputs")
-    began = inputs.get("scorers") if isinstance(inputs, dict) else None
-    if isinstance(began, dict):
-        today = {name: _scorer_fingerprint(name, source.scorers) for name in began}
-        found["scorers"] = {name: today[name] or began[name] for name in began}
-    return found
+    began = inputs.get("scorers", {}) if isinstance(inputs, dict) else {}
+    known = began if isinstance(began, dict) else {}  # what is none is none of today's, either
+    today = {name: _scorer_fingerprint(name, source.scorers) for name in known}
+    return found | {"scorers": {name: today[name] or known[name] for name in known}}
 
 
 def _scorer_fingerprint(name: str, weights: str) -> str | None:

@@ -4,7 +4,8 @@ On the same platform with the same versions, the bytes of metrics.jsonl and eval
 published ones. Elsewhere rounding differs and training amplifies it, until a run is at worst as
 far from the published one as another seed is. So the check asks, on both sides, whether the new
 run could be another seed of its cell, and whether it is as near to the published seed as two seeds
-are to each other. See docs/determinism.md for the rate of false alarms, and for what it detects.
+are to each other; of the first round, where rounding has had no time to grow, whether it is the
+same. See docs/determinism.md for the rate of false alarms, and for what it detects.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ FIRST_ROUND = {"cpu": 3e-4, "": 1e-2}
 
 It starts from the same pictures, and rounding has a few updates to grow in: less than 1e-5 was
 measured on a CPU in fp32. Another learning rate shows from the second update on."""
+
+START = ("score_mean", "score_std", "loss", "grad_norm")
+"""What is compared of it: every method has them, and none counts how often something happened."""
 
 TINY = 1e-3
 """What smaller numbers of the first round count as: they are differences of nearly equal ones."""
@@ -221,7 +225,7 @@ def _statistical(published: Path, again: Path) -> tuple[list[str], list[str]]:
     rows, new = {run.name: _scores(run) for run in seeds}, _scores(again)
     if rows[published.name].keys() != new.keys():
         return [*wrong, "its evaluations are of other images"], []
-    wrong += [*_other_base(rows[published.name], new), *_other_start(published, again)]
+    wrong += [*_other_base(rows[published.name], new), *other_start(published, again)]
     found, details = _other_end(published.name, rows, new)
     return wrong + found, details
 
@@ -242,13 +246,21 @@ def _other_work(published: Path, again: Path) -> Iterator[str]:
             yield f"its counts differ: {name} ends at {a[-1:]} and {b[-1:]}"
 
 
-def _other_start(published: Path, again: Path) -> Iterator[str]:
-    """Learning starts from the base model's pictures, so its first round can be told apart."""
+def other_start(published: Path, again: Path) -> Iterator[str]:
+    """Learning starts from the base model's pictures, so its first round can be told apart.
+
+    Args:
+        published: folder of a run.
+        again: of one that should be the same seed with the same settings.
+
+    Raises:
+        UserError: a file of either is damaged.
+    """
     facts, config = (read_facts(published), read_facts(again)), read_config(published)
     exact = config.get("dtype") == "fp32" and all(f.get("device") == "cpu" for f in facts)
     allowed = FIRST_ROUND["cpu" if exact else ""]
-    then, now = (read_lines(run / "metrics.jsonl")[0] for run in (published, again))
-    for name in (k for k, v in then.items() if isinstance(v, float) and k in now):
+    then, now = (next(iter(read_lines(r / "metrics.jsonl")), {}) for r in (published, again))
+    for name in (k for k in START if isinstance(then.get(k), float) and k in now):
         off = abs(then[name] - now[name]) / max(abs(then[name]), TINY)
         if off > allowed:
             yield (

@@ -85,9 +85,10 @@ def record(folder: Path) -> Path:
 
 
 def _listed(folder: Path) -> list[str]:
-    """Every file but the manifest and what Python leaves behind."""
+    """Every file but the manifest and what tools leave behind: compiled code, hidden files."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    return sorted(p.relative_to(folder).as_posix() for p in paths if p.name != MANIFEST)
+    names = (p.relative_to(folder) for p in paths if p.name != MANIFEST)
+    return sorted(n.as_posix() for n in names if not any(part[0] == "." for part in n.parts))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     python results/rerun_power.py
 
 Each is compared with the published seeds of its method on its objective, as another seed, which
-needs no training; the intervals of the same seed do, and are not used here.
+needs no training; the intervals of the same seed do, and are not used here. A run at a wrong rate
+is also compared with one of its own seed at the published rate, by its first round.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.rerun import FALSE_ALARM, end_of
+from eval.rerun import FALSE_ALARM, end_of, other_start
 from eval.statistics import another_seed
 
 HOME = Path(__file__).parent
@@ -39,7 +40,11 @@ def cells() -> Iterator[list[Path]]:
         yield sorted(place.glob("seed-*"))
 
 
-def tries() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any], list[Path]]]:
+Try = tuple[Path, dict[str, Any], dict[str, Any], list[Path]]
+"""A run, its config, a published config of its method, and the published seeds of that."""
+
+
+def tries() -> Iterator[Try]:
     """Whole runs elsewhere of published settings, or of these at another rate."""
     for path in sorted([*HOME.glob("confirm/**/config.json"), *HOME.glob("search/**/config.json")]):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -53,26 +58,38 @@ def tries() -> Iterator[tuple[Path, dict[str, Any], dict[str, Any], list[Path]]]
             yield path.parent, config, published, seeds
 
 
-def rows() -> Iterator[tuple[str, int, int]]:
-    """What was compared, how many, and how many are called not reproduced."""
+def by_seed(found: list[Try]) -> dict[tuple[Any, ...], Path]:
+    """Method, objective and seed -> a run of those with the published settings."""
+    return {
+        tuple(config[k] for k in ("method", "objective", "seed")): run
+        for run, config, published, _ in found
+        if config["learning_rate"] == published["learning_rate"]
+    }
+
+
+def rows() -> Iterator[tuple[str, int, int, str]]:
+    """What was compared, how many, and how many are called not reproduced, by end and by start."""
     own = [outside(seed, [s for s in seeds if s != seed]) for seeds in cells() for seed in seeds]
-    yield "published seeds, each against the other four", len(own), sum(own)
-    fresh: list[bool] = []
-    wrong: dict[str, list[bool]] = {}
-    for run, config, published, seeds in tries():
-        found = outside(run, seeds)
-        rates = config["learning_rate"], published["learning_rate"]
+    yield "published seeds, each against the other four", len(own), sum(own), ""
+    found = list(tries())
+    right, fresh = by_seed(found), []
+    wrong: dict[str, list[tuple[bool, bool]]] = {}
+    for run, config, published, seeds in found:
+        alarm, rates = outside(run, seeds), (config["learning_rate"], published["learning_rate"])
         if rates[0] == rates[1]:
-            fresh.append(found)
-        else:
-            name = f"{config['method']}, {rates[0]:g} for {rates[1]:g}"
-            wrong.setdefault(name, []).append(found)
-    yield "fresh seeds with the published settings", len(fresh), sum(fresh)
+            fresh.append(alarm)
+            continue
+        twin = right[config["method"], config["objective"], config["seed"]]
+        name = f"{config['method']}, {rates[0]:g} for {rates[1]:g}"
+        wrong.setdefault(name, []).append((alarm, any(other_start(twin, run))))
+    yield "fresh seeds with the published settings", len(fresh), sum(fresh), ""
     for name, alarms in wrong.items():
-        yield f"a wrong rate: {name}", len(alarms), sum(alarms)
+        ends, starts = (sum(column) for column in zip(*alarms, strict=True))
+        yield f"a wrong rate: {name}", len(alarms), ends, str(starts)
 
 
 if __name__ == "__main__":
-    print("| runs | number | called not reproduced |\n|---|--:|--:|")
-    for what, number, alarms in rows():
-        print(f"| {what} | {number} | {alarms} |")
+    print("| runs | number | not reproduced, by the end | by the first round of the same seed |")
+    print("|---|--:|--:|--:|")
+    for cells_ in rows():
+        print(f"| {' | '.join(map(str, cells_))} |")

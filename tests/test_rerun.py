@@ -199,6 +199,22 @@ def test_a_drift_far_off_is_not_reproduced(made: Path, tmp_path: Path, by: float
     assert "log kl" in verdict.said
 
 
+@pytest.mark.parametrize(("by", "fine"), [(1 + 1e-4, True), (1 + 1e-3, False), (1 - 1e-3, False)])
+def test_the_first_round_is_near(made: Path, tmp_path: Path, by: float, fine: bool) -> None:
+    """A wrong rate moves it by a thousandth and more, rounding by far less."""
+
+    def change(folder: Path) -> None:
+        scaled(SCORE, 1 + 1e-6)(folder)
+        first, *rest = (folder / "metrics.jsonl").read_text().splitlines()
+        found = json.loads(first)
+        text = json.dumps({**found, "grad_norm": found["grad_norm"] * by})
+        (folder / "metrics.jsonl").write_text("\n".join([text, *rest]) + "\n")
+
+    verdict = judged(made, tmp_path, change)
+    assert verdict.reproduced is fine, verdict
+    assert fine or "grad_norm of round 1 is" in verdict.said
+
+
 def test_another_base_model_is_not_reproduced(made: Path, tmp_path: Path) -> None:
     verdict = judged(made, tmp_path, scaled(SCORE, 1.5, "03"))
     assert "the base model's scores differ" in verdict.said
