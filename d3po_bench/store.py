@@ -228,7 +228,7 @@ class RunStore:
         if not path.exists():
             write_atomically(path, config.to_json().encode())
         known = {} if after is None else self.provenance()
-        session = {**_environment(), **how}
+        session = {**environment(), **how}
         self._checkpointed = after is not None
         self._write_facts({
             **(known or session), **(facts or {}), "inputs": inputs,
@@ -263,7 +263,7 @@ class RunStore:
             UserError: naming the packages and both their versions.
         """
         began = self.provenance().get("packages", {})
-        require_packages(self.folder, began, _environment()["packages"])
+        require_packages(self.folder, began, environment()["packages"])
 
     def require_rest(self, *, checkpoint: bool) -> None:
         """Refuse a folder that has lost what a run that came so far had written.
@@ -543,7 +543,7 @@ def read_csv(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def _environment() -> Row:
+def environment() -> Row:
     """Versions, machine and commit, for provenance.json."""
     return {
         "started": now(),

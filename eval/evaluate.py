@@ -7,6 +7,7 @@ number of processes ends with the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import time
@@ -22,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from d3po_bench import registry
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.prompts import read_pictures, read_prompts
-from d3po_bench.reading import read_config
-from d3po_bench.store import csv_bytes, now, png_bytes, read_csv, write_atomically
+from d3po_bench.reading import read_config, readable
+from d3po_bench.store import csv_bytes, environment, now, png_bytes, read_csv, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,8 @@ class Plan:
     adapter: str
     """Folder of a LoRA or a trained UNet; empty for the base model itself."""
     prompts: tuple[str, ...]
+    content: str = ""
+    """What names the files of the model and the adapter, or the pictures."""
     files: tuple[str, ...] = ()
     """The picture of each prompt, where there are pictures to score instead of a model."""
     images: int = 1
@@ -191,13 +194,16 @@ def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
 
 
 def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
+    from d3po_bench.models.stable_diffusion import content, fingerprint
     from d3po_bench.train import model_source
 
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
+    learnt = f" + {content(Path(adapter))[:12]}" if adapter else ""
     return Plan(
         model=model,
         adapter=adapter,
+        content=fingerprint(source) + learnt,
         prompts=tuple(_chosen(prompts, request.count)),
         images=request.images,
         steps=request.steps or config.get("sampling_steps", 20),
@@ -248,9 +254,22 @@ def _pictures(request: Request) -> Plan:
     files, prompts = zip(*read_pictures(request.target), strict=True)
     return Plan(
         model=str(request.target), adapter="", prompts=prompts, files=files,
-        scorers=_checked(request.scorers), samplers=("",),
+        content=_digest(request.target, files), scorers=_checked(request.scorers), samplers=("",),
         weights="tiny" if request.model == "tiny" else "official",
     )  # fmt: skip
+
+
+def _digest(folder: Path, files: Sequence[str]) -> str:
+    """Twelve hex digits that name the bytes of pictures.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    whole = hashlib.sha256()
+    for name in files:
+        with readable(folder / name), (folder / name).open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:12]
 
 
 # ---- the folder
@@ -272,8 +291,8 @@ def _taken(out: Path, plan: Plan) -> Iterator[None]:
     fresh = [place for place in (out, *out.parents) if not place.exists()]
     if path.exists() and path.read_bytes() != data:
         raise UserError(
-            f"Expected {out} to be empty or to hold this evaluation, got another one's plan.json. "
-            "Give another --out, or remove that folder."
+            f"Expected {out} to be empty or to hold this evaluation, got the plan.json of another, "
+            "or of other weights or pictures. Give another --out, or remove that folder."
         )
     new = not path.exists()
     write_atomically(path, data)
@@ -333,7 +352,9 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
     write_atomically(out / "rows.csv", csv_bytes(rows))
     used = _scorers(plan, request.device)
     facts = {
+        **{name: fact for name, fact in environment().items() if name != "started"},
         "ended": now(),
+        "content": plan.content,
         "scorers": {name: selfcheck.fingerprint(scorer) for name, scorer in used.items()},
         "unchecked_scorers": selfcheck.unchecked(used),
         **_plugins(plan),

@@ -6,6 +6,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,7 +268,7 @@ def test_another_evaluation_in_the_folder_is_refused(
     out = tmp_path / "out"
     evaluate.run(request(micro, prompts=prompts, out=out, count=3))
     before = (out / "rows.csv").read_bytes()
-    with pytest.raises(UserError, match="got another one's plan"):
+    with pytest.raises(UserError, match=r"got the plan\.json of another"):
         evaluate.run(request(micro, prompts=prompts, out=out, count=4))
     assert (out / "rows.csv").read_bytes() == before
 
@@ -326,6 +327,28 @@ def test_stable_diffusion_has_a_list_that_is_fetched(
     assert said.count("\n") == 1
     assert "d3po-bench weights fetch prompts-image-reward" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_evaluated_must_not_change_on_the_way(
+    micro: Path, adapter: Path, prompts: str, tmp_path: Path
+) -> None:
+    lora = shutil.copytree(adapter, tmp_path / "lora")
+    asked = request(lora, model=str(micro), prompts=prompts, out=tmp_path / "out", count=2)
+    facts = json.loads((evaluate.run(asked) / "provenance.json").read_text())
+    assert facts["content"] == evaluate.planned(asked).content
+    assert facts["packages"]["torch"] == torch.__version__
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match="or of other weights or pictures"):
+        evaluate.run(asked)
+
+
+def test_pictures_must_not_change_on_the_way(tmp_path: Path) -> None:
+    folder = gallery(tmp_path / "pictures", 3)
+    asked = request(folder, out=tmp_path / "out")
+    evaluate.run(asked)
+    shutil.copy(folder / "0.png", folder / "1.png")
+    with pytest.raises(UserError, match="or of other weights or pictures"):
+        evaluate.run(asked)
 
 
 def test_provenance_names_scorers_and_versions(micro: Path, prompts: str, tmp_path: Path) -> None:
