@@ -20,6 +20,7 @@ try reference-sampling d3po reference=sampling
 try update-per-timestep d3po update_every=timestep
 try own-noise d3po shared_noise=false
 try two-images d3po pairs=all images_per_prompt=2 prompts_per_round=64 units_per_update=8
+try adam d3po optimizer=adam
 try one-of-two-copies d3po prompts_per_round=8 units_per_update=1
 try dpok-gaussian dpok
 try dpok-noise-mse dpok kl=noise_mse

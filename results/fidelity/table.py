@@ -19,6 +19,7 @@ WHAT = {
     "update-per-timestep": "`update_every=timestep` (four times as many updates)",
     "own-noise": "`shared_noise=false`",
     "two-images": "two images of a prompt: 768 pairs from as many images, in as many updates",
+    "adam": "`optimizer=adam`: the decay passes through Adam's normalisation",
     "one-of-two-copies": "half of the pairs, one pair per update: a copy that never synchronises",
     "dpok-gaussian": "DPOK, preset `quick`",
     "dpok-noise-mse": "`kl=noise_mse`",
