@@ -5,7 +5,8 @@ denoising step to the pretrained model. Between steps of equal variance that KL 
 Differences: yk7333/d3po's "KL" is one between categorical distributions over the batch, which
 is zero for one image (`kl=none` is the same as that code); google-research/dpok penalises the
 squared difference of the noises (`noise_mse`), clamps the ratio without PPO's maximum
-(`hard_clamp`), and subtracts a learnt value (`value`).
+(`hard_clamp`), and subtracts a learnt value (`value`; theirs is fitted to rewards of a replay
+buffer, ours to the round's advantages).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The row "preferred images" of the D3PO paper's Table 1, which gives no detail; its code has none.
 Images are drawn and compared as in D3PO; those with the largest reward of their prompt are kept,
-unless all images of the prompt are equal.
+unless all images of the prompt are equal. The loss is Ho et al. 2020, Eq. 14.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Reward Weighted regression: the denoising loss on own samples, weighted by their reward.
 
-Lee et al. 2023 (arXiv:2302.12192), in the online form of Black et al. 2023 (section 4.2, RWR).
+Lee et al. 2023 (arXiv:2302.12192), in the online form of Black et al. 2023 (section 4.2,
+RWR): w(r) |noise - predicted noise|^2, the loss of Ho et al. 2020 (Eq. 14) weighted by the reward.
 The D3PO paper compares with it and prints no settings; its code has none of it. Default
 weights: softmax of the per-prompt advantage over the round. Switches: softmax of the raw reward
 (jannerm/ddpo, whose "temperature" multiplies), the best tenth alone (their RWR-sparse), and
@@ -64,7 +65,7 @@ class RewardWeighted:
     """Softmax within the images of each prompt instead of over the round."""
     largest_weight: float = 10.0
     quantile: float = 0.9
-    """Of the round's rewards that `sparse` keeps what is above."""
+    """`sparse` keeps the rewards of a round that are at or above it."""
     buffer: int = 16
     minimum: int = 16
     timesteps: Literal["all", "sampler"] = "all"

@@ -183,13 +183,18 @@ def _names(text: str) -> tuple[str, ...]:
 @click.argument("runs", nargs=-1, type=PLACE)
 @click.option(
     "--x",
-    type=click.Choice(["pairs", "images", "scorer_calls", "unet_forwards", "seconds"]),
+    type=click.Choice(
+        ["pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards", "seconds"]
+    ),
     default="pairs",
     show_default=True,
     help="What the horizontal axis counts.",
 )
 @click.option("--out", type=PLACE, help="Folder for the figures.")
-def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
+@click.option(
+    "--unfinished", is_flag=True, help="Draw runs that have not ended, as far as they are."
+)
+def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> None:
     """Draw learning curves with intervals, and before/after sheets.
 
     RUNS are run folders or folders of them; default: runs/.
@@ -201,7 +206,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None) -> None:
     """  # noqa: D301
     from eval.report import plot as draw
 
-    for path in draw(runs or (Path("runs"),), out, x):
+    for path in draw(runs or (Path("runs"),), out, x, unfinished=unfinished):
         click.echo(path)
 
 

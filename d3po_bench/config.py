@@ -198,12 +198,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "fp16",
         "lora_targets": ("to_q", "to_k", "to_v"),
         "eval_scorers": ("clip", "diversity"),
+        "by_method": {"reward_weighted": {"units_per_update": 8}},  # images of four pairs
     },
     "official_code": {
         "prompts_per_round": 20,
         "units_per_update": 1,
         "dtype": "fp16",
-        "by_method": {"dpok": {"kl": "none"}},  # its KL is exactly 0
+        "by_method": {
+            "dpok": {"kl": "none"},  # its KL is exactly 0
+            "reward_weighted": {"units_per_update": 2},  # images of a pair
+        },
         "by_objective": {"aesthetic": {"rounds": 1000, "prompts_per_round": 8}},
     },
 }
@@ -348,5 +352,5 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         words = {bool: "true or false", int: "a whole number", float: "a finite number"}
         wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
         raise UserError(
-            f"Expected {wanted} for {key}, got {text[:80]!r}. Change the value after --set."
+            f"Expected {wanted} for {key}, got {text[:80]!r}. Change that value."
         ) from None

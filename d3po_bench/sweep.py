@@ -73,7 +73,8 @@ def run(path: Path, *, out: Path, jobs: int | None, device: str, resume: bool) -
     if failed:
         raise RunError(
             f"Expected {len(work)} runs that finish, got {len(failed)} that did not "
-            f"({', '.join(failed)}). Run the same command again for those: the others are kept."
+            f"({', '.join(failed)}). Run the same command again for those: the others are kept. "
+            "Where a setting was wrong, correct the grid and remove the folders of those."
         )
     launch.finish({}, out)
 
@@ -88,8 +89,14 @@ def configs(grid: Grid) -> list[RunConfig]:
 
 
 def _work(grid: Grid, out: Path, device: str, resume: bool) -> list[Work]:
-    requests = _requests(grid, out, device, resume)
-    return [work for request in requests for work in launch.planned(request)]
+    work: list[Work] = []
+    for request in _requests(grid, out, device, resume):
+        try:
+            work += launch.planned(request)
+        except UserError as problem:
+            where = f"{request.method} on {request.objective}, seed {request.seeds.start}"
+            raise UserError(f"{problem} This is about {where} of the grid.") from problem
+    return work
 
 
 def _requests(grid: Grid, out: Path, device: str, resume: bool) -> Iterator[Request]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.reading import read_config, read_facts, read_lines
 from eval.statistics import interval
@@ -34,10 +35,11 @@ X_LABELS = {
     "images": "training images generated",
     "scorer_calls": "images scored in training",
     "unet_forwards": "forward passes of the UNet in training (a guided step is two)",
+    "unet_backwards": "backward passes of the UNet in training",
     "seconds": "training time without evaluation (s)",
 }
 
-COUNTS = ("pairs", "images", "scorer_calls", "unet_forwards")
+COUNTS = ("pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards")
 """Of `X_LABELS`, what metrics.jsonl counts; every run has the first two."""
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; a marker beside each.
@@ -126,13 +128,16 @@ class Run:
         return int(self.config["seed"])
 
 
-def plot(runs: Sequence[Path], out: Path | None = None, x: str = "pairs") -> list[Path]:
+def plot(
+    runs: Sequence[Path], out: Path | None = None, x: str = "pairs", *, unfinished: bool = False
+) -> list[Path]:
     """Draw every run below `runs`.
 
     Args:
         runs: run folders, or folders of them at any depth.
         out: folder for the figures; `plots` in the first of `runs` if None.
         x: what the curves are drawn over; a key of `X_LABELS`.
+        unfinished: draw runs that have not ended, too: a mean goes as far as all its seeds have.
 
     Returns:
         The files written: curves.png, curves.svg, and a samples-MODEL-OBJECTIVE-METHOD.png for
@@ -147,7 +152,7 @@ def plot(runs: Sequence[Path], out: Path | None = None, x: str = "pairs") -> lis
     """
     if x not in X_LABELS:
         raise ValueError(f"x must be one of {', '.join(X_LABELS)}, got {x!r}")
-    groups = read_groups(runs)
+    groups = read_groups(runs, unfinished=unfinished)
     out = out or runs[0] / "plots"
     files = _write_curves(
         curves([run for members in groups.values() for run in members], x), x, out
@@ -168,8 +173,12 @@ def _sheet_name(group: Group) -> str:
 # ---- reading
 
 
-def read_groups(paths: Iterable[Path]) -> dict[Group, list[Run]]:
+def read_groups(paths: Iterable[Path], *, unfinished: bool = False) -> dict[Group, list[Run]]:
     """Every run below `paths` by model, objective and method; groups and seeds sorted.
+
+    Args:
+        paths: run folders, or folders of them at any depth.
+        unfinished: take runs that have not ended, too.
 
     Raises:
         UserError: none is found, one cannot be read or was cut short, they are of several base
@@ -177,6 +186,8 @@ def read_groups(paths: Iterable[Path]) -> dict[Group, list[Run]]:
             differ in more than the seed.
     """
     runs = sorted(map(read_run, find_runs(paths)), key=lambda run: (*run.group, run.seed))
+    for run in [] if unfinished else runs:
+        _require_its_end(run)
     _require_one_model(runs)
     _require_one_scorer(runs)
     groups = _grouped(runs)
@@ -345,6 +356,18 @@ def _amount(line: Mapping[str, Any], name: str) -> float:
     if type(value) not in (int, float) or not 0 <= value <= MOST:
         raise ValueError(f"{ascii(value)[:40]} as {name} of round {line['round']}")
     return float(value)
+
+
+def _require_its_end(run: Run) -> None:
+    """Refuse a run that was stopped: its last scores are no end to compare with others'."""
+    done, due = max(run.spent), run.config.get("rounds", RunConfig.rounds)
+    evaluated = max(n for sampler, n in run.scores.index if sampler == "eta1")
+    if done != due or evaluated != due:
+        raise UserError(
+            f"Expected runs that have ended, got {done} of {due} rounds in {run.folder}, evaluated "
+            f"up to {evaluated}. Run its command again, which goes on from there, leave that "
+            "folder out, or `plot --unfinished`."
+        )
 
 
 def _require_one_model(runs: Sequence[Run]) -> None:
@@ -587,8 +610,9 @@ def _draw_panel(axes: Axes, part: Frame, column: str, looks: Looks) -> None:
 
 def _finish_recognised(axes: Axes, above: Axes) -> None:
     """The axes of the panel under a panel, which holds probabilities."""
-    axes.set_ylim(-0.04, 1.04)
-    axes.set_yticks([0, 0.5, 1])
+    low = 0.0 if axes.dataLim.y0 < 0.5 else 0.5
+    axes.set_ylim(low - 0.04 * (1 - low), 1 + 0.04 * (1 - low))
+    axes.set_yticks([low, (1 + low) / 2, 1])
     axes.set_ylabel("recognised\n(probability)")
     above.tick_params(axis="x", labelbottom=False)
 
@@ -632,7 +656,7 @@ def _looks(methods: Iterable[str]) -> Looks:
 
 def _title(objective: str) -> str:
     sign = getattr(_objective(objective), "sign", 0)
-    return objective + {1: " (↑ is better)", -1: " (↓ is better)", 0: ""}[sign]
+    return objective + {1: " (↑ better)", -1: " (↓ better)", 0: ""}[sign]
 
 
 def _score_label(objective: str) -> str:

@@ -1,12 +1,13 @@
-"""How much the pictures of a prompt differ after training: `results/tiny/diversity.csv`.
+"""What pictures are like after training, beside the objective: `results/tiny/diversity.csv`.
 
     python results/diversity.py runs/reproduce/tiny
 
 The published evaluations draw one picture of a prompt, which has no other to differ from. So every
 model that was trained below RUNS, and the base model, draws four pictures of each animal here, by
 the training sampler and in as many steps as it was trained with. Adds a row for each to
-TARGET/diversity.csv: the mean cosine distance of a picture to the others of its prompt
-(`eval/scorers/diversity.py`). A run that has its row already is left out.
+RUNS/diversity.csv: the mean cosine distance of a picture to the others of its prompt
+(`eval/scorers/diversity.py`), the mean aesthetic score and JPEG size. A run that has its row
+already is left out.
 """
 
 from __future__ import annotations
@@ -38,15 +39,19 @@ DRAWS = Draws(seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps")
 Row = dict[str, Any]
 
 
-def diversity(lora: Path | None, config: dict[str, Any]) -> float:
-    """Of the pictures of the embedded model with that LoRA, drawn as a run of `config` draws."""
+SCORERS = ("diversity", "aesthetic", "jpeg_size")
+
+
+def measures(lora: Path | None, config: dict[str, Any]) -> dict[str, float]:
+    """Means over pictures of the embedded model with that LoRA, drawn as `config` draws them."""
     model = load(model_source("tiny"), CPU, Training())
     if lora is not None:
         model.load_saved(lora)
     policy = Policy(model, steps=config["sampling_steps"], eta=1.0, guidance=config["guidance"])
     prompts = [prompt for prompt in read_prompts(PROMPTS) for _ in range(IMAGES)]
     pictures = model.decode(sample(policy, prompts, DRAWS).latents[:, 0, -1])
-    return float(registry.scorer("diversity:tiny", CPU)(pictures, prompts).mean())
+    found = {name: registry.scorer(name, CPU, "tiny")(pictures, prompts) for name in SCORERS}
+    return {name: round(float(scores.mean()), 6) for name, scores in found.items()}
 
 
 def measured(runs: Path, known: list[Row]) -> Iterator[Row]:
@@ -58,7 +63,7 @@ def measured(runs: Path, known: list[Row]) -> Iterator[Row]:
         for row, weights in ((own, lora), (own | {"method": BASE, "seed": ""}, None)):
             if _key(row) not in seen:
                 seen.add(_key(row))
-                yield row | {"diversity": round(diversity(weights, config), 6)}
+                yield row | measures(weights, config)
 
 
 def _key(row: Row) -> tuple[str, str, str]:

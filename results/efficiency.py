@@ -78,6 +78,29 @@ def speed(runs: list[Run], methods: Methods, sign: int) -> str:
     return f"{np.mean(drawn):,.0f}" if there.all() else f"{there.sum()} of {len(drawn)} seeds"
 
 
+def course(runs: list[Run], column: str) -> Any:
+    """Mean over seeds of a column at each evaluation, training sampler; NaN where not known."""
+    seeds = [run.scores.loc["eta1"].get(column) for run in runs]
+    return np.mean([np.nan if seed is None else seed.to_numpy() for seed in seeds], axis=0)
+
+
+def least_end(methods: Methods, sign: int) -> float:
+    """The smallest mean gain at the end, of methods that reach half of the rival's."""
+    scores = {method: course(runs, "score") for method, runs in methods.items()}
+    found = {method: sign * float(mean[-1] - mean[0]) for method, mean in scores.items()}
+    return sign * min(gain for gain in found.values() if gain >= found.get(RIVAL, -np.inf) / 2)
+
+
+def drift(runs: list[Run], gain: float, sign: int) -> str:
+    """KL to the base model where the mean gain is that; nothing where it never is."""
+    scores, kl = course(runs, "score"), course(runs, "kl")
+    if np.isnan(kl).any():
+        return ""
+    places = np.arange(len(scores), dtype=float)
+    there = float(images_to_threshold(places, scores - scores[0], gain, sign))
+    return "" if np.isnan(there) else f"{np.interp(there, places, kl):.3f}"
+
+
 def chance(runs: list[Run], methods: Methods, sign: int) -> str:
     """How probably a seed ends better than one of the rival."""
     if RIVAL not in methods or runs is methods[RIVAL]:
@@ -86,12 +109,13 @@ def chance(runs: list[Run], methods: Methods, sign: int) -> str:
     return f"{found:.2f}" + ("" if np.isnan(low) else f" ({low:.2f} to {high:.2f})")
 
 
-def row(method: str, methods: Methods, budgets: dict[str, float], sign: int) -> str:
+def row(method: str, methods: Methods, budgets: dict[str, float], level: float, sign: int) -> str:
     """One line of an objective's table."""
     runs = methods[method]
     area = np.array([area_under_curve(at, score) for at, score in paths(runs, "images")])
     cells = [sure(gains(runs, x, budget)) for x, budget in budgets.items()]
-    cells += [sure(area), speed(runs, methods, sign), chance(runs, methods, sign)]
+    cells += [sure(area), drift(runs, level, sign)]
+    cells += [speed(runs, methods, sign), chance(runs, methods, sign)]
     return f"| {' | '.join([method, *cells])} |"
 
 
@@ -99,9 +123,11 @@ def table(objective: str, methods: Methods) -> str:
     """The methods on one objective, under its name."""
     budgets = {x: least(methods, x) for x in BUDGETS}
     after = [f"gain after {budget:,.0f} {BUDGETS[x]}" for x, budget in budgets.items()]
-    names = ["method", *after, "mean gain over the images drawn", *AGAINST]
     sign = registry.objective(objective).sign
-    rows = [row(method, methods, budgets, sign) for method in methods]
+    level = least_end(methods, sign)
+    equal = f"KL at a mean gain of {level:+.3f}"
+    names = ["method", *after, "mean gain over the images drawn", equal, *AGAINST]
+    rows = [row(method, methods, budgets, level, sign) for method in methods]
     head = [f"| {' | '.join(names)} |", "|---" + "|--:" * (len(names) - 1) + "|"]
     return "\n".join([f"`{objective}`:", "", *head, *rows])
 

@@ -160,6 +160,7 @@ def cost(group: Group, runs: list[Run]) -> Cells:
         "pairs (or single images)": number(spent(runs, "pairs"), ",.0f"),
         "images": number(spent(runs, "images"), ",.0f"),
         "UNet passes": number(spent(runs, "unet_forwards"), ",.0f"),
+        "backward passes": number(spent(runs, "unet_backwards"), ",.0f"),
         "seconds a seed": number(spent(runs, "seconds"), ",.0f"),
     }
 

@@ -44,7 +44,10 @@ def write_run(
     """A run with held-out score 7 + seed / 10 + gain * round (eta1) and 1 kB more with eta0."""
     folder = root / model / objective / method / f"seed-{seed}"
     folder.mkdir(parents=True)
-    config = RunConfig(method=method, objective=objective, model=model, seed=seed, **settings)
+    config = RunConfig(
+        method=method, objective=objective, model=model, seed=seed,
+        **{"rounds": max(rounds), **settings},
+    )  # fmt: skip
     (folder / "config.json").write_text(config.to_json())
     write_evaluation(folder, rounds, 7 + seed / 10, gain, animal)
     metrics, timing = [], []
@@ -242,7 +245,7 @@ def test_no_seed(values: Any) -> None:
 def test_panels_and_legend(runs: Path) -> None:
     figure = report.curves_figure(table(runs), "pairs")
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-    assert titles == ["compress (↓ is better)", "incompress (↑ is better)"]
+    assert titles == ["compress (↓ better)", "incompress (↑ better)"]
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == ["held-out score (kB)", "recognised\n(probability)"] * 2
     methods = ["d3po (3 seeds)", "ddpo (3 seeds)"]
@@ -557,6 +560,25 @@ def test_over_further_counts(tmp_path: Path, x: str) -> None:
     assert report.X_LABELS[x] in svg.read_text()
 
 
+@pytest.mark.parametrize("logged", [0, 5])
+def test_a_run_that_was_stopped_is_no_end(tmp_path: Path, logged: int) -> None:
+    """Averaged with others, its last scores would pass for what the method reaches."""
+    write_run(tmp_path, seed=0)
+    stopped = write_run(tmp_path, seed=1)
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        text = (stopped / name).read_text().splitlines(keepends=True)
+        (stopped / name).write_text("".join(text[:logged]))
+    rows = (stopped / "eval.csv").read_text().splitlines(keepends=True)
+    kept = [row for row in rows if not row.startswith("10,")]
+    (stopped / "eval.csv").write_text("".join(kept))
+    said = refused(lambda: report.plot([tmp_path]))
+    assert f"got {logged} of 10 rounds in {stopped}" in said
+    (group,) = report.read_groups([tmp_path], unfinished=True).values()
+    means = report.averages(report.curves(group, "pairs"))
+    assert means["round"].max() == logged
+    assert report.plot([tmp_path], unfinished=True)
+
+
 def test_same_seed_twice(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
@@ -623,5 +645,7 @@ def test_methods_on_other_weights_of_a_model_are_not_compared(tmp_path: Path) ->
 
 
 def test_unknown_x(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="pairs, images, scorer_calls, unet_forwards, seconds"):
+    with pytest.raises(
+        ValueError, match="pairs, images, scorer_calls, unet_forwards, unet_backwards, seconds"
+    ):
         report.plot([tmp_path], x="epochs")
