@@ -27,7 +27,7 @@ from d3po_bench import registry, train
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.errors import RunError, UserError, is_out_of_memory, of_file
 from d3po_bench.prompts import read_prompts
-from d3po_bench.reading import read_facts
+from d3po_bench.reading import read_config
 from d3po_bench.store import RunStore, require_same
 from d3po_bench.train import Report
 
@@ -140,7 +140,7 @@ def _check(request: Request, work: list[Work]) -> None:
     for config, _, folder, resume in work:
         read_prompts(config.prompts or registry.objective(config.objective).prompts)
         if (folder / "config.json").exists():
-            read_facts(folder)
+            read_config(folder)
         require_same(folder, config, resume)
     if request.track and find_spec("tensorboard") is None:
         raise UserError(
@@ -206,7 +206,7 @@ def _one(work: Work, report: Report) -> _End:
     except UserError as problem:
         kind = RunError if isinstance(problem, RunError) else UserError
         return _End(kind(str(problem)))
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:  # a plug-in that exits is one that failed
         if is_out_of_memory(problem):
             return _End(out_of_memory())
         if isinstance(problem, OSError) and problem.filename is not None:
@@ -219,7 +219,7 @@ LONGEST = 300
 """Characters of a foreign exception that a line quotes."""
 
 
-def _unexpected(problem: Exception) -> _End:
+def _unexpected(problem: BaseException) -> _End:
     """A mistake in the package or in a plug-in: its author needs the traceback."""
     said = " ".join("".join(traceback.format_exception_only(problem)).split())
     shown = said if len(said) <= LONGEST else said[: LONGEST - 3] + "..."
@@ -299,22 +299,30 @@ class _Worker:
         return None if alive else _died(self.process.exitcode or 0)
 
 
+class _Stopped(BaseException):
+    """A worker is to end: no mistake of the run that it is at."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stopped
+
+
 def _serve(pipe: connection.Connection[Any, Any]) -> None:
     """In a worker process: make the runs that come, until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+    signal.signal(signal.SIGTERM, _stop)
 
     def tell(progress: train.Progress) -> None:
         try:
             pipe.send(progress)
         except OSError:
-            sys.exit(1)  # the parent is gone
+            raise _Stopped from None  # the parent is gone
 
     try:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 pipe.send(_one(pipe.recv(), tell))
-    except SystemExit:
+    except _Stopped:
         os._exit(1)  # what was open is closed; threads of a plug-in hold nobody up
 
 

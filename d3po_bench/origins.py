@@ -41,7 +41,13 @@ def misshapen(facts: Mapping[str, Any]) -> str:
         if not isinstance(facts.get(name, {}), dict):
             return f"names and values as {name}"
     found = facts.get("sessions", [{}])
-    fine = isinstance(found, list) and found and all(isinstance(part, dict) for part in found)
+    fine = (
+        isinstance(found, list)
+        and found
+        and all(
+            isinstance(part, dict) and type(part.get("after_round", 0)) is int for part in found
+        )
+    )
     return "" if fine else "a list of names and values as sessions"
 
 

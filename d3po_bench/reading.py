@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,9 @@ def readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error,
+    ) as problem:  # fmt: skip
         detail = f"{type(problem).__name__}: {problem}"[:200]
         raise UserError(f"Expected a readable {path}, got {detail}. {REMEDY}") from problem
 

@@ -121,8 +121,23 @@ def _module(kind: Kind, name: str) -> Any:
     if name in _files(kind):
         return importlib.import_module(_files(kind)[name][0])
     if name in _plugins(kind):
-        return _plugins(kind)[name].load()
+        return _loaded(kind, _plugins(kind)[name])
     raise unknown(kind, name, names(kind))
+
+
+def _loaded(kind: Kind, entry: EntryPoint) -> Any:
+    """What another package's entry point names.
+
+    Raises:
+        UserError: it does not load, for whatever reason.
+    """
+    try:
+        return entry.load()
+    except Exception as problem:
+        raise UserError(
+            f"Expected the {kind} {entry.name} of {_distribution(entry)} in {entry.value}, got "
+            f"{type(problem).__name__}: {problem}. Mend or remove that package."
+        ) from problem
 
 
 def method(name: str) -> Callable[..., Method[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from datetime import datetime, timedelta
@@ -44,7 +45,7 @@ def lines(run: Path) -> Iterator[str]:
     if several := _sessions(facts):
         yield from section("made in several environments", several)
     yield from section("inputs", _inputs(facts))
-    yield from section("content", _content(facts))
+    yield from section("content", _content(run, facts))
     yield from section("cost", _cost(metrics, seconds))
     yield from section("last evaluation", _evaluation(run / "eval.csv"))
 
@@ -171,12 +172,22 @@ def _inputs(facts: Row) -> dict[str, str]:
     return told
 
 
-def _content(facts: Row) -> dict[str, str]:
-    """SHA-256 of the text files as the run left them."""
+def _content(run: Path, facts: Row) -> dict[str, str]:
+    """SHA-256 of the text files as the run left them, and whether they still are."""
     found = facts.get("content")
     if not found:
         return {"hashes": ABSENT if "ended" in facts else "when it has ended"}
-    return {str(name): str(digest) for name, digest in found.items()}
+    return {
+        str(name): f"{digest}{_since(run / str(name), digest)}" for name, digest in found.items()
+    }
+
+
+def _since(path: Path, digest: object) -> str:
+    if not path.is_file():
+        return ", gone since"
+    with readable(path):
+        same = hashlib.sha256(path.read_bytes()).hexdigest() == digest
+    return "" if same else ", CHANGED SINCE"
 
 
 # ---- cost and score

@@ -224,6 +224,7 @@ class RunStore:
             UserError: an input is another than the run began with.
         """
         self.require_inputs(inputs)
+        self._require_run(config.run_id)
         path = self.folder / "config.json"
         if not path.exists():
             write_atomically(path, config.to_json().encode())
@@ -231,7 +232,7 @@ class RunStore:
         session = {**environment(), **how}
         self._checkpointed = after is not None
         self._write_facts({
-            **(known or session), **(facts or {}), "inputs": inputs,
+            **(known or session), **(facts or {}), "run_id": config.run_id, "inputs": inputs,
             "checkpointed": self._checkpointed,
             "sessions": [*kept(known, after or 0), {**session, "after_round": after or 0}],
         })  # fmt: skip
@@ -255,6 +256,23 @@ class RunStore:
                     f"({began.get(name)}), got others ({value}). Bring those back, or give "
                     "another --out."
                 )
+
+    def _require_run(self, run_id: str) -> None:
+        """Refuse rows and a checkpoint that another run's config was put beside."""
+        began = self.provenance().get("run_id", run_id)
+        if began != run_id:
+            raise UserError(
+                f"Expected the run {run_id} in {self.folder}, got provenance of {began}: its "
+                "config.json was exchanged. Restore it, give another --out, or remove that folder."
+            )
+
+    def require_content(self) -> None:
+        """Refuse a run that has ended and whose text files are not those that it ended with.
+
+        Raises:
+            UserError: naming the file.
+        """
+        require_content(self.folder, self.provenance())
 
     def require_packages(self) -> None:
         """Refuse to go on with other package versions than the run began with.
@@ -408,6 +426,25 @@ class RunStore:
         write_atomically(self.folder / "provenance.json", data)
 
 
+def require_content(run: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse text files that are not those that a run ended with, where these are on record.
+
+    Args:
+        run: its folder.
+        facts: its provenance.
+
+    Raises:
+        UserError: naming the file.
+    """
+    found = content(run)
+    for name, digest in facts.get("content", {}).items():
+        if found.get(name) != digest:
+            raise UserError(
+                f"Expected {name} as the run in {run} has left it, got another file or none. "
+                "Restore it, or remove that folder and run it again."
+            )
+
+
 def content(run: Path) -> dict[str, str]:
     """File -> SHA-256 of the text files of a run.
 
@@ -490,14 +527,16 @@ def require_same(folder: Path, config: RunConfig, resume: bool) -> None:
     """
     path = folder / "config.json"
     if not path.exists():
+        _require_no_rest(folder)
         return
     with _reading(path):
         found: Row = dict(json.loads(path.read_text(encoding="utf-8")))
         run_id = found["run_id"]
-    if run_id != config.run_id:
-        mine = json.loads(config.to_json())
-        changed = [k for k in mine if k != "run_id" and found.get(k) != mine[k]]
-        detail = ", ".join(f"{k} {found.get(k)!r} -> {mine[k]!r}" for k in changed[:3])
+    mine = json.loads(config.to_json())
+    changed = [k for k in sorted(mine | found) if found.get(k) != mine.get(k)]
+    settings = [k for k in changed if k != "run_id"] or changed
+    if changed:
+        detail = ", ".join(f"{k} {found.get(k)!r} -> {mine.get(k)!r}" for k in settings[:3])
         raise UserError(
             f"Expected the run {config.run_id} in {folder}, got {run_id} ({detail}). "
             "Give another --out, or remove that folder."
@@ -509,12 +548,26 @@ def require_same(folder: Path, config: RunConfig, resume: bool) -> None:
         )
 
 
+def _require_no_rest(folder: Path) -> None:
+    """Refuse what a run has left where nothing says which run it was.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    left = [name for name in (*TEXT, "provenance.json", "checkpoints") if (folder / name).exists()]
+    if left:
+        raise UserError(
+            f"Expected config.json beside {left[0]} in {folder}, got no such file. Restore it, "
+            "give another --out, or remove that folder to start again."
+        )
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Say which file of a run is damaged or cannot be read."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, OSError, RecursionError) as problem:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError, csv.Error) as problem:
         raise UserError(
             f"Expected what a run writes in {path}, got a damaged file ({problem}). Give another "
             "--out, or remove that folder."

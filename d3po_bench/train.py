@@ -418,6 +418,7 @@ def run_seed(
     """
     with RunStore.open(folder, config, resume=resume) as store:
         if store.finished:
+            store.require_content()
             store.require_inputs(_inputs(config, store, prompts))
             report(Progress(label(config), 1.0, "finished before"))
             return

@@ -245,11 +245,13 @@ def read_run(folder: Path) -> Run:
     config = read_config(folder)
     try:
         scores, spent = _mean_scores(folder / "eval.csv"), _spent(folder)
-        inputs = read_facts(folder).get("inputs")
+        facts = read_facts(folder)
+        inputs = facts.get("inputs")
         run = Run(folder, config, scores, spent, inputs if isinstance(inputs, dict) else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         detail = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise _unreadable(folder, detail) from problem
+    _require_content(folder, facts)
     if not any(sampler == "eta1" and n in run.spent for sampler, n in run.scores.index):
         raise UserError(
             "Expected evaluation rows of the sampler eta1 and a finished round in "
@@ -257,6 +259,12 @@ def read_run(folder: Path) -> Run:
             "Run it again, or leave that folder out."
         )
     return run
+
+
+def _require_content(folder: Path, facts: Mapping[str, Any]) -> None:
+    from d3po_bench.store import require_content
+
+    require_content(folder, facts)
 
 
 def _unreadable(folder: Path, detail: str) -> UserError:

@@ -103,6 +103,20 @@ def test_plugins_come_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.summary("method", "mine") == "from decimal:Decimal"
 
 
+@pytest.mark.parametrize("value", ["nowhere:METHOD", "decimal:nothing", "broken:METHOD"])
+def test_a_plugin_that_does_not_load_is_one_line(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("def (")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = EntryPoint("mine", value, "d3po_bench.methods")
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [entry] if group == entry.group else []
+    )
+    with pytest.raises(UserError, match=r"Expected the method mine of .*Mend or remove"):
+        registry.method("mine")
+
+
 def test_plugins_are_named_by_package_and_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

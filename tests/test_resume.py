@@ -12,12 +12,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from d3po_bench import store, train
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError
 from d3po_bench.models.stable_diffusion import Source, fingerprint
 from d3po_bench.store import RunStore
@@ -231,6 +234,46 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(
     before = contents(folder)
     refused(command(*run_of(micro)), "checkpoints/last.safetensors", "Restore it", "--out")
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_whose_config_is_gone_is_refused(
+    command: Command, micro: Path, half: Path, seed: int
+) -> None:
+    """It could be any run's: the rest of it would go on with other settings, or as another seed."""
+    folder = seed_folder(half, micro)
+    (folder / "config.json").unlink()
+    folder = folder.rename(folder.with_name(f"seed-{seed}"))
+    before = contents(folder)
+    refused(command(*run_of(micro, "--seed-start", str(seed))), "config.json beside metrics.jsonl")
+    assert contents(folder) == before
+
+
+def test_a_config_that_was_exchanged_is_refused(command: Command, micro: Path, half: Path) -> None:
+    folder = seed_folder(half, micro)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(replace(_config(config), learning_rate=0.9).to_json())
+    refused(command(*run_of(micro, learning_rate=0.9)), "its config.json was exchanged")
+
+
+def _config(found: dict[str, Any]) -> RunConfig:
+    del found["run_id"]
+    kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return RunConfig(**kept)
+
+
+@pytest.mark.parametrize("name", ["eval.csv", "metrics.jsonl"])
+def test_a_finished_run_with_other_rows_is_refused(
+    command: Command, micro: Path, name: str
+) -> None:
+    assert command(*run_of(micro, rounds=1)).code == 0
+    path = seed_folder(Path("runs"), micro) / name
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    said = f"Expected {name} as the run in {path.parent} has left it"
+    for line in (run_of(micro, rounds=1), ["plot", "runs"]):
+        assert said.replace("E", "", 1) in refused(command(*line), "Restore it")
+    assert f"{name}" in command("show", path.parent).out
+    assert "CHANGED SINCE" in command("show", path.parent).out
 
 
 def test_a_finished_run_of_other_weights_is_refused(command: Command, micro: Path) -> None:

@@ -190,6 +190,16 @@ def test_another_config_is_refused_by_what_differs(run: RunStore) -> None:
     assert "(learning_rate 3e-05 -> 1.0, rounds 400 -> 7)" in text
 
 
+def test_a_config_that_was_changed_by_hand_is_refused(run: RunStore) -> None:
+    path = run.folder / "config.json"
+    found = json.loads(path.read_text())
+    for change in ({"learning_rate": 0.9}, {"warp": 1}):  # the run_id is left alone
+        path.write_text(json.dumps(found | change))
+        (name,) = change
+        with pytest.raises(UserError, match=f"{name} {change[name]} -> "):
+            store.require_same(run.folder, CONFIG, resume=True)
+
+
 def test_a_run_that_is_not_to_be_resumed_is_refused(run: RunStore) -> None:
     store.require_same(run.folder, CONFIG, resume=True)
     with pytest.raises(UserError, match="Go on with --resume"):

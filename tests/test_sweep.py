@@ -254,7 +254,7 @@ def ended(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> launch._En
     return launch._one(item, lambda progress: None)
 
 
-@pytest.mark.parametrize("problem", [KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), launch._Stopped()])
 def test_what_stops_a_run_stops_all(
     problem: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +269,7 @@ def test_what_stops_a_run_stops_all(
         (RunError("Expected b."), 1, "Expected b."),
         (MemoryError(), 1, "Expected enough memory"),
         (PermissionError(13, "Permission denied", "w.bin"), 2, "or write w.bin, got: Permission"),
+        (SystemExit(0), 1, "got SystemExit: 0 (traceback above)"),
         (OSError("no file"), 1, "got OSError: no file (traceback above)"),
         (TypeError("x\n" * 999), 1, f"got TypeError: {'x ' * 143}... (traceback above)"),
     ],
