@@ -25,3 +25,6 @@ try one-of-two-copies d3po prompts_per_round=8 units_per_update=1
 try dpok-gaussian dpok
 try dpok-noise-mse dpok kl=noise_mse
 try dpok-none dpok kl=none
+try dpok-fast dpok learning_rate=6e-3
+try ddpo-clip ddpo clip_range=1e-4
+try ddpo-batch-wise ddpo buffer=0
