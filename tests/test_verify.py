@@ -19,6 +19,7 @@ from d3po_bench import cli
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.store import content
+from d3po_bench.train import digest
 from eval import claims, verify
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +187,93 @@ def test_a_seed_that_is_a_copy(home: Path) -> None:
     rewrite_config(target, seed=4)
     assert found(home, "runs") == []
     assert any("the same rounds, number for number" in p for p in found(home, "sets"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("metrics.jsonl", ["rounds"]), ("eval.csv", ["evaluations after round 0"])],
+)
+def test_numbers_that_are_a_copy(name: str, said: list[str], home: Path) -> None:
+    """Written in other bytes: with a blank, another number of zeros, a column of its own."""
+    seeds = home / "results" / SEED.parent
+    text = (seeds / "seed-0" / name).read_text()
+    other = text.replace('"loss": ', '"loss":  ').replace("}\n", ', "own": 1}\n')
+    other = re.sub(r"(?m)^(\d+,.*),([\d.]+),[\d.]+,([\d.]*)$", r"\1,\g<2>0,0.5,\3", other)
+    assert other != text
+    (home / "results" / SEED / name).write_text(other)
+    problems = found(home, "sets")
+    copied = [re.findall("have the same (.*), number for number", p) for p in problems]
+    assert copied == [said]
+
+
+def test_a_try_has_no_more_than_rounds(home: Path) -> None:
+    """What an older version did not measure yet."""
+    run = home / "results" / SEED
+    edit(run / "metrics.jsonl", r'"loss": [^,]+, ', "")
+    put_content_on_record(run)
+    assert list(verify.check_run(run, whole=False)) == []
+    assert list(verify.check_run(run)) == ["its metrics.jsonl lacks loss"]
+
+
+@pytest.mark.parametrize("name", [n for n in verify.NUMBERS if n != "round"])
+def test_a_number_left_out_of_all_rounds(name: str, home: Path) -> None:
+    edit(home / "results" / SEED / "metrics.jsonl", rf', "{name}": [^,}}]+', "", count=0)
+    put_content_on_record(home / "results" / SEED)
+    assert found(home, "runs") == [f"tiny/incompress/d3po/seed-1: its metrics.jsonl lacks {name}"]
+
+
+@pytest.mark.parametrize("value", ['"0.69"', "null", "[0.69]", "true", "NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_value_of_a_round_that_is_no_number(value: str, whole: bool, home: Path) -> None:
+    run = home / "results" / SEED
+    for name in ("loss", "accuracy", "images"):
+        edit(run / "metrics.jsonl", rf'("round": 3,.*"{name}": )[^,}}]+', rf"\g<1>{value}")
+    put_content_on_record(run)
+    (problem,) = verify.check_run(run, whole=whole)
+    assert problem == "round 3 has no finite images, loss, accuracy"
+
+
+OF_OTHERS = "are not of 1 images of each prompt that its config asks for"
+
+
+def test_prompts_left_out_of_every_evaluation(home: Path) -> None:
+    """Of all seeds, at all rounds: nothing differs from anything beside it."""
+    for seed in (home / "results" / SEED.parent).iterdir():
+        edit(seed / "eval.csv", r"^\d+,eta\d,(ant|dog),.*\n", "", count=0)
+        put_content_on_record(seed)
+    problems = found(home, "runs")
+    assert len(problems) == 5
+    assert all(OF_OTHERS in p and "0 (eta1), 0 (eta0), 4 (eta1)" in p for p in problems)
+
+
+def test_prompts_that_the_list_has_not(home: Path) -> None:
+    edit(home / "results" / SEED / "eval.csv", r",ant,", ",unicorn,", count=0)
+    assert any(OF_OTHERS in p for p in found(home, "runs"))
+
+
+@pytest.mark.parametrize("there", ["gone", "another", "the one", "of votes"])
+def test_evaluations_of_a_users_own_prompts(
+    there: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list that cannot be read names no prompts; rows of each are counted all the same."""
+    monkeypatch.chdir(home)
+    config = {"objective": "incompress", "prompts": "", "eval_prompts": 2, "eval_images": 2}
+    own = {"objective": "feedback"} if there == "of votes" else {"prompts": "own.txt"}
+    recorded = {"inputs": {"prompts": digest(["a hat", "a cat"])}}
+    if there in ("another", "the one"):
+        Path("own.txt").write_text("a hat\n" + ("a cat\n" if there == "the one" else "a mat\n"))
+    known = verify._prompts(config | own, recorded)
+    assert known == (["a hat", "a cat"] if there == "the one" else None)
+
+    def said(*images: tuple[str, int]) -> bool:
+        rows = [{"round": "0", "sampler": "eta1", "prompt": p, "index": str(i)} for p, i in images]
+        return bool(list(verify._check_prompts(rows, config | own, known)))
+
+    whole = [("a hat", 0), ("a hat", 1), ("a cat", 0), ("a cat", 1)]
+    assert not said(*whole)
+    assert said(*whole[:3])
+    assert said(*whole, ("a mat", 0), ("a mat", 1)), "more prompts than eval_prompts"
+    assert said(*whole[:2]) is (there == "the one")
 
 
 def test_a_duplicated_row(home: Path) -> None:
