@@ -143,7 +143,29 @@ def test_an_untouched_copy_is_fine(home: Path) -> None:
     assert done.output.splitlines() == [
         "manifest: fine", "runs: fine", "tries: fine", "sets: fine", "grids: fine", "tables: fine",
         "numbers: fine", "curves: fine", "figures: fine",
+        "not made again: 1 figure (pictures were not kept)",
     ]  # fmt: skip
+
+
+def test_a_table_that_was_moved_to_what_is_not_checked(home: Path) -> None:
+    """It may be edited then, which must not go unsaid."""
+    text = (home / "README.md").read_text()
+    heads = [line for line in text.splitlines() if line.startswith("| objective |")]
+    moved = {"tables": heads, "why": "takes long"}
+    claims_ = {**claimed(), "tables": [], "unchecked": [*claimed()["unchecked"], moved]}
+    (home / "results" / "claims.json").write_text(json.dumps(claims_))
+    (home / "README.md").write_text(text.replace("+29%", "+29.4%"))
+    verify.record(home / "results")
+    done = CliRunner().invoke(cli.cli, ["verify", str(home / "results")])
+    assert done.exit_code == 0, done.output
+    said = f"not made again: 1 figure (pictures were not kept); {len(heads)} tables (takes long)"
+    assert done.output.splitlines()[-1] == said
+
+
+def test_all_is_made_again(home: Path) -> None:
+    assert claims.not_made_again(ROOT / "results").startswith("15 figures (sheets of samples need")
+    without(home, "unchecked")
+    assert claims.not_made_again(home / "results") == ""
 
 
 # ---- tampering that the manifest shows
@@ -429,8 +451,26 @@ def test_a_second_table_in_the_readme(home: Path) -> None:
     text = (home / "README.md").read_text()
     (home / "README.md").write_text(text + "\n\n" + text.replace("+29%", "+39%"))
     problems = found(home, "tables")
-    assert len(problems) == 1
-    assert "+39%" in problems[0]
+    (stray,) = [p for p in problems if "that no row supports" in p]
+    assert "+39%" in stray
+    assert all("more often than rows support" in p for p in problems if p != stray)
+
+
+def test_a_line_of_the_readme_twice(home: Path) -> None:
+    edit(home / "README.md", r"^(\| incompress \| d3po \|.*\n)", r"\1\1")
+    (problem,) = found(home, "tables")
+    assert problem.startswith("README.md has a line more often than rows support: | incompress |")
+
+
+def test_a_line_that_its_script_prints_twice(home: Path) -> None:
+    edit(home / "README.md", r"^(\| incompress \| d3po \|.*\n)", "")
+    assert any("README.md lacks a line of" in p for p in found(home, "tables"))
+    (home / "README.md").write_text("| a | b |\n|---|--:|\n| c | 1 |\n")
+    text = "| a | b |\n|---|--:|\n| c | 1 |\n| c | 1 |"
+    (home / "twice.py").write_text(f"print({text!r})")
+    claim = {"document": "README.md", "command": ["twice.py"]}
+    (problem,) = claims.check_table(claim, home, {})
+    assert problem == "README.md lacks a line of `twice.py`: | c | 1 |"
 
 
 def test_an_edited_figure(home: Path) -> None:
