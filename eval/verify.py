@@ -270,8 +270,8 @@ def _check_prompts(rows: Rows, config: Mapping[str, Any], known: list[str] | Non
     wrong = [f"{number} ({sampler})" for (number, sampler), its in found.items() if its != due]
     if wrong:
         yield (
-            f"its evaluations at round {', '.join(wrong)} are not of {images} images of each "
-            "prompt that its config asks for"
+            f"its evaluations at round {', '.join(wrong)} are not of the prompts that its config "
+            f"asks for, {images} of each"
         )
 
 

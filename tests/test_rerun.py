@@ -243,7 +243,7 @@ def test_how_far_the_first_round_is_off_is_told(made: Path, tmp_path: Path) -> N
     assert verdict.said.endswith("was published: off by 0.05 %, 0.03 % is allowed")
 
 
-def test_numbers_that_go_in_steps_are_not_compared(made: Path, tmp_path: Path) -> None:
+def test_numbers_that_rounding_moves_in_steps_are_not_compared(made: Path, tmp_path: Path) -> None:
     """The spread of a few JPEG sizes, and how often something happened."""
     steps = {"score_std": 1 + 5e-4, "accuracy": 0.9}
     verdict = judged(

@@ -255,7 +255,7 @@ def test_a_value_of_a_round_that_is_no_number(value: str, whole: bool, home: Pat
     assert problem == "round 3 has no finite images, loss, accuracy"
 
 
-OF_OTHERS = "are not of 1 images of each prompt that its config asks for"
+OF_OTHERS = "are not of the prompts that its config asks for, 1 of each"
 
 
 def test_prompts_left_out_of_every_evaluation(home: Path) -> None:
