@@ -36,6 +36,7 @@ NUMBERS = ("round", *COUNTS, "score_mean", "score_std", "reward_mean", "loss", "
 """What every round of every method has in metrics.jsonl; methods add their own."""
 KEYS = ("round", "sampler", "prompt", "index")
 """Columns of eval.csv that name an image; the others are numbers."""
+UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error)
 Problems = Iterator[str]
 Rows = Sequence[Mapping[str, str]]
 
@@ -135,7 +136,7 @@ def _each(runs: Sequence[Path], folder: Path, *, whole: bool) -> Problems:
         try:
             for problem in check_run(run, whole=whole):
                 yield f"{place}: {problem}"
-        except (UserError, OSError, ValueError, KeyError, TypeError) as problem:
+        except UNREADABLE as problem:
             yield f"{place}: cannot be read ({problem!r})"
 
 
@@ -251,7 +252,7 @@ def _prompts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str] |
         found = read_prompts(source)
     except UserError:
         return None
-    known = facts.get("inputs", {}).get("prompts")
+    known = (facts.get("inputs") or {}).get("prompts")
     return found if source in lists() or known in (None, digest(found)) else None
 
 
@@ -290,7 +291,7 @@ def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
             alike, numbered = _but_the_seed(run), (*cell, str(config["seed"]))
             own = [(what, numbers) for what, numbers in _own(run).items() if numbers]
             copies = [f"{copied[n]} have the same {n[0]}" for n in own if n in copied]
-        except (UserError, OSError, ValueError, KeyError, TypeError) as problem:
+        except UNREADABLE as problem:
             yield f"{run}: cannot be read ({problem!r})"
             continue
         if numbered in seen:

@@ -255,6 +255,26 @@ def test_a_value_of_a_round_that_is_no_number(value: str, whole: bool, home: Pat
     assert problem == "round 3 has no finite images, loss, accuracy"
 
 
+@pytest.mark.parametrize("inputs", [None, {}])
+def test_a_run_that_does_not_say_what_its_prompts_were(inputs: Any, home: Path) -> None:
+    path = home / "results" / SEED / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inputs": inputs}))
+    assert found(home, "runs") == []
+
+
+@pytest.mark.parametrize("inputs", ["x", [1], 5])
+def test_inputs_that_are_none(inputs: Any, home: Path) -> None:
+    path = home / "results" / SEED / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inputs": inputs}))
+    assert any("cannot be read" in p for p in found(home, "runs"))
+
+
+def test_a_row_without_end(home: Path) -> None:
+    edit(home / "results" / SEED / "eval.csv", r"^12,eta1,ant,", f"12,eta1,{'ant' * 50_000},")
+    for check in ("runs", "sets"):
+        assert any("cannot be read (Error('field larger" in p for p in found(home, check))
+
+
 OF_OTHERS = "are not of the prompts that its config asks for, 1 of each"
 
 
