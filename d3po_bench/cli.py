@@ -408,6 +408,7 @@ def verify(
         d3po-bench verify results --rerun 2 --set threads=2 --set micro_batch=8
     """  # noqa: D301
     from eval import verify as verifying
+    from eval.claims import not_made_again
 
     if record:
         click.echo(verifying.record(folder))
@@ -419,6 +420,8 @@ def verify(
         click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
         for problem in problems:
             click.echo(f"  {problem}")
+    if unchecked := not_made_again(folder):
+        click.echo(f"not made again: {unchecked}")
     failed = sum(map(len, checks.values()))
     if rerun is not None:
         from d3po_bench.config import pairs_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,11 @@ def read_lines(path: Path) -> list[Row]:
             if not isinstance(row, dict) or type(row.get("round")) is not int:
                 raise ValueError(f"no object with a whole number `round` in line {number + 1}")
         return rows
+
+
+def finite(value: Any) -> bool:
+    """Whether a value from JSON is a number that can be counted with: neither text nor true."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_facts(folder: Path) -> Row:

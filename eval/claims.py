@@ -14,7 +14,9 @@ parent, where the documents lie:
   figures "tables": [FIRST LINE, ...];
 - tries: folders of runs that may have been stopped, by their names below the folder of results.
 
-What lies there and no claim names is a problem, too: a claim that was taken out shows.
+Figures, grids and tables of numbers that no claim names are problems, too: their claims cannot be
+taken out unseen, and what is moved to `unchecked` is printed (`not_made_again`). A claim of
+`numbers` can: most sentences have none, so that one without does not show.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import pairwise
@@ -87,6 +90,28 @@ def checks(folder: Path, runs: Sequence[Path]) -> dict[str, Callable[[], Problem
         "curves": lambda: _each(claims, "curves", home, check_curves),
         "figures": lambda: check_figures(claims, folder),
     }
+
+
+def not_made_again(folder: Path) -> str:
+    """What `unchecked` names, counted, with its reasons; "" where that is nothing.
+
+    Args:
+        folder: of results.
+
+    Raises:
+        UserError: the claims are malformed.
+    """
+    return "; ".join(
+        f"{_count(claim[kind], kind)} ({claim.get('why')})"
+        for claim in read(folder).get("unchecked", ())
+        for kind in ("figures", "tables")
+        if claim.get(kind)
+    )
+
+
+def _count(found: Any, kind: str) -> str:
+    number = len(found) if isinstance(found, list) else 1
+    return f"{number} {kind if number != 1 else kind[:-1]}"
 
 
 def _each(
@@ -175,15 +200,15 @@ def check_table(claim: Claim, home: Path, heads: dict[str, set[str]]) -> Problem
         yield _failure(command, done)
         return
     text = (home / document).read_text(encoding="utf-8").splitlines()
-    for line in done.stdout.strip().splitlines():
-        if line not in text:
-            yield f"{document} lacks a line of `{' '.join(command)}`: {line}"
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    own = {head for head, *_ in _tables(rows)}
+    printed = Counter(line for line in done.stdout.splitlines() if line.strip())
+    for line in printed - Counter(text):
+        yield f"{document} lacks a line of `{' '.join(command)}`: {line}"
+    own = {head for head, *_ in _tables(done.stdout.splitlines())}
     heads.setdefault(document, set()).update(own)
-    for line in (line for table in _tables(text) if table[0] in own for line in table):
-        if line not in rows:
-            yield f"{document} has a line that no row supports: {line}"
+    there = Counter(line for table in _tables(text) if table[0] in own for line in table)
+    for line in there - printed:
+        how = "more often than rows support" if line in printed else "that no row supports"
+        yield f"{document} has a line {how}: {line}"
 
 
 def _python(command: Sequence[str], home: Path) -> subprocess.CompletedProcess[str]:

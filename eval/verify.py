@@ -11,25 +11,34 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from d3po_bench import registry
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.origins import differing, sessions
-from d3po_bench.reading import read_config, read_facts, read_lines, read_object
+from d3po_bench.prompts import names as lists
+from d3po_bench.prompts import read_prompts
+from d3po_bench.reading import finite, read_config, read_facts, read_lines, read_object
 from d3po_bench.store import TEXT, content, write_atomically
 from eval import claims
-from eval.evaluator import OBJECTIVE, SAMPLERS
+from eval.evaluator import OBJECTIVE, SAMPLERS, spread
 from eval.weights import fingerprint
 
 MANIFEST = "manifest.json"
 FILES = (*TEXT, "provenance.json")
-COUNTS = ("images", "pairs", "scorer_calls", "unet_forwards")
+COUNTS = ("images", "pairs", "scorer_calls", "unet_forwards", "unet_backwards")
+NUMBERS = ("round", *COUNTS, "score_mean", "score_std", "reward_mean", "loss", "grad_norm",
+           "updates")  # fmt: skip
+"""What every round of every method has in metrics.jsonl; methods add their own."""
 KEYS = ("round", "sampler", "prompt", "index")
 """Columns of eval.csv that name an image; the others are numbers."""
+UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error)
 Problems = Iterator[str]
+Rows = Sequence[Mapping[str, str]]
 
 
 def verify(folder: Path) -> dict[str, list[str]]:
@@ -127,7 +136,7 @@ def _each(runs: Sequence[Path], folder: Path, *, whole: bool) -> Problems:
         try:
             for problem in check_run(run, whole=whole):
                 yield f"{place}: {problem}"
-        except (UserError, OSError, ValueError, KeyError, TypeError) as problem:
+        except UNREADABLE as problem:
             yield f"{place}: cannot be read ({problem!r})"
 
 
@@ -153,9 +162,12 @@ def check_run(run: Path, *, whole: bool = True) -> Problems:
             yield "has not ended"
         yield from _check_sessions(run)
     yield from _check_content(run)
-    yield from _check_metrics(metrics)
+    yield from _check_metrics(metrics, whole)
     if (run / "eval.csv").is_file():
-        yield from _check_rows(run / "eval.csv", config, len(metrics), whole)
+        rows = _rows(run)
+        yield from _check_rows(rows, config, len(metrics), whole)
+        if whole:
+            yield from _check_prompts(rows, config, _prompts(config, read_facts(run)))
 
 
 def _check_config(config: Mapping[str, Any], run: Path) -> Problems:
@@ -187,23 +199,29 @@ def _check_sessions(run: Path) -> Problems:
             yield f"was made in several environments: {where}"
 
 
-def _check_metrics(metrics: Sequence[Mapping[str, Any]]) -> Problems:
+def _check_metrics(metrics: Sequence[Mapping[str, Any]], whole: bool) -> Problems:
+    lacking = [k for k in NUMBERS if whole and not all(k in m for m in metrics)]
+    if lacking:
+        yield f"its metrics.jsonl lacks {', '.join(lacking)}"
+    for m in metrics:
+        wrong = [k for k, v in m.items() if not finite(v)]
+        if wrong:
+            yield f"round {m['round']} has no finite {', '.join(wrong)}"
     rounds = [m["round"] for m in metrics]
     if rounds != list(range(1, len(metrics) + 1)):
         yield f"its rounds are {rounds}"
     for name in COUNTS:
-        values = [m[name] for m in metrics if name in m]
+        values = [m[name] for m in metrics if finite(m.get(name))]
         if values != sorted(values):
             yield f"its count of {name} goes back"
-    for m in metrics:
-        wrong = [k for k, v in m.items() if isinstance(v, float) and not math.isfinite(v)]
-        if wrong:
-            yield f"round {m['round']} has no finite {', '.join(wrong)}"
 
 
-def _check_rows(path: Path, config: Mapping[str, Any], rounds: int, whole: bool) -> Problems:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+def _rows(run: Path) -> Rows:
+    with (run / "eval.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _check_rows(rows: Rows, config: Mapping[str, Any], rounds: int, whole: bool) -> Problems:
     keys = [tuple(r[name] for name in KEYS) for r in rows]
     if len(set(keys)) != len(keys):
         yield "an evaluation image has two rows"
@@ -222,12 +240,48 @@ def _check_rows(path: Path, config: Mapping[str, Any], rounds: int, whole: bool)
             yield f"its evaluations are of {sorted(found)}, due at rounds {sorted(due)}"
 
 
+def _prompts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str] | None:
+    """The list that a config names; None where it cannot be read here.
+
+    Votes have no list, and a user's file may be gone, or be another of that name.
+    """
+    from d3po_bench.train import digest
+
+    try:
+        source = config["prompts"] or registry.objective(config["objective"]).prompts
+        found = read_prompts(source)
+    except UserError:
+        return None
+    known = (facts.get("inputs") or {}).get("prompts")
+    return found if source in lists() or known in (None, digest(found)) else None
+
+
+def _check_prompts(rows: Rows, config: Mapping[str, Any], known: list[str] | None) -> Problems:
+    """Prompts or images that were left out of every evaluation alike: the config says how many.
+
+    Of a list that cannot be read, prompts that are in no evaluation at all are not missed.
+    """
+    most, images = config["eval_prompts"], config["eval_images"]
+    prompts = list(dict.fromkeys(r["prompt"] for r in rows)) if known is None else known
+    due = Counter(product(spread(prompts, most), range(images)))
+    found: dict[tuple[str, str], Counter[tuple[str, int]]] = {}
+    for r in rows:
+        image = r["prompt"], int(r["index"])
+        found.setdefault((r["round"], r["sampler"]), Counter())[image] += 1
+    wrong = [f"{number} ({sampler})" for (number, sampler), its in found.items() if its != due]
+    if wrong:
+        yield (
+            f"its evaluations at round {', '.join(wrong)} are not of the prompts that its config "
+            f"asks for, {images} of each"
+        )
+
+
 # ---- sets of runs
 
 
 def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
-    """Runs of one objective and method in one folder must be alike but for the seed."""
-    rounds: dict[str, Path] = {}
+    """Runs of one objective and method in one folder must be alike but for the seed; no copies."""
+    copied: dict[tuple[str, Hashable], Path] = {}
     seen: dict[tuple[str, ...], Path] = {}
     for run in runs:
         try:
@@ -235,19 +289,32 @@ def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
             place = run.relative_to(folder).parts[:-3]
             cell = (*place, config["objective"], config["method"])
             alike, numbered = _but_the_seed(run), (*cell, str(config["seed"]))
-        except (UserError, OSError, ValueError, KeyError) as problem:
+            own = [(what, numbers) for what, numbers in _own(run).items() if numbers]
+            copies = [f"{copied[n]} have the same {n[0]}" for n in own if n in copied]
+        except UNREADABLE as problem:
             yield f"{run}: cannot be read ({problem!r})"
             continue
         if numbered in seen:
             yield f"{run} and {seen[numbered]} are of one seed"
         if cell in seen and _but_the_seed(seen[cell]) != alike:
             yield f"{run} and {seen[cell]} differ in more than the seed"
-        what = fingerprint(run / "metrics.jsonl")
-        if what in rounds:
-            yield f"{run} and {rounds[what]} have the same rounds, number for number"
-        rounds.setdefault(what, run)
+        for copy in copies:
+            yield f"{run} and {copy}, number for number"
+        copied |= {numbers: run for numbers in own if numbers not in copied}
         seen.setdefault(numbered, run)
         seen.setdefault(cell, run)
+
+
+def _own(run: Path) -> dict[str, Hashable]:
+    """What no two runs share, as numbers, for a blank makes other bytes; round 0 is shared."""
+    rounds = tuple(tuple(m.get(k) for k in NUMBERS) for m in read_lines(run / "metrics.jsonl"))
+    later = frozenset(
+        (int(r["round"]), r["sampler"], r["prompt"], int(r["index"]),
+         *(float(r[name]) for name in (OBJECTIVE, "kl") if r.get(name)))
+        for r in _rows(run)
+        if int(r["round"])
+    )  # fmt: skip
+    return {"rounds": rounds, "evaluations after round 0": later}
 
 
 def _but_the_seed(run: Path) -> str:

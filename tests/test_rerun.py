@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +200,71 @@ def test_a_drift_far_off_is_not_reproduced(made: Path, tmp_path: Path, by: float
     assert "log kl" in verdict.said
 
 
-@pytest.mark.parametrize(("by", "fine"), [(1 + 1e-4, True), (1 + 1e-3, False), (1 - 1e-3, False)])
-def test_the_first_round_is_near(made: Path, tmp_path: Path, by: float, fine: bool) -> None:
+def first_round(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A run with another first round; the end of it is a little off, as by rounding."""
+    scaled(SCORE, 1 + 1e-6)(folder)
+    first, *rest = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = [json.dumps(change(json.loads(first))), *rest]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def with_images(count: int) -> Callable[[Path], None]:
+    """A change that has a run say that its first round drew so many images."""
+    return lambda run: first_round(run, lambda found: {**found, "images": count})
+
+
+@pytest.mark.parametrize("name", rerun.START)
+@pytest.mark.parametrize(
+    ("by", "images", "fine"),
+    [(1 + 1e-4, 128, True), (1 + 1e-3, 128, False), (1 - 1e-3, 128, False), (1 + 1e-3, 32, True),
+     (1 - 2e-3, 32, False), (1 + 1e-3, 500, False), (1 + 1e-4, 500, True)],
+)  # fmt: skip
+def test_the_first_round_is_near(
+    made: Path, tmp_path: Path, by: float, images: int, fine: bool, name: str
+) -> None:
     """A wrong rate moves it by a thousandth and more, rounding by far less."""
-
-    def change(folder: Path) -> None:
-        scaled(SCORE, 1 + 1e-6)(folder)
-        first, *rest = (folder / "metrics.jsonl").read_text().splitlines()
-        found = json.loads(first)
-        text = json.dumps({**found, "grad_norm": found["grad_norm"] * by})
-        (folder / "metrics.jsonl").write_text("\n".join([text, *rest]) + "\n")
-
-    verdict = judged(made, tmp_path, change)
+    verdict = judged(
+        made, tmp_path,
+        lambda run: first_round(run, lambda r: {**r, "images": images, name: r[name] * by}),
+        with_images(images),
+    )  # fmt: skip
+    off = "" if fine else f"{name} of round 1 is"
     assert verdict.reproduced is fine, verdict
-    assert fine or "grad_norm of round 1 is" in verdict.said
+    assert off in verdict.said
+
+
+def test_how_far_the_first_round_is_off_is_told(made: Path, tmp_path: Path) -> None:
+    """Both with digits enough to be told apart."""
+    verdict = judged(
+        made, tmp_path,
+        lambda run: first_round(run, lambda r: {**r, "images": 128, "loss": r["loss"] * 1.0005}),
+        with_images(128),
+    )  # fmt: skip
+    assert verdict.said.endswith("was published: off by 0.05 %, 0.03 % is allowed")
+
+
+def test_numbers_that_rounding_moves_in_steps_are_not_compared(made: Path, tmp_path: Path) -> None:
+    """The spread of a few JPEG sizes, and how often something happened."""
+    steps = {"score_std": 1 + 5e-4, "accuracy": 0.9}
+    verdict = judged(
+        made, tmp_path,
+        lambda run: first_round(run, lambda r: r | {k: r[k] * by for k, by in steps.items()}),
+    )  # fmt: skip
+    assert verdict.reproduced, verdict
+
+
+@pytest.mark.parametrize("value", [..., None, math.nan, "0.7"])
+@pytest.mark.parametrize("published", [True, False])
+def test_a_first_round_that_lacks_a_number(
+    made: Path, tmp_path: Path, value: Any, published: bool
+) -> None:
+    def gone(run: Path) -> None:
+        first_round(run, lambda r: {k: v for k, v in {**r, "loss": value}.items() if v is not ...})
+
+    changes = (gone, None) if not published else (scaled(SCORE, 1 + 1e-6), gone)
+    verdict = judged(made, tmp_path, *changes)
+    assert not verdict.reproduced
+    assert "round 1 has no loss to compare" in verdict.said
 
 
 def test_another_base_model_is_not_reproduced(made: Path, tmp_path: Path) -> None:

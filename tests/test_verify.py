@@ -19,6 +19,7 @@ from d3po_bench import cli
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.store import content
+from d3po_bench.train import digest
 from eval import claims, verify
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +143,29 @@ def test_an_untouched_copy_is_fine(home: Path) -> None:
     assert done.output.splitlines() == [
         "manifest: fine", "runs: fine", "tries: fine", "sets: fine", "grids: fine", "tables: fine",
         "numbers: fine", "curves: fine", "figures: fine",
+        "not made again: 1 figure (pictures were not kept)",
     ]  # fmt: skip
+
+
+def test_a_table_that_was_moved_to_what_is_not_checked(home: Path) -> None:
+    """It may be edited then, which must not go unsaid."""
+    text = (home / "README.md").read_text()
+    heads = [line for line in text.splitlines() if line.startswith("| objective |")]
+    moved = {"tables": heads, "why": "takes long"}
+    claims_ = {**claimed(), "tables": [], "unchecked": [*claimed()["unchecked"], moved]}
+    (home / "results" / "claims.json").write_text(json.dumps(claims_))
+    (home / "README.md").write_text(text.replace("+29%", "+29.4%"))
+    verify.record(home / "results")
+    done = CliRunner().invoke(cli.cli, ["verify", str(home / "results")])
+    assert done.exit_code == 0, done.output
+    said = f"not made again: 1 figure (pictures were not kept); {len(heads)} tables (takes long)"
+    assert done.output.splitlines()[-1] == said
+
+
+def test_all_is_made_again(home: Path) -> None:
+    assert claims.not_made_again(ROOT / "results").startswith("15 figures (sheets of samples need")
+    without(home, "unchecked")
+    assert claims.not_made_again(home / "results") == ""
 
 
 # ---- tampering that the manifest shows
@@ -186,6 +209,113 @@ def test_a_seed_that_is_a_copy(home: Path) -> None:
     rewrite_config(target, seed=4)
     assert found(home, "runs") == []
     assert any("the same rounds, number for number" in p for p in found(home, "sets"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("metrics.jsonl", ["rounds"]), ("eval.csv", ["evaluations after round 0"])],
+)
+def test_numbers_that_are_a_copy(name: str, said: list[str], home: Path) -> None:
+    """Written in other bytes: with a blank, another number of zeros, a column of its own."""
+    seeds = home / "results" / SEED.parent
+    text = (seeds / "seed-0" / name).read_text()
+    other = text.replace('"loss": ', '"loss":  ').replace("}\n", ', "own": 1}\n')
+    other = re.sub(r"(?m)^(\d+,.*),([\d.]+),[\d.]+,([\d.]*)$", r"\1,\g<2>0,0.5,\3", other)
+    assert other != text
+    (home / "results" / SEED / name).write_text(other)
+    problems = found(home, "sets")
+    copied = [re.findall("have the same (.*), number for number", p) for p in problems]
+    assert copied == [said]
+
+
+def test_a_try_has_no_more_than_rounds(home: Path) -> None:
+    """What an older version did not measure yet."""
+    run = home / "results" / SEED
+    edit(run / "metrics.jsonl", r'"loss": [^,]+, ', "")
+    put_content_on_record(run)
+    assert list(verify.check_run(run, whole=False)) == []
+    assert list(verify.check_run(run)) == ["its metrics.jsonl lacks loss"]
+
+
+@pytest.mark.parametrize("name", [n for n in verify.NUMBERS if n != "round"])
+def test_a_number_left_out_of_all_rounds(name: str, home: Path) -> None:
+    edit(home / "results" / SEED / "metrics.jsonl", rf', "{name}": [^,}}]+', "", count=0)
+    put_content_on_record(home / "results" / SEED)
+    assert found(home, "runs") == [f"tiny/incompress/d3po/seed-1: its metrics.jsonl lacks {name}"]
+
+
+@pytest.mark.parametrize("value", ['"0.69"', "null", "[0.69]", "true", "NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_value_of_a_round_that_is_no_number(value: str, whole: bool, home: Path) -> None:
+    run = home / "results" / SEED
+    for name in ("loss", "accuracy", "images"):
+        edit(run / "metrics.jsonl", rf'("round": 3,.*"{name}": )[^,}}]+', rf"\g<1>{value}")
+    put_content_on_record(run)
+    (problem,) = verify.check_run(run, whole=whole)
+    assert problem == "round 3 has no finite images, loss, accuracy"
+
+
+@pytest.mark.parametrize("inputs", [None, {}])
+def test_a_run_that_does_not_say_what_its_prompts_were(inputs: Any, home: Path) -> None:
+    path = home / "results" / SEED / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inputs": inputs}))
+    assert found(home, "runs") == []
+
+
+@pytest.mark.parametrize("inputs", ["x", [1], 5])
+def test_inputs_that_are_none(inputs: Any, home: Path) -> None:
+    path = home / "results" / SEED / "provenance.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inputs": inputs}))
+    assert any("cannot be read" in p for p in found(home, "runs"))
+
+
+def test_a_row_without_end(home: Path) -> None:
+    edit(home / "results" / SEED / "eval.csv", r"^12,eta1,ant,", f"12,eta1,{'ant' * 50_000},")
+    for check in ("runs", "sets"):
+        assert any("cannot be read (Error('field larger" in p for p in found(home, check))
+
+
+OF_OTHERS = "are not of the prompts that its config asks for, 1 of each"
+
+
+def test_prompts_left_out_of_every_evaluation(home: Path) -> None:
+    """Of all seeds, at all rounds: nothing differs from anything beside it."""
+    for seed in (home / "results" / SEED.parent).iterdir():
+        edit(seed / "eval.csv", r"^\d+,eta\d,(ant|dog),.*\n", "", count=0)
+        put_content_on_record(seed)
+    problems = found(home, "runs")
+    assert len(problems) == 5
+    assert all(OF_OTHERS in p and "0 (eta1), 0 (eta0), 4 (eta1)" in p for p in problems)
+
+
+def test_prompts_that_the_list_has_not(home: Path) -> None:
+    edit(home / "results" / SEED / "eval.csv", r",ant,", ",unicorn,", count=0)
+    assert any(OF_OTHERS in p for p in found(home, "runs"))
+
+
+@pytest.mark.parametrize("there", ["gone", "another", "the one", "of votes"])
+def test_evaluations_of_a_users_own_prompts(
+    there: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list that cannot be read names no prompts; rows of each are counted all the same."""
+    monkeypatch.chdir(home)
+    config = {"objective": "incompress", "prompts": "", "eval_prompts": 2, "eval_images": 2}
+    own = {"objective": "feedback"} if there == "of votes" else {"prompts": "own.txt"}
+    recorded = {"inputs": {"prompts": digest(["a hat", "a cat"])}}
+    if there in ("another", "the one"):
+        Path("own.txt").write_text("a hat\n" + ("a cat\n" if there == "the one" else "a mat\n"))
+    known = verify._prompts(config | own, recorded)
+    assert known == (["a hat", "a cat"] if there == "the one" else None)
+
+    def said(*images: tuple[str, int]) -> bool:
+        rows = [{"round": "0", "sampler": "eta1", "prompt": p, "index": str(i)} for p, i in images]
+        return bool(list(verify._check_prompts(rows, config | own, known)))
+
+    whole = [("a hat", 0), ("a hat", 1), ("a cat", 0), ("a cat", 1)]
+    assert not said(*whole)
+    assert said(*whole[:3])
+    assert said(*whole, ("a mat", 0), ("a mat", 1)), "more prompts than eval_prompts"
+    assert said(*whole[:2]) is (there == "the one")
 
 
 def test_a_duplicated_row(home: Path) -> None:
@@ -341,8 +471,26 @@ def test_a_second_table_in_the_readme(home: Path) -> None:
     text = (home / "README.md").read_text()
     (home / "README.md").write_text(text + "\n\n" + text.replace("+29%", "+39%"))
     problems = found(home, "tables")
-    assert len(problems) == 1
-    assert "+39%" in problems[0]
+    (stray,) = [p for p in problems if "that no row supports" in p]
+    assert "+39%" in stray
+    assert all("more often than rows support" in p for p in problems if p != stray)
+
+
+def test_a_line_of_the_readme_twice(home: Path) -> None:
+    edit(home / "README.md", r"^(\| incompress \| d3po \|.*\n)", r"\1\1")
+    (problem,) = found(home, "tables")
+    assert problem.startswith("README.md has a line more often than rows support: | incompress |")
+
+
+def test_a_line_that_its_script_prints_twice(home: Path) -> None:
+    edit(home / "README.md", r"^(\| incompress \| d3po \|.*\n)", "")
+    assert any("README.md lacks a line of" in p for p in found(home, "tables"))
+    (home / "README.md").write_text("| a | b |\n|---|--:|\n| c | 1 |\n")
+    text = "| a | b |\n|---|--:|\n| c | 1 |\n| c | 1 |"
+    (home / "twice.py").write_text(f"print({text!r})")
+    claim = {"document": "README.md", "command": ["twice.py"]}
+    (problem,) = claims.check_table(claim, home, {})
+    assert problem == "README.md lacks a line of `twice.py`: | c | 1 |"
 
 
 def test_an_edited_figure(home: Path) -> None:
