@@ -24,7 +24,7 @@ WHAT = {
     "dpok-gaussian": "DPOK, preset `quick`",
     "dpok-noise-mse": "`kl=noise_mse`",
     "dpok-none": "`kl=none`: DDPO",
-    "dpok-fast": "`learning_rate=6e-3`",
+    "dpok-fast": "DPOK, `learning_rate=6e-3`",
     "ddpo-clip": "DDPO, `clip_range=1e-4`, as published",
     "ddpo-batch-wise": "DDPO, `buffer=0`: advantages over the round, not the prompt",
 }
