@@ -117,13 +117,13 @@ def write_error(path: Path, problem: Exception) -> UserError:
         number = errno.ENOSPC
     if number in _NO_ROOM:
         return RunError(
-            f"Expected room to write {path}, got {_NO_ROOM[number]}. Make room and run the same "
-            "command again: it goes on from the last checkpoint."
+            f"Expected room to write {path}, got {_NO_ROOM[number]}. Make room, or raise that "
+            "limit, and run the same command again: a run goes on from its last checkpoint."
         )
     if number == errno.EIO:
         return RunError(
             f"Expected to be able to write {path}, got: {os.strerror(errno.EIO)}. Look after that "
-            "disk, then run the same command again: it goes on from the last checkpoint."
+            "disk, then run the same command again: a run goes on from its last checkpoint."
         )
     reason = getattr(problem, "strerror", None) or problem
     return UserError(
