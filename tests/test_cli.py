@@ -395,7 +395,7 @@ def test_a_folder_in_use_is_refused(command: Command, micro: Path, half: Path) -
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("config.json", "config.json, got a damaged file"),
+        ("config.json", "config.json, got JSONDecodeError"),
         ("provenance.json", "Expected a readable"),
         ("metrics.jsonl", "metrics.jsonl, got a damaged file"),
         ("checkpoints/last.safetensors", "last.safetensors, got a damaged one"),
