@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -20,6 +21,9 @@ Row = dict[str, Any]
 
 NEEDED = ("method", "objective", "model", "seed")
 """Of every config; what else an older version did not know yet has its default."""
+
+TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
+"""A run's text files but provenance.json, which holds their digests."""
 
 REMEDY = "Restore that file, leave that folder out, or run it again."
 
@@ -139,3 +143,36 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind if kind in (int, bool, str) else isinstance(value, dict)
+
+
+def content(run: Path) -> dict[str, str]:
+    """File -> SHA-256 of the text files of a run.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    there = [run / name for name in TEXT if (run / name).exists()]
+    digests = {}
+    for path in there:
+        with readable(path):
+            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
+
+
+def require_content(run: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse text files that are not those that a run ended with, where these are on record.
+
+    Args:
+        run: its folder.
+        facts: its provenance.
+
+    Raises:
+        UserError: naming the file.
+    """
+    found = content(run)
+    for name, digest in facts.get("content", {}).items():
+        if found.get(name) != digest:
+            raise UserError(
+                f"Expected {name} as the run in {run} has left it, got another file or none. "
+                "Restore it, or remove that folder and run it again."
+            )

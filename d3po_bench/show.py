@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from datetime import datetime, timedelta
@@ -15,7 +14,7 @@ from d3po_bench.config import PRESETS, RunConfig, make
 from d3po_bench.errors import UserError
 from d3po_bench.listing import section
 from d3po_bench.origins import differing, sessions
-from d3po_bench.reading import Row, read_config, read_facts, read_lines, readable
+from d3po_bench.reading import Row, content, read_config, read_facts, read_lines, readable
 
 ABSENT = "not on record"
 """What an older version did not write down."""
@@ -177,17 +176,14 @@ def _content(run: Path, facts: Row) -> dict[str, str]:
     found = facts.get("content")
     if not found:
         return {"hashes": ABSENT if "ended" in facts else "when it has ended"}
-    return {
-        str(name): f"{digest}{_since(run / str(name), digest)}" for name, digest in found.items()
-    }
+    now = content(run)
+    return {str(n): f"{digest}{_since(now.get(n), digest)}" for n, digest in found.items()}
 
 
-def _since(path: Path, digest: object) -> str:
-    if not path.is_file():
+def _since(now: str | None, digest: object) -> str:
+    if now is None:
         return ", gone since"
-    with readable(path):
-        same = hashlib.sha256(path.read_bytes()).hexdigest() == digest
-    return "" if same else ", CHANGED SINCE"
+    return "" if now == digest else ", CHANGED SINCE"
 
 
 # ---- cost and score

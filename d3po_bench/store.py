@@ -28,6 +28,7 @@ from d3po_bench import machine
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError, is_out_of_memory
 from d3po_bench.origins import kept, misshapen, require_packages
+from d3po_bench.reading import TEXT, content, require_content
 
 PACKAGES = (
     "d3po-bench", "torch", "diffusers", "transformers", "peft", "numpy", "pillow", "safetensors",
@@ -35,9 +36,6 @@ PACKAGES = (
 
 CODE = ("d3po_bench", "baselines", "eval")
 """Folders whose files decide what a run does, and where a method or scorer is found by its file."""
-
-TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
-"""A run's text files but provenance.json, which holds their digests."""
 
 Row = dict[str, Any]
 
@@ -281,7 +279,7 @@ class RunStore:
             UserError: naming the packages and both their versions.
         """
         began = self.provenance().get("packages", {})
-        require_packages(self.folder, began, environment()["packages"])
+        require_packages(self.folder, began, _packages())
 
     def require_rest(self, *, checkpoint: bool) -> None:
         """Refuse a folder that has lost what a run that came so far had written.
@@ -424,39 +422,6 @@ class RunStore:
     def _write_facts(self, facts: Row) -> None:
         data = json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n"
         write_atomically(self.folder / "provenance.json", data)
-
-
-def require_content(run: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse text files that are not those that a run ended with, where these are on record.
-
-    Args:
-        run: its folder.
-        facts: its provenance.
-
-    Raises:
-        UserError: naming the file.
-    """
-    found = content(run)
-    for name, digest in facts.get("content", {}).items():
-        if found.get(name) != digest:
-            raise UserError(
-                f"Expected {name} as the run in {run} has left it, got another file or none. "
-                "Restore it, or remove that folder and run it again."
-            )
-
-
-def content(run: Path) -> dict[str, str]:
-    """File -> SHA-256 of the text files of a run.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    there = [run / name for name in TEXT if (run / name).exists()]
-    digests = {}
-    for path in there:
-        with _reading(path):
-            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return digests
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
@@ -604,9 +569,13 @@ def environment() -> Row:
         "platform": platform.platform(),
         "machine": platform.machine(),
         **machine.processors(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": _packages(),
         **_commit(),
     }
+
+
+def _packages() -> dict[str, str | None]:
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str | None:

@@ -428,13 +428,13 @@ def run_seed(
         trainer = make(config, execution)
         after = _restore(trainer, store, report)
         evaluation = Evaluation(trainer)
+        unchecked = _tell_unchecked(trainer, evaluation, report)
         store.start(
             config, {**trainer.inputs, "scorers": evaluation.fingerprints()}, after=after,
-            facts={"unchecked_scorers": evaluation.unchecked(), **(facts or {})},
+            facts={"unchecked_scorers": unchecked, **(facts or {})},
             device=str(trainer.device), threads=torch.get_num_threads(), deterministic=on,
             execution=vars(execution).copy(), **_plugins(config, evaluation),
         )  # fmt: skip
-        _tell_unchecked(trainer, evaluation, report)
         _rounds(trainer, store, evaluation, report)
         write_folder(folder / "lora", trainer.model.save)
         store.finish()
@@ -479,12 +479,13 @@ def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, s
     return registry.plugins(used)
 
 
-def _tell_unchecked(trainer: Trainer, evaluation: Evaluation, report: Report) -> None:
-    """Say which scorers nothing was compared with."""
+def _tell_unchecked(trainer: Trainer, evaluation: Evaluation, report: Report) -> list[str]:
+    """The scorers that nothing was compared with, after saying so."""
     names, done = evaluation.unchecked(), trainer.round / trainer.config.rounds
     if names:
         note = registry.selfcheck().note(names)
         report(Progress(label(trainer.config), done, "", note))
+    return names
 
 
 def threads_of(config: RunConfig, execution: Execution) -> int:

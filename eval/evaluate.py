@@ -7,7 +7,6 @@ number of processes ends with the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import time
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from d3po_bench import registry
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.prompts import read_pictures, read_prompts
-from d3po_bench.reading import read_config, readable
+from d3po_bench.reading import read_config
 from d3po_bench.store import csv_bytes, environment, now, png_bytes, read_csv, write_atomically
 
 if TYPE_CHECKING:
@@ -265,11 +264,10 @@ def _digest(folder: Path, files: Sequence[str]) -> str:
     Raises:
         UserError: one cannot be read.
     """
-    whole = hashlib.sha256()
-    for name in files:
-        with readable(folder / name), (folder / name).open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:12]
+    from d3po_bench.machine import digest
+    from eval.weights import fingerprint
+
+    return digest(" ".join(fingerprint(folder / name) for name in files))
 
 
 # ---- the folder

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
-from d3po_bench.reading import read_config, read_facts, read_lines
+from d3po_bench.reading import read_config, read_facts, read_lines, require_content
 from eval.statistics import interval
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         detail = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise _unreadable(folder, detail) from problem
-    _require_content(folder, facts)
+    require_content(folder, facts)
     if not any(sampler == "eta1" and n in run.spent for sampler, n in run.scores.index):
         raise UserError(
             "Expected evaluation rows of the sampler eta1 and a finished round in "
@@ -259,12 +259,6 @@ def read_run(folder: Path) -> Run:
             "Run it again, or leave that folder out."
         )
     return run
-
-
-def _require_content(folder: Path, facts: Mapping[str, Any]) -> None:
-    from d3po_bench.store import require_content
-
-    require_content(folder, facts)
 
 
 def _unreadable(folder: Path, detail: str) -> UserError:

@@ -233,7 +233,7 @@ def _statistical(published: Path, again: Path) -> tuple[list[str], list[str]]:
         return [*wrong, "its evaluations are of other images"], []
     wrong += [*_other_base(rows[published.name], new), *other_start(published, again)]
     found, details = _other_end(published.name, rows, new)
-    return wrong + found, details
+    return wrong + found, [_start(published, again), *details]
 
 
 def _other_inputs(published: Path, again: Path) -> Iterator[str]:
@@ -262,22 +262,49 @@ def other_start(published: Path, again: Path) -> Iterator[str]:
     Raises:
         UserError: a file of either is damaged.
     """
-    facts, config = (read_facts(published), read_facts(again)), read_config(published)
-    exact = config.get("dtype") == "fp32" and all(f.get("device") == "cpu" for f in facts)
-    then, now = (next(iter(read_lines(r / "metrics.jsonl")), {}) for r in (published, again))
-    images = then["images"] if finite(then.get("images")) else ROUND
-    allowed = FIRST_ROUND["cpu" if exact else ""] * max(1, ROUND / max(1, images))
-    for name in START:
-        if not (finite(then.get(name)) and finite(now.get(name))):
+    then, now = _first_rounds(published, again)
+    allowed = _allowed(published, again, then)
+    for name, off in _apart(then, now).items():
+        if off is None:
             said = f"{then.get(name, 'none')} was published, {now.get(name, 'none')} was made"
             yield f"round 1 has no {name} to compare: {said}"
-            continue
-        off = abs(then[name] - now[name]) / max(abs(then[name]), TINY)
-        if off > allowed:
+        elif off > allowed:
             yield (
                 f"{name} of round 1 is {now[name]:.6g}, {then[name]:.6g} was published: off by "
                 f"{100 * off:.3g} %, {100 * allowed:.3g} % is allowed"
             )
+
+
+def _first_rounds(published: Path, again: Path) -> tuple[Row, Row]:
+    then, now = (next(iter(read_lines(r / "metrics.jsonl")), {}) for r in (published, again))
+    return then, now
+
+
+def _allowed(published: Path, again: Path, then: Row) -> float:
+    """How far off a number of the first round may be, as a share of it."""
+    facts, config = (read_facts(published), read_facts(again)), read_config(published)
+    exact = config.get("dtype") == "fp32" and all(f.get("device") == "cpu" for f in facts)
+    images = then["images"] if finite(then.get("images")) else ROUND
+    return FIRST_ROUND["cpu" if exact else ""] * max(1, ROUND / max(1, images))
+
+
+def _apart(then: Row, now: Row) -> dict[str, float | None]:
+    """How far off each number of `START` is; None where a run lacks it."""
+    return {
+        name: abs(then[name] - now[name]) / max(abs(then[name]), TINY)
+        if finite(then.get(name)) and finite(now.get(name))
+        else None
+        for name in START
+    }
+
+
+def _start(published: Path, again: Path) -> str:
+    """How far off the first round is, for people."""
+    then, now = _first_rounds(published, again)
+    known = {n: 100 * off for n, off in _apart(then, now).items() if off is not None}
+    allowed = 100 * _allowed(published, again, then)
+    told = ", ".join(f"{name} {off:.2g} %" for name, off in known.items())
+    return f"first round off by {told or 'nothing that both have'} ({allowed:.3g} % is allowed)"
 
 
 def _scores(run: Path) -> Scores:

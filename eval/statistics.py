@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,6 +50,17 @@ def interval(values: Any, confidence: float = 0.95) -> tuple[Floats, Floats]:
         n_resamples=RESAMPLES, confidence_level=confidence, rng=np.random.default_rng(RNG_SEED),
     ).confidence_interval  # fmt: skip
     return np.asarray(found.low), np.asarray(found.high)
+
+
+def between(middle: float, low: float, high: float) -> str:
+    """A number with its interval, for tables; without one where its ends are NaN."""
+    return f"{middle:+.3f}" + ("" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
+
+
+def mean_told(values: Any) -> str:
+    """The mean over seeds [S] with its `interval`, for tables."""
+    low, high = interval(values)
+    return between(values.mean(), float(low), float(high))
 
 
 def iqm(values: Any) -> float:

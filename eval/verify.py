@@ -22,15 +22,23 @@ from d3po_bench.errors import UserError
 from d3po_bench.origins import differing, sessions
 from d3po_bench.prompts import names as lists
 from d3po_bench.prompts import read_prompts
-from d3po_bench.reading import finite, read_config, read_facts, read_lines, read_object
-from d3po_bench.store import TEXT, content, write_atomically
+from d3po_bench.reading import (
+    TEXT,
+    content,
+    finite,
+    read_config,
+    read_facts,
+    read_lines,
+    read_object,
+)
+from d3po_bench.store import write_atomically
 from eval import claims
 from eval.evaluator import OBJECTIVE, SAMPLERS, spread
+from eval.report import COUNTS
 from eval.weights import fingerprint
 
 MANIFEST = "manifest.json"
 FILES = (*TEXT, "provenance.json")
-COUNTS = ("images", "pairs", "scorer_calls", "unet_forwards", "unet_backwards")
 NUMBERS = ("round", *COUNTS, "score_mean", "score_std", "reward_mean", "loss", "grad_norm",
            "updates")  # fmt: skip
 """What every round of every method has in metrics.jsonl; methods add their own."""

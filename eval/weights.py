@@ -6,7 +6,6 @@ is missing and the command that gets it. Every file is checked against its sha25
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import urllib.error
@@ -14,11 +13,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from d3po_bench.digests import sha256_once
 from d3po_bench.errors import RunError, UserError
 
 TIMEOUT = 20.0
@@ -237,18 +236,11 @@ def fingerprint(path: Path) -> str:
         UserError: it cannot be read.
     """
     try:
-        facts = path.stat()
-        return _sha256(path, facts.st_size, facts.st_mtime_ns)
+        return sha256_once(path)
     except OSError as problem:
         raise UserError(
             f"Expected to read {path}, got: {problem.strerror}. Correct its permissions."
         ) from problem
-
-
-@cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _note(folder: Path, file: File) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 
 from d3po_bench.errors import UserError, said_in_one_line
 from d3po_bench.store import read_csv
-from eval.statistics import interval
+from eval.statistics import mean_told
 
 SCORERS = {"jpeg_size": "JPEG size, kB", "aesthetic": "aesthetic score, points"}
 BASE = "no-fine-tune"
@@ -25,16 +25,10 @@ BASE = "no-fine-tune"
 Row = dict[str, Any]
 
 
-def cell(gains: Any) -> str:
-    """A mean over seeds with its interval, where there is one."""
-    low, high = map(float, interval(gains))
-    return f"{gains.mean():+.3f}" + ("" if np.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
-
-
 def line(objective: str, method: str, rows: list[Row], base: Row) -> str:
     """One method on one objective."""
     gains = {s: np.array([float(r[s]) - float(base[s]) for r in rows]) for s in SCORERS}
-    cells = [method, objective, str(len(rows)), *(cell(gains[s]) for s in SCORERS)]
+    cells = [method, objective, str(len(rows)), *(mean_told(gains[s]) for s in SCORERS)]
     return f"| {' | '.join(cells)} |"
 
 

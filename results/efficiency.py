@@ -22,9 +22,9 @@ from eval.report import Run, curves, read_groups
 from eval.statistics import (
     area_under_curve,
     images_to_threshold,
-    interval,
+    mean_told,
     probability_of_improvement,
-)  # fmt: skip
+)
 
 BUDGETS = {"pairs": "pairs or single images", "images": "images", "unet_forwards": "UNet passes"}
 """What methods are compared at, and what to call it."""
@@ -52,12 +52,6 @@ def least(methods: Methods, x: str) -> float:
 def gains(runs: list[Run], x: str, budget: float) -> Any:
     """Gain of each seed [S] when it had spent that much."""
     return np.array([np.interp(budget, at, score) - score[0] for at, score in paths(runs, x)])
-
-
-def sure(values: Any) -> str:
-    """A mean over seeds with its interval, where there is one."""
-    low, high = map(float, interval(values))
-    return f"{values.mean():+.3f}" + ("" if np.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
 
 
 def ends(runs: list[Run]) -> Any:
@@ -113,8 +107,8 @@ def row(method: str, methods: Methods, budgets: dict[str, float], level: float, 
     """One line of an objective's table."""
     runs = methods[method]
     area = np.array([area_under_curve(at, score) for at, score in paths(runs, "images")])
-    cells = [sure(gains(runs, x, budget)) for x, budget in budgets.items()]
-    cells += [sure(area), drift(runs, level, sign)]
+    cells = [mean_told(gains(runs, x, budget)) for x, budget in budgets.items()]
+    cells += [mean_told(area), drift(runs, level, sign)]
     cells += [speed(runs, methods, sign), chance(runs, methods, sign)]
     return f"| {' | '.join([method, *cells])} |"
 

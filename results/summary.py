@@ -22,7 +22,7 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError, said_in_one_line
 from d3po_bench.store import read_csv
 from eval.report import Group, Run, read_groups
-from eval.statistics import interval, iqm, iqm_interval, paired_difference
+from eval.statistics import between, iqm, iqm_interval, mean_told, paired_difference
 
 SIDES = {"tiny": 32, "sd15": 512}
 """Pixels a side of the pictures of the models that we know."""
@@ -68,11 +68,6 @@ def flat_size(side: int) -> float:
 def number(value: float, form: str) -> str:
     """The value in that form; nothing for NaN."""
     return "" if np.isnan(value) else format(value, form)
-
-
-def between(middle: float, low: float, high: float) -> str:
-    """A difference, with its interval where there is one."""
-    return f"{middle:+.3f}" + ("" if np.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
 
 
 def before_after(runs: list[Run], column: str) -> str:
@@ -139,7 +134,7 @@ def learnt(group: Group, runs: list[Run], d3po: list[Run]) -> Cells:
         "seeds": str(len(runs)),
         "base": f"{base.mean():.3f}",
         "end": f"{end.mean():.3f}",
-        "gain (95 % interval)": between(gain.mean(), *map(float, interval(gain))),
+        "gain (95 % interval)": mean_told(gain),
         "worst seed": f"{sign * (sign * gain).min():+.3f}",
         "share of excess": share_of_excess(group, base.mean(), gain.mean()),
         "IQM of the gain (95 % interval)": between(iqm(gain), *iqm_interval(gain)),

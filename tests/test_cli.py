@@ -723,12 +723,17 @@ def test_a_stopped_command_takes_its_workers_along_and_keeps_its_rounds(
         assert checkpoint[1]["round"] in (len(store.metrics) - 1, len(store.metrics))
 
 
-def test_a_killed_command_takes_its_workers_along(micro: Path, tmp_path: Path) -> None:
+def endless(micro: Path, out: Path) -> subprocess.Popen[str]:
+    """A command with two workers that will not end by itself, in a process group of its own."""
     arguments = run_of(micro, "--seeds", "2", "--jobs", "2", rounds=10**5, eval_every=0)
-    with subprocess.Popen(
-        [sys.executable, "-m", "d3po_bench", *arguments, "--out", tmp_path / "runs"],
+    return subprocess.Popen(
+        [sys.executable, "-m", "d3po_bench", *arguments, "--out", out],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
-    ) as process:  # fmt: skip
+    )  # fmt: skip
+
+
+def test_a_killed_command_takes_its_workers_along(micro: Path, tmp_path: Path) -> None:
+    with endless(micro, tmp_path / "runs") as process:
         try:
             wait_for(lambda: len(list(tmp_path.rglob("metrics.jsonl"))) == 2)
             process.kill()
@@ -762,11 +767,7 @@ def workers(number: int) -> list[int]:
 def test_workers_that_the_kernel_killed_for_their_memory_are_told(
     micro: Path, tmp_path: Path
 ) -> None:
-    arguments = run_of(micro, "--seeds", "2", "--jobs", "2", rounds=10**5, eval_every=0)
-    with subprocess.Popen(
-        [sys.executable, "-m", "d3po_bench", *arguments, "--out", tmp_path / "runs"],
-        stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
-    ) as process:  # fmt: skip
+    with endless(micro, tmp_path / "runs") as process:
         try:
             wait_for(lambda: len(list(tmp_path.rglob("metrics.jsonl"))) == 2)
             for worker in workers(process.pid):

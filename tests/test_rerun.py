@@ -89,6 +89,7 @@ def test_another_split_reproduces_with_other_bytes(results: Path, seed: int) -> 
     assert done.exit_code == 0, done.output
     assert re.search(r"seed-\d: reproduced$", done.output, re.MULTILINE)
     assert "micro_batch 32 -> 5" in done.output
+    assert re.search(r"first round off by score_mean [\d.e-]+ %, loss .*is allowed", done.output)
     assert "log kl" in done.output
 
 

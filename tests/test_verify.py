@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from d3po_bench import cli
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.store import content
+from d3po_bench.reading import content
 from d3po_bench.train import digest
 from eval import claims, verify
 

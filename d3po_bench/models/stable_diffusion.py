@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from d3po_bench.digests import sha256_once
 from d3po_bench.errors import UserError, is_out_of_memory
 from d3po_bench.seeding import stream
 
@@ -345,9 +345,8 @@ def content(folder: Path) -> str:
     """sha256, hex, of all that a pipeline in `folder` is loaded from: names, sizes and bytes."""
     whole = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in LOADED):
-        facts = path.stat()
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{facts.st_size}\0".encode())
-        whole.update(_sha256(path, facts.st_size, facts.st_mtime_ns))
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        whole.update(bytes.fromhex(sha256_once(path)))
     return whole.hexdigest()
 
 
@@ -378,13 +377,6 @@ def _require_pinned(source: Source) -> None:
             f"Expected the model in {source.path} with the sha256 {expected}, got {found}: a file "
             "of it is damaged or was exchanged. Install the package again."
         )
-
-
-@cache
-def _sha256(path: Path, size: int, changed: int) -> bytes:
-    """Of a file, read once while it does not change: a grid asks for each of its runs."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _quieten() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.report import Run, find_runs, read_run
-from eval.statistics import interval
+from eval.statistics import mean_told
 
 WHAT = {
     "default": "D3PO, preset `quick`",
@@ -45,12 +45,8 @@ def row(folder: Path, text: str) -> str:
     """One line of the table."""
     runs = [read_run(path) for path in find_runs([folder])]
     gains = np.array([gain(run) for run in runs])
-    low, high = interval(gains)
     kl, known = (np.mean([end(run, column) for run in runs]) for column in ("kl", "animal"))
-    return (
-        f"| {text} | {len(runs)} | {gains.mean():+.3f} ({low:+.3f} to {high:+.3f}) | {kl:.3f} | "
-        f"{known:.2f} |"
-    )
+    return f"| {text} | {len(runs)} | {mean_told(gains)} | {kl:.3f} | {known:.2f} |"
 
 
 def table(folder: Path) -> str:
