@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from d3po_bench.diffusion.policy import Policy
 from d3po_bench.errors import UserError
-from d3po_bench.policy import Policy
 from d3po_bench.types import ImageRows, Method, Metrics, Reference, Rollout
 
 LARGEST = 20.0

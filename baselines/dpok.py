@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from d3po_bench.diffusion.gaussian import Gaussian
+from d3po_bench.diffusion.policy import Policy
 from d3po_bench.errors import UserError
-from d3po_bench.gaussian import Gaussian
-from d3po_bench.policy import Policy
 from d3po_bench.types import ImageRows, Method, Metrics, Reference, Rollout
 
 

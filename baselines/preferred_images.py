@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from d3po_bench.policy import Policy
+from d3po_bench.diffusion.policy import Policy
 from d3po_bench.types import Method, Metrics, Reference, Rollout, Rows
 
 

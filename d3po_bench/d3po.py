@@ -16,8 +16,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
+from d3po_bench.diffusion.policy import Policy
 from d3po_bench.errors import UserError
-from d3po_bench.policy import Policy
 from d3po_bench.types import Method, Metrics, Reference, Rollout, Rows
 
 

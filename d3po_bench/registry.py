@@ -214,7 +214,7 @@ def model_source(name: str) -> Any:
 def evaluator() -> ModuleType:
     """The evaluator: `eval` is not imported before a run needs it."""
     _package("eval")
-    return importlib.import_module("eval.evaluator")
+    return importlib.import_module("eval.measure")
 
 
 def selfcheck() -> ModuleType:

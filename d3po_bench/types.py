@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Generator, Tensor
 
-    from d3po_bench.policy import Policy
+    from d3po_bench.diffusion.policy import Policy
 
 Metrics = dict[str, "Tensor"]
 """Name -> scalar tensor, a mean over the items of a micro-batch."""

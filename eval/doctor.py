@@ -15,7 +15,7 @@ import click
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from d3po_bench.listing import section
+from d3po_bench.text import section
 
 EMBEDDED = registry.HOME / "eval" / "embedded"
 """Small scorers that ship with the project."""

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from d3po_bench.errors import UserError, said_in_one_line
-from d3po_bench.store import read_csv
-from eval.statistics import mean_told
+from d3po_bench.runs.files import read_csv
+from eval.analysis.statistics import mean_told
 
 SCORERS = {"jpeg_size": "JPEG size, kB", "aesthetic": "aesthetic score, points"}
 BASE = "no-fine-tune"

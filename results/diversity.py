@@ -20,15 +20,15 @@ import click
 import torch
 
 from d3po_bench import registry
-from d3po_bench.engine import Draws, sample
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import said_in_one_line
+from d3po_bench.models.sources import model_source
 from d3po_bench.models.stable_diffusion import Training, load
-from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
-from d3po_bench.reading import read_config
-from d3po_bench.store import csv_bytes, read_csv, write_atomically
-from d3po_bench.train import model_source
-from eval.evaluator import NOISE_SEED
+from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from d3po_bench.runs.run import read_config
+from eval.measure import NOISE_SEED
 
 IMAGES = 4
 PROMPTS = "animals"

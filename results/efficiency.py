@@ -18,8 +18,8 @@ import numpy as np
 
 from d3po_bench import registry
 from d3po_bench.errors import said_in_one_line
-from eval.report import Run, curves, read_groups
-from eval.statistics import (
+from eval.analysis.runs import Run, curves, read_groups
+from eval.analysis.statistics import (
     area_under_curve,
     images_to_threshold,
     mean_told,

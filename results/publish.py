@@ -12,8 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from eval.report import find_runs, plot
-from eval.verify import FILES
+from eval.analysis.runs import find_runs
+from eval.figures.curves import plot
+from eval.verify.folder import FILES
 
 
 def publish(runs: Path, target: Path, add: bool) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.rerun import FALSE_ALARM, end_of, other_start
-from eval.statistics import another_seed
+from eval.analysis.statistics import another_seed
+from eval.verify.rerun import FALSE_ALARM, end_of, other_start
 
 HOME = Path(__file__).parent
 TINY = HOME / "tiny"

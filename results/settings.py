@@ -16,7 +16,7 @@ from typing import Any
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError, said_in_one_line
-from d3po_bench.reading import read_config, read_lines
+from d3po_bench.runs.run import read_config, read_lines
 
 CLIPPED = ("clipped", "saturated")
 """Share of probability ratios that the clip changed, as methods call it."""

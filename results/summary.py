@@ -20,9 +20,9 @@ import torch
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError, said_in_one_line
-from d3po_bench.store import read_csv
-from eval.report import Group, Run, read_groups
-from eval.statistics import between, iqm, iqm_interval, mean_told, paired_difference
+from d3po_bench.runs.files import read_csv
+from eval.analysis.runs import Group, Run, read_groups
+from eval.analysis.statistics import between, iqm, iqm_interval, mean_told, paired_difference
 
 SIDES = {"tiny": 32, "sd15": 512}
 """Pixels a side of the pictures of the models that we know."""

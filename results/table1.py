@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from eval import table1
+from eval.analysis import table1
 
 HERE = Path(__file__).parent / "tiny" / "table1"
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from d3po_bench.models.embedded import recipe
-from d3po_bench.models.stable_diffusion import Source, StableDiffusion, Training, load
+from d3po_bench.models.sources import Source
+from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
 
 CPU = torch.device("cpu")
 

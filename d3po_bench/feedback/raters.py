@@ -16,10 +16,10 @@ import torch
 from torch import Generator, Tensor
 
 from d3po_bench import registry
+from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.labels import Hand, LabelStore
 from d3po_bench.feedback.rounds import Answer, Kind, Pool, Round
-from d3po_bench.seeding import stream
 
 Rule = Callable[[Tensor, Sequence[str]], Tensor]
 """Pictures [N, 3, h, w] uint8 and their prompts -> how good each is, [N]; 0 or less is bad."""

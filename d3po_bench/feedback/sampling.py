@@ -20,15 +20,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from d3po_bench.config import FEEDBACK, Execution, RunConfig
-from d3po_bench.engine import Draws, sample
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample
+from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
 from d3po_bench.feedback.rounds import Item, Kind, Question, Round
+from d3po_bench.launch.devices import device_of, threads_of
+from d3po_bench.models.sources import model_source
 from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
-from d3po_bench.policy import Policy
-from d3po_bench.seeding import stream
-from d3po_bench.store import RunStore, png_bytes, taken, write_atomically
-from d3po_bench.train import device_of, model_source, threads_of
+from d3po_bench.runs.files import png_bytes, taken, write_atomically
+from d3po_bench.runs.store import RunStore
 
 FILE, FILES, ADAPTER = "sampling.json", "files.json", "adapter.safetensors"
 

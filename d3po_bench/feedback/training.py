@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench.config import FEEDBACK, Execution, RunConfig, least_images, make, method_of
+from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.agreement import Floats, preferences
 from d3po_bench.feedback.sampling import (
@@ -25,9 +26,11 @@ from d3po_bench.feedback.sampling import (
     read_rollout,
     require_files,
 )
-from d3po_bench.seeding import stream
-from d3po_bench.store import RunStore
-from d3po_bench.train import Report, Trainer, model_source, run_seed
+from d3po_bench.models.sources import model_source
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training.progress import Report
+from d3po_bench.training.run import run_seed
+from d3po_bench.training.trainer import Trainer
 from d3po_bench.types import Objective, Rollout
 
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,6 @@ trains through LoRA (peft) or in full. The embedded model goes through this same
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,31 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from d3po_bench.digests import sha256_once
+from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError, is_out_of_memory
-from d3po_bench.seeding import stream
-
-LOADED = (".json", ".safetensors", ".txt")
-"""What a pipeline is made of: configs, weights, vocabularies. Pickles (.bin) are never loaded."""
+from d3po_bench.models.sources import Source, absent, commit, require_pinned
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a named model comes from, and the preset that suits it."""
-
-    path: str
-    """A folder, or a hub id."""
-    revision: str | None = None
-    """The pinned commit of a hub id."""
-    preset: str = "paper"
-    size: str = ""
-    """How much there is to download, for people."""
-    scorers: str = "official"
-    """Weights of the scorers that suit its pictures."""
-    pin: Path | None = None
-    """A file with the sha256 that the folder's content must have; see `content`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +276,7 @@ def load(source: Source, device: torch.device, training: Training) -> StableDiff
     from transformers import CLIPTextModel, CLIPTokenizer
 
     _quieten()
-    _require_pinned(source)
+    require_pinned(source)
     index = _model_index(source)
     # All parts of a hub id come from one commit, whatever happens to its branch meanwhile.
     found = commit(source)
@@ -333,52 +312,6 @@ def load(source: Source, device: torch.device, training: Training) -> StableDiff
     return model
 
 
-def fingerprint(source: Source) -> str:
-    """Twelve hex digits that name the content of a pipeline folder; a hub id with its revision."""
-    folder = Path(source.path)
-    if not folder.is_dir():
-        return f"{source.path}@{source.revision or 'main'}"
-    return content(folder)[:12]
-
-
-def content(folder: Path) -> str:
-    """sha256, hex, of all that a pipeline in `folder` is loaded from: names, sizes and bytes."""
-    whole = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in LOADED):
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        whole.update(bytes.fromhex(sha256_once(path)))
-    return whole.hexdigest()
-
-
-def commit(source: Source) -> str | None:
-    """The commit of a hub id's files on this machine; None for a folder, and before they came."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(source.path).exists():
-        return None
-    index = try_to_load_from_cache(source.path, "model_index.json", revision=source.revision)
-    return Path(index).parent.name if isinstance(index, str) else None
-
-
-def _require_pinned(source: Source) -> None:
-    """Refuse a folder that ships with the package and is not as it was.
-
-    Raises:
-        UserError: naming both checksums.
-    """
-    if source.pin is None:
-        return
-    try:
-        expected, found = source.pin.read_text(encoding="utf-8").strip(), content(Path(source.path))
-    except (OSError, ValueError) as problem:
-        expected, found = "on record", str(problem)
-    if found != expected:
-        raise UserError(
-            f"Expected the model in {source.path} with the sha256 {expected}, got {found}: a file "
-            "of it is damaged or was exchanged. Install the package again."
-        )
-
-
 def _quieten() -> None:
     """Switch off the loaders' progress bars and notes: they say nothing that a run needs."""
     import diffusers
@@ -403,7 +336,7 @@ def _model_index(source: Source) -> dict[str, Any]:
     try:
         index = StableDiffusionPipeline.load_config(source.path, revision=source.revision)
     except (OSError, ValueError) as problem:
-        raise _absent(source) from problem
+        raise absent(source) from problem
     expected = {"UNet2DConditionModel", "CLIPTextModel", "CLIPTokenizer"}
     index = index if isinstance(index, dict) else {}
     found = {v[1] for v in index.values() if isinstance(v, list) and len(v) == 2}
@@ -416,20 +349,3 @@ def _model_index(source: Source) -> dict[str, Any]:
             f"{source.path}. Give another folder or hub id with --model."
         )
     return dict(index)
-
-
-def _absent(source: Source) -> UserError:
-    folder = Path(source.path)
-    if folder.exists():
-        return UserError(
-            f"Expected a diffusers pipeline folder with a model_index.json, got {source.path} "
-            "without one that can be read. Give --model a folder saved by save_pretrained, a hub "
-            "id, or tiny."
-        )
-    pinned = f" --revision {source.revision}" if source.revision else ""
-    size = f" ({source.size})" if source.size else ""
-    return UserError(
-        f"Expected the model {source.path}{size} on this machine or a connection to fetch it, "
-        f"got neither. Run `hf download {source.path}{pinned}` where there is a network, or "
-        "give --model the path of a pipeline folder."
-    )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from d3po_bench.models.stable_diffusion import Source
+from d3po_bench.models.sources import Source
 
 HERE = Path(__file__).parent / "embedded"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import category
 
@@ -96,3 +98,8 @@ def _require_text(text: str, path: Path) -> None:
             f"Expected text without control characters in {path}, got {strange!a} in {place}. "
             "Remove it."
         )
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """Twelve hex digits that name a list of prompts."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]

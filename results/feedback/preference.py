@@ -19,10 +19,10 @@ import click
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import loop
 from d3po_bench.feedback.raters import Annotator
-from d3po_bench.reading import read_config
-from d3po_bench.store import csv_bytes, write_atomically
-from eval import evaluate
-from eval.table1 import SAMPLER
+from d3po_bench.runs.files import csv_bytes, write_atomically
+from d3po_bench.runs.run import read_config
+from eval.analysis.table1 import SAMPLER
+from eval.evaluate import plan, work
 
 BASE = "no-fine-tune"
 METHODS = ("preferred_images", "reward_weighted", "d3po")
@@ -32,12 +32,12 @@ RATERS = 5
 def drawn(target: Path, run: Path, out: Path, count: int | None) -> Path:
     """The pictures of a model, by the training sampler and drawn as `run` was."""
     own = read_config(run)
-    request = evaluate.Request(
+    request = plan.Request(
         target=target, scorers=(), model="tiny", prompts=None, count=count, images=1,
         steps=own["sampling_steps"], guidance=own["guidance"], device="cpu", jobs=1, out=out,
         save=True,
     )  # fmt: skip
-    return evaluate.run(request) / "pictures" / SAMPLER
+    return work.run(request) / "pictures" / SAMPLER
 
 
 def compared(sources: list[Path], folder: Path, seed: int, error: float) -> list[loop.Share]:

@@ -23,7 +23,7 @@ from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import agreement, loop, raters, training
 from d3po_bench.feedback.raters import Annotator
 from d3po_bench.feedback.rounds import Question, Round
-from d3po_bench.store import csv_bytes, write_atomically
+from d3po_bench.runs.files import csv_bytes, write_atomically
 
 
 @dataclass(frozen=True)

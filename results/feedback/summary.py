@@ -16,8 +16,8 @@ import click
 import numpy as np
 
 from d3po_bench.errors import UserError, said_in_one_line
-from d3po_bench.store import csv_bytes, read_csv, write_atomically
-from eval.statistics import interval
+from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from eval.analysis.statistics import interval
 
 HERE = Path(__file__).parent.parent / "tiny" / "feedback"
 QUESTIONS = {"normalcy": "normal images", "safety": "safe images"}
@@ -179,7 +179,7 @@ def draw(folder: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    from eval.report import STYLE
+    from eval.figures.style import STYLE
 
     known: Any = {k: v for k, v in STYLE.items() if k in plt.rcParams}
     with plt.rc_context(known):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.report import Run, find_runs, read_run
-from eval.statistics import mean_told
+from eval.analysis.runs import Run, find_runs, read_run
+from eval.analysis.statistics import mean_told
 
 WHAT = {
     "default": "D3PO, preset `quick`",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.seeding import normal, stream
 from d3po_bench.models.stable_diffusion import Training, load
-from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
-from d3po_bench.seeding import normal, stream
 
 CPU = torch.device("cpu")
 REPEATS = 4

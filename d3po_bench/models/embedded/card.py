@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
-from d3po_bench.engine import Draws, sample
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
 from d3po_bench.models.tiny import SOURCE
-from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
 
 HERE = Path(__file__).parent
