@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from d3po_bench import registry
+from d3po_bench.digests import short
 from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
 
 FEEDBACK = "feedback"
 """The objective of runs that learn from votes: no program could score for it."""
+
+
+LATER = {"sampler": "auto"}
+"""Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,10 @@ class RunConfig:
     images_per_prompt: int = 0
     """K; 0 means the method's own."""
     sampling_steps: int = 20
+    sampler: Literal["auto", "ddim", "flow_sde", "cps"] = "auto"
+    """Auto: ddim, or Flow-GRPO's SDE for a model that is a rectified flow."""
     eta: float = 1.0
+    """Strength of the noise in each step: DDIM's eta, or the a of flow_sde and cps."""
     guidance: float = 5.0
     learning_rate: float = 3e-5
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -73,15 +80,33 @@ class RunConfig:
     eval_scorers: tuple[str, ...] = ()
     """Scorers beside the objective's; name:weights where other weights than the model's suit."""
 
+    def _recorded(self) -> dict[str, Any]:
+        """What is written down of it; a setting that came later only where it differs."""
+        settings = asdict(self)
+        return {k: v for k, v in settings.items() if k not in LATER or v != LATER[k]}
+
     @property
     def run_id(self) -> str:
         """Twelve hex digits that name this config."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return short(json.dumps(self._recorded(), sort_keys=True))
+
+    @property
+    def prompt_source(self) -> str:
+        """The list or file of its prompts: its own, or the objective's."""
+        return self.prompts or registry.objective(self.objective).prompts
 
     def to_json(self) -> str:
         """The config as it lies in a run folder."""
-        return json.dumps({**asdict(self), "run_id": self.run_id}, indent=1, sort_keys=True) + "\n"
+        found = {**self._recorded(), "run_id": self.run_id}
+        return json.dumps(found, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """The config that `to_json` wrote, read as JSON; what it does not name has its default."""
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k != "run_id"
+        }
+        return cls(**given)
 
     def check(self) -> None:
         """Refuse values that no run can have, the method's options included.

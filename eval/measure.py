@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,39 +12,19 @@ from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, pretrained_means, sample
-from d3po_bench.types import Model, Rollout, Scorer, Several
-
-SAMPLERS = {"eta1": 1.0, "eta0": 0.0}
-"""Training sampler and deployment sampler."""
+from d3po_bench.training.tools import EvaluationSet
+from d3po_bench.types import Model, Rollout, Scorer, ScorerWithColumns
 
 NOISE_SEED = 20231122
 """Seed of the evaluation streams: the same for every run, so that runs can be paired."""
 
+TRAINING = "eta1"
+"""The sampler of training; the other, eta0, is the ODE: DDIM without noise."""
+
 OBJECTIVE = "score"
-"""Column of the score that a run learns from."""
+"""Column of the score that a run trains on."""
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSet:
-    """What is drawn at every evaluation: `images` of each prompt, from fixed noise."""
-
-    prompts: Sequence[str]
-    images: int = 1
-    steps: int = 20
-    guidance: float = 5.0
-    batch: int = 128
-    first: int = 0
-    """Number of the first prompt in a longer list, whose other parts are drawn elsewhere."""
-    samplers: Sequence[str] = tuple(SAMPLERS)
-
-
-def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """At most `count` of the prompts, evenly spread over the list."""
-    if len(prompts) <= count:
-        return list(prompts)
-    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def evaluate(
@@ -74,13 +53,14 @@ def evaluate(
     )  # fmt: skip
     prompts = [p for p in what.prompts for _ in range(what.images)]
     for sampler in what.samplers:
-        policy = Policy(model, steps=what.steps, eta=SAMPLERS[sampler], guidance=what.guidance)
+        kind, eta = (what.sampler, what.eta) if sampler == TRAINING else ("ddim", 0.0)
+        policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance, sampler=kind)
         rollout = sample(policy, prompts, draws, batch=what.batch)
         images = model.decode(rollout.latents[:, 0, -1])
         scores = scored(images, prompts, scorers)
         if OBJECTIVE in scores:  # further scorers may have nothing to say about an image
             require_finite(f"evaluation scores of the sampler {sampler}", scores[OBJECTIVE])
-        if sampler == "eta1":
+        if sampler == TRAINING:
             scores["kl"] = _kl(policy, rollout, what.batch)
             require_finite("evaluation kl to the pretrained model", scores["kl"])
         for i, prompt in enumerate(prompts):
@@ -101,7 +81,7 @@ def scored(
     """Column -> scores [N] of images [N, 3, h, w] uint8; some scorers have several columns."""
     columns: dict[str, Tensor] = {}
     for name, scorer in scorers.items():
-        if isinstance(scorer, Several) and name != OBJECTIVE:
+        if isinstance(scorer, ScorerWithColumns) and name != OBJECTIVE:
             columns |= scorer.columns(images, prompts)
         else:
             columns[name] = scorer(images, prompts)
@@ -109,9 +89,13 @@ def scored(
 
 
 def _kl(policy: Policy, rollout: Rollout, batch: int) -> Tensor:
-    """KL of a step to the pretrained model's, nats per latent element, mean over steps, [P]."""
+    """KL of a step to the pretrained model's, nats per latent element, mean over steps, [P].
+
+    A step without noise, such as the last of a flow, has none and is left out.
+    """
+    noisy = policy.table.std > 0
     pretrained = pretrained_means(policy, rollout, batch=batch)
-    steps, count = len(rollout.timesteps), len(rollout.prompts)
-    ours, theirs = (m[:, 0].flatten(0, 1) for m in (rollout.means, pretrained))
-    std = policy.schedule.std.float().to(ours.device).repeat(count)
-    return Gaussian(ours, std).kl(theirs).view(count, steps).mean(1)
+    ours, theirs = (m[:, 0, noisy].flatten(0, 1) for m in (rollout.means, pretrained))
+    count = len(rollout.prompts)
+    std = policy.table.std[noisy].float().to(ours.device).repeat(count)
+    return Gaussian(ours, std).kl(theirs).view(count, -1).mean(1)

@@ -8,7 +8,6 @@ are all in it; those of others that are not are used, and named as such.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -19,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d3po_bench import registry
+from d3po_bench.digests import short
 from d3po_bench.errors import UserError
-from d3po_bench.types import Scorer, Several
+from d3po_bench.types import Scorer, ScorerWithColumns
 from eval import weights
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -51,7 +52,7 @@ def pictures() -> Tensor:
 def columns(name: str, scorer: Scorer) -> dict[str, list[float]]:
     """What the scorer says of the pictures, by column."""
     images = pictures()
-    if isinstance(scorer, Several):
+    if isinstance(scorer, ScorerWithColumns):
         found = scorer.columns(images, PROMPTS)
     else:
         found = {name: scorer(images, PROMPTS)}
@@ -70,7 +71,7 @@ def fingerprint(scorer: Scorer) -> str:
     if not sources:
         return "code"
     together = "".join(weights.fingerprint(path) for path in sources)
-    return hashlib.sha256(together.encode()).hexdigest()[:12]
+    return short(together)
 
 
 def check(name: str, scorer: Scorer) -> bool:
@@ -95,6 +96,24 @@ def check(name: str, scorer: Scorer) -> bool:
     for column, found in columns(base, scorer).items():
         _compare(base, column, expected, found)
     return True
+
+
+def checked_scorer(name: str, device: torch.device, weights: str = "official") -> Scorer:
+    """The scorer of that name, loaded on `device`, after it gave its golden scores.
+
+    Args:
+        name: of the scorer, or name:weights, such as aesthetic:tiny.
+        device: where its network runs, if it has one.
+        weights: which ones to take where the name does not say.
+
+    Raises:
+        UserError: no such scorer, it takes no weights, they are not there, or it says something
+            else than it once did.
+    """
+    found = registry.load_scorer(name, device, weights)
+    chosen = ":" not in name and registry.takes_weights(name)
+    check(f"{name}:{weights}" if chosen else name, found)
+    return found
 
 
 def unchecked(scorers: Mapping[str, Scorer]) -> list[str]:

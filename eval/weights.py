@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from d3po_bench.digests import sha256_of
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.runs.digests import sha256_once
 
 TIMEOUT = 20.0
 """Seconds without an answer after which a download is given up; it is not tried again."""
@@ -236,7 +236,7 @@ def fingerprint(path: Path) -> str:
         UserError: it cannot be read.
     """
     try:
-        return sha256_once(path)
+        return sha256_of(path)
     except OSError as problem:
         raise UserError(
             f"Expected to read {path}, got: {problem.strerror}. Correct its permissions."

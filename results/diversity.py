@@ -23,8 +23,8 @@ from d3po_bench import registry
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import said_in_one_line
-from d3po_bench.models.sources import model_source
-from d3po_bench.models.stable_diffusion import Training, load
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import load, model_source
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.run import read_config

@@ -20,8 +20,9 @@ from d3po_bench.diffusion.sampling import Draws, pretrained_means, sample, with_
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import RunError
-from d3po_bench.models.sources import Source
-from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import Source, load
+from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.types import Rollout
 from tests.conftest import CPU, disturb
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from d3po_bench import cli, registry
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.models.sources import Source
-from d3po_bench.models.stable_diffusion import Training, load
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import Source, load
 from eval.evaluate import plan, work
 from eval.evaluate.plan import Request
 from tests.conftest import CPU, disturb

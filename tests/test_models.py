@@ -21,8 +21,9 @@ from d3po_bench.diffusion.sampling import Draws, sample, with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import UserError
-from d3po_bench.models.sources import Source, commit, fingerprint, model_source
-from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import Source, commit, fingerprint, load, model_source
+from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.trainer import Trainer
 from tests.conftest import CPU, disturb

@@ -257,10 +257,12 @@ def train(
     """  # noqa: D301
     from d3po_bench.config import pairs_of
     from d3po_bench.feedback import loop, training
+    from eval.tools import TOOLS
 
-    request = training.Request(
-        method=method, passes=passes, settings=pairs_of(settings), preset=preset, device=device
-    )
+    request = training.TrainRequest(
+        method=method, passes=passes, settings=pairs_of(settings), preset=preset, device=device,
+        tools=TOOLS,
+    )  # fmt: skip
     target = out or folder / "trained" / method
     told = _shown("learning")
 

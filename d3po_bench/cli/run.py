@@ -56,7 +56,7 @@ from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE
     "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Go on with runs that are already there.",
+    help="Continue runs that are already there.",
 )
 @click.option(
     "--deterministic/--no-deterministic",
@@ -66,7 +66,7 @@ from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE
 @click.option(
     "--track",
     type=click.Choice(["tensorboard"]),
-    help="Also write the metrics for a tracker (extra `track`).",
+    help="Also send metrics and held-out scores to a tracker, live (extra `track`).",
 )
 def run(
     method: str,
@@ -87,7 +87,7 @@ def run(
     """Fine-tune a model with METHOD on OBJECTIVE, a run for each seed.
 
     Writes OUT/MODEL/OBJECTIVE/METHOD/seed-N/ with metrics, evaluation rows, samples and the
-    final LoRA. The same command goes on where it was interrupted.
+    final LoRA. The same command resumes where it was interrupted.
 
     \b
     Example:
@@ -96,9 +96,10 @@ def run(
     """  # noqa: D301
     from d3po_bench.config import pairs_of
     from d3po_bench.launch import launch
+    from eval.tools import TOOLS
 
     launch.run(
-        launch.Request(
+        launch.RunRequest(
             method=method,
             objective=objective,
             model=model,
@@ -111,6 +112,7 @@ def run(
             out=out,
             resume=resume,
             track=track,
+            tools=TOOLS,
             deterministic="auto" if deterministic is None else "on" if deterministic else "off",
         )
     )
@@ -135,13 +137,13 @@ def run(
     "--resume/--no-resume",
     default=True,
     show_default=True,
-    help="Go on with runs that are already there.",
+    help="Continue runs that are already there.",
 )
 def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) -> None:
     """Run methods x objectives x seeds from the TOML file GRID.
 
-    Finished runs are skipped, half ones go on; a failed one is named at the end and stops no
-    other. GRID needs three lines; tables [set], [method.NAME], [objective.NAME] and
+    Finished runs are skipped, interrupted ones resumed; a failed one is named at the end and
+    stops no other. GRID needs three lines; tables [set], [method.NAME], [objective.NAME] and
     [cell."METHOD.OBJECTIVE"] hold further settings, each as after --set:
 
     \b
@@ -157,5 +159,6 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
         d3po-bench sweep results/tiny/grid.toml --out runs/grid --jobs 2
     """  # noqa: D301
     from d3po_bench.launch import grid as sweeping
+    from eval.tools import TOOLS
 
-    sweeping.run(grid, out=out, jobs=jobs, device=device, resume=resume)
+    sweeping.run(grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume)

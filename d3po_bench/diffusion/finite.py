@@ -9,11 +9,11 @@ from torch import Tensor
 
 from d3po_bench.errors import RunError
 
-REMEDY = "Lower learning_rate, or use dtype fp32: what was written before this round is kept."
+REMEDY = "Lower learning_rate, or use dtype fp32. What was written before this round is kept."
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the first tensor with a number that is none; empty if all are finite."""
+    """The name of the first tensor with a NaN or an infinity; empty if all are finite."""
     fine = [torch.isfinite(tensor).all() for tensor in tensors.values()]
     if not fine or bool(torch.stack(fine).all()):
         return ""
@@ -21,14 +21,18 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str:
 
 
 def require_finite_weights(weights: Mapping[str, Tensor]) -> None:
-    """Stop before weights that are none are drawn with, or written as what was learnt."""
+    """Stop before weights with a NaN or an infinity are used or saved.
+
+    Raises:
+        RunError: with the name of the tensor.
+    """
     name = first_not_finite(weights)
     if name:
         require_finite(f"weights {name} after an optimizer step", weights[name])
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Stop before numbers that are none are learnt from or scored.
+    """Stop before NaN or infinity is scored or trained on.
 
     Args:
         name: what people call the tensor.
@@ -40,5 +44,5 @@ def require_finite(name: str, values: Tensor) -> None:
     wrong = int((~torch.isfinite(values)).sum())
     if wrong:
         raise RunError(
-            f"Expected finite {name}, got {wrong} of {values.numel()} that are not. {REMEDY}"
+            f"NaN or infinity in the {name}: {wrong} of {values.numel()} numbers. {REMEDY}"
         )

@@ -13,7 +13,7 @@ from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import Purpose, normal, stream
-from d3po_bench.types import Choosy, Method, Rollout
+from d3po_bench.types import Conditions, Method, Rollout, UsesSomeImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +70,9 @@ def sample(
         RunError: a mean is not finite.
     """
     k, total = images_per_prompt, len(prompts)
-    model, t = policy.model, policy.timesteps
-    shape, steps = model.latent_shape, len(t)
-    text = model.encode(prompts)
+    model = policy.model
+    shape, steps = model.latent_shape, policy.steps
+    conditions = model.encode(prompts)
     latents = torch.empty(total, k, steps + 1, *shape, device=model.device)
     means = torch.empty(total, k, steps, *shape, device=model.device)
     block = max(1, batch // k)
@@ -83,40 +83,40 @@ def sample(
         part = slice(rows.start, rows.stop)
         latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
         noise = draws.along(rows, k, steps, shape).to(model.device)
-        _walk(policy, latents[part], means[part], noise, text[part], shared_noise)
+        _walk(policy, latents[part], means[part], noise, conditions.take(part), shared_noise)
         progress(rows.stop / total)
     for number, rows in enumerate(blocks):
         parallel.send(latents[rows.start : rows.stop], number)
         parallel.send(means[rows.start : rows.stop], number)
     require_finite("means of the denoising steps", means)  # of which latents are made
     return Rollout(
-        prompts=tuple(prompts), text=text, latents=latents, means=means, timesteps=t,
+        prompts=tuple(prompts), conditions=conditions, latents=latents, means=means,
+        levels=policy.levels, training_levels=model.process.training_levels,
         scores=torch.zeros(total, k),
     )  # fmt: skip
 
 
 def _walk(
-    policy: Policy, latents: Tensor, means: Tensor, noise: Tensor, text: Tensor, shared: bool
+    policy: Policy,
+    latents: Tensor,
+    means: Tensor,
+    noise: Tensor,
+    conditions: Conditions,
+    shared: bool,
 ) -> None:
     """Fill in the means of a block of prompts, and the latents after the first."""
-    for i, t in enumerate(policy.timesteps):
-        means[:, :, i] = _step_means(policy, latents[:, :, i], t, text, shared and i == 0)
-        std = float(policy.schedule.std[i])
-        latents[:, :, i + 1] = means[:, :, i] + std * noise[:, :, i]
-
-
-def _step_means(
-    policy: Policy, x: Tensor, t: Tensor, text: Tensor, shared: bool, frozen: bool = False
-) -> Tensor:
-    """Means [P, K, C, H, W] of one step; computed once per prompt where x is shared."""
-    p, k = x.shape[:2]
-    if shared:
-        mean = policy.step(x[:, 0], t.expand(p), text, frozen=frozen).mean
-        return mean.unsqueeze(1).expand_as(x)
-    flat = policy.step(
-        x.flatten(0, 1), t.expand(p * k), text.repeat_interleave(k, 0), frozen=frozen
-    )
-    return flat.mean.view_as(x)
+    p, k = latents.shape[:2]
+    every = conditions.repeat(k)
+    for i in range(policy.steps):
+        x = latents[:, :, i]
+        if shared and i == 0:  # one noise for the K images: one step for all of them
+            number = torch.zeros(p, dtype=torch.int64, device=x.device)
+            mean = policy.step(x[:, 0], number, conditions).mean.unsqueeze(1).expand_as(x)
+        else:
+            number = torch.full((p * k,), i, device=x.device)
+            mean = policy.step(x.flatten(0, 1), number, every).mean.view_as(x)
+        means[:, :, i] = mean
+        latents[:, :, i + 1] = means[:, :, i] + float(policy.table.std[i]) * noise[:, :, i]
 
 
 @torch.no_grad()
@@ -148,18 +148,18 @@ def pretrained_means(
     for number, items in enumerate(pieces):
         if parallel.mine(number):
             i, j, s = prompt[items // steps], image[items // steps], items % steps
-            x, t, text = rollout.latents[i, j, s], rollout.timesteps[s], rollout.text[i]
-            flat[items] = policy.step(x, t, text, frozen=True).mean
+            x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
+            flat[items] = policy.step(x, s, conditions, weights="base").mean
     for number, items in enumerate(pieces):
         parallel.send(flat[int(items[0]) : int(items[-1]) + 1], number)
     out[prompt, image] = flat.view(len(prompt), *out.shape[2:])
     return out
 
 
-def learnt_images(method: Method[Any], rollout: Rollout) -> Tensor:
+def images_used(method: Method[Any], rollout: Rollout) -> Tensor:
     """Which images of a scored rollout the method learns from, [P, K] bool."""
-    if isinstance(method, Choosy):
-        return method.learnt(rollout)
+    if isinstance(method, UsesSomeImages):
+        return method.images_used(rollout)
     return torch.ones(rollout.means.shape[:2], dtype=torch.bool)
 
 
@@ -182,8 +182,8 @@ def with_reference(
         return rollout
     if method.reference == "sampling" or untrained:
         return replace(rollout, reference=rollout.means)
-    images = learnt_images(method, rollout)
-    learnt = pretrained_means(policy, rollout, batch=batch, skip=skip, images=images)
-    require_finite("means of the reference", learnt)
-    rest = rollout.means[:, :, learnt.shape[2] :]
-    return replace(rollout, reference=torch.cat([learnt, rest], 2))
+    images = images_used(method, rollout)
+    reference = pretrained_means(policy, rollout, batch=batch, skip=skip, images=images)
+    require_finite("means of the reference", reference)
+    rest = rollout.means[:, :, reference.shape[2] :]
+    return replace(rollout, reference=torch.cat([reference, rest], 2))

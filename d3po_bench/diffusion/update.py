@@ -25,9 +25,9 @@ class Updates:
     units: int = 1
     """Update units in one optimizer step."""
     timestep_fraction: float = 1.0
-    """Share of each unit's steps that are learnt from, a random subset for every unit."""
+    """Share of each unit's steps that are trained on, a random subset for every unit."""
     skip: int = 0
-    """Last denoising steps that are not learnt from."""
+    """Last denoising steps that are not trained on."""
     every: Literal["unit", "timestep"] = "unit"
     """An optimizer step after all steps of its units, or after each (the paper's Algorithm 1)."""
     passes: int = 1
@@ -50,7 +50,7 @@ def update(
     """Learn from a round's rows; returns diagnostics averaged over items and optimizer steps.
 
     Weights are constant within an optimizer step, so all its timesteps are merged and run in
-    micro-batches: the gradient is that of one timestep at a time. Of no rows nothing is learnt.
+    micro-batches: the gradient is that of one timestep at a time. Without rows nothing changes.
 
     Raises:
         RunError: a loss or gradient is not finite, and the weights are those before that step; or
@@ -150,7 +150,7 @@ def _require_finite(
     where = f", first in {first_not_finite(grads)}" if list(wrong) == ["grad_norm"] else ""
     # A loss is made of what the method measures beside it, such as abs_log_ratio.
     said = ", ".join(f"{value} for {name}" for name, value in wrong.items())
-    raise RunError(f"Expected finite numbers in the update, got {said}{where}. {REMEDY}")
+    raise RunError(f"The update is not finite: {said}{where}. {REMEDY}")
 
 
 def _apply(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:

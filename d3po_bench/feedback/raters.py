@@ -69,14 +69,14 @@ class Annotator:
 
 def recognised(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Deformed: the embedded model's independent classifier sees another animal, mostly."""
-    judge = registry.scorer("animal", torch.device("cpu"))
+    judge = registry.load_scorer("animal", torch.device("cpu"))
     worth: Tensor = judge(images, prompts) - 0.5
     return worth
 
 
 def fitting(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Alignment: the embedded ImageReward-shaped model's score."""
-    judge = registry.scorer("image_reward", torch.device("cpu"), "tiny")
+    judge = registry.load_scorer("image_reward", torch.device("cpu"), "tiny")
     worth: Tensor = judge(images, prompts)
     return worth
 

@@ -31,9 +31,10 @@ from d3po_bench import registry
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import launch
-from d3po_bench.launch.job import Work
-from d3po_bench.launch.launch import Request
+from d3po_bench.launch.launch import RunRequest
 from d3po_bench.training.progress import label
+from d3po_bench.training.run import Job
+from d3po_bench.training.tools import Tools
 
 Settings = Mapping[str, str]
 
@@ -59,7 +60,9 @@ class Grid:
         return {k: v for name in names for k, v in self.settings.get(name, {}).items()}
 
 
-def run(path: Path, *, out: Path, jobs: int | None, device: str, resume: bool) -> None:
+def run(
+    path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool
+) -> None:
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
 
     Raises:
@@ -67,32 +70,33 @@ def run(path: Path, *, out: Path, jobs: int | None, device: str, resume: bool) -
         RunError: some runs failed, each named; the others have finished.
     """
     grid = read(path)
-    work = _work(grid, out, device, resume)
-    names = {label(item[0]): label(item[0]) for item in work}
+    work = _jobs(grid, tools, out, device, resume)
+    names = {label(job.config): label(job.config) for job in work}
     failed = launch.execute(work, jobs, names)
     for name, problem in failed.items():
         click.echo(f"{name}: {problem}", err=True)
     if failed:
         raise RunError(
-            f"Expected {len(work)} runs that finish, got {len(failed)} that did not "
-            f"({', '.join(failed)}). Run the same command again for those: the others are kept. "
-            "Where a setting was wrong, correct the grid and remove the folders of those."
+            f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same command "
+            "again to repeat those; the others are kept. Where a setting was wrong, correct the "
+            "grid and remove the folders of those runs."
         )
     launch.finish({}, out)
 
 
-def configs(grid: Grid) -> list[RunConfig]:
+def configs(grid: Grid, tools: Tools) -> list[RunConfig]:
     """The config of every run of a grid, wherever it is made.
 
     Raises:
         UserError: a setting that no run can have.
     """
-    return [launch.configured(request)[0] for request in _requests(grid, Path(), "cpu", True)]
+    requests = _requests(grid, tools, Path(), "cpu", True)
+    return [launch.configured(request)[0] for request in requests]
 
 
-def _work(grid: Grid, out: Path, device: str, resume: bool) -> list[Work]:
-    work: list[Work] = []
-    for request in _requests(grid, out, device, resume):
+def _jobs(grid: Grid, tools: Tools, out: Path, device: str, resume: bool) -> list[Job]:
+    work: list[Job] = []
+    for request in _requests(grid, tools, out, device, resume):
         try:
             work += launch.planned(request)
         except UserError as problem:
@@ -101,13 +105,15 @@ def _work(grid: Grid, out: Path, device: str, resume: bool) -> list[Work]:
     return work
 
 
-def _requests(grid: Grid, out: Path, device: str, resume: bool) -> Iterator[Request]:
+def _requests(
+    grid: Grid, tools: Tools, out: Path, device: str, resume: bool
+) -> Iterator[RunRequest]:
     """All runs, seed by seed, so that a grid that is cut short is balanced."""
     for seed, objective, method in product(grid.seeds, grid.objectives, grid.methods):
-        yield Request(
+        yield RunRequest(
             method=method, objective=objective, model=grid.model, preset=grid.preset,
-            settings=grid.settings_of(method, objective), rounds=None,
-            seeds=range(seed, seed + 1), device=device, jobs=None, out=out, resume=resume,
+            settings=grid.settings_of(method, objective), seeds=range(seed, seed + 1),
+            device=device, out=out, tools=tools, resume=resume,
         )  # fmt: skip
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
-from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import RunError, UserError, is_out_of_memory, of_file
-from d3po_bench.training import run
 from d3po_bench.training.progress import Report
-
-Work = tuple[RunConfig, Execution, Path, bool]
+from d3po_bench.training.run import Job, run_seed
 
 
 @dataclass(frozen=True)
@@ -27,11 +23,10 @@ class End:
     """The traceback, where nobody expected the problem."""
 
 
-def make_run(work: Work, report: Report) -> End:
+def make_run(job: Job, report: Report) -> End:
     """Make one run; only what is no Exception, such as Ctrl-C, goes through."""
-    config, execution, folder, resume = work
     try:
-        run.run_seed(config, execution, folder, resume=resume, report=report)
+        run_seed(job, report)
     except UserError as problem:
         kind = RunError if isinstance(problem, RunError) else UserError
         return End(kind(str(problem)))

@@ -18,22 +18,23 @@ import click
 from d3po_bench import registry
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.errors import UserError
-from d3po_bench.launch import devices
-from d3po_bench.launch.job import End, Work, make_run
+from d3po_bench.launch.job import End, make_run
 from d3po_bench.launch.local import side_by_side
 from d3po_bench.launch.progress import bars, noting
-from d3po_bench.models import sources
+from d3po_bench.machine import device_of
+from d3po_bench.models.sources import Source, model_source
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.run import read_config
 from d3po_bench.runs.store import require_same
-from d3po_bench.training import progress
-from d3po_bench.training.trackers.tensorboard import track
+from d3po_bench.training.progress import label
+from d3po_bench.training.run import Job
+from d3po_bench.training.tools import Tools
 
 Deterministic = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class RunRequest:
     """What the command line asked for."""
 
     method: str
@@ -41,65 +42,83 @@ class Request:
     model: str
     preset: str | None
     settings: Mapping[str, str]
-    rounds: int | None
     seeds: range
     device: str
-    jobs: int | None
     out: Path
-    resume: bool
+    tools: Tools
+    rounds: int | None = None
+    jobs: int | None = None
+    resume: bool = True
     track: str | None = None
     deterministic: Deterministic = "auto"
 
 
-def run(request: Request) -> None:
+def run(request: RunRequest) -> None:
     """Run every seed of a request; a failed seed does not stop the others.
 
     Raises:
         UserError: bad input.
         RunError: a run failed, or its process was killed; the others have finished.
     """
-    work = planned(request)
-    names = {progress.label(c): f"seed {c.seed}" for c, *_ in work}
-    failed = execute(work, request.jobs, names)
-    if request.track:
-        track([folder for _, _, folder, _ in work])
-    alone = len(work) == 1
+    jobs = planned(request)
+    names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
+    failed = execute(jobs, request.jobs, names)
+    alone = len(jobs) == 1
     finish({"" if alone else names[run]: why for run, why in failed.items()}, request.out)
 
 
-def planned(request: Request) -> list[Work]:
+def planned(request: RunRequest) -> list[Job]:
     """The runs of a request, one for each seed, after checking that they can be made.
 
     Raises:
         UserError: bad input.
     """
     config, execution = configured(request)
-    runs = [replace(config, seed=seed) for seed in request.seeds]
-    work = [(c, execution, _folder(request, c), request.resume) for c in runs]
-    _check(request, work)
-    return work
+    device_of(request.device)
+    trackers = (request.track,) if request.track else ()
+    for name in trackers:
+        if find_spec(registry.tracker(name).NEEDS) is None:
+            raise UserError(
+                f"--track {name} needs the extra `track`. Install it: pip install -c "
+                "constraints.txt 'd3po-bench[track]'."
+            )
+    jobs = []
+    for seed in request.seeds:
+        own = replace(config, seed=seed)
+        job = Job(
+            config=own, execution=execution, folder=_folder(request, own), tools=request.tools,
+            resume=request.resume, trackers=trackers,
+        )  # fmt: skip
+        # Refuse, before hours are spent, what would fail at the end of them.
+        read_prompts(own.prompt_source)
+        if (job.folder / "config.json").exists():
+            read_config(job.folder)
+        require_same(job.folder, own, request.resume)
+        jobs.append(job)
+    return jobs
 
 
-def execute(work: list[Work], jobs: int | None, names: Mapping[str, str]) -> dict[str, UserError]:
+def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dict[str, UserError]:
     """Make the runs, side by side where there are cores; what failed, by its label.
 
-    A run that fails, whatever with, stops no other; the traceback of what nobody expected is
-    printed on stderr.
+    A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
+    is printed on stderr.
 
     Args:
-        work: the runs.
-        jobs: how many side by side; None for as many as the model and machine allow.
+        jobs: the runs.
+        count: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
     """
-    jobs, failures = jobs or _jobs(*work[0][:2]), _Failures()
+    failures = _Failures()
+    count = count or _side_by_side(model_source(jobs[0].config.model), jobs[0].execution)
     with bars(names) as shown, _terminable():
         report = noting(shown)
-        if min(jobs, len(work)) > 1:
-            side_by_side(work, jobs, report, failures.add)
+        if min(count, len(jobs)) > 1:
+            side_by_side(jobs, count, report, failures.add)
         else:
-            for item in work:
-                failures.add(item, make_run(item, report))
-    labels = [progress.label(config) for config, *_ in work]
+            for job in jobs:
+                failures.add(job, make_run(job, report))
+    labels = [label(job.config) for job in jobs]
     return {name: failures.found[name] for name in labels if name in failures.found}
 
 
@@ -120,7 +139,7 @@ def finish(failed: Mapping[str, UserError], out: Path) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Take SIGTERM, as a cluster sends it, for Ctrl-C: no worker goes on without its parent."""
+    """Treat SIGTERM, which clusters send, like Ctrl-C: no worker outlives its parent."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -131,30 +150,14 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check(request: Request, work: list[Work]) -> None:
-    """Refuse, before hours are spent, what would fail at the end of them."""
-    sources.model_source(work[0][0].model)
-    devices.device_of(request.device)
-    for config, _, folder, resume in work:
-        read_prompts(config.prompts or registry.objective(config.objective).prompts)
-        if (folder / "config.json").exists():
-            read_config(folder)
-        require_same(folder, config, resume)
-    if request.track and find_spec("tensorboard") is None:
-        raise UserError(
-            "Expected the extra `track` for --track tensorboard, got an environment without it. "
-            "Install it: pip install -c constraints.txt 'd3po-bench[track]'."
-        )
-
-
-def configured(request: Request) -> tuple[RunConfig, Execution]:
+def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     """The config of a request's first seed.
 
     Raises:
         UserError: an unknown name, or a setting that no run can have.
     """
     model = request.model.rstrip("/")
-    preset = sources.model_source(model).preset if request.preset is None else request.preset
+    preset = model_source(model).preset if request.preset is None else request.preset
     given: dict[str, Any] = {"model": model, "seed": request.seeds.start}
     if request.rounds is not None:
         given["rounds"] = request.rounds
@@ -164,16 +167,16 @@ def configured(request: Request) -> tuple[RunConfig, Execution]:
     return config, replace(execution, device=request.device)
 
 
-def _jobs(config: RunConfig, execution: Execution) -> int:
-    """One seed per core for the embedded model on a CPU; else the model may not fit twice."""
-    if config.model != "tiny" or devices.device_of(execution.device).type != "cpu":
+def _side_by_side(source: Source, execution: Execution) -> int:
+    """One run per core for a small model on a CPU; others may not fit twice."""
+    if not source.small or device_of(execution.device).type != "cpu":
         return 1
     if hasattr(os, "sched_getaffinity"):  # not on a Mac
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _folder(request: Request, config: RunConfig) -> Path:
+def _folder(request: RunRequest, config: RunConfig) -> Path:
     model = config.model.replace("/", "--").strip("-.") or "model"
     return request.out / model / config.objective / config.method / f"seed-{config.seed}"
 
@@ -185,9 +188,9 @@ class _Failures:
         self.found: dict[str, UserError] = {}
         self.printed = {""}
 
-    def add(self, work: Work, end: End) -> None:
+    def add(self, job: Job, end: End) -> None:
         """Keep the problem, and print its traceback, once for all runs that end in the same."""
-        name = progress.label(work[0])
+        name = label(job.config)
         if end.problem is not None:
             self.found[name] = end.problem
         if end.trace not in self.printed:

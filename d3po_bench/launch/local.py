@@ -12,8 +12,9 @@ from multiprocessing import connection
 from typing import Any
 
 from d3po_bench.errors import RunError
-from d3po_bench.launch.job import SMALLER, End, Work, make_run
+from d3po_bench.launch.job import SMALLER, End, make_run
 from d3po_bench.training.progress import Progress, Report
+from d3po_bench.training.run import Job
 
 
 class _Worker:
@@ -23,19 +24,19 @@ class _Worker:
     and does not tell whose run that was.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,))
         self.process.start()
         theirs.close()  # so that the pipe ends with the process
-        self.give(work)
+        self.give(job)
 
-    def give(self, work: Work) -> None:
+    def give(self, job: Job) -> None:
         """Let it make that run."""
-        self.work = work
+        self.job = job
         with contextlib.suppress(OSError):  # it has died, and `end` will say so
-            self.pipe.send(work)
+            self.pipe.send(job)
 
     def end(self, report: Report) -> End | None:
         """Pass on the progress that has come; how the run ended, if it has."""
@@ -100,13 +101,13 @@ def _died(code: int) -> End:
 
 
 def side_by_side(
-    work: list[Work], jobs: int, report: Report, ended: Callable[[Work, End], None]
+    jobs: list[Job], count: int, report: Report, ended: Callable[[Job, End], None]
 ) -> None:
     """Make the runs in worker processes, a new one where one died."""
-    waiting, workers, started = deque(work), list[_Worker](), list[_Worker]()
+    waiting, workers, started = deque(jobs), list[_Worker](), list[_Worker]()
     try:
         while waiting or workers:
-            while waiting and len(workers) < jobs:
+            while waiting and len(workers) < count:
                 workers.append(_Worker(waiting.popleft()))
                 started.append(workers[-1])
             connection.wait([worker.pipe for worker in workers], timeout=0.2)
@@ -121,13 +122,13 @@ def side_by_side(
 
 
 def _at_work(
-    worker: _Worker, waiting: deque[Work], report: Report, ended: Callable[[Work, End], None]
+    worker: _Worker, waiting: deque[Job], report: Report, ended: Callable[[Job, End], None]
 ) -> bool:
     """Hear a worker, and give it the next run when its run has ended; False if it gets none."""
     end = worker.end(report)
     if end is None:
         return True
-    ended(worker.work, end)
+    ended(worker.job, end)
     # What nobody expected may have left a process in which nothing works, a GPU's context say.
     if waiting and not end.trace and worker.process.is_alive():
         worker.give(waiting.popleft())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import category
 
+from d3po_bench.digests import short
 from d3po_bench.errors import UserError
 
 HOME = Path(__file__).parent
@@ -102,4 +102,4 @@ def _require_text(text: str, path: Path) -> None:
 
 def digest(prompts: Sequence[str]) -> str:
     """Twelve hex digits that name a list of prompts."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+    return short("\n".join(prompts))

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from d3po_bench import machine
+from d3po_bench.digests import short
 from d3po_bench.runs.files import Row
 
 PACKAGES = (
@@ -52,7 +53,7 @@ def _commit() -> Row:
     try:
         top, head = _git(home, "rev-parse", "--show-toplevel", "HEAD").splitlines()
         changes = _git(home, "status", "--porcelain") + _untracked(home)
-        diff = machine.digest(changes + _git(home, "diff", "HEAD")) if changes.strip() else None
+        diff = short(changes + _git(home, "diff", "HEAD")) if changes.strip() else None
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     # An environment inside somebody's repository is not that repository.

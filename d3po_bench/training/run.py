@@ -2,108 +2,138 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from d3po_bench.config import Execution, RunConfig
-from d3po_bench.errors import RunError
-from d3po_bench.launch.devices import device_of, threads_of
-from d3po_bench.machine import determine
-from d3po_bench.runs.files import Row, write_folder
+from d3po_bench import registry
+from d3po_bench.config import Execution, RunConfig, method_of
+from d3po_bench.experience import Experience
+from d3po_bench.experience.on_policy import OnPolicy
+from d3po_bench.machine import determine, device_of
+from d3po_bench.models.sources import model_source, threads_of
+from d3po_bench.prompts import read_prompts
+from d3po_bench.runs.files import write_folder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
-from d3po_bench.training.inputs import inputs_today, plugins_of, tell_unchecked
+from d3po_bench.training.inputs import inputs_today
+from d3po_bench.training.listeners import Listener, ProgressListener, Recorder
 from d3po_bench.training.progress import Progress, Report, label
+from d3po_bench.training.tools import Tools
 from d3po_bench.training.trainer import Trainer
 
 
-def run_seed(
-    config: RunConfig,
-    execution: Execution,
-    folder: Path,
-    *,
-    resume: bool = True,
-    report: Report = lambda progress: None,
-    make: Callable[[RunConfig, Execution], Trainer] = Trainer,
-    facts: Row | None = None,
-    prompts: Sequence[str] | None = None,
-) -> None:
-    """Run one seed into `folder`, going on from its checkpoint if there is one.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run to make: everything that a process needs to make it."""
+
+    config: RunConfig
+    execution: Execution
+    folder: Path
+    tools: Tools
+    resume: bool = True
+    """Continue what is in the folder, or refuse it."""
+    trackers: tuple[str, ...] = ()
+    experience: Experience | None = None
+    """None for images that the policy draws."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """To keep in provenance.json."""
+
+
+def run_seed(job: Job, report: Report = lambda progress: None) -> None:
+    """Make a run, from its checkpoint if there is one.
 
     Args:
-        config: of the run.
-        execution: where and how fast.
-        folder: the run's.
-        resume: go on, or refuse a folder with a run in it.
+        job: which run.
         report: called with how far it is.
-        make: the trainer.
-        facts: to keep in provenance.json.
-        prompts: those of `make`'s trainers; None for those that the config names.
 
     Raises:
         UserError: bad input, found before the first round, or a run in the folder that was begun
             with other inputs or packages.
         RunError: the run failed on the way; what it had written is kept.
     """
-    with RunStore.open(folder, config, resume=resume) as store:
+    config, execution = job.config, job.execution
+    with RunStore.open(job.folder, config, resume=job.resume) as store:
         if store.finished:
             store.require_content()
-            store.require_inputs(inputs_today(config, store, prompts))
+            store.require_inputs(inputs_today(config, store, _prompts(job), job.tools))
             report(Progress(label(config), 1.0, "finished before"))
             return
         store.require_packages()
-        torch.set_num_threads(threads_of(config, execution))
-        on = determine(device_of(execution.device), execution.deterministic)
-        trainer = make(config, execution)
-        after = restore(trainer, store, report)
-        evaluation = Evaluation(trainer)
-        unchecked = tell_unchecked(trainer, evaluation, report)
+        source = model_source(config.model)
+        torch.set_num_threads(threads_of(source, execution.threads))
+        device = device_of(execution.device)
+        deterministic = determine(device, execution.deterministic)
+        experience = job.experience or on_policy(job, device, source.scorers)
+        trainer = Trainer(config, execution, experience, device)
+        after = restore(trainer, store)
+        progress = ProgressListener(config, experience.scorer.unit, report)
+        if store.damaged:
+            text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
+            report(Progress(label(config), trainer.round / config.rounds, text))
+        evaluation = Evaluation(config, execution, experience, job.tools, device)
+        scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
         store.start(
-            config, {**trainer.inputs, "scorers": evaluation.fingerprints()}, after=after,
-            facts={"unchecked_scorers": unchecked, **(facts or {})},
-            device=str(trainer.device), threads=torch.get_num_threads(), deterministic=on,
-            execution=vars(execution).copy(), **plugins_of(config, evaluation),
+            config, {**trainer.inputs, "scorers": scorers}, after=after,
+            facts={"unchecked_scorers": _unchecked(job, trainer, evaluation, report), **job.facts},
+            device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
+            execution=vars(execution).copy(), **_plugins(config, evaluation),
         )  # fmt: skip
-        _rounds(trainer, store, evaluation, report)
-        write_folder(folder / "lora", trainer.model.save)
+        trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
+        listeners = [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
+        trainer.train(evaluation, listeners, measured=bool(store.evaluation))
+        write_folder(job.folder / "lora", trainer.model.save)
         store.finish()
 
 
-def _rounds(trainer: Trainer, store: RunStore, evaluation: Evaluation, report: Report) -> None:
-    """Rounds until the last, each written before its checkpoint."""
-    config, text = trainer.config, ""
-    checkpoints = Checkpoints(trainer, store)
-    with checkpoints.kept():
-        if trainer.round == 0 and evaluation.due() and not store.evaluation:
-            report(Progress(label(config), 0.0, "evaluating the base model"))
-            text = f"held-out {evaluation.run(store):.3f} {trainer.scorer.unit}"
-            checkpoints.take()
-        while trainer.round < config.rounds:
-            text = _round(trainer, store, evaluation, report, text)
-            checkpoints.take()
-    report(Progress(label(config), 1.0, text))
+def _prompts(job: Job) -> Sequence[str]:
+    return job.experience.prompts if job.experience else read_prompts(job.config.prompt_source)
 
 
-def _round(
-    trainer: Trainer, store: RunStore, evaluation: Evaluation, report: Report, before: str
-) -> str:
-    """One round, evaluated if that is due, and written; returns what to show of it."""
-    config, done = trainer.config, trainer.round
+def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
+    """The experience of a run that draws its own images.
 
-    def stage(name: str, share: float) -> None:
-        place = (done + share) / config.rounds
-        report(Progress(label(config), place, f"round {done + 1}/{config.rounds} {before}"))
+    Args:
+        job: whose config names objective and prompts.
+        device: where the scorer computes.
+        weights: of the scorer, where the objective does not say.
 
-    try:
-        metrics, timing = trainer.train_round(stage)
-    except RunError as problem:
-        raise RunError(f"Round {done + 1}, seed {config.seed}: {problem}") from problem
-    start = time.monotonic()
-    if evaluation.due():
-        evaluation.run(store)
-    store.log(metrics, timing | {"evaluate": round(time.monotonic() - start, 3)})
-    return f"reward {metrics['reward_mean']:+.3f} {trainer.scorer.unit}"
+    Raises:
+        UserError: prompts or scorer are not there.
+    """
+    config, method = job.config, method_of(job.config)
+    objective = registry.objective(config.objective)
+    return OnPolicy(
+        prompts=_prompts(job),
+        objective=objective,
+        scorer=job.tools.scorer(objective.scorer, device, weights),
+        seed=config.seed,
+        prompts_per_round=config.prompts_per_round,
+        images_per_prompt=config.images_per_prompt or method.images_per_prompt,
+        shared_noise=method.shared_noise,
+        batch=job.execution.sample_batch,
+    )
+
+
+def _unchecked(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> list[str]:
+    """The scorers that nothing was compared with, after saying so."""
+    known = registry.names("scorer")  # people's votes are none of them
+    named = {n: s for n, s in evaluation.named.items() if n.partition(":")[0] in known}
+    names = job.tools.unchecked(named)
+    if names:
+        done = trainer.round / job.config.rounds
+        report(Progress(label(job.config), done, "", job.tools.note(names)))
+    return names
+
+
+def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    """Which packages brought what a run uses, if any did."""
+    used: list[tuple[registry.Kind, str]] = [
+        ("method", config.method), ("objective", config.objective), ("model", config.model),
+        *(("scorer", name.partition(":")[0]) for name in evaluation.named),
+    ]  # fmt: skip
+    return registry.plugins(used)

@@ -1,84 +1,94 @@
-"""Trainer: a model, a method and an objective, and the rounds between them."""
+"""Trainer: a model, a method and an experience, and the rounds between them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from d3po_bench import registry
 from d3po_bench.config import Execution, RunConfig, method_of
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
-from d3po_bench.diffusion.sampling import Draws, learnt_images, sample, with_reference
+from d3po_bench.diffusion.sampling import images_used, with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import RunError
-from d3po_bench.launch.devices import device_of
-from d3po_bench.models.sources import fingerprint, model_source
-from d3po_bench.models.stable_diffusion import Training, load
-from d3po_bench.prompts import digest, read_prompts
+from d3po_bench.experience import Experience
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import fingerprint, load, model_source
+from d3po_bench.prompts import digest
 from d3po_bench.runs.files import Row
+from d3po_bench.training.evaluation import Evaluation
+from d3po_bench.training.listeners import Listener
 from d3po_bench.types import Rollout
 
 HISTORY = 64
 """Rewards of each prompt that are kept from round to round."""
 
 
-class Trainer:
-    """A model, a method and an objective, and the rounds between them."""
+def training_of(config: RunConfig, execution: Execution) -> Training:
+    """What trains and how it is computed, as a config says it."""
+    return Training(
+        dtype=config.dtype,
+        full=config.full,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha or None,
+        lora_targets=config.lora_targets,
+        gradient_checkpointing=execution.gradient_checkpointing,
+        channels_last=execution.channels_last,
+        compile=execution.compile,
+        decode_batch=execution.decode_batch,
+    )
 
-    def __init__(self, config: RunConfig, execution: Execution) -> None:
-        """Load what the config names; nothing is written yet."""
-        self.config, self.execution = config, execution
-        self.device = device_of(execution.device)
+
+class Trainer:
+    """A model, a method and an experience, and the rounds between them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        execution: Execution,
+        experience: Experience,
+        device: torch.device,
+    ) -> None:
+        """Load the model that the config names; nothing is written yet.
+
+        Raises:
+            UserError: the model does not load, or its sampler leaves nothing to train.
+        """
+        self.config, self.execution, self.experience = config, execution, experience
+        self.device = device
         self.method = method_of(config)
-        self.images = config.images_per_prompt or self.method.images_per_prompt
         source = model_source(config.model)
-        self.weights = source.scorers
-        self._choose_task()
-        self.inputs = {"model": fingerprint(source), "prompts": digest(self.prompts)}
-        self.model = load(source, self.device, self._training())
+        self.inputs = {"model": fingerprint(source), "prompts": digest(experience.prompts)}
+        self.model = load(source, device, training_of(config, execution))
         if self.model.commit:
             self.inputs["model_commit"] = self.model.commit
-        self.model.encode([*self.prompts, ""])
+        self.model.encode([*experience.prompts, ""])
         self.model.add_adapter(config.seed)
         self.policy = Policy(
-            self.model, steps=config.sampling_steps, eta=config.eta, guidance=config.guidance
+            self.model,
+            steps=config.sampling_steps,
+            eta=config.eta,
+            guidance=config.guidance,
+            sampler=config.sampler,
         )
-        self.policy.schedule.require_noise()
+        self.trained_steps = config.sampling_steps - config.skip_steps
+        self.policy.require_noise(self.trained_steps)
         self.optimizer = self._optimizer()
         scaled = config.dtype == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
-        self.counts = {"pairs": 0, "images": 0, "scorer_calls": 0}
+        self.scaler = torch.amp.GradScaler(device.type) if scaled else None
+        if experience.initial is not None:
+            self.model.load_trainable(experience.initial)
+        self.pairs = 0
         self.history: dict[str, list[float]] = {}
         self.memory: dict[str, Tensor] = {}
         self.round = 0
-
-    def _choose_task(self) -> None:
-        """What the method learns to please: objective, scorer and prompts."""
-        self.objective = registry.objective(self.config.objective)
-        self.scorer = registry.scorer(self.objective.scorer, self.device, self.weights)
-        self.prompts = read_prompts(self.config.prompts or self.objective.prompts)
-
-    def _training(self) -> Training:
-        c, e = self.config, self.execution
-        return Training(
-            dtype=c.dtype,
-            full=c.full,
-            lora_rank=c.lora_rank,
-            lora_alpha=c.lora_alpha or None,
-            lora_targets=c.lora_targets,
-            gradient_checkpointing=e.gradient_checkpointing,
-            channels_last=e.channels_last,
-            compile=e.compile,
-            decode_batch=e.decode_batch,
-        )
 
     def _optimizer(self) -> torch.optim.Optimizer:
         c = self.config
@@ -92,70 +102,97 @@ class Trainer:
         )
         return optimizer
 
+    def train(self, evaluation: Evaluation, listeners: Sequence[Listener], measured: bool) -> None:
+        """Rounds until the last.
+
+        Args:
+            evaluation: of held-out prompts.
+            listeners: hear of what happens.
+            measured: whether the base model was evaluated before.
+
+        Raises:
+            RunError: something is not finite, with round and seed.
+        """
+        try:
+            if self.round == 0 and not measured:
+                self._evaluate(evaluation, listeners)
+            while self.round < self.config.rounds:
+                done = self.round
+
+                def working(share: float, done: int = done) -> None:
+                    for listener in listeners:
+                        listener.working(done, share)
+
+                try:
+                    metrics, timing = self.train_round(working)
+                except RunError as problem:
+                    where = f"Round {done + 1}, seed {self.config.seed}"
+                    raise RunError(f"{where}: {problem}") from problem
+                start = time.monotonic()
+                self._evaluate(evaluation, listeners)
+                timing["evaluate"] = round(time.monotonic() - start, 3)
+                for listener in listeners:
+                    listener.round(metrics, timing)
+        except BaseException:
+            for listener in listeners:
+                listener.stopped()
+            raise
+        for listener in listeners:
+            listener.finished()
+
+    def _evaluate(self, evaluation: Evaluation, listeners: Sequence[Listener]) -> None:
+        if evaluation.due(self.round):
+            for listener in listeners:
+                listener.evaluating(self.round)
+            found = evaluation(self.model, self.round)
+            for listener in listeners:
+                listener.evaluated(self.round, found)
+
     # ---- a round
 
-    def train_round(self, report: Callable[[str, float], None]) -> tuple[Row, Row]:
-        """Sample, score, learn: the round's line of metrics and its seconds by stage."""
+    def train_round(self, working: Callable[[float], None]) -> tuple[Row, Row]:
+        """Collect and learn: the round's line of metrics and its seconds by stage.
+
+        Args:
+            working: called with the share of the round that is done.
+        """
         seconds: dict[str, float] = {}
-        with _timed(seconds, "sample"):
-            rollout = self._sample(report)
-        with _timed(seconds, "score"):
-            rollout, scores = self._score(rollout)
-        with _timed(seconds, "reference"):
+
+        def stage(name: str) -> AbstractContextManager[None]:
+            return _timed(seconds, name)
+
+        rollout = self.experience.collect(
+            self.policy, self.round, stage, lambda share: working(share / 2)
+        )
+        rollout = replace(rollout, history=self.history, memory=self.memory)
+        with stage("reference"):
+            untrained = self.round == 0 and self.experience.initial is None
             rollout = with_reference(
-                self.policy, rollout, self.method,
-                untrained=self._untrained(), batch=self.execution.reference_batch,
-                skip=self.config.skip_steps,
+                self.policy, rollout, self.method, untrained=untrained,
+                batch=self.execution.reference_batch, skip=self.config.skip_steps,
             )  # fmt: skip
-        with _timed(seconds, "update"):
-            learnt = self._learn(rollout, report)
+        with stage("update"):
+            learned = self._learn(rollout, working)
         self.round += 1
+        scores = rollout.scores * self.experience.objective.sign
+        drift = {"kl": self._kl(rollout)} if self.method.reference == "pretrained" else {}
         metrics = {
             "round": self.round,
             **self._spent(),
             "score_mean": float(scores.mean()),
             "score_std": float(scores.std(correction=0)),
             "reward_mean": float(rollout.scores.mean()),
-            **({"kl": self._kl(rollout)} if self._reference_is_pretrained() else {}),
-            **learnt,
+            **drift,
+            **learned,
         }
         return metrics, {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
 
-    def _sample(self, report: Callable[[str, float], None]) -> Rollout:
-        c = self.config
-        rng = stream(c.seed, "prompts", self.round)
-        drawn = torch.randint(len(self.prompts), (c.prompts_per_round,), generator=rng)
-        return sample(
-            self.policy,
-            [self.prompts[i] for i in drawn],
-            Draws(seed=c.seed, round=self.round),
-            images_per_prompt=self.images,
-            shared_noise=self.method.shared_noise,
-            batch=self.execution.sample_batch,
-            progress=lambda share: report("sampling", share * 0.5),
-        )
-
-    def _score(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
-        """The rollout with its rewards, and the raw scores [P, K]."""
-        p, k = rollout.means.shape[:2]
-        images = self.model.decode(rollout.latents[:, :, -1].flatten(0, 1))
-        prompts = [prompt for prompt in rollout.prompts for _ in range(k)]
-        scores = self.scorer(images, prompts).view(p, k)
-        if not bool(torch.isfinite(scores).all()):
-            raise RunError(
-                f"Expected finite scores, got {scores[~torch.isfinite(scores)][0]} from "
-                f"{self.objective.scorer}. Check that scorer."
-            )
-        self.counts["images"] += p * k
-        self.counts["scorer_calls"] += p * k
-        rewards = scores * self.objective.sign
-        return replace(rollout, scores=rewards, history=self.history, memory=self.memory), scores
-
-    def _learn(self, rollout: Rollout, report: Callable[[str, float], None]) -> dict[str, float]:
+    def _learn(self, rollout: Rollout, working: Callable[[float], None]) -> dict[str, float]:
         c = self.config
         rows = self.method.rows(rollout, stream(c.seed, "rows", self.round))
-        self.counts["pairs"] += len(rows)
-        self._remember(rollout)
+        self.pairs += len(rows)
+        for prompt, rewards in zip(rollout.prompts, rollout.scores.tolist(), strict=True):
+            self.history[prompt] = (self.history.get(prompt, []) + rewards)[-HISTORY:]
         updates = Updates(
             units=c.units_per_update,
             timestep_fraction=c.timestep_fraction,
@@ -168,38 +205,26 @@ class Trainer:
         return update(
             self.policy, self.method, rows, self.optimizer, updates,
             stream(c.seed, "shuffle", self.round), self.scaler,
-            progress=lambda share: report("learning", 0.5 + share * 0.5),
+            progress=lambda share: working(0.5 + share / 2),
         )  # fmt: skip
-
-    def _remember(self, rollout: Rollout) -> None:
-        """Keep each prompt's newest rewards for the methods that compare with them."""
-        for prompt, rewards in zip(rollout.prompts, rollout.scores.tolist(), strict=True):
-            self.history[prompt] = (self.history.get(prompt, []) + rewards)[-HISTORY:]
 
     def _spent(self) -> Row:
         return {
-            **self.counts,
+            "pairs": self.pairs,
+            **self.experience.counts,
             "unet_forwards": self.model.forwards,
             "unet_backwards": self.model.backwards,
         }
 
-    def _untrained(self) -> bool:
-        """Whether the policy still equals the pretrained model."""
-        return self.round == 0
-
-    def _reference_is_pretrained(self) -> bool:
-        return bool(self.method.reference == "pretrained")
-
     def _kl(self, rollout: Rollout) -> float:
-        """KL of a step to the pretrained model, mean over the images and steps learnt from."""
+        """KL of a step to the pretrained model, mean over the images and steps trained on."""
         if rollout.reference is None:
             raise ValueError("the rollout carries no reference")
-        learnt = self.config.sampling_steps - self.config.skip_steps
-        chosen = learnt_images(self.method, rollout)
-        std = self.policy.schedule.std[:learnt].float().to(rollout.means.device)
-        means = (m[chosen][:, :learnt] for m in (rollout.means, rollout.reference))
+        used = images_used(self.method, rollout)
+        std = self.policy.table.std[: self.trained_steps].float().to(rollout.means.device)
+        means = (m[used][:, : self.trained_steps] for m in (rollout.means, rollout.reference))
         ours, theirs = (m.flatten(0, 1) for m in means)
-        kl = Gaussian(ours, std.repeat(int(chosen.sum()))).kl(theirs)
+        kl = Gaussian(ours, std.repeat(int(used.sum()))).kl(theirs)
         require_finite("kl of the steps to the pretrained model", kl)  # its squares can overflow
         return float(kl.mean())
 
@@ -232,7 +257,9 @@ class Trainer:
                 moved = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
                 self.optimizer.state[p] = moved
         self.round = facts["round"]
-        self.counts = {name: facts[name] for name in self.counts}
+        self.pairs = facts["pairs"]
+        for name in self.experience.counts:
+            self.experience.counts[name] = facts[name]
         self.model.forwards, self.model.backwards = facts["unet_forwards"], facts["unet_backwards"]
         if self.scaler is not None:
             self.scaler.load_state_dict(facts["scaler"])

@@ -19,9 +19,11 @@ import numpy as np
 import pandas as pd
 
 from d3po_bench import registry
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.launch import launch
-from d3po_bench.launch.launch import Request as Training
+from d3po_bench.launch.launch import RunRequest
+from d3po_bench.models.sources import model_source
 from d3po_bench.runs.files import csv_bytes, write_atomically
 from d3po_bench.runs.run import read_config, read_object, readable
 from d3po_bench.training.progress import label
@@ -29,6 +31,7 @@ from eval.analysis import choices
 from eval.analysis.choices import Choices
 from eval.analysis.statistics import interval
 from eval.evaluate import plan, work
+from eval.tools import TOOLS
 
 BASE = "no fine-tune"
 BASE_ROWS = "no-fine-tune"
@@ -107,22 +110,22 @@ def _signal(request: Request) -> dict[str, str]:
 
 def _trained(request: Request) -> dict[str, Path]:
     """Run folders by METHOD-SEED; what is finished is not trained again."""
-    work = [
-        item
+    jobs = [
+        job
         for method in METHODS
-        for item in launch.planned(
-            Training(
+        for job in launch.planned(
+            RunRequest(
                 method=method, objective=request.objective, model=request.model,
-                preset=preset(request), settings=request.settings, rounds=None,
-                seeds=request.seeds, device=request.device, jobs=None,
-                out=request.out / "runs", resume=True,
+                preset=preset(request), settings=request.settings, seeds=request.seeds,
+                device=request.device, out=request.out / "runs", tools=TOOLS,
             )
         )
     ]  # fmt: skip
-    failed = launch.execute(work, request.jobs, {label(c): label(c) for c, *_ in work})
+    names = {label(job.config): label(job.config) for job in jobs}
+    failed = launch.execute(jobs, request.jobs, names)
     if failed:
         launch.finish(failed, request.out)
-    return {f"{config.method}-{config.seed}": folder for config, _, folder, _ in work}
+    return {f"{job.config.method}-{job.config.seed}": job.folder for job in jobs}
 
 
 def preset(request: Request) -> str | None:
@@ -168,8 +171,7 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
         c = read_config(folder)
-        own = c["prompts"] or registry.objective(c["objective"]).prompts
-        prompts = "captions-held-out" if c["model"] == "tiny" else own
+        prompts = model_source(c["model"]).prompts or RunConfig.from_json(c).prompt_source
         found[name] = {
             "steps": c["sampling_steps"], "guidance": c["guidance"], "prompts": prompts
         }  # fmt: skip

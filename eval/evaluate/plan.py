@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from d3po_bench import registry
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
+from d3po_bench.models.sources import content, fingerprint, model_source
 from d3po_bench.prompts import read_pictures, read_prompts
 from d3po_bench.runs.run import read_config
+from d3po_bench.training.tools import spread
 
 HELD_OUT = "captions-held-out"
 """The list of prompts that no run may have learnt from."""
@@ -110,23 +113,21 @@ def _of_run(request: Request) -> Plan:
 
 
 def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
-    """Refuse to call prompts held-out that the run has learnt from.
+    """Refuse to call prompts held-out that the run was trained on.
 
     Raises:
         UserError: naming one.
     """
-    learnt = read_prompts(config.get("prompts") or registry.objective(config["objective"]).prompts)
-    seen = sorted(set(plan.prompts) & set(learnt))
+    trained_on = read_prompts(RunConfig.from_json(config).prompt_source)
+    seen = sorted(set(plan.prompts) & set(trained_on))
     if seen:
         raise UserError(
-            f"Expected held-out prompts that the run in {run} did not learn from, got "
-            f"{seen[0]!r} and {len(seen) - 1} more that it did. Give others with --prompts."
+            f"The run in {run} was trained on {seen[0]!r} and {len(seen) - 1} more of these "
+            "prompts, so they are not held out. Give others with --prompts."
         )
 
 
 def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
-    from d3po_bench.models.sources import content, fingerprint, model_source
-
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
     learnt = f" + {content(Path(adapter))[:12]}" if adapter else ""
@@ -134,7 +135,7 @@ def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, A
         model=model,
         adapter=adapter,
         content=fingerprint(source) + learnt,
-        prompts=tuple(_chosen(prompts, request.count)),
+        prompts=tuple(spread(prompts, request.count or len(prompts))),
         images=request.images,
         steps=request.steps or config.get("sampling_steps", 20),
         guidance=config.get("guidance", 5.0) if request.guidance is None else request.guidance,
@@ -148,10 +149,11 @@ def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
 
     Stable Diffusion has the paper's alignment prompts, which are fetched by checksum.
     """
-    if model == "tiny":
-        return HELD_OUT
+    suited = model_source(model).prompts
+    if suited:
+        return suited
     if config:
-        return str(config["prompts"] or registry.objective(config["objective"]).prompts)
+        return RunConfig.from_json(config).prompt_source
     if model == "sd15":
         from eval import weights
 
@@ -160,12 +162,6 @@ def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
         "Expected --prompts with a list or a file, got none, and only a run or the embedded "
         "model has prompts of its own. Give a file with one prompt a line."
     )
-
-
-def _chosen(prompts: list[str], count: int | None) -> list[str]:
-    from eval.measure import spread
-
-    return spread(prompts, count) if count else prompts
 
 
 def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
@@ -195,7 +191,7 @@ def _digest(folder: Path, files: Sequence[str]) -> str:
     Raises:
         UserError: one cannot be read.
     """
-    from d3po_bench.machine import digest
+    from d3po_bench.digests import short
     from eval.weights import fingerprint
 
-    return digest(" ".join(fingerprint(folder / name) for name in files))
+    return short(" ".join(fingerprint(folder / name) for name in files))

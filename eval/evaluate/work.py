@@ -28,6 +28,8 @@ from eval.evaluate.plan import Plan, Request, planned
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from d3po_bench.types import Model
+
 
 PIECE = 8
 """Prompts in a piece."""
@@ -222,9 +224,10 @@ def _do(plan: Plan, piece: Piece, out: Path, request: Request) -> None:
 
 @cache
 def _scorer(name: str, weights: str, device: str) -> Any:
-    from d3po_bench.launch.devices import device_of
+    from d3po_bench.machine import device_of
+    from eval.selfcheck import checked_scorer
 
-    return registry.scorer(name, device_of(device), weights)
+    return checked_scorer(name, device_of(device), weights)
 
 
 def _scorers(plan: Plan, device: str) -> dict[str, Any]:
@@ -232,16 +235,16 @@ def _scorers(plan: Plan, device: str) -> dict[str, Any]:
 
 
 @cache
-def _model(plan: Plan, device: str) -> Any:
+def _model(plan: Plan, device: str) -> Model:
     import torch
 
-    from d3po_bench.launch.devices import device_of
-    from d3po_bench.models.sources import model_source
-    from d3po_bench.models.stable_diffusion import Training, load
+    from d3po_bench.machine import device_of
+    from d3po_bench.models.adapters import Training
+    from d3po_bench.models.sources import load, model_source, threads_of
 
-    if plan.model == "tiny":
-        torch.set_num_threads(1)
-    model = load(model_source(plan.model), device_of(device), Training())
+    source = model_source(plan.model)
+    torch.set_num_threads(threads_of(source))
+    model = load(source, device_of(device), Training())
     if plan.adapter:
         model.load_saved(Path(plan.adapter))
     return model
@@ -249,7 +252,8 @@ def _model(plan: Plan, device: str) -> Any:
 
 def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[list[Row], Tensor]:
     """The rows of a piece, and its pictures [N, 3, h, w] uint8."""
-    from eval.measure import EvaluationSet, evaluate
+    from d3po_bench.training.tools import EvaluationSet
+    from eval.measure import evaluate
 
     what = EvaluationSet(
         prompts=plan.prompts[first : first + PIECE], images=plan.images, steps=plan.steps,

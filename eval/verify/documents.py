@@ -151,9 +151,10 @@ def check_grids(claims: Claim, folder: Path, runs: Sequence[Path]) -> Problems:
 def check_grid(claim: Claim, home: Path, runs: Sequence[Path]) -> Problems:
     """Every run of the grid must be there, with the config that the grid makes now; no other."""
     from d3po_bench.launch import grid as sweep
+    from eval.tools import TOOLS
 
     below, grid = home / claim["runs"], claim["grid"]
-    configs = sweep.configs(sweep.read(home / grid))
+    configs = sweep.configs(sweep.read(home / grid), TOOLS)
     asked: dict[tuple[str, ...], Any] = {
         (c.objective, c.method, f"seed-{c.seed}"): json.loads(c.to_json()) for c in configs
     }

@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from d3po_bench import registry
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import names as lists
@@ -32,8 +31,9 @@ from d3po_bench.runs.run import (
     read_object,
 )
 from d3po_bench.runs.sessions import differing, sessions
+from d3po_bench.training.tools import EvaluationSet, spread
 from eval.analysis.runs import COUNTS
-from eval.measure import OBJECTIVE, SAMPLERS, spread
+from eval.measure import OBJECTIVE
 from eval.verify import documents
 from eval.weights import fingerprint
 
@@ -179,9 +179,7 @@ def check_run(run: Path, *, whole: bool = True) -> Problems:
 
 
 def _check_config(config: Mapping[str, Any], run: Path) -> Problems:
-    given = {k: v for k, v in config.items() if k != "run_id"}
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    made = RunConfig(**settings)
+    made = RunConfig.from_json(config)
     if made.run_id != config.get("run_id"):
         yield f"its config says run_id {config.get('run_id')}, its settings make {made.run_id}"
     place = [config["objective"], config["method"], f"seed-{config['seed']}"]
@@ -244,7 +242,7 @@ def _check_rows(rows: Rows, config: Mapping[str, Any], rounds: int, whole: bool)
     if whole and every:
         due = {n for n in range(rounds + 1) if n % every == 0 or n == rounds}
         found = {(int(n), s) for n, s in sizes}
-        if found != {(n, s) for n in due for s in SAMPLERS}:
+        if found != {(n, s) for n in due for s in EvaluationSet.samplers}:
             yield f"its evaluations are of {sorted(found)}, due at rounds {sorted(due)}"
 
 
@@ -256,7 +254,7 @@ def _prompts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str] |
     from d3po_bench.prompts import digest
 
     try:
-        source = config["prompts"] or registry.objective(config["objective"]).prompts
+        source = RunConfig.from_json(config).prompt_source
         found = read_prompts(source)
     except UserError:
         return None

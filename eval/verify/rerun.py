@@ -119,11 +119,7 @@ def _place(out: Path | None) -> Iterator[Path]:
 
 
 def _config(run: Path) -> RunConfig:
-    found = read_config(run)
-    given: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k != "run_id"
-    }
-    config = RunConfig(**given)
+    config = RunConfig.from_json(read_config(run))
     config.check()
     return config
 
@@ -150,7 +146,7 @@ def _execution(run: Path, settings: Mapping[str, str]) -> Execution:
 
 
 def _device(recorded: str) -> str:
-    from d3po_bench.launch.devices import device_of
+    from d3po_bench.machine import device_of
 
     try:
         return str(device_of(recorded))
@@ -162,10 +158,12 @@ def _make_again(run: Path, execution: Execution, target: Path) -> Verdict | None
     """Train into `target`; a verdict only where that fails on the way."""
     from d3po_bench.launch import launch
     from d3po_bench.training.progress import label
+    from d3po_bench.training.run import Job
+    from eval.tools import TOOLS
 
     config = _config(run)
-    work = (config, execution, target, True)
-    failed = launch.execute([work], 1, {label(config): label(config)})
+    job = Job(config=config, execution=execution, folder=target, tools=TOOLS)
+    failed = launch.execute([job], 1, {label(config): label(config)})
     for problem in failed.values():
         if not isinstance(problem, RunError):
             raise problem

@@ -16,7 +16,8 @@ from torch import Tensor
 from d3po_bench import registry
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import normal, stream
-from d3po_bench.models.stable_diffusion import Training, load
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import load
 from d3po_bench.prompts import read_prompts
 
 CPU = torch.device("cpu")
