@@ -107,16 +107,16 @@ def run(
     Raises:
         UserError: bad input, or another evaluation lies in the folder.
     """
-    from eval import selfcheck
+    from eval import golden
 
     plan = planned(request)
     out = request.out or _default_out(request.target)
     # Absent weights are found before anything is drawn.
-    unchecked = selfcheck.unchecked(_scorers(plan, request.device))
+    unchecked = golden.unchecked(_scorers(plan, request.device))
     pieces = list(_pieces(plan))
     with _taken(out, plan):
         if unchecked:
-            note(selfcheck.note(unchecked))
+            note(golden.note(unchecked))
         rest = [p for p in pieces if not _is_done(out, plan, p, request.save)]
         told(len(pieces) - len(rest), len(pieces))
         done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
@@ -222,9 +222,9 @@ def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
     if config:
         return str(config["prompts"] or registry.objective(config["objective"]).prompts)
     if model == "sd15":
-        from eval import weights
+        from eval import downloads
 
-        return str(weights.find(FETCHED) / weights.WEIGHTS[FETCHED].files[0].name)
+        return str(downloads.find(FETCHED)[0])
     raise UserError(
         "Expected --prompts with a list or a file, got none, and only a run or the embedded "
         "model has prompts of its own. Give a file with one prompt a line."
@@ -262,12 +262,12 @@ def _digest(folder: Path, files: Sequence[str]) -> str:
     """Twelve hex digits that name the bytes of pictures.
 
     Raises:
-        UserError: one cannot be read.
+        OSError: one cannot be read.
     """
+    from d3po_bench.digests import sha256_once
     from d3po_bench.machine import digest
-    from eval.weights import fingerprint
 
-    return digest(" ".join(fingerprint(folder / name) for name in files))
+    return digest(" ".join(sha256_once(folder / name) for name in files))
 
 
 # ---- the folder
@@ -341,7 +341,7 @@ def _place(out: Path, piece: Piece) -> Path:
 
 def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) -> None:
     """Put the pieces together in their order, and say where and by what they were scored."""
-    from eval import selfcheck
+    from eval import golden
 
     if request.save:
         _list_pictures(out, plan, pieces)
@@ -353,10 +353,10 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
         **{name: fact for name, fact in environment().items() if name != "started"},
         "ended": now(),
         "content": plan.content,
-        "scorers": {name: selfcheck.fingerprint(scorer) for name, scorer in used.items()},
-        "unchecked_scorers": selfcheck.unchecked(used),
+        "scorers": {name: golden.fingerprint(scorer) for name, scorer in used.items()},
+        "unchecked_scorers": golden.unchecked(used),
         **_plugins(plan),
-        "versions": selfcheck.versions(),
+        "versions": golden.versions(),
     }
     write_atomically(out / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
 
@@ -457,9 +457,9 @@ def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[
 
 def _stamped(row: Row, plan: Plan, device: str) -> Row:
     """The row with the weights of every scorer beside it."""
-    from eval import selfcheck
+    from eval import golden
 
-    used = (f"{n}={selfcheck.fingerprint(s)}" for n, s in _scorers(plan, device).items())
+    used = (f"{n}={golden.fingerprint(s)}" for n, s in _scorers(plan, device).items())
     return {**row, "weights": " ".join(used)}
 
 
