@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from d3po_bench.training.tools import Tools
-from eval import selfcheck
+from eval import golden
 from eval.measure import evaluate
 
 TOOLS = Tools(
-    scorer=selfcheck.checked_scorer,
+    scorer=golden.checked_scorer,
     evaluate=evaluate,
-    fingerprint=selfcheck.fingerprint,
-    unchecked=selfcheck.unchecked,
-    note=selfcheck.note,
+    fingerprint=golden.fingerprint,
+    unchecked=golden.unchecked,
+    note=golden.note,
 )

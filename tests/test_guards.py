@@ -20,7 +20,7 @@ from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.run import read_config, read_facts
 from d3po_bench.training.trainer import Trainer
-from eval import selfcheck
+from eval import golden
 from eval.analysis.runs import read_groups
 from eval.evaluate import plan, work
 from eval.scorers import _clip
@@ -112,7 +112,7 @@ def test_a_score_of_nan_stops_the_run(called: Called, monkeypatch: pytest.Monkey
 def test_an_evaluation_score_of_nan_stops_the_run(
     called: Called, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selfcheck, "check", lambda name, scorer: True)
+    monkeypatch.setattr(golden, "check", lambda name, scorer: True)
     wrong = poisoned(JpegSize.__call__, lambda: True, float("nan"))
     monkeypatch.setattr(JpegSize, "__call__", wrong)
     code, error = called()
@@ -197,7 +197,7 @@ def test_a_scorer_that_changed_stops_the_run_before_the_first_round(
     monkeypatch.setattr(JpegSize, "__call__", lambda *args: score(*args) * 1.5)
     code, error = called()
     assert code == 2
-    assert "from the scorer jpeg_size (jpeg_size) for its golden picture" in error
+    assert "The scorer jpeg_size (jpeg_size) gives" in error
     assert not Path("runs").exists()
 
 
@@ -220,7 +220,7 @@ def test_a_scorer_without_golden_scores_is_named_and_recorded(
     more = ("--seeds", "2", "--jobs", str(jobs), "--out", str(out))
     main(run_of(micro, *more, rounds=1, eval_scorers=own))
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert told == [f"note: {selfcheck.note([own])}"]
+    assert told == [f"note: {golden.note([own])}"]
     runs = [path.parent for path in out.rglob("provenance.json")]
     assert [read_facts(run)["unchecked_scorers"] for run in runs] == [[own], [own]]
     (line,) = [line for line in show.lines(runs[0]) if "without golden scores" in line]
@@ -238,7 +238,7 @@ def test_an_evaluation_names_scorers_without_golden_scores(
 ) -> None:
     folder = gallery(tmp_path / "pictures", 2)
     main(["evaluate", str(folder), "--scorers", f"jpeg_size,{own}"])
-    assert capsys.readouterr().err.count(f"note: {selfcheck.note([own])}\n") == 1
+    assert capsys.readouterr().err.count(f"note: {golden.note([own])}\n") == 1
     facts = json.loads((folder / "evaluation" / "provenance.json").read_text())
     assert facts["unchecked_scorers"] == [own]
 

@@ -49,7 +49,7 @@ ALLOWED = {
     "eval.scorers": {
         "types",
         "errors",
-        "eval.weights",
+        "eval.downloads",
         "eval.scorers._blip",
         "eval.scorers._clip",
         "models.embedded",
@@ -71,7 +71,7 @@ ONLY_IN = {
 
 LIGHT = (
     "d3po_bench", "d3po_bench.cli", "d3po_bench.config", "d3po_bench.errors",
-    "d3po_bench.feedback.commands", "d3po_bench.listing",
+    "d3po_bench.feedback.commands", "d3po_bench.text",
     "d3po_bench.models", "d3po_bench.objectives", "d3po_bench.places", "d3po_bench.prompts",
     "d3po_bench.registry", "d3po_bench.types", "baselines", "eval", "eval.scorers",
 )  # fmt: skip
@@ -213,7 +213,7 @@ def test_tests_shadow_no_package() -> None:
         ("eval.scorers.x", "from eval.scorers.y import f", ["eval.scorers.y.f"]),
         ("eval.scorers.x", "from eval.scorers import _clip", []),
         ("eval.scorers._blip", "from eval.scorers import blip", ["eval.scorers.blip"]),
-        ("eval.scorers.x", "from eval.weights import fetch", []),
+        ("eval.scorers.x", "from eval.downloads import fetch", []),
         ("d3po_bench.cli", "def f():\n  from eval import report", []),
         ("d3po_bench.types", "if TYPE_CHECKING:\n  from d3po_bench.policy import P", []),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 from d3po_bench import registry
 from d3po_bench.config import RunConfig
+from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
 from d3po_bench.models.sources import content, fingerprint, model_source
 from d3po_bench.prompts import read_pictures, read_prompts
@@ -155,9 +156,9 @@ def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
     if config:
         return RunConfig.from_json(config).prompt_source
     if model == "sd15":
-        from eval import weights
+        from eval import downloads
 
-        return str(weights.find(FETCHED) / weights.WEIGHTS[FETCHED].files[0].name)
+        return str(downloads.find(FETCHED)[0])
     raise UserError(
         "Expected --prompts with a list or a file, got none, and only a run or the embedded "
         "model has prompts of its own. Give a file with one prompt a line."
@@ -191,7 +192,4 @@ def _digest(folder: Path, files: Sequence[str]) -> str:
     Raises:
         UserError: one cannot be read.
     """
-    from d3po_bench.digests import short
-    from eval.weights import fingerprint
-
-    return short(" ".join(fingerprint(folder / name) for name in files))
+    return short(" ".join(sha256_of(folder / name) for name in files))

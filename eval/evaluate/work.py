@@ -64,16 +64,16 @@ def run(
     Raises:
         UserError: bad input, or another evaluation lies in the folder.
     """
-    from eval import selfcheck
+    from eval import golden
 
     plan = planned(request)
     out = request.out or _default_out(request.target)
     # Absent weights are found before anything is drawn.
-    unchecked = selfcheck.unchecked(_scorers(plan, request.device))
+    unchecked = golden.unchecked(_scorers(plan, request.device))
     pieces = list(_pieces(plan))
     with _taken(out, plan):
         if unchecked:
-            note(selfcheck.note(unchecked))
+            note(golden.note(unchecked))
         rest = [p for p in pieces if not _is_done(out, plan, p, request.save)]
         told(len(pieces) - len(rest), len(pieces))
         done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
@@ -151,7 +151,7 @@ def _place(out: Path, piece: Piece) -> Path:
 
 def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) -> None:
     """Put the pieces together in their order, and say where and by what they were scored."""
-    from eval import selfcheck
+    from eval import golden
 
     if request.save:
         _list_pictures(out, plan, pieces)
@@ -163,10 +163,10 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) ->
         **{name: fact for name, fact in environment().items() if name != "started"},
         "ended": now(),
         "content": plan.content,
-        "scorers": {name: selfcheck.fingerprint(scorer) for name, scorer in used.items()},
-        "unchecked_scorers": selfcheck.unchecked(used),
+        "scorers": {name: golden.fingerprint(scorer) for name, scorer in used.items()},
+        "unchecked_scorers": golden.unchecked(used),
         **_plugins(plan),
-        "versions": selfcheck.versions(),
+        "versions": golden.versions(),
     }
     write_atomically(out / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
 
@@ -225,7 +225,7 @@ def _do(plan: Plan, piece: Piece, out: Path, request: Request) -> None:
 @cache
 def _scorer(name: str, weights: str, device: str) -> Any:
     from d3po_bench.machine import device_of
-    from eval.selfcheck import checked_scorer
+    from eval.golden import checked_scorer
 
     return checked_scorer(name, device_of(device), weights)
 
@@ -267,9 +267,9 @@ def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[
 
 def _stamped(row: Row, plan: Plan, device: str) -> Row:
     """The row with the weights of every scorer beside it."""
-    from eval import selfcheck
+    from eval import golden
 
-    used = (f"{n}={selfcheck.fingerprint(s)}" for n, s in _scorers(plan, device).items())
+    used = (f"{n}={golden.fingerprint(s)}" for n, s in _scorers(plan, device).items())
     return {**row, "weights": " ".join(used)}
 
 

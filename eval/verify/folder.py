@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from d3po_bench.config import RunConfig
+from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import names as lists
 from d3po_bench.prompts import read_prompts
@@ -35,7 +36,6 @@ from d3po_bench.training.tools import EvaluationSet, spread
 from eval.analysis.runs import COUNTS
 from eval.measure import OBJECTIVE
 from eval.verify import documents
-from eval.weights import fingerprint
 
 MANIFEST = "manifest.json"
 FILES = (*TEXT, "provenance.json")
@@ -96,7 +96,7 @@ def record(folder: Path) -> Path:
             f"Expected a folder of results, got {folder}, which is none or empty. Correct the path."
         )
     path = folder / MANIFEST
-    listed = {name: fingerprint(folder / name) for name in _listed(folder)}
+    listed = {name: sha256_of(folder / name) for name in _listed(folder)}
     write_atomically(path, (json.dumps(listed, indent=1, sort_keys=True) + "\n").encode())
     return path
 
@@ -126,7 +126,7 @@ def check_manifest(folder: Path) -> Problems:
     for name in sorted(there - manifest.keys()):
         yield f"{name} is not in the manifest"
     for name in sorted(there & manifest.keys()):
-        if fingerprint(folder / name) != manifest[name]:
+        if sha256_of(folder / name) != manifest[name]:
             yield f"{name} has changed since the manifest was written"
 
 

@@ -1,9 +1,8 @@
-"""Does a scorer still say what it said? Fixed pictures and prompts, and the scores they had.
+"""Golden scores: what each scorer said of fixed pictures, and must say again before it is used.
 
-`golden.json` holds, for each scorer and each set of weights, the scores of these pictures. Before
-a scorer is used it must give them again: another library version, a damaged file or a changed
-preprocessing then stops a run instead of moving its numbers. Weights that ship with the package
-are all in it; those of others that are not are used, and named as such.
+`golden.json` holds them for each scorer and each set of weights. Another library version, a
+damaged file or a changed preprocessing then stops a run instead of moving its numbers. Weights
+that ship with the package all have golden scores; others that have none are used, and named.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
-from d3po_bench.digests import short
+from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
 from d3po_bench.types import Scorer, ScorerWithColumns
-from eval import weights
 
 GOLDEN = Path(__file__).parent / "golden.json"
 
@@ -63,6 +61,9 @@ def fingerprint(scorer: Scorer) -> str:
     """Twelve hex digits that name the files a scorer was loaded from; "code" without any.
 
     A scorer that comes from no file but not from code alone has a `digest` of its own.
+
+    Raises:
+        OSError: a file cannot be read.
     """
     own = getattr(scorer, "digest", None)
     if own is not None:
@@ -70,8 +71,7 @@ def fingerprint(scorer: Scorer) -> str:
     sources = getattr(scorer, "sources", ())
     if not sources:
         return "code"
-    together = "".join(weights.fingerprint(path) for path in sources)
-    return short(together)
+    return short("".join(sha256_of(path) for path in sources))
 
 
 def check(name: str, scorer: Scorer) -> bool:
@@ -87,15 +87,19 @@ def check(name: str, scorer: Scorer) -> bool:
     Raises:
         UserError: it says something else, or there are none though its weights ship with us.
     """
-    base, _, own = name.partition(":")
-    expected = _expected(base, scorer)
-    if expected is None:
-        if own in ("", "tiny"):
-            _require_none_ship(base, scorer)
-        return False
-    for column, found in columns(base, scorer).items():
-        _compare(base, column, expected, found)
-    return True
+    base, _, weights = name.partition(":")
+    known, files = recorded().get(base, {}), fingerprint(scorer)
+    if files in known:
+        for column, found in columns(base, scorer).items():
+            _compare(base, column, known[files], found)
+        return True
+    if known and weights in ("", "tiny"):
+        raise UserError(
+            f"The weights of {base} ({files}) are not those that ship with the package "
+            f"({', '.join(known)}): a file is damaged or was exchanged. Install the package again; "
+            "weights of your own need `d3po-bench doctor --record`."
+        )
+    return False
 
 
 def checked_scorer(name: str, device: torch.device, weights: str = "official") -> Scorer:
@@ -118,30 +122,19 @@ def checked_scorer(name: str, device: torch.device, weights: str = "official") -
 
 def unchecked(scorers: Mapping[str, Scorer]) -> list[str]:
     """Names of those that have no golden scores for their weights, with or without :weights."""
-    return sorted(n for n, s in scorers.items() if _expected(n.partition(":")[0], s) is None)
+    return sorted(
+        name
+        for name, scorer in scorers.items()
+        if fingerprint(scorer) not in recorded().get(name.partition(":")[0], {})
+    )
 
 
 def note(names: Sequence[str]) -> str:
     """What people are told of scorers that are `unchecked`."""
     return (
-        f"no golden scores for the weights of {', '.join(names)}: what they say is not compared "
-        "with what they once said"
+        f"there are no golden scores for the weights of {', '.join(names)}: nothing checks that "
+        "they score as they once did"
     )
-
-
-def _expected(name: str, scorer: Scorer) -> dict[str, Any] | None:
-    return golden().get(name, {}).get(fingerprint(scorer))
-
-
-def _require_none_ship(name: str, scorer: Scorer) -> None:
-    """Refuse weights in the place of those that ship: all of these have golden scores."""
-    known = golden().get(name)
-    if known:
-        raise UserError(
-            f"Expected the weights of {name} that ship with the package ({', '.join(known)}), got "
-            f"others ({fingerprint(scorer)}): a file is damaged or was exchanged. Install the "
-            "package again; weights of your own making need `d3po-bench doctor --record`."
-        )
 
 
 def _compare(name: str, column: str, expected: dict[str, Any], found: list[float]) -> None:
@@ -152,15 +145,15 @@ def _compare(name: str, column: str, expected: dict[str, Any], found: list[float
     if bool(same.all()) and bool((off <= TOLERANCE).all()):
         return
     at = int((off + (~same) * 1e9).argmax())
-    raise UserError(
-        f"Expected {then[at]:.6g} from the scorer {name} ({column}) for its golden picture {at}, "
-        f"recorded with {_said(expected['versions'])}; got {now[at]:.6g} with {_said(versions())}. "
-        "Install the pinned versions: pip install -c constraints.txt d3po-bench."
+    recorded_with, here = (
+        ", ".join(f"{package} {number}" for package, number in found.items())
+        for found in (expected["versions"], versions())
     )
-
-
-def _said(found: dict[str, str]) -> str:
-    return ", ".join(f"{package} {number}" for package, number in found.items())
+    raise UserError(
+        f"The scorer {name} ({column}) gives {now[at]:.6g} for its golden picture {at}, with "
+        f"{here}; it gave {then[at]:.6g} with {recorded_with}. Install the pinned versions: pip "
+        "install -c constraints.txt d3po-bench."
+    )
 
 
 def versions() -> dict[str, str]:
@@ -169,7 +162,7 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def golden() -> dict[str, dict[str, dict[str, Any]]]:
+def recorded() -> dict[str, dict[str, dict[str, Any]]]:
     """Scorer -> fingerprint of its weights -> scores by column, and versions."""
     found: dict[str, dict[str, dict[str, Any]]] = json.loads(GOLDEN.read_text(encoding="utf-8"))
     return found
@@ -189,7 +182,7 @@ def record(name: str, scorer: Scorer) -> None:
         GOLDEN.write_text(text, encoding="utf-8")
     except OSError as problem:
         raise UserError(
-            f"Expected to write {GOLDEN}, got: {problem.strerror}. Record in a clone of the "
-            "project that is yours, installed with pip install -e."
+            f"{GOLDEN} cannot be written: {problem.strerror}. Record in a clone of the project "
+            "that is yours, installed with pip install -e."
         ) from problem
-    golden.cache_clear()
+    recorded.cache_clear()
