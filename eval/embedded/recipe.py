@@ -70,7 +70,7 @@ class Batch:
 
 
 class Batches:
-    """Endless batches; pictures of one animal meet, so that colours and patterns are learnt."""
+    """Endless batches; pictures of one animal meet, so that the network learns colours and patterns."""
 
     def __init__(self, source: Facts, size: int, seed: int) -> None:
         """`source`: what to draw from."""
