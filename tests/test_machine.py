@@ -12,7 +12,6 @@ import torch
 from d3po_bench import machine
 from d3po_bench.cli import main
 from d3po_bench.runs.store import RunStore
-from tests.test_cli import run_of, seed_folder, written
 
 
 @pytest.fixture(autouse=True)
@@ -38,17 +37,21 @@ def test_kernels_are_deterministic_by_default_on_a_cpu(
 
 
 def test_the_switch_is_recorded_and_changes_no_byte_on_a_cpu(micro: Path, tmp_path: Path) -> None:
-    for name, flag in {"a": (), "b": ("--no-deterministic",), "c": ("--deterministic",)}.items():
-        main(run_of(micro, "--out", tmp_path / name, *flag))
-    folders = {name: seed_folder(tmp_path / name, micro) for name in "abc"}
-    told = {name: RunStore(folder).provenance() for name, folder in folders.items()}
-    assert {k: facts["deterministic"] for k, facts in told.items()} == {
-        "a": True, "b": False, "c": True
+    settings = ("prompts_per_round=2", "sampling_steps=3", "dtype=fp32", "eval_prompts=2")
+    bytes_of, told = {}, {}
+    for name in ("auto", "--no-deterministic", "--deterministic"):
+        main(
+            ["run", "--method", "d3po", "--objective", "incompress", "--model", str(micro),
+             "--preset", "official_code", "--rounds", "1", "--device", "cpu",
+             *(f"--set={s}" for s in settings), *([] if name == "auto" else [name]),
+             "--out", str(tmp_path / name)]
+        )  # fmt: skip
+        (run,) = (tmp_path / name).rglob("seed-0")
+        told[name] = RunStore(run).provenance()
+        written = ("metrics.jsonl", "eval.csv", "lora/pytorch_lora_weights.safetensors")
+        bytes_of[name] = [(run / file).read_bytes() for file in written]
+    assert {name: facts["deterministic"] for name, facts in told.items()} == {
+        "auto": True, "--no-deterministic": False, "--deterministic": True
     }  # fmt: skip
-    assert written(folders["a"]) == written(folders["b"]) == written(folders["c"])
-    assert torch.backends.cpu.get_cpu_capability() in told["a"]["cpu"]
-
-
-def test_a_text_has_a_short_name() -> None:
-    assert machine.digest("a") != machine.digest("b")
-    assert len(machine.digest("a")) == 12
+    assert bytes_of["auto"] == bytes_of["--no-deterministic"] == bytes_of["--deterministic"]
+    assert torch.backends.cpu.get_cpu_capability() in told["auto"]["cpu"]

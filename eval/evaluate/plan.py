@@ -17,7 +17,7 @@ from d3po_bench.runs.run import read_config
 from d3po_bench.training.tools import spread
 
 HELD_OUT = "captions-held-out"
-"""The list of prompts that no run may have learnt from."""
+"""The list of prompts that no run may have been trained on."""
 
 
 FETCHED = "prompts-image-reward"
@@ -78,8 +78,8 @@ def planned(request: Request) -> Plan:
         return _of_run(request)
     if (target / "config.json").is_file() and (target / "metrics.jsonl").is_file():
         raise UserError(
-            f"Expected a finished run in {target}, got one without lora/. Run its command again: "
-            "it goes on from the last checkpoint."
+            f"The run in {target} is not finished. Run its command again: it resumes from the "
+            "last checkpoint."
         )
     if (target / "pytorch_lora_weights.safetensors").is_file() or _is_trained_unet(target):
         return _of_model(request, request.model or "tiny", str(target), {})
@@ -95,8 +95,8 @@ def _require_no_other_model(request: Request, model: str) -> None:
     """
     if request.model not in (None, model):
         raise UserError(
-            f"Expected --model only beside a LoRA or pictures, got {request.model} for "
-            f"{request.target}, whose model is {model}. Leave --model out."
+            f"{request.target} has a model, {model}: --model {request.model} would be ignored. "
+            "Leave --model out."
         )
 
 
@@ -131,11 +131,11 @@ def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
 def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
-    learnt = f" + {content(Path(adapter))[:12]}" if adapter else ""
+    trained = f" + {content(Path(adapter))[:12]}" if adapter else ""
     return Plan(
         model=model,
         adapter=adapter,
-        content=fingerprint(source) + learnt,
+        content=fingerprint(source) + trained,
         prompts=tuple(spread(prompts, request.count or len(prompts))),
         images=request.images,
         steps=request.steps or config.get("sampling_steps", 20),
@@ -160,8 +160,8 @@ def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
 
         return str(downloads.find(FETCHED)[0])
     raise UserError(
-        "Expected --prompts with a list or a file, got none, and only a run or the embedded "
-        "model has prompts of its own. Give a file with one prompt a line."
+        "Only a run or the embedded model has prompts of its own. Add --prompts with a list, or "
+        "with a file that has one prompt a line."
     )
 
 
@@ -175,8 +175,8 @@ def _pictures(request: Request) -> Plan:
     """A folder of pictures with metadata.csv."""
     if request.save:
         raise UserError(
-            f"Expected a model to draw pictures for --save, got pictures in {request.target}. "
-            "Leave --save out."
+            f"--save keeps the pictures that a model draws, and {request.target} holds pictures "
+            "already. Leave --save out."
         )
     files, prompts = zip(*read_pictures(request.target), strict=True)
     return Plan(

@@ -1,7 +1,7 @@
 """`d3po-bench evaluate`: a run, a LoRA, a model or a folder of pictures, scored image by image.
 
 Prompts and noise are fixed, so that two evaluations can be paired. The work is cut into pieces of
-a few prompts; every piece is a file once it is done, so that a killed evaluation goes on, and any
+a few prompts; every piece is a file once it is done, so that a killed evaluation resumes, and any
 number of processes ends with the same bytes.
 """
 
@@ -99,8 +99,8 @@ def _taken(out: Path, plan: Plan) -> Iterator[None]:
     fresh = [place for place in (out, *out.parents) if not place.exists()]
     if path.exists() and path.read_bytes() != data:
         raise UserError(
-            f"Expected {out} to be empty or to hold this evaluation, got the plan.json of another, "
-            "or of other weights or pictures. Give another --out, or remove that folder."
+            f"{out} holds another evaluation, or one of other weights or pictures. Give another "
+            "--out, or remove that folder."
         )
     new = not path.exists()
     write_atomically(path, data)
@@ -183,8 +183,8 @@ def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:
     found = sorted({row["weights"] for row in rows})
     if len(found) > 1:
         raise UserError(
-            f"Expected all pieces in {out} to be scored with the same weights, got {found[0]} and "
-            f"{found[1]}. Remove that folder and run the command again."
+            f"The weights of a scorer changed halfway through {out}: {found[0]}, then {found[1]}. "
+            "Remove that folder and run the command again."
         )
 
 
@@ -203,9 +203,8 @@ def _side_by_side(plan: Plan, pieces: list[Piece], out: Path, request: Request) 
                 future.result()
             except BrokenProcessPool as problem:
                 raise RunError(
-                    "Expected worker processes that finish, got one that was killed (out of "
-                    "memory?). Run the same command again: what is scored is kept. If memory is "
-                    "short, add --jobs 1."
+                    "A worker process was killed (out of memory?). Run the same command again: "
+                    "what is scored is kept. If memory is short, add --jobs 1."
                 ) from problem
             yield count + 1
 
@@ -299,8 +298,8 @@ def _read(path: Path) -> Any:
             pixels = np.array(picture.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as problem:
         raise UserError(
-            f"Expected a picture in {path}, got {problem}. Save it again, or take its line out of "
-            "metadata.csv."
+            f"{path} is not a picture that can be read: {problem}. Save it again, or take its "
+            "line out of metadata.csv."
         ) from problem
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
 
