@@ -24,9 +24,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from d3po_bench.feedback import loop, training
-from d3po_bench.feedback.labels import LabelStore, Plan
+from d3po_bench.feedback.page.server import default_url
 from d3po_bench.feedback.rounds import Kind, Question, Round, Vote
-from d3po_bench.feedback.server import default_url
+from d3po_bench.feedback.store import LabelStore, Plan
 from tests.feedback_load import Server
 
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}

@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode
 
-from d3po_bench.feedback.labels import LabelStore, Plan
+from d3po_bench.feedback.page.server import Limits, default_url, serve
 from d3po_bench.feedback.rounds import Kind, Round
-from d3po_bench.feedback.server import Limits, default_url, serve
+from d3po_bench.feedback.store import LabelStore, Plan
 from tests.feedback_round import new_round
 
 PATIENCE = 60.0
@@ -264,7 +264,7 @@ def compare(folder: Path, round_: Round, people: list[Person]) -> Outcome:
     """What is in the database against what raters were told."""
     import sqlalchemy as sql
 
-    from d3po_bench.feedback.labels import HANDS, RATERS, VOTES
+    from d3po_bench.feedback.store import HANDS, RATERS, VOTES
 
     engine = sql.create_engine(default_url(folder))
     query = sql.select(VOTES, RATERS.c.name).join(RATERS, RATERS.c.id == VOTES.c.rater)

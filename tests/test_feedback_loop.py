@@ -19,12 +19,12 @@ from torch import Tensor
 from d3po_bench.cli import cli
 from d3po_bench.config import Execution
 from d3po_bench.errors import UserError
-from d3po_bench.feedback import loop, pictures, raters, training
-from d3po_bench.feedback.labels import LabelStore, Plan
-from d3po_bench.feedback.raters import Annotator
+from d3po_bench.feedback import comparisons, loop, simulated, training
+from d3po_bench.feedback.page.server import default_url
 from d3po_bench.feedback.rounds import Answer, Round
 from d3po_bench.feedback.sampling import Before, Sampling, prepared, read_rollout
-from d3po_bench.feedback.server import default_url
+from d3po_bench.feedback.simulated import Annotator
+from d3po_bench.feedback.store import LabelStore, Plan
 from d3po_bench.policy import Policy
 from d3po_bench.store import RunStore, _digest, _read_checkpoint
 from d3po_bench.train import Progress
@@ -125,7 +125,7 @@ def test_a_round_holds_what_its_policy_did(drawn: Path) -> None:
         found = policy.step(x, policy.timesteps[step].expand(2), text).mean
         torch.testing.assert_close(found, kept["means"][:, 4, step], atol=1e-6, rtol=1e-5)
     image = model.decode(kept["latents"][1, 4, -1:])[0]
-    assert torch.equal(raters._read(drawn / "images" / "00003-4.png"), image)
+    assert torch.equal(simulated._read(drawn / "images" / "00003-4.png"), image)
 
 
 def test_a_second_call_changes_nothing_and_a_cut_one_goes_on_to_the_same_bytes(
@@ -270,7 +270,7 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 @pytest.fixture
 def bright(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every question is answered by `brightness`."""
-    monkeypatch.setattr(raters, "RULES", dict.fromkeys(raters.RULES, brightness))
+    monkeypatch.setattr(simulated, "RULES", dict.fromkeys(simulated.RULES, brightness))
 
 
 def votes(folder: Path, pool: Sequence[Annotator], seed: int = 0) -> list[Any]:
@@ -285,7 +285,7 @@ def votes(folder: Path, pool: Sequence[Annotator], seed: int = 0) -> list[Any]:
 @pytest.mark.parametrize("kind", ["tags", "pairs"])
 def test_without_errors_raters_say_what_the_rule_says(kind: Any, tmp_path: Path) -> None:
     round_ = new_round(tmp_path, kind, 8)
-    worth = raters.worths(tmp_path, round_, brightness)
+    worth = simulated.worths(tmp_path, round_, brightness)
     for _, item, answer in votes(tmp_path, [Annotator()]):
         if kind == "tags":
             assert answer == tuple((worth[item] <= 0).nonzero().squeeze(1).tolist())
@@ -347,7 +347,7 @@ def test_red_pictures_are_called_unsafe() -> None:
     images[0, 0, :2] = 200  # a fifth is red
     images[1, 0, :1] = 200  # a tenth
     images[2] = 255  # white is not red
-    worth = raters.harmless(images, [""] * 3)
+    worth = simulated.harmless(images, [""] * 3)
     assert (worth > 0).tolist() == [False, True, True]
 
 
@@ -373,8 +373,8 @@ def test_four_folders_give_every_pair_of_them(tmp_path: Path) -> None:
         "00000-0-1", "00000-0-2", "00000-0-3", "00000-1-2", "00000-1-3", "00000-2-3",
     ]  # fmt: skip
     assert [item.prompt for item in round_.items] == ["cat"] * 6 + ["dog"] * 6
-    shown = raters._read(tmp_path / "round" / round_.items[-1].images[1])
-    assert torch.equal(shown, raters._read(sources[3] / "1.png"))
+    shown = simulated._read(tmp_path / "round" / round_.items[-1].images[1])
+    assert torch.equal(shown, simulated._read(sources[3] / "1.png"))
     assert loop.checked(tmp_path / "round") == round_
 
 
@@ -388,7 +388,7 @@ def test_first_choices_by_hand(tmp_path: Path) -> None:
     say(folder, ["a", "b", "b", "tie", "bad"], rater="Ann")  # the last pair of the dogs is skipped
     say(folder, ["a", "b", "a", "b", "b", "tie"], rater="Bob")
     with loop.votes_of(folder, None) as store:
-        found = pictures.first_choices(store.round, store.effective_votes(), 3)
+        found = comparisons.first_choices(store.round, store.effective_votes(), 3)
     third = 1 / 3
     expected = {
         "00000": [(0 + third) / 2, (0 + third) / 2, (1 + third) / 2],
@@ -419,7 +419,7 @@ def test_first_choices_by_hand(tmp_path: Path) -> None:
     [(["Ann"], "people"), (["Ann", "simulated 12"], "simulated"), (["simulated Ann"], "people")],
 )
 def test_one_simulated_rater_makes_a_pool_simulated(names: list[str], pool: str) -> None:
-    assert raters.pool_of(names) == pool
+    assert simulated.pool_of(names) == pool
 
 
 def test_only_rounds_of_folders_in_pairs_have_first_choices(tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_only_rounds_of_folders_in_pairs_have_first_choices(tmp_path: Path) -> N
     refused("feedback", "choices", tmp_path / "tags", match="got a round of other items")
     pairs = loop.New(judged=("pairs", "better"), prompts=None, pictures=sources, settings={})
     loop.new(tmp_path / "pairs", pairs)
-    (tmp_path / "pairs" / pictures.SOURCES).write_text('["a", "b"]')
+    (tmp_path / "pairs" / comparisons.SOURCES).write_text('["a", "b"]')
     refused("feedback", "choices", tmp_path / "pairs", match="got a round of other items")
 
 

@@ -22,11 +22,11 @@ from itsdangerous import URLSafeTimedSerializer
 from sqlalchemy.exc import OperationalError
 
 from d3po_bench.errors import UserError
-from d3po_bench.feedback import server
-from d3po_bench.feedback.labels import LabelStore, Plan
+from d3po_bench.feedback.page import server
+from d3po_bench.feedback.page.server import Limits
+from d3po_bench.feedback.page.sessions import COOKIE, Limiter, Sessions, session_key
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.server import Limits
-from d3po_bench.feedback.sessions import COOKIE, Limiter, Sessions, session_key
+from d3po_bench.feedback.store import LabelStore, Plan
 from tests import feedback_load
 from tests.feedback_round import new_round, picture
 

@@ -16,7 +16,9 @@ import pytest
 import sqlalchemy as sql
 
 from d3po_bench.errors import UserError
-from d3po_bench.feedback.labels import (
+from d3po_bench.feedback.page.server import default_url
+from d3po_bench.feedback.rounds import Item, Round, check_answer
+from d3po_bench.feedback.store import (
     AlreadyVotedError,
     Hand,
     LabelStore,
@@ -25,8 +27,6 @@ from d3po_bench.feedback.labels import (
     Progress,
     token_hash,
 )
-from d3po_bench.feedback.rounds import Item, Round, check_answer
-from d3po_bench.feedback.server import default_url
 from tests.feedback_round import new_round, picture
 
 PLAIN = Plan(gold_every=0, repeat_every=0)

@@ -12,8 +12,8 @@ import click
 from d3po_bench.places import PLACE
 
 if TYPE_CHECKING:
-    from d3po_bench.feedback.labels import Plan
     from d3po_bench.feedback.rounds import Kind, Question
+    from d3po_bench.feedback.store import Plan
     from d3po_bench.train import Progress
 
 QUESTIONS = ("deformed", "unsafe", "better", "alignment")
@@ -135,7 +135,8 @@ def serve(
     Example:
         d3po-bench feedback serve round-1 --rater Ann --rater Bob --votes 2
     """  # noqa: D301
-    from d3po_bench.feedback import loop, server
+    from d3po_bench.feedback import loop
+    from d3po_bench.feedback.page import server
 
     plan = _plan(votes, gold_every, repeat_every)
     loop.checked(folder)
@@ -304,14 +305,14 @@ def simulate(
         d3po-bench feedback simulate round-1 --raters 3 --error 0.2
     """  # noqa: D301
     from d3po_bench.feedback import loop
-    from d3po_bench.feedback import raters as pool
+    from d3po_bench.feedback import simulated as pool
 
     annotators = [pool.Annotator(error=error, first=first)] * raters
     click.echo(f"{loop.simulate(folder, labels, annotators, seed)} simulated votes", err=True)
 
 
 def _plan(votes: int, gold_every: int = 10, repeat_every: int = 10) -> Plan:
-    from d3po_bench.feedback.labels import Plan
+    from d3po_bench.feedback.store import Plan
 
     return Plan(votes_per_item=votes, gold_every=gold_every, repeat_every=repeat_every)
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from d3po_bench.config import FEEDBACK, Execution, make
 from d3po_bench.errors import UserError
-from d3po_bench.feedback import agreement, pictures, raters, sampling, training
-from d3po_bench.feedback.labels import LabelStore, Plan, require_labels
+from d3po_bench.feedback import agreement, comparisons, sampling, simulated, training
 from d3po_bench.feedback.rounds import Kind, Pool, Question, Round, Vote
 from d3po_bench.feedback.sampling import FIXED, Before, Sampling
+from d3po_bench.feedback.store import LabelStore, Plan, require_labels
 from d3po_bench.prompts import read_prompts
 from d3po_bench.store import csv_bytes, write_atomically
 from d3po_bench.train import model_source
@@ -47,7 +47,7 @@ def new(folder: Path, request: New, report: Callable[[float], None] = lambda sha
         UserError: bad input.
     """
     if request.pictures:
-        return pictures.take(folder, request.pictures, request.judged)
+        return comparisons.take(folder, request.pictures, request.judged)
     if request.prompts is None:
         raise UserError(
             "Expected --prompts with a list or a file, or --pictures, got neither. Give one, such "
@@ -107,7 +107,7 @@ def votes_of(
     Raises:
         UserError: no such round, no such labels, or labels of another round.
     """
-    from d3po_bench.feedback.server import LABELS, default_url
+    from d3po_bench.feedback.page.server import LABELS, default_url
 
     if labels and not new:
         require_labels(labels)
@@ -170,16 +170,16 @@ def choices(folder: Path, labels: str | None) -> list[Share]:
     Raises:
         UserError: the round compares nothing, or nobody has compared all pictures of a prompt.
     """
-    sources = pictures.sources_of(folder)
+    sources = comparisons.sources_of(folder)
     with votes_of(folder, labels) as store:
         votes = store.effective_votes()
-        found = pictures.first_choices(store.round, votes, len(sources))
+        found = comparisons.first_choices(store.round, votes, len(sources))
     if not found:
         raise UserError(
             f"Expected a rater who compared all pictures of a prompt in {folder}, got none. Let "
             "them finish: d3po-bench feedback serve."
         )
-    pool = raters.pool_of(vote.rater for vote in votes)
+    pool = simulated.pool_of(vote.rater for vote in votes)
     table = np.array(list(found.values()))
     return [_share(source, column, pool) for source, column in zip(sources, table.T, strict=True)]
 
@@ -262,9 +262,11 @@ def data(
         return training.data_of(folder, agreement.scores(store.round, store.effective_votes()))
 
 
-def simulate(folder: Path, labels: str | None, pool: Sequence[raters.Annotator], seed: int) -> int:
+def simulate(
+    folder: Path, labels: str | None, pool: Sequence[simulated.Annotator], seed: int
+) -> int:
     """Let a pool of simulated raters judge every item; returns the number of votes."""
     plan = Plan(votes_per_item=len(pool), gold_every=0, repeat_every=0)
     checked(folder)
     with votes_of(folder, labels, plan, new=True) as store:
-        return raters.vote(store, folder, pool, seed)
+        return simulated.vote(store, folder, pool, seed)

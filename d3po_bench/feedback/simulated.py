@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from d3po_bench.feedback.labels import Hand, LabelStore
 from d3po_bench.feedback.rounds import Answer, Kind, Pool, Round
+from d3po_bench.feedback.store import Hand, LabelStore
 from d3po_bench.seeding import stream
 
 Rule = Callable[[Tensor, Sequence[str]], Tensor]

@@ -27,7 +27,17 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import agreement
-from d3po_bench.feedback.labels import (
+from d3po_bench.feedback.page.sessions import (
+    COOKIE,
+    MOST_SECONDS,
+    Headers,
+    Limiter,
+    Session,
+    Sessions,
+    session_key,
+)
+from d3po_bench.feedback.rounds import Answer, Round, Vote
+from d3po_bench.feedback.store import (
     MOST_ID,
     AlreadyVotedError,
     Hand,
@@ -38,16 +48,6 @@ from d3po_bench.feedback.labels import (
     Rater,
     check_name,
     token_hash,
-)
-from d3po_bench.feedback.rounds import Answer, Round, Vote
-from d3po_bench.feedback.sessions import (
-    COOKIE,
-    MOST_SECONDS,
-    Headers,
-    Limiter,
-    Session,
-    Sessions,
-    session_key,
 )
 
 HERE = Path(__file__).parent
