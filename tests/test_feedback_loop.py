@@ -29,7 +29,7 @@ from d3po_bench.feedback import comparisons, simulated, training
 from d3po_bench.feedback.agreement import read_label_files
 from d3po_bench.feedback.drawing import draw_round, require_pictures
 from d3po_bench.feedback.handout import hand_out
-from d3po_bench.feedback.invitations import invite, rater_with_token
+from d3po_bench.feedback.invitations import find_rater, invite
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.sampling import Before, Sampling, chosen_prompts, prepared, read_rollout
 from d3po_bench.feedback.schema import Answer, Kind, Question
@@ -81,7 +81,7 @@ def say(folder: Path, answers: Sequence[Answer | None], rater: str = "Ann") -> N
     settings = HandoutSettings(votes_per_item=9, gold_every=0, repeat_every=0)
     with open_labels(folder, None, settings, new=True) as store:
         place = {item.id: n for n, item in enumerate(store.round.items)}
-        who = rater_with_token(store, invite(store, rater))
+        who = find_rater(store, token=invite(store, rater))
         assert who is not None
         while hand := hand_out(store, who.id):
             number = place[hand.item.id]
@@ -492,7 +492,8 @@ def test_labels_that_do_not_belong_to_the_round_are_refused(own: Path, tmp_path:
 def test_votes_on_something_else_are_refused(own: Path) -> None:
     faults = [
         ("item", "99999"), ("answer", "garbage"), ("answer", "null"), ("answer", "[9]"),
-        ("answer", "[1, 1]"), ("shown", "[0]"),
+        ("answer", "[1, 1]"), ("answer", "[" * 100_000), ("shown", "[0]"), ("shown", "0"),
+        ("repeat", "x"), ("milliseconds", "x"), ("time", "x"),
     ]  # fmt: skip
     whole = (own / "labels.sqlite").read_bytes()
     for column, value in faults:

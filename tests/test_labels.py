@@ -18,9 +18,8 @@ from d3po_bench.errors import UserError
 from d3po_bench.feedback.handout import Hand, NotHandedError, find_hand, hand_out, progress
 from d3po_bench.feedback.invitations import (
     disable,
+    find_rater,
     invite,
-    rater_with_id,
-    rater_with_token,
     raters,
     token_hash,
 )
@@ -99,7 +98,7 @@ def _run(url: str, statement: str) -> list[tuple[Any, ...]]:
 
 
 def invited(store: LabelStore, *names: str) -> list[int]:
-    found = [rater_with_token(store, invite(store, name)) for name in names]
+    found = [find_rater(store, token=invite(store, name)) for name in names]
     return [rater.id for rater in found if rater]
 
 
@@ -132,7 +131,7 @@ def store(tmp_path: Path, small: Round, clock: Clock) -> Iterator[LabelStore]:
 @sqlite_alone
 def test_a_token_is_kept_as_its_hash_alone(tmp_path: Path, store: LabelStore) -> None:
     token = invite(store, "Ann")
-    rater = rater_with_token(store, token)
+    rater = find_rater(store, token=token)
     assert rater is not None
     assert (rater.name, rater.token_hash) == ("Ann", token_hash(token))
     assert len(token) == 43  # 32 bytes
@@ -144,19 +143,19 @@ def test_a_token_is_kept_as_its_hash_alone(tmp_path: Path, store: LabelStore) ->
 def test_a_new_invitation_ends_the_old_one(store: LabelStore) -> None:
     old, other = invite(store, "Ann"), invite(store, "Bob")
     new = invite(store, "Ann")
-    assert rater_with_token(store, old) is None
-    assert rater_with_token(store, new) is not None
-    assert rater_with_token(store, other) is not None
+    assert find_rater(store, token=old) is None
+    assert find_rater(store, token=new) is not None
+    assert find_rater(store, token=other) is not None
     assert [rater.name for rater in raters(store)] == ["Ann", "Bob"]
 
 
 def test_a_disabled_rater_is_nobody_until_let_in(store: LabelStore) -> None:
     token = invite(store, "Ann")
     disable(store, "Ann")
-    assert rater_with_token(store, token) is None
-    assert rater_with_id(store, 1) is None
+    assert find_rater(store, token=token) is None
+    assert find_rater(store, id_=1) is None
     disable(store, "Ann", disabled=False)
-    assert rater_with_token(store, token) == rater_with_id(store, 1) != None  # noqa: E711
+    assert find_rater(store, token=token) == find_rater(store, id_=1) != None  # noqa: E711
     with pytest.raises(UserError, match="Invited so far: Ann"):
         disable(store, "Eve")
 

@@ -128,6 +128,9 @@ def test_a_malformed_round_is_refused_and_the_place_named(folder: Path) -> None:
             path.write_text(json.dumps(changed(whole, place, value)))
             said = fault(lambda: Round.read(folder), path)
             assert said.startswith(named.replace(".2", "[2]") + ": "), said
+    for name in ("tags", "a\nb", "\x1b[31m", "x" * 5000):
+        path.write_text(json.dumps(changed(whole, name, 1)))
+        assert "extra inputs are not permitted" in fault(lambda: Round.read(folder), path)
     twins = changed(whole, "items/1/id", "0000")
     fewer = changed(whole, "items/1/images", ["images/0001-0.png"] * 2)
     for value in (twins, fewer):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -30,23 +30,29 @@ SETTINGS = click.option(
 PRESET = click.option("--preset", help="Settings to start from; default: the one for the model.")
 SEED = click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
 VOTES = click.option(
-    "--votes", type=click.IntRange(1, 1000), default=1, show_default=True, help="Raters of an item."
+    "--votes",
+    type=click.IntRange(1, 1000),
+    default=1,
+    show_default=True,
+    help="For each item.",
 )
 
 
 @click.command()
 @FOLDER
 @click.option("--prompts", help="A list (`d3po-bench list`) or a file with one prompt a line.")
-@click.option("--count", type=click.IntRange(1, 10**6), help="Prompts; default: each once.")
+@click.option("--count", type=click.IntRange(1, 10**6), help="Number of prompts; default: all.")
 @click.option(
     "--kind", type=click.Choice(["tags", "pairs"]), default="tags", show_default=True,
-    help="Tag the bad ones of several images, or choose the better of two.",
+    help="Tag the bad images of a grid, or choose the better of two.",
 )  # fmt: skip
-@click.option("--question", type=click.Choice(QUESTIONS), help="Default: deformed, or better.")
-@click.option("--images", type=click.IntRange(2, 9), help="A prompt; default: 7 to tag, 2 a pair.")
+@click.option(
+    "--question", type=click.Choice(QUESTIONS), help="Default: deformed; for pairs: better."
+)
+@click.option("--images", type=click.IntRange(2, 9), help="For each prompt; default: 7; pairs: 2.")
 @click.option(
     "--from", "before", type=PLACE,
-    help="Run folder of `feedback train` that draws; default: the pretrained model.",
+    help="OUT of the `feedback train` whose weights draw; default: the pretrained model.",
 )  # fmt: skip
 @click.option(
     "--pictures", multiple=True, type=PLACE,
@@ -64,8 +70,8 @@ def new(
 ) -> None:  # fmt: skip
     """Draw the images of a round into FOLDER, or take pictures that are there already.
 
-    The images of a prompt start from one noise. The same command continues where it
-    was interrupted. With --from, model, seed and settings are those of the rounds before.
+    All images of a prompt start from the same noise. Run the same command again to continue
+    after an interruption. With --from, model, seed and settings stay those of the rounds before.
 
     \b
     Example:
@@ -96,26 +102,26 @@ def new(
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option(
-    "--public-url", help="How links begin where raters come through a proxy; https://HOST."
+    "--public-url", help="Where raters reach the page through a proxy, such as https://HOST."
 )
-@click.option("--renew", is_flag=True, help="New links also for those invited before.")
+@click.option("--renew", is_flag=True, help="Make new links for those invited before, too.")
 @VOTES
 @click.option(
     "--gold-every", type=click.IntRange(0, 10**6), default=10, show_default=True,
-    help="One item of so many has a known answer, while there are any; 0: none.",
+    help="One item in so many has a known answer, as long as there are any; 0: none.",
 )  # fmt: skip
 @click.option(
     "--repeat-every", type=click.IntRange(0, 10**6), default=10, show_default=True,
-    help="One item of so many is asked again; 0: none.",
+    help="One item in so many is asked a second time; 0: none.",
 )  # fmt: skip
 @LABELS
 def serve(
     folder: Path, raters: tuple[str, ...], host: str, port: int, public_url: str | None,
     renew: bool, votes: int, gold_every: int, repeat_every: int, labels: str | None,
 ) -> None:  # fmt: skip
-    """Open the labelling page of the round in FOLDER until interrupted.
+    """Serve the labelling page of the round in FOLDER until interrupted.
 
-    Prints an invitation link for each rater, once, and one for the admin.
+    Prints an invitation link for each rater and for the admin. A link is shown only once.
 
     \b
     Example:
@@ -138,7 +144,7 @@ def serve(
 @VOTES
 @LABELS
 def status(folder: Path, votes: int, labels: str | None) -> None:
-    """Say how far the round in FOLDER is, and how much its raters agree.
+    """Show how complete the round in FOLDER is, and how much its raters agree.
 
     \b
     Example:
@@ -164,11 +170,11 @@ def status(folder: Path, votes: int, labels: str | None) -> None:
 )  # fmt: skip
 @LABELS
 def choices(folder: Path, out: Path | None, labels: str | None) -> None:
-    """Say how often each compared folder of pictures is raters' first choice.
+    """Show how often each folder of a comparison is the raters' first choice.
 
-    FOLDER is a round of several folders in pairs, whose pictures of a prompt a rater has all
-    compared. Intervals are over prompts. `table1` takes the files in its OUT/choices, one for each
-    seed.
+    FOLDER is a round that compares several folders of pictures in pairs. Only raters who compared
+    all pictures of a prompt count. Intervals are over prompts. `table1` reads the files in its
+    OUT/choices, one for each seed.
 
     \b
     Example:
@@ -194,7 +200,7 @@ def choices(folder: Path, out: Path | None, labels: str | None) -> None:
 @click.option("--out", type=PLACE, help="Default: labels.csv in FOLDER.")
 @LABELS
 def export(folder: Path, out: Path | None, labels: str | None) -> None:
-    """Write the votes on the round in FOLDER as CSV, or as JSON where --out ends so.
+    """Write the votes on the round in FOLDER as CSV, or as JSON if --out ends in .json.
 
     What was skipped or undone is left out.
 
@@ -215,13 +221,17 @@ def export(folder: Path, out: Path | None, labels: str | None) -> None:
 
 @click.command()
 @FOLDER
-@click.option("--method", default="d3po", show_default=True, help="What learns.")
+@click.option("--method", default="d3po", show_default=True, help="Method to train with.")
 @click.option(
-    "--passes", type=click.IntRange(1, 10**4), default=1, show_default=True, help="Over the votes."
+    "--passes",
+    type=click.IntRange(1, 10**4),
+    default=1,
+    show_default=True,
+    help="How often to go through the votes.",
 )
 @click.option(
     "--label-files", type=PLACE,
-    help="Folder of label files of the published code instead of votes.",
+    help="Use the label files of the published code in this folder instead of votes.",
 )  # fmt: skip
 @PRESET
 @click.option("--out", type=PLACE, help="Default: FOLDER/trained/METHOD.")
@@ -232,11 +242,11 @@ def train(
     folder: Path, method: str, passes: int, label_files: Path | None, preset: str | None,
     out: Path | None, settings: tuple[str, ...], device: str, labels: str | None,
 ) -> None:  # fmt: skip
-    """Learn from the votes on the round in FOLDER, from the weights that drew it.
+    """Train on the votes on the round in FOLDER, starting from the weights that drew it.
 
-    D3PO compares with the model that drew the round. The LoRA is in OUT/lora; the next round
-    draws with `feedback new --from OUT`. The same command goes on where it was interrupted,
-    and changes nothing where it has ended.
+    D3PO's reference is the model that drew the round. The LoRA is in OUT/lora; `feedback new
+    --from OUT` draws the next round with it. Run the same command again to continue after an
+    interruption; once it has finished, it changes nothing.
 
     \b
     Example:
@@ -252,7 +262,7 @@ def train(
         method=method, passes=passes, settings=pairs_of(settings), preset=preset, device=device
     )
     target = out or folder / "trained" / method
-    told = _shown("learning")
+    told = _shown("training")
 
     def report(progress: Progress) -> None:
         if progress.note:
@@ -288,8 +298,8 @@ def simulate(
     """Let simulated raters judge the round in FOLDER by a stated rule, with stated errors.
 
     Deformed: the embedded classifier does not see the prompted animal. Alignment and better: the
-    embedded ImageReward-shaped model's score. Unsafe: a stand-in, too much red. They vote as
-    people do; what comes of it must be called simulated.
+    embedded ImageReward-shaped model's score. Unsafe: a stand-in, too much red. Their votes are
+    stored like people's; results from them must be called simulated.
 
     \b
     Example:
@@ -302,7 +312,7 @@ def simulate(
     click.echo(f"{votes} simulated votes", err=True)
 
 
-def _shown(what: str) -> Any:
+def _shown(what: str) -> Callable[[float], None]:
     """Progress in tenths, on stderr."""
     last = [-1]
 

@@ -221,14 +221,9 @@ def _give(store: LabelStore, connection: Connection, rater: int, item: str, repe
     random.Random(draw_number(store.seed, "shown", rater, item, repeat)).shuffle(order)
     now = store.clock()
     row: dict[str, Any] = {
-        "rater": rater,
-        "item": item,
-        "repeat": repeat,
-        "shown": json.dumps(order),
-        "handed": now,
-        "expires": now + 60 * store.settings.minutes,
-        "state": "open",
-    }
+        "rater": rater, "item": item, "repeat": repeat, "shown": json.dumps(order), "handed": now,
+        "expires": now + 60 * store.settings.minutes, "state": "open",
+    }  # fmt: skip
     added = connection.execute(sql.insert(HANDS).values(row).returning(HANDS.c.id)).scalar_one()
     if repeat == 0:
         _take(connection, item, 1)

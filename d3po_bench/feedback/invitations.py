@@ -80,17 +80,11 @@ def raters(store: LabelStore) -> list[Rater]:
         return [Rater(**row) for row in rows.mappings()]
 
 
-def rater_with_token(store: LabelStore, token: str) -> Rater | None:
-    """Who was invited with `token`; None if nobody, or somebody who is kept out."""
-    return _rater(store, RATERS.c.token_hash == token_hash(token))
-
-
-def rater_with_id(store: LabelStore, id_: int) -> Rater | None:
-    """The rater with this number; None if there is none, or they are kept out."""
-    return _rater(store, RATERS.c.id == id_)
-
-
-def _rater(store: LabelStore, which: sql.ColumnElement[bool]) -> Rater | None:
+def find_rater(
+    store: LabelStore, *, id_: int | None = None, token: str | None = None
+) -> Rater | None:
+    """Who has this number or was invited with `token`; None if nobody, or somebody blocked."""
+    which = RATERS.c.id == id_ if token is None else RATERS.c.token_hash == token_hash(token)
     query = sql.select(RATERS).where(which, RATERS.c.disabled.is_(False))
     with store.reading() as connection:
         row = connection.execute(query).mappings().first()
@@ -98,7 +92,7 @@ def _rater(store: LabelStore, which: sql.ColumnElement[bool]) -> Rater | None:
 
 
 def disable(store: LabelStore, name: str, *, disabled: bool = True) -> None:
-    """Keep a rater out, or let them in again. Their votes stay.
+    """Block a rater, or let them in again. Their votes stay.
 
     Raises:
         UserError: nobody has that name.

@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    Json,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -86,10 +87,11 @@ def check_answer(kind: Kind, images: int, answer: Any) -> Answer:
 
 def _in_words(error: ErrorDetails) -> str:
     """Place, fault and what was there, as in `items[1].blurred: input should be ..., got 1`."""
+    way = error["loc"]
+    if way and way[0] in get_args(Kind):  # the model that the file's kind chose
+        way = way[1:]
     place = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}"
-        for part in error["loc"]
-        if part not in get_args(Kind)  # the model that the file's kind chose
+        f"[{part}]" if isinstance(part, int) else f".{json.dumps(part)[1:-1][:40]}" for part in way
     )
     fault, found = error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"].startswith("union_tag"):
@@ -221,3 +223,17 @@ LABELS: TypeAdapter[list[list[Literal[0, -1]]]] = TypeAdapter(
 
 SOURCES: TypeAdapter[list[str]] = TypeAdapter(Annotated[list[str], Field(min_length=2)])
 """sources.json: the folders of pictures that a round compares."""
+
+
+class VoteRow(BaseModel):
+    """A row of a round's votes, with the rater's name."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    item: str
+    repeat: int
+    shown: Json[tuple[int, ...]]
+    answer: Json[Any]
+    milliseconds: int
+    time: float

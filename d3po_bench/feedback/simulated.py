@@ -19,7 +19,7 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.drawing import require_pictures
 from d3po_bench.feedback.handout import Hand, hand_out
-from d3po_bench.feedback.invitations import invite, rater_with_token
+from d3po_bench.feedback.invitations import find_rater, invite
 from d3po_bench.feedback.rounds import Pool, Round
 from d3po_bench.feedback.schema import Answer, Kind
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, open_labels
@@ -120,7 +120,7 @@ def simulate(folder: Path, labels: str | None, pool: Sequence[Annotator], seed: 
     """Let a pool judge the round in `folder` by its question's rule; returns the number of votes.
 
     Raises:
-        UserError: the round or its labels are damaged, or a simulated rater is kept out.
+        UserError: the round or its labels are damaged, or a simulated rater is blocked.
     """
     settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
     require_pictures(folder)
@@ -147,9 +147,9 @@ def let_vote(
     raters = []
     for n, annotator in enumerate(pool):
         name = NAME.format(n + 1)
-        rater = rater_with_token(store, invite(store, name))
+        rater = find_rater(store, token=invite(store, name))
         if rater is None:
-            raise UserError(f"{name!r} is kept out of this round. Let them in on the admin page.")
+            raise UserError(f"{name!r} is blocked in this round. Unblock them on the admin page.")
         raters.append((n, annotator, rater.id))
     idle, votes = set[int](), 0
     for n, annotator, rater_id in cycle(raters):

@@ -112,12 +112,9 @@ class LabelStore:
     """
 
     def __init__(
-        self,
-        url: str,
-        round_: Round,
-        settings: HandoutSettings | None = None,
+        self, url: str, round_: Round, settings: HandoutSettings | None = None,
         clock: Callable[[], float] = time.time,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Open the database at `url`, an SQLAlchemy URL, making its tables if need be.
 
         Raises:

@@ -16,7 +16,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.feedback.agreement import Floats, scores
 from d3po_bench.feedback.handout import Hand, hand_of, require_hand, set_state
 from d3po_bench.feedback.rounds import Progress, Vote
-from d3po_bench.feedback.schema import Answer, check_answer
+from d3po_bench.feedback.schema import Answer, VoteRow, check_answer
 from d3po_bench.feedback.store import RATERS, VOTES, LabelStore, Row, open_labels
 
 MOST_MILLISECONDS = 24 * 60 * 60 * 1000
@@ -160,13 +160,9 @@ def _append(
     milliseconds: int,
 ) -> None:  # fmt: skip
     values = {key: row[key] for key in ("rater", "item", "repeat", "shown")} | {
-        "hand": row["id"],
-        "step": step,
-        "kind": kind,
-        "answer": None if answer is None else json.dumps(answer),
-        "milliseconds": milliseconds,
-        "time": store.clock(),
-    }
+        "hand": row["id"], "step": step, "kind": kind, "milliseconds": milliseconds,
+        "answer": None if answer is None else json.dumps(answer), "time": store.clock(),
+    }  # fmt: skip
     connection.execute(sql.insert(VOTES).values(values))
 
 
@@ -188,18 +184,18 @@ def _last(connection: Connection, rater: int) -> Row | None:
 def _vote(store: LabelStore, row: Row) -> Vote:
     """The vote of a row, which another program may have written."""
     try:
-        images = len(store.items[row["item"]].images)
-        answer = check_answer(store.round.kind, images, json.loads(row["answer"]))
-        shown = tuple(json.loads(row["shown"]))
-        if sorted(shown) != list(range(images)):
+        found = VoteRow.model_validate(dict(row))
+        images = len(store.items[found.item].images)
+        answer = check_answer(store.round.kind, images, found.answer)
+        if sorted(found.shown) != list(range(images)):
             raise ValueError("an order shows each image once")
-    except (KeyError, TypeError, ValueError) as problem:
+    except (KeyError, ValueError) as problem:
         said = ", ".join(f"{k} {ascii(row[k])[:40]}" for k in ("item", "shown", "answer"))
         raise UserError(
             f"Vote {row['id']} does not fit this round: {said}. Restore the labels from a copy, or "
             "give those of this round."
         ) from problem
     return Vote(
-        rater=row["name"], item=row["item"], repeat=row["repeat"], shown=shown,
-        answer=answer, milliseconds=row["milliseconds"], time=row["time"],
+        rater=found.name, item=found.item, repeat=found.repeat, shown=found.shown, answer=answer,
+        milliseconds=found.milliseconds, time=found.time,
     )  # fmt: skip

@@ -10,27 +10,15 @@ from __future__ import annotations
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from d3po_bench.feedback.invitations import (
-    Rater,
-    admin_hash,
-    rater_with_id,
-    rater_with_token,
-    token_hash,
-)
-from d3po_bench.feedback.page.sessions import (
-    COOKIE,
-    MOST_SECONDS,
-    Limiter,
-    Limits,
-    Session,
-    Sessions,
-)
+from d3po_bench.feedback.invitations import Rater, admin_hash, find_rater, token_hash
+from d3po_bench.feedback.page import sessions
+from d3po_bench.feedback.page.sessions import COOKIE, Limiter, Limits, Session
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.store import LabelStore
 
@@ -38,8 +26,27 @@ MOST_BYTES = 16 * 1024
 """Of a request's body."""
 MOST_FIELDS = 32
 
-Form = dict[str, list[str]]
-"""The fields of a form, each with its values."""
+
+class Form(dict[str, list[str]]):
+    """The fields of a form, each with its values."""
+
+    def one(self, name: str) -> str:
+        """The only value of a field; 400 if there is none, or more than one."""
+        values = self.get(name, [])
+        if len(values) != 1:
+            raise HTTPException(400, "This form is malformed.")
+        return values[0]
+
+    def number(self, name: str, low: int, high: int) -> int:
+        """The only value of a field, as `number`."""
+        return number(self.one(name), low, high)
+
+
+def number(text: str, low: int, high: int) -> int:
+    """A whole number in decimal digits; 400 if it is anything else, or out of range."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):
+        raise HTTPException(400, "This request is malformed.")
+    return int(text)
 
 
 class Site:
@@ -50,18 +57,15 @@ class Site:
         public_url: str | None,
     ) -> None:  # fmt: skip
         self.round, self.folder, self.store = round_, folder.resolve(), store
-        self.sessions = Sessions(key)
+        self.sessions = sessions.Sessions(key)
         self.votes, self.reads, self.sign_ins = (
             Limiter(*allowed) for allowed in (limits.votes, limits.pages, limits.sign_ins)
         )
         self.public_url = public_url or ""
         self._templates = Environment(
-            loader=FileSystemLoader(Path(__file__).parent / "templates"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+            loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        )  # fmt: skip
 
     def page(
         self, name: str, session: Session | None = None, status: int = 200, **facts: Any
@@ -76,23 +80,15 @@ class Site:
         return self.sessions.read(request.cookies.get(COOKIE))
 
     def rater(self, session: Session) -> Rater:
-        """Who asks, if they still may.
-
-        Raises:
-            HTTPException: 401.
-        """
-        rater = rater_with_id(self.store, session.rater) if session.role == "rater" else None
+        """Who asks; 401 if they no longer may."""
+        rater = find_rater(self.store, id_=session.rater) if session.role == "rater" else None
         if rater is None or not self.sessions.same(session, rater.token_hash):
             raise HTTPException(401, "Please open your invitation link again.")
         return rater
 
 
 def spend(limiter: Limiter, rater: Rater) -> None:
-    """Count a request of this rater.
-
-    Raises:
-        HTTPException: 429, there were too many.
-    """
+    """Count a request of this rater; 429 if there were too many."""
     if not limiter.allow(f"rater {rater.id}"):
         raise HTTPException(429, "Too fast. Wait a moment.")
 
@@ -139,9 +135,13 @@ Admin = Annotated[Session, Depends(_admin)]
 
 async def _same_site_form(request: Request, site: ThisSite) -> Form:
     """A small form that is not from another site's page, as browsers tell."""
-    origin = request.headers.get("origin")
-    foreign = request.headers.get("sec-fetch-site") not in (None, "same-origin", "none")
-    if foreign or (origin is not None and not _is_ours(site, origin, request)):
+    told, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    ours = told in (None, "same-origin", "none")
+    if origin is not None and site.public_url:  # most proxies put another Host into the request
+        ours = ours and origin == site.public_url
+    elif origin is not None:
+        ours = ours and origin.partition("://")[2] == request.headers.get("host")
+    if not ours:
         raise HTTPException(403, "This form came from another site.")
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
@@ -151,14 +151,12 @@ async def _same_site_form(request: Request, site: ThisSite) -> Form:
         body += chunk
         if len(body) > MOST_BYTES:
             raise HTTPException(413, "This form is too long.")
-    form: Form = {}
+    form = Form()
     try:
         pairs = parse_qsl(
-            body.decode("ascii"),
-            keep_blank_values=True,
-            errors="strict",
+            body.decode("ascii"), keep_blank_values=True, errors="strict",
             max_num_fields=MOST_FIELDS,
-        )
+        )  # fmt: skip
     except ValueError as problem:
         raise HTTPException(400, "This form is malformed.") from problem
     for name, value in pairs:
@@ -166,20 +164,11 @@ async def _same_site_form(request: Request, site: ThisSite) -> Form:
     return form
 
 
-def _is_ours(site: Site, origin: str, request: Request) -> bool:
-    if site.public_url:  # most proxies put another Host into the request
-        return origin == site.public_url
-    try:
-        return urlsplit(origin).netloc == request.headers.get("host")
-    except ValueError:
-        return False
-
-
 SameSiteForm = Annotated[Form, Depends(_same_site_form)]
 
 
 async def _own_form(site: ThisSite, session: SignedIn, form: SameSiteForm) -> Form:
-    given = one(form, "csrf")
+    given = form.one("csrf")
     if not given.isascii() or not compare_digest(given, site.sessions.csrf(session)):
         raise HTTPException(403, "This form is out of date. Reload the page.")
     return form
@@ -196,32 +185,6 @@ async def _vote_form(site: ThisSite, rater: Asking, form: OwnForm) -> Form:
 
 VoteForm = Annotated[Form, Depends(_vote_form)]
 """A rater's own form, counted: votes are limited."""
-
-
-# ---- fields
-
-
-def one(form: Form, name: str) -> str:
-    """The only value of a field.
-
-    Raises:
-        HTTPException: 400, there is none or more than one.
-    """
-    values = form.get(name, [])
-    if len(values) != 1:
-        raise HTTPException(400, "This form is malformed.")
-    return values[0]
-
-
-def number(text: str, low: int, high: int) -> int:
-    """A whole number in decimal digits.
-
-    Raises:
-        HTTPException: 400, it is another text, or out of range.
-    """
-    if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):
-        raise HTTPException(400, "This request is malformed.")
-    return int(text)
 
 
 # ---- signing in and out
@@ -241,8 +204,8 @@ def sign_in(request: Request, site: ThisSite, form: SameSiteForm) -> Response:
     address = request.client.host if request.client else "unknown"
     if not site.sign_ins.allow(address, spend=False):
         raise HTTPException(429, "Too many failed attempts. Wait a minute, then try again.")
-    token = one(form, "token").strip()
-    rater, mine = rater_with_token(site.store, token), token_hash(token)
+    token = form.one("token").strip()
+    rater, mine = find_rater(site.store, token=token), token_hash(token)
     if rater is None and not compare_digest(mine, admin_hash(site.store) or ""):
         site.sign_ins.allow(address)
         raise HTTPException(403, "This invitation is not valid. Ask for a new link.")
@@ -252,7 +215,7 @@ def sign_in(request: Request, site: ThisSite, form: SameSiteForm) -> Response:
         target, cookie = "/admin", site.sessions.begin("admin", 0, mine)
     response = RedirectResponse(target, 303)
     response.set_cookie(
-        COOKIE, cookie, max_age=MOST_SECONDS, httponly=True, samesite="lax",
+        COOKIE, cookie, max_age=sessions.MOST_SECONDS, httponly=True, samesite="lax",
         secure=request.url.scheme == "https" or site.public_url.startswith("https"),
     )  # fmt: skip
     return response

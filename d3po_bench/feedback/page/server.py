@@ -67,18 +67,11 @@ def app(
 
 
 def serve(
-    folder: Path,
-    labels_url: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    names: Iterable[str] = (),
-    *,
-    settings: HandoutSettings | None = None,
-    renew: bool = False,
-    public_url: str | None = None,
-    limits: Limits | None = None,
+    folder: Path, labels_url: str | None = None, host: str = "127.0.0.1", port: int = 8000,
+    names: Iterable[str] = (), *, settings: HandoutSettings | None = None, renew: bool = False,
+    public_url: str | None = None, limits: Limits | None = None,
     echo: Callable[[str], None] = print,
-) -> None:
+) -> None:  # fmt: skip
     """Serve a round's page until interrupted, and print the links of those who are new.
 
     Args:
