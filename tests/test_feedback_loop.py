@@ -260,7 +260,7 @@ def test_other_votes_are_another_training(drawn: Path, trained: Path) -> None:
     data = learnable(drawn)
     other = training.Data(data.folder, data.sampling, -data.scores)
     before = files(trained)
-    with pytest.raises(UserError, match="Expected the votes that the training"):
+    with pytest.raises(UserError, match="began with other votes"):
         training.train(other, request(), trained)
     training.train(data, request(), trained)
     assert files(trained) == before
@@ -470,13 +470,13 @@ def test_altered_or_missing_files_are_named(own: Path) -> None:
     image.write_bytes((own / "images" / "00001-3.png").read_bytes())
     commands = ("train", "export", "serve", "status", "simulate")
     for command in commands:
-        refused("feedback", command, own, match="00001-2.png as it was drawn, got another content")
+        refused("feedback", command, own, match="00001-2.png was changed")
     image.unlink()
     for command in commands:
         refused("feedback", command, own, match="00001-2.png")
     image.write_bytes(before)
     stored.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    refused("feedback", "train", own, match="00000.safetensors as it was drawn")
+    refused("feedback", "train", own, match="00000.safetensors was changed")
 
 
 def test_labels_that_do_not_belong_to_the_round_are_refused(own: Path, tmp_path: Path) -> None:
@@ -486,9 +486,13 @@ def test_labels_that_do_not_belong_to_the_round_are_refused(own: Path, tmp_path:
     refused("feedback", "train", own, "--labels", url, match="are not of this round")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "ann.json").write_text("[[0, -1]]")
-    refused("feedback", "train", own, "--label-files", tmp_path / "files", match="got 1 x 2")
+    refused(
+        "feedback", "train", own, "--label-files", tmp_path / "files", match="are of 1 x 2 images"
+    )
     (tmp_path / "files" / "ann.json").write_text(json.dumps([[0] * 7] * 9))
-    refused("feedback", "train", own, "--label-files", tmp_path / "files", match="got 9 x 7")
+    refused(
+        "feedback", "train", own, "--label-files", tmp_path / "files", match="are of 9 x 7 images"
+    )
 
 
 def test_votes_on_something_else_are_refused(own: Path) -> None:
@@ -518,7 +522,7 @@ def test_a_database_of_a_newer_version_is_refused(own: Path) -> None:
 
 def test_a_round_without_votes_cannot_be_learnt_from(own: Path) -> None:
     (own / "labels.sqlite").unlink()
-    refused("feedback", "train", own, match="Expected votes on the round")
+    refused("feedback", "train", own, match="Nobody has voted on the round")
 
 
 @pytest.mark.parametrize("method", ["d3po", "preferred_images", "reward_weighted", "ddpo"])
@@ -529,13 +533,13 @@ def test_ties_alone_teach_only_who_compares_with_the_round(
     (tmp_path / "ann.json").write_text(json.dumps([[0] * 7, [-1] * 7]))
     train = ("feedback", "train", own, "--method", method, "--label-files", tmp_path)
     if method in ("d3po", "preferred_images"):
-        refused(*train, match=f"got ties alone: {method} has nothing to learn")
+        refused(*train, match=f"are ties, from which {method} learns nothing")
     else:
         data = training.data_of(own, read_label_files(tmp_path))
         training.train(data, request(method=method), tmp_path / "run")
         assert RunStore(tmp_path / "run").metrics[-1]["pairs"] > 0
     (tmp_path / "ann.json").write_text(json.dumps([[-1] * 7] * 2))
-    refused(*train, "--out", tmp_path / "other", match="got ties alone")
+    refused(*train, "--out", tmp_path / "other", match="are ties, from which")
 
 
 @pytest.mark.parametrize("command", ["status", "export", "train"])
@@ -589,7 +593,7 @@ def test_an_empty_round_and_no_round_are_refused(own: Path, tmp_path: Path) -> N
 
 def test_a_folder_with_another_round_is_left_alone(own: Path, micro: Path) -> None:
     before = files(own)
-    with pytest.raises(UserError, match="one with other prompts"):
+    with pytest.raises(UserError, match="its prompts differ"):
         draw(own, micro, count=3)
     with pytest.raises(UserError, match="kind or question"):
         draw(own, micro, ("tags", "better"))
@@ -623,10 +627,10 @@ def test_only_a_finished_training_can_draw_the_next_round(own: Path, trained: Pa
     )
 
 
-def test_pictures_are_not_learnt_from(tmp_path: Path) -> None:
+def test_pictures_from_elsewhere_are_not_trained_on(tmp_path: Path) -> None:
     new_round(tmp_path, "tags", 2)
     say(tmp_path, [(0,), ()])
-    refused("feedback", "train", tmp_path, match="judged, but not learnt from")
+    refused("feedback", "train", tmp_path, match="judged, but not trained on")
 
 
 def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
@@ -635,11 +639,11 @@ def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
     refused(*command, one, "--pictures", two, match="in the same order")
     refused(*command, tmp_path, match="metadata.csv")
     (one / "metadata.csv").write_text("file_name,text\n../b/0.png,cat\n")
-    refused(*command, one, match="Expected a picture inside")
+    refused(*command, one, match="which is not a picture inside")
     (one / "metadata.csv").write_text("file_name,text\n0.png\n")
-    refused(*command, one, match="got '0.png' alone")
+    refused(*command, one, match="has no text for '0.png'")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\x1b[31m\n")
-    refused(*command, one, match="without control characters")
+    refused(*command, one, match="holds the control character")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\n")
     (one / "0.png").write_bytes(b"no picture")
     refused(*command, one, "--pictures", one, match="cannot be read as a picture")

@@ -76,12 +76,12 @@ class Sampling:
             return found
         except FileNotFoundError as problem:
             raise UserError(
-                f"Expected a round that `feedback new` drew in {folder}, got none with {FILE}. "
-                "Pictures from elsewhere can be judged, but not learnt from."
+                f"{folder} has no {FILE}, so `feedback new` did not draw it. Pictures from "
+                "elsewhere can be judged, but not trained on."
             ) from problem
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
             raise UserError(
-                f"Expected what `feedback new` writes in {path}, got: {problem}. {rounds.REMEDY}"
+                f"{path} is not as `feedback new` wrote it: {problem}. {rounds.REMEDY}"
             ) from problem
 
     def config(self, method: str, **more: Any) -> RunConfig:
@@ -117,14 +117,13 @@ class Before:
         state = store.load_checkpoint()
         if state is None or not store.finished:
             raise UserError(
-                f"Expected a finished `feedback train` in {run}, got none. Run it to its end, or "
-                "leave --from out."
+                f"{run} holds no finished `feedback train`. Run it to its end, or leave --from out."
             )
         found = store.provenance().get("round")
         if not isinstance(found, dict):
             raise UserError(
-                f"Expected a run of `feedback train` in {run}, got another kind of run. Give one "
-                "such as round-1/trained/d3po."
+                f"The run in {run} was not made by `feedback train`. Give one such as "
+                "round-1/trained/d3po."
             )
         weights = {k.removeprefix("weight/"): v for k, v in state[0].items() if "weight/" in k}
         return cls(weights, Sampling(**{**found, "prompts": ()}))
@@ -190,8 +189,8 @@ def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question
         changed += [] if (folder / FILE).exists() else ["pictures"]
     if changed:
         raise UserError(
-            f"Expected {folder} to be empty or to hold this round, got one with other "
-            f"{', '.join(changed)}. Give another folder, or remove that one."
+            f"{folder} holds another round: its {', '.join(changed)} differ. Give another folder, "
+            "or remove that one."
         )
 
 
@@ -271,7 +270,7 @@ def read_rollout(folder: Path, block: int) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as problem:
         raise UserError(
-            f"Expected what `feedback new` writes in {path}, got: {problem}. {rounds.REMEDY}"
+            f"{path} is not as `feedback new` wrote it: {problem}. {rounds.REMEDY}"
         ) from problem
 
 
@@ -311,14 +310,14 @@ def require_files(folder: Path, within: str = "") -> None:
                   if n.startswith(within) and not _is(folder / n, found)]  # fmt: skip
     except (OSError, ValueError, AttributeError, TypeError) as problem:
         raise UserError(
-            f"Expected the checksums of a round in {path}, got: {problem}. {rounds.REMEDY}"
+            f"The checksums in {path} cannot be read: {problem}. {rounds.REMEDY}"
         ) from problem
     if broken:
-        state = "another content" if (folder / broken[0]).exists() else "no file"
+        state = "was changed" if (folder / broken[0]).exists() else "is missing"
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise UserError(
-            f"Expected {folder / broken[0]} as it was drawn, got {state}{more}. Bring it back, or "
-            "make the round again in another folder."
+            f"{folder / broken[0]} {state}{more}. Restore it, or make the round again in another "
+            "folder."
         )
 
 
