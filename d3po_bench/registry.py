@@ -70,7 +70,8 @@ def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
 
 
 def _plugins(kind: Kind) -> dict[str, Any]:
-    return {e.name: e for e in entry_points(group=f"d3po_bench.{kind}s")}
+    group = "families" if kind == "family" else f"{kind}s"
+    return {e.name: e for e in entry_points(group=f"d3po_bench.{group}")}
 
 
 def names(kind: Kind) -> list[str]:

@@ -30,6 +30,7 @@ from d3po_bench.launch import launch, local
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.trainer import Trainer
+from eval.tools import TOOLS
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -514,9 +515,9 @@ def test_plot_draws_a_run(command: Command, finished: Path) -> None:
 
 def test_two_models_have_two_folders_inside_out(micro: Path) -> None:
     def folder(model: str) -> Path:
-        request = launch.Request(
+        request = launch.RunRequest(
             method="d3po", objective="compress", model=model, preset="quick", settings={},
-            rounds=None, seeds=range(1), device="cpu", jobs=1, out=Path("runs"), resume=True,
+            seeds=range(1), device="cpu", out=Path("runs"), tools=TOOLS,
         )  # fmt: skip
         return launch._folder(request, launch.configured(request)[0])
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -127,7 +126,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     path.write_bytes(harm(path.read_bytes(), random.Random(seed)))
     done = command(*run_of(micro))
     assert done.code == 0
-    assert "the newest checkpoint is damaged: going on from round 1" in done.err
+    assert "the newest checkpoint is damaged: resuming from round 1" in done.err
     assert written(folder) == written(finished)
     assert files(folder) == files(finished)
     assert written_round(folder) == 2
@@ -252,15 +251,9 @@ def test_a_run_whose_config_is_gone_is_refused(
 
 def test_a_config_that_was_exchanged_is_refused(command: Command, micro: Path, half: Path) -> None:
     folder = seed_folder(half, micro)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(replace(_config(config), learning_rate=0.9).to_json())
+    config = RunConfig.from_json(json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(replace(config, learning_rate=0.9).to_json())
     refused(command(*run_of(micro, learning_rate=0.9)), "its config.json was exchanged")
-
-
-def _config(found: dict[str, Any]) -> RunConfig:
-    del found["run_id"]
-    kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    return RunConfig(**kept)
 
 
 @pytest.mark.parametrize("name", ["eval.csv", "metrics.jsonl"])

@@ -17,7 +17,8 @@ from d3po_bench.launch.progress import MANY, bars
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training import trainer
 from d3po_bench.training.progress import Progress
-from d3po_bench.types import Rollout
+from d3po_bench.training.run import Job
+from eval.tools import TOOLS
 
 GRID = """
 methods = ["d3po", "reward_weighted"]
@@ -142,17 +143,17 @@ def test_a_sweep_that_was_cut_goes_on_to_the_same_bytes(
 def test_a_failed_cell_is_named_and_stops_no_other(
     problem: UserError, grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    score = trainer.Trainer._score
+    train_round = trainer.Trainer.train_round
 
-    def broken(self: trainer.Trainer, rollout: Rollout) -> Any:
+    def broken(self: trainer.Trainer, working: Any) -> Any:
         if (self.config.method, self.config.objective, self.config.seed) == ("d3po", "compress", 3):
             raise problem
-        return score(self, rollout)
+        return train_round(self, working)
 
-    monkeypatch.setattr(trainer.Trainer, "_score", broken)
+    monkeypatch.setattr(trainer.Trainer, "train_round", broken)
     assert sweep(grid, "--jobs", "1") == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: Expected 8 runs that finish, got 1 that did not (d3po comp")
+    assert lines[-1].startswith("error: 1 of 8 runs failed: d3po compress seed 3.")
     assert "Expected a" in lines[-2]
     assert lines[-2].startswith("d3po compress seed 3: ")
     unfinished = [name for name, store in stores().items() if not store.finished]
@@ -224,7 +225,7 @@ def test_a_mistake_in_a_plugin_stops_no_other_cell(
     for seed, line in zip(seeds, before[-len(seeds) :], strict=True):
         said = "Expected a run that finishes, got ZeroDivisionError: division by zero (traceback"
         assert line.startswith(f"fragile compress seed {seed}: {said}")
-    assert f"runs that finish, got {len(seeds)} that did not (fragile compress seed 3" in last
+    assert f"{len(seeds)} of {2 * len(seeds)} runs failed: fragile compress seed 3" in last
     assert err.count("return 1 / 0") == 1  # the traceback, once for all
     finished = [name for name, store in stores().items() if store.finished]
     assert finished == [f"incompress/fragile/seed-{seed}" for seed in sorted(seeds)]
@@ -237,7 +238,7 @@ def test_of_a_killed_worker_only_the_cell_is_blamed_and_goes_on(
     assert sweep(grid, "--jobs", "2", "--no-resume") == 1
     *_, line, last = capsys.readouterr().err.splitlines()
     assert line.startswith("fragile compress seed 3: Expected a worker process that finishes, got")
-    assert "got 1 that did not (fragile compress seed 3)." in last
+    assert "1 of 4 runs failed: fragile compress seed 3." in last
     killed = stores().pop("compress/fragile/seed-3")
     assert [row["round"] for row in killed.metrics] == [1]
     assert sum(store.finished for store in stores().values()) == 3
@@ -253,7 +254,8 @@ def ended(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> job.End:
         raise problem
 
     monkeypatch.setattr("d3po_bench.launch.job.run_seed", fail)
-    item = (RunConfig(method="d3po", objective="compress"), Execution(), Path("run"), True)
+    config = RunConfig(method="d3po", objective="compress")
+    item = Job(config=config, execution=Execution(), folder=Path("run"), tools=TOOLS)
     return job.make_run(item, lambda progress: None)
 
 

@@ -18,8 +18,8 @@ from d3po_bench.text import section
 
 
 def everything() -> Iterator[str]:
-    """Methods, objectives, scorers, models, presets and prompt lists, a line each."""
-    kinds: tuple[registry.Kind, ...] = ("method", "objective", "scorer", "model")
+    """Methods, objectives, scorers, models, trackers, presets and prompt lists, a line each."""
+    kinds: tuple[registry.Kind, ...] = ("method", "objective", "scorer", "model", "tracker")
     for kind in kinds:
         yield from section(kind + "s", {n: registry.summary(kind, n) for n in registry.names(kind)})
     yield from section("presets", PRESET_SUMMARIES)
@@ -68,7 +68,7 @@ def _field_docs(kind: type) -> dict[str, str]:
 @click.option("--settings", is_flag=True, help="List what --set can change instead.")
 @click.option("--method", default="d3po", show_default=True, help="Whose options to list.")
 def list_(settings: bool, method: str) -> None:
-    """List methods, objectives, scorers, models, presets and prompt lists.
+    """List methods, objectives, scorers, models, trackers, presets and prompt lists.
 
     \b
     Example:
