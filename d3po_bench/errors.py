@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Bad input, said in three parts: what was expected, what came, what to do."""
+    """Bad input: what is wrong, and what to do about it, as a colleague would say it."""
 
     exit_code = 2
 
@@ -34,7 +34,7 @@ def said_in_one_line() -> Iterator[None]:
 def fail(message: str, code: int) -> NoReturn:
     """Print `message` in one line on stderr, and end with the exit status `code`."""
     line = " ".join(message.split())
-    # A name from the command line may hold bytes that are no text.
+    # A name from the command line may hold bytes that are not text.
     print(f"error: {line.encode(errors='backslashreplace').decode()}", file=sys.stderr)
     sys.exit(code)
 
@@ -59,6 +59,6 @@ def of_file(problem: OSError) -> UserError:
     name = str(problem.filename)
     shown = name if len(name) <= 200 else name[:197] + "..."
     return UserError(
-        f"Expected to read or write {shown}, got: {problem.strerror}. Correct the path, or the "
+        f"{shown} cannot be read or written: {problem.strerror}. Correct the path, or the "
         "permissions of what is there."
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE
+from d3po_bench.cli.options import MOST_JOBS, PLACE
+from d3po_bench.config import MOST_SEEDS
 
 
 @click.command()
