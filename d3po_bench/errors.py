@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Bad input: what is wrong, and what to do about it, as a colleague would say it."""
+    """Bad input: the fault and the remedy, in one line."""
 
     exit_code = 2
 
@@ -34,7 +34,7 @@ def said_in_one_line() -> Iterator[None]:
 def fail(message: str, code: int) -> NoReturn:
     """Print `message` in one line on stderr, and end with the exit status `code`."""
     line = " ".join(message.split())
-    # A name from the command line may hold bytes that are not text.
+    # A name from the command line may hold bytes that are no text.
     print(f"error: {line.encode(errors='backslashreplace').decode()}", file=sys.stderr)
     sys.exit(code)
 

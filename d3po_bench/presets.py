@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 of RunConfig as the rest.
 
 quick: minutes on a laptop, for the embedded model. alignment: the same for Table 1, in five steps,
-with which the embedded model makes mistakes that can be unlearned. paper: Table 2 on synchronised
+with which the embedded model makes mistakes to unlearn. paper: Table 2 on synchronised
 devices. official_code: what one of the published code's devices runs."""
 PRESETS["alignment"] = PRESETS["quick"] | {
     "sampling_steps": 5,

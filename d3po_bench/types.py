@@ -86,10 +86,9 @@ class Conditions:
 
 
 class Process(Protocol):
-    """What noise is: how images and noise mix at each level, without any network.
+    """How images and noise mix at each level, without any network.
 
-    A level s is what the sampler steps through: a timestep where levels are discrete (VP), the
-    share of noise for a rectified flow.
+    A level s is a timestep for variance-preserving noise, the share of noise for a flow.
     """
 
     @property
@@ -117,10 +116,7 @@ class Process(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """A latent text-to-image diffusion model with a trainable part.
-
-    It says what the network outputs; loops, samplers and likelihoods are the engine's.
-    """
+    """A latent text-to-image model with a trainable part: what its network outputs, no loop."""
 
     latent_shape: tuple[int, ...]
     process: Process
@@ -274,14 +270,9 @@ class NoisedRows(Rows):
         rollout: Rollout, prompt: Tensor, image: Tensor, rng: Generator,
         draw_from: Literal["all", "sampler"],
     ) -> NoisedRows:  # fmt: skip
-        """The images (prompt[i], image[i]) of a rollout.
+        """The images (prompt[i], image[i]) of a rollout, for [M] numbers of each.
 
-        Args:
-            rollout: whose final latents.
-            prompt: [M] numbers of prompts.
-            image: [M] numbers of images.
-            rng: for levels and noise.
-            draw_from: levels of all training levels, or of the sampler's T.
+        `draw_from` says whether levels are those of training, or of the sampler's T.
         """
         import torch
 

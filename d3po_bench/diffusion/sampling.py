@@ -174,9 +174,9 @@ def with_reference(
 ) -> Rollout:
     """Add the reference means that the method asks for.
 
-    They are the rollout's own where the reference is the sampling policy, and also while the
-    policy is `untrained`: then it equals the pretrained model, and wherever nothing is learnt
-    from: the last `skip` steps, and images that the method does not choose.
+    They are the rollout's own where the reference is the sampling policy; while the policy is
+    `untrained` and so equals the pretrained model; and wherever nothing is trained on: in the last
+    `skip` steps, and for images that the method does not use.
     """
     if method.reference is None:
         return rollout

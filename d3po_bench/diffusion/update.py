@@ -76,10 +76,10 @@ def update(
 
 def _groups(rows: Rows, updates: Updates, rng: Generator) -> list[tuple[Tensor, Tensor]]:
     """The (unit, step) items of each optimizer step of one pass."""
-    learnt = rows.steps - updates.skip
-    kept = max(1, round(learnt * updates.timestep_fraction))
+    trained = rows.steps - updates.skip
+    kept = max(1, round(trained * updates.timestep_fraction))
     order = torch.randperm(len(rows), generator=rng)
-    steps = torch.stack([torch.randperm(learnt, generator=rng) for _ in order])[:, :kept]
+    steps = torch.stack([torch.randperm(trained, generator=rng) for _ in order])[:, :kept]
     groups = []
     for start in range(0, len(order), updates.units):
         unit = order[start : start + updates.units].unsqueeze(1).expand(-1, kept)

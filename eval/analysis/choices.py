@@ -71,9 +71,9 @@ def read(folder: Path, models: Sequence[str]) -> Choices | None:
     for path, found in shares.items():
         if found.keys() != shares[first].keys():
             raise UserError(
-                f"Expected the same models in all files of {folder}, got {', '.join(found)} in "
-                f"{path.name} and {', '.join(shares[first])} in {first.name}. A share is one among "
-                "those compared: leave the others out."
+                f"The files in {folder} compare different models: {', '.join(found)} in "
+                f"{path.name}, {', '.join(shares[first])} in {first.name}. A share only has a "
+                "meaning among the models compared: leave some files out."
             )
     return Choices(tuple(shares.values()), _raters(folder, files))
 
@@ -83,8 +83,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     missing = [name for name in NEEDED if not rows or rows[0].get(name) is None]
     if missing:
         raise UserError(
-            f"Expected rows with {', '.join(NEEDED)} in {path}, got none with {missing[0]}. "
-            f"{REMEDY}"
+            f"{path} has no column {missing[0]}; it needs {', '.join(NEEDED)}. {REMEDY}"
         )
     return rows
 
@@ -94,10 +93,7 @@ def _shares(path: Path, rows: Sequence[dict[str, Any]], models: Sequence[str]) -
     for row in rows:
         model = _model(path, row["source"], models)
         if model in found:
-            raise UserError(
-                f"Expected each model once in {path}, got {model} twice. Write a file for each "
-                "seed."
-            )
+            raise UserError(f"{path} names {model} twice. Write a file for each seed.")
         found[model] = _share(path, row["share"])
     return found
 
@@ -107,8 +103,8 @@ def _model(path: Path, source: Any, models: Sequence[str]) -> str:
     fitting = [m[1] for part in PurePath(source or "").parts if (m := named.fullmatch(part))]
     if not fitting:
         raise UserError(
-            f"Expected a source whose path names one of {', '.join(models)} in {path}, got "
-            f"{ascii(source)[:80]}. Keep pictures in a folder such as {models[-1]}-0."
+            f"The source {ascii(source)[:80]} in {path} names none of {', '.join(models)}. Keep "
+            f"pictures in a folder such as {models[-1]}-0."
         )
     return fitting[-1]
 
@@ -119,7 +115,7 @@ def _share(path: Path, text: Any) -> float:
     except (TypeError, ValueError):
         value = float("nan")
     if not 0 <= value <= 1:
-        raise UserError(f"Expected shares from 0 to 1 in {path}, got {ascii(text)[:40]}. {REMEDY}")
+        raise UserError(f"The share {ascii(text)[:40]} in {path} is not from 0 to 1. {REMEDY}")
     return value
 
 
@@ -131,7 +127,7 @@ def _raters(folder: Path, files: dict[Path, list[dict[str, Any]]]) -> Pool:
     if everything == {"simulated"}:
         return "simulated"
     raise UserError(
-        f"Expected either people or simulated as raters in all of {folder}, got "
+        f"The files in {folder} mix raters: "
         f"{', '.join(ascii(name)[:40] for name in sorted(everything))}. Keep files of people and "
         "of simulated raters apart."
     )

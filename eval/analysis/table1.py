@@ -78,7 +78,7 @@ class Request:
     """Finished runs to take instead of training."""
 
 
-def run(request: Request, told: Callable[[str], None]) -> str:
+def run(request: Request, tell: Callable[[str], None]) -> str:
     """Train or take the models, score them, write and return the table.
 
     Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json. Raters'
@@ -93,7 +93,7 @@ def run(request: Request, told: Callable[[str], None]) -> str:
     signal = _signal(request)
     write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
     drawn = _drawn(folders)
-    once = cache(told)  # what is to be known of the scorers is the same for each model
+    once = cache(tell)  # what is to be known of the scorers is the same for each model
     for name, folder in {BASE_ROWS: Path(request.model), **folders}.items():
         _score(request, folder, name, drawn, once)
     return write(request.out)
@@ -141,18 +141,16 @@ def _taken(request: Request) -> dict[str, Path]:
         made, name = run.config, f"{run.config.method}-{run.config.seed}"
         if (made.objective, made.model) != (request.objective, request.model):
             raise UserError(
-                f"The run in {run.folder} is of {made.model} on {made.objective}, and the table of "
+                f"{run.folder} is a run of {made.model} on {made.objective}, not of "
                 f"{request.model} on {request.objective}. Leave it out, or change --model and "
                 "--objective."
             )
         if name in found:
-            raise UserError(
-                f"{name} is there twice, in {found[name]} and {run.folder}. Leave one out."
-            )
+            raise UserError(f"{found[name]} and {run.folder} are both {name}. Leave one out.")
         found[name] = run.folder
     if not found:
         raise UserError(
-            f"There are no finished runs below {', '.join(map(str, request.runs))}. Make some with "
+            f"No finished run below {', '.join(map(str, request.runs))}. Make some with "
             "`d3po-bench run`, or leave RUNS out to train them now."
         )
     return found
@@ -169,7 +167,7 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
     for name, how in found.items():
         if how != found[first]:
             raise UserError(
-                f"The runs do not sample alike: {first} with {found[first]}, {name} with {how}. "
+                f"{first} samples with {found[first]}, {name} with {how}: they cannot be compared. "
                 "Leave one out."
             )
     return found[first]
@@ -177,13 +175,13 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
 
 def _score(
     request: Request, target: Path, name: str, drawn: Mapping[str, Any],
-    told: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Write rows/NAME.csv unless it is there."""
     path = request.out / "rows" / f"{name}.csv"
     if path.exists():
         return
-    told(f"scoring {name}")
+    tell(f"scoring {name}")
     how = {**drawn, "prompts": request.prompts or drawn["prompts"]}
     folder = work.run(
         plan.Request(
@@ -191,7 +189,7 @@ def _score(
             device=request.device, jobs=request.jobs or 1,
             out=request.out / "scoring" / name, **how,
         ),
-        note=told,
+        note=tell,
     )  # fmt: skip
     write_atomically(path, (folder / "rows.csv").read_bytes())
     shutil.rmtree(folder)
@@ -221,8 +219,7 @@ def _recorded_signal(path: Path) -> dict[str, str]:
     found = read_object(path)
     if not {"objective", "column"} <= found.keys():
         raise UserError(
-            f"Expected objective and column in {path}, got {', '.join(found) or 'nothing'}. Run "
-            "the command again without --redraw."
+            f"{path} lacks objective or column. Give the command again without --redraw."
         )
     return found
 
@@ -232,8 +229,8 @@ def _choices(folder: Path, names: Sequence[str]) -> Choices | None:
     for model in found.shares[0] if found else ():
         if model not in (BASE_ROWS, *names):
             raise UserError(
-                f"Expected choices between models of the table ({', '.join(names)}) in {folder}, "
-                f"got {model}. Add its runs, or leave those files out."
+                f"The choices in {folder} name {model}, which is not in the table "
+                f"({', '.join(names)}). Add its runs, or leave those files out."
             )
     return found
 
@@ -257,14 +254,13 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
         found[path.stem] = rows
     if BASE_ROWS not in found:
         raise UserError(
-            f"Expected the rows of {BASE_ROWS} in {out / 'rows'}, got {sorted(found)}. Run "
-            "`d3po-bench table1` with that --out."
+            f"{out / 'rows'} has no rows of {BASE_ROWS}. Run `d3po-bench table1` with that --out."
         )
     for name, rows in found.items():
         if not rows.index.equals(found[BASE_ROWS].index):
             raise UserError(
-                f"Expected the same prompts and noise in all rows of {out}, got others in {name}. "
-                "Remove that file and run the command again."
+                f"The rows of {name} in {out} are of other prompts or noise. Remove that file and "
+                "give the command again."
             )
     _require_comparable(found, out)
     return found
@@ -280,15 +276,15 @@ def _require_comparable(found: Mapping[str, pd.DataFrame], out: Path) -> None:
         if made[name] != made[BASE_ROWS]:
             wanted, got = (" / ".join(made[part]) for part in (BASE_ROWS, name))
             raise UserError(
-                f"Expected all rows of {out} to be of the same scorers with the same weights "
-                f"({wanted}), got {got} in {name}. Remove that file and run the command again."
+                f"The rows of {name} in {out} are of other scorers or weights ({got}) than those "
+                f"of {BASE_ROWS} ({wanted}). Remove that file and give the command again."
             )
         for column in _columns(found):
             # NaN is an image that the scorer has nothing to say about.
             if rows[column].dtype.kind not in "fi" or np.isinf(rows[column]).any():
                 raise UserError(
-                    f"Expected numbers for {column} in all rows of {out}, got others in {name}. "
-                    "Remove that file and run the command again."
+                    f"The rows of {name} in {out} hold text or infinity as {column}. Remove that "
+                    "file and give the command again."
                 )
 
 

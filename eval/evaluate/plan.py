@@ -77,8 +77,8 @@ def planned(request: Request) -> Plan:
         return _of_run(request)
     if (target / "config.json").is_file() and (target / "metrics.jsonl").is_file():
         raise UserError(
-            f"The run in {target} has not ended: it has no lora/. Run its command again, which "
-            "resumes it."
+            f"The run in {target} is not finished. Run its command again: it resumes from the "
+            "last checkpoint."
         )
     unet_alone = (target / "unet").is_dir() and not (target / "model_index.json").is_file()
     if (target / "pytorch_lora_weights.safetensors").is_file() or unet_alone:
@@ -95,8 +95,8 @@ def _require_no_other_model(request: Request, model: str) -> None:
     """
     if request.model not in (None, model):
         raise UserError(
-            f"--model is for a LoRA or pictures; the model of {request.target} is {model}, not "
-            f"{request.model}. Leave --model out."
+            f"{request.target} has a model, {model}: --model {request.model} would be ignored. "
+            "Leave --model out."
         )
 
 
@@ -157,8 +157,8 @@ def _default_prompts(model: str, config: RunConfig | None) -> str:
 
         return str(downloads.find(FETCHED)[0])
     raise UserError(
-        "This model has no prompts of its own. Give --prompts a list, or a file with one prompt "
-        "a line."
+        "Only a run or the embedded model has prompts of its own. Add --prompts with a list, or "
+        "with a file that has one prompt a line."
     )
 
 
@@ -172,7 +172,8 @@ def _pictures(request: Request) -> Plan:
     """A folder of pictures with metadata.csv."""
     if request.save:
         raise UserError(
-            f"{request.target} holds pictures already, so there is nothing to --save. Leave it out."
+            f"--save keeps the pictures that a model draws, and {request.target} holds pictures "
+            "already. Leave --save out."
         )
     files, prompts = zip(*read_pictures(request.target), strict=True)
     digests = (sha256_of(request.target / name) for name in files)

@@ -115,8 +115,8 @@ def _taken(out: Path, plan: Plan) -> Iterator[None]:
     fresh = [place for place in (out, *out.parents) if not place.exists()]
     if path.exists() and path.read_bytes() != data:
         raise UserError(
-            f"{out} holds another evaluation, or one of other weights or pictures: see its "
-            "plan.json. Give another --out, or remove that folder."
+            f"{out} holds another evaluation, or one of other weights or pictures. Give another "
+            "--out, or remove that folder."
         )
     new = not path.exists()
     write_atomically(path, data)
@@ -193,7 +193,7 @@ def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:
     found = sorted({row["weights"] for row in rows})
     if len(found) > 1:
         raise UserError(
-            f"The pieces in {out} were scored with different weights, {found[0]} and {found[1]}. "
+            f"The weights of a scorer changed halfway through {out}: {found[0]}, then {found[1]}. "
             "Remove that folder and run the command again."
         )
 
@@ -303,8 +303,8 @@ def _read(path: Path) -> Any:
             pixels = np.array(picture.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as problem:
         raise UserError(
-            f"{path} is not a picture: {problem}. Save it again, or take its line out of "
-            "metadata.csv."
+            f"{path} is not a picture that can be read: {problem}. Save it again, or take its "
+            "line out of metadata.csv."
         ) from problem
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
 

@@ -61,7 +61,7 @@ def _round_of(picture: Path) -> int:
     digits = picture.parent.name.removeprefix("round-")
     if not digits.isdecimal():
         raise UserError(
-            f"Expected the sample folder round-NUMBER, got {picture.parent}. Remove that folder."
+            f"{picture.parent} is not a folder of samples, which is called round-NUMBER. Remove it."
         )
     return int(digits)
 
@@ -89,7 +89,7 @@ def _digits(mean: float) -> str:
 
 
 def _when(round_: int, spent: Mapping[str, float]) -> str:
-    """'base model', or what had been learnt from by then."""
+    """'base model', or how much it had been trained on by then."""
     if round_ == 0:
         return "base model"
     if "pairs" not in spent:
@@ -107,9 +107,7 @@ def _picture(path: Path) -> Image.Image:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except (OSError, ValueError) as problem:
-        raise UserError(
-            f"Expected a PNG image in {path}, got a damaged one. Remove it, or run again."
-        ) from problem
+        raise UserError(f"The picture {path} is damaged. Remove it, or run again.") from problem
     if max(image.size) < CELL[0]:
         factor = -(-CELL[0] // max(image.size))
         size = (image.width * factor, image.height * factor)
