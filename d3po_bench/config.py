@@ -121,7 +121,8 @@ class RunConfig:
         for name, value in given.items():
             if not _fits(value, kinds[name]) or (name == "seed" and value < 0):
                 raise ValueError(f"has {name} = {ascii(value)[:60]}, which no run can have")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in given.items()}
+        return cls(**values)
 
     def check(self) -> None:
         """Refuse values that no run can have, the method's options included.

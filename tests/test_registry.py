@@ -55,8 +55,8 @@ def test_names_give_the_objects() -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "said"),
     [
-        ("method", "d3p", "Expected a method, got 'd3p'. Did you mean 'd3po'? Known: d3po"),
-        ("objective", "incompres", "Expected an objective, got 'incompres'. Did you mean 'incom"),
+        ("method", "d3p", "No method is called 'd3p'. Did you mean 'd3po'? Known: d3po"),
+        ("objective", "incompres", "No objective is called 'incompres'. Did you mean 'incompress'"),
         ("scorer", "jpegsize", "Did you mean 'jpeg_size'?"),
         ("model", "tinny", "Did you mean 'tiny'?"),
     ],
@@ -69,9 +69,9 @@ def test_a_wrong_name_gets_a_suggestion(kind: registry.Kind, name: str, said: st
 
 def test_a_name_like_no_other_gets_the_list_alone() -> None:
     said = str(registry.unknown("preset", "zzz", ["quick", "paper"]))
-    assert said == "Expected a preset, got 'zzz'. Known: quick, paper."
+    assert said == "No preset is called 'zzz'. Known: quick, paper."
     said = str(registry.unknown("setting", "quik", ["quick"], "`list`"))
-    assert said == "Expected a setting, got 'quik'. Did you mean 'quick'? See `list`."
+    assert said == "No setting is called 'quik'. Did you mean 'quick'? See `list`."
 
 
 @pytest.mark.parametrize("package", ["eval", "baselines"])
@@ -85,8 +85,8 @@ def test_a_strangers_package_is_refused(tmp_path: Path, package: str) -> None:
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Expected the package '" + package)
-    assert f"got {tmp_path}" in done.stderr
+    assert done.stderr.startswith(f"error: The package '{package}")
+    assert f"was found in {tmp_path}" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -114,7 +114,7 @@ def test_a_plugin_that_does_not_load_is_one_line(
     monkeypatch.setattr(
         registry, "entry_points", lambda group: [entry] if group == entry.group else []
     )
-    with pytest.raises(UserError, match=r"Expected the method mine of .*Mend or remove"):
+    with pytest.raises(UserError, match=r"The method mine of .* does not load .*Fix or remove"):
         registry.method("mine")
 
 

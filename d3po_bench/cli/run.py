@@ -66,8 +66,8 @@ from d3po_bench.config import MOST_SEEDS
 )
 @click.option(
     "--track",
-    type=click.Choice(["tensorboard"]),
-    help="Also send metrics and held-out scores to a tracker, live (extra `track`).",
+    metavar="TRACKER",
+    help="Also send metrics and held-out scores to a tracker, such as tensorboard, live.",
 )
 def run(
     method: str,

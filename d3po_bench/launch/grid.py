@@ -178,8 +178,8 @@ def run(
             raise UserError(f"{problem} This is about {where} of the grid.") from problem
     names = {label(job.config): label(job.config) for job in work}
     failed = launch.execute(work, jobs, names)
-    for name, problem in failed.items():
-        click.echo(f"{name}: {problem}", err=True)
+    for name, said in failed.items():
+        click.echo(f"{name}: {said}", err=True)
     if failed:
         raise RunError(
             f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same command "

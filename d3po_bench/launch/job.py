@@ -61,7 +61,7 @@ def attempt(work: Callable[[], None], smaller: str) -> End:
         said = " ".join("".join(traceback.format_exception_only(problem)).split())
         shown = said if len(said) <= LONGEST else said[: LONGEST - 3] + "..."
         told = RunError(
-            f"It failed with {shown} (traceback above). Correct what the traceback names, and run "
+            f"Failed with {shown} (traceback above). Correct what the traceback names, and run "
             "the same command again: it resumes."
         )
         return End(told, "".join(traceback.format_exception(problem)))
@@ -82,7 +82,7 @@ def died(code: int, smaller: str) -> End:
         how = f"died of signal {-code} ({signal.strsignal(-code)})"
     return End(
         RunError(
-            f"Its worker process {how}. Run the same command again: it resumes. If memory is "
+            f"The worker process {how}. Run the same command again: it resumes. If memory is "
             f"short, add --jobs 1. {smaller}"
         )
     )

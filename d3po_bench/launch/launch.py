@@ -74,7 +74,7 @@ def planned(request: RunRequest) -> list[Job]:
     """
     config, execution = configured(request)
     device_of(request.device)
-    trackers = (request.track,) if request.track else ()
+    trackers = () if request.track is None else (request.track,)
     for name in trackers:
         if find_spec(registry.tracker(name).NEEDS) is None:
             raise UserError(

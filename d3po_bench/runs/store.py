@@ -102,7 +102,7 @@ class RunStore:
         for name, value in inputs.items():
             if began.get(name, value) != value:
                 raise UserError(
-                    f"The run in {self.folder} began with other {name}: {began[name]}, not "
+                    f"The run in {self.folder} began with other inputs: {name} {began[name]}, not "
                     f"{value}. Bring those back, or give another --out."
                 )
 
