@@ -77,12 +77,12 @@ class Sampling:
             return found
         except FileNotFoundError as problem:
             raise UserError(
-                f"Expected a round that `feedback new` drew in {folder}, got none with {FILE}. "
-                "Pictures from elsewhere can be judged, but not learnt from."
+                f"{folder} has no {FILE}, so `feedback new` did not draw it. Pictures from "
+                "elsewhere can be judged, but not trained on."
             ) from problem
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
             raise UserError(
-                f"Expected what `feedback new` writes in {path}, got: {problem}. {rounds.REMEDY}"
+                f"{path} is not as `feedback new` wrote it: {problem}. {rounds.REMEDY}"
             ) from problem
 
     def config(self, method: str) -> RunConfig:
@@ -121,13 +121,12 @@ class Before:
         state, trained = RunStore(run).load_checkpoint(), RunFolder(run)
         if state is None or not trained.finished:
             raise UserError(
-                f"There is no finished `feedback train` in {run}. Run it to its end, or leave "
-                "--from out."
+                f"{run} holds no finished `feedback train`. Run it to its end, or leave --from out."
             )
         found = trained.facts.get("round")
         if not isinstance(found, dict):
             raise UserError(
-                f"The run in {run} is not one of `feedback train`. Give one such as "
+                f"The run in {run} was not made by `feedback train`. Give one such as "
                 "round-1/trained/d3po."
             )
         weights = {k.removeprefix("weight/"): v for k, v in state[0].items() if "weight/" in k}
@@ -194,8 +193,8 @@ def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question
         changed += [] if (folder / FILE).exists() else ["pictures"]
     if changed:
         raise UserError(
-            f"Expected {folder} to be empty or to hold this round, got one with other "
-            f"{', '.join(changed)}. Give another folder, or remove that one."
+            f"{folder} holds another round: its {', '.join(changed)} differ. Give another folder, "
+            "or remove that one."
         )
 
 
@@ -275,7 +274,7 @@ def read_rollout(folder: Path, block: int) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as problem:
         raise UserError(
-            f"Expected what `feedback new` writes in {path}, got: {problem}. {rounds.REMEDY}"
+            f"{path} is not as `feedback new` wrote it: {problem}. {rounds.REMEDY}"
         ) from problem
 
 
@@ -315,14 +314,14 @@ def require_files(folder: Path, within: str = "") -> None:
                   if n.startswith(within) and not _is(folder / n, found)]  # fmt: skip
     except (OSError, ValueError, AttributeError, TypeError) as problem:
         raise UserError(
-            f"Expected the checksums of a round in {path}, got: {problem}. {rounds.REMEDY}"
+            f"The checksums in {path} cannot be read: {problem}. {rounds.REMEDY}"
         ) from problem
     if broken:
-        state = "another content" if (folder / broken[0]).exists() else "no file"
+        state = "was changed" if (folder / broken[0]).exists() else "is missing"
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise UserError(
-            f"Expected {folder / broken[0]} as it was drawn, got {state}{more}. Bring it back, or "
-            "make the round again in another folder."
+            f"{folder / broken[0]} {state}{more}. Restore it, or make the round again in another "
+            "folder."
         )
 
 

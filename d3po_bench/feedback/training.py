@@ -93,13 +93,13 @@ def data_of(folder: Path, scores: Floats) -> Data:
     number, images = len(sampling.prompts), sampling.images
     if len(scores) > number or scores.shape[1] != images:
         raise UserError(
-            f"Expected labels of at most {number} prompts with {images} images each, as the round "
-            f"in {folder} has, got {scores.shape[0]} x {scores.shape[1]}. Give those of this round."
+            f"These labels are of {scores.shape[0]} x {scores.shape[1]} images; the round in "
+            f"{folder} has {number} x {images}. Give those of this round."
         )
     if not np.isfinite(scores).all(1).any():
         raise UserError(
-            f"Expected votes on the round in {folder}, got none. Ask for some with `d3po-bench "
-            "feedback serve`, or give the --labels they are in."
+            f"Nobody has voted on the round in {folder}. Ask for votes with `d3po-bench feedback "
+            "serve`, or give the --labels they are in."
         )
     whole = torch.full((number, images), float("nan"))
     whole[: len(scores)] = torch.from_numpy(scores).float()
@@ -131,8 +131,8 @@ def planned(data: Data, request: TrainRequest) -> tuple[RunConfig, Execution]:
     fixed = next((key for key in request.settings if key in (*FIXED, "images_per_prompt")), None)
     if fixed is not None:
         raise UserError(
-            f"Expected {fixed} to be the round's, got --set {fixed}={request.settings[fixed]}. "
-            "Give it to `feedback new`."
+            f"The round decides {fixed}, so --set {fixed}={request.settings[fixed]} cannot change "
+            "it here. Give it to `feedback new`."
         )
     own = sampling.config(request.method)
     given = {f.name: getattr(own, f.name) for f in fields(RunConfig) if f.name in FIXED}
