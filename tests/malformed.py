@@ -119,7 +119,6 @@ PROMPTS: dict[str, Change] = {
     "an escape sequence": holds("cat\n\x1b[31mdog\n"),
     "a form feed": holds("cat\x0cdog\n"),
     "a unit separator": holds("\x1fcat\n"),
-    "too many tokens": holds("cat\n" + "a " * 15),
 }
 
 
@@ -338,10 +337,6 @@ PICTURES: dict[str, Change] = {
     "a null byte": holds("file_name,text\n0\0.png,a cat\n"),
     "binary": holds(bytes(range(256))),
 }
-
-PICTURE: dict[str, Change] = {"cut off": cut(0.5), "empty": holds(""), "text": holds("cat")}
-
-
 # ---- feedback
 
 

@@ -150,7 +150,9 @@ FAMILIES = {
         lambda folder: read_pictures(folder / "pictures"), (EVALUATE,),
     ),
     "a picture": Family(
-        "pictures", each("pictures/0.png", malformed.PICTURE), None, (EVALUATE,),
+        "pictures",
+        each("pictures/0.png", {"cut": cut(0.5), "empty": holds(""), "text": holds("cat")}),
+        None, (EVALUATE,),
     ),
     "prompts": Family(
         "nothing", each("list.txt", malformed.PROMPTS),
