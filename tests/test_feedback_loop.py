@@ -580,7 +580,7 @@ def test_without_its_extra_feedback_is_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Expected the extra `feedback` to be installed, got no")
+    assert done.stderr.startswith("error: The extra `feedback` is not installed: there is no")
     assert done.stderr.count("\n") == 1
 
 
@@ -652,7 +652,7 @@ def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
 
 def test_votes_cannot_be_an_objective_of_a_run(tmp_path: Path) -> None:
     more = ("--method", "d3po", "--objective", "feedback", "--out", tmp_path)
-    refused("run", *more, match="Expected an objective")
+    refused("run", *more, match="No objective is called")
 
 
 def test_export_writes_every_vote(own: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import ROOT, Outcome, refused
+from tests.commands import ROOT, Outcome, refused
 
 LIMIT = 3 * 2**30
 """Of the address space, which is stricter than one of the memory in use."""

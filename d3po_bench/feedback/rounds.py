@@ -12,6 +12,7 @@ from d3po_bench.feedback import schema
 from d3po_bench.feedback.schema import Answer
 from d3po_bench.feedback.schema import Kind as Kind
 from d3po_bench.feedback.schema import Question as Question
+from d3po_bench.runs.files import write_atomically
 
 Pool = Literal["people", "simulated"]
 """Who voted; simulated where at least one of them is."""
@@ -95,10 +96,6 @@ class Round:
         Raises:
             UserError: what `read` would refuse, or the file cannot be written.
         """
-        from d3po_bench.runs.files import (
-            write_atomically,  # loads torch, which the page never needs
-        )
-
         data = (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
         schema.check(schema.ROUND, folder / FILE, data, REMEDY)
         write_atomically(folder / FILE, data)

@@ -29,6 +29,7 @@ from d3po_bench.feedback.rounds import Item, Kind, Question, Round
 from d3po_bench.machine import device_of
 from d3po_bench.models.sources import load, model_source, threads_of
 from d3po_bench.runs.files import png_bytes, taken, write_atomically
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.trainer import training_of
 from d3po_bench.types import Model
@@ -84,10 +85,14 @@ class Sampling:
                 f"{path} is not as `feedback new` wrote it: {problem}. {rounds.REMEDY}"
             ) from problem
 
-    def config(self, method: str, **more: Any) -> RunConfig:
-        """The settings as a run's."""
-        settings = {**self.settings, "lora_targets": tuple(self.settings["lora_targets"])}
-        return RunConfig(method=method, objective=FEEDBACK, seed=self.seed, **settings, **more)
+    def config(self, method: str) -> RunConfig:
+        """The settings as a run's.
+
+        Raises:
+            ValueError: no run can have them.
+        """
+        named = {"method": method, "objective": FEEDBACK, "seed": self.seed}
+        return RunConfig.from_json({**self.settings, **named})
 
 
 def chosen_prompts(known: Sequence[str], count: int | None, seed: int, number: int) -> list[str]:
@@ -113,13 +118,12 @@ class Before:
         Raises:
             UserError: it is none, or not finished.
         """
-        store = RunStore(run)
-        state = store.load_checkpoint()
-        if state is None or not store.finished:
+        state, trained = RunStore(run).load_checkpoint(), RunFolder(run)
+        if state is None or not trained.finished:
             raise UserError(
                 f"{run} holds no finished `feedback train`. Run it to its end, or leave --from out."
             )
-        found = store.provenance().get("round")
+        found = trained.facts.get("round")
         if not isinstance(found, dict):
             raise UserError(
                 f"The run in {run} was not made by `feedback train`. Give one such as "

@@ -26,7 +26,7 @@ from d3po_bench.feedback.sampling import (
     require_files,
 )
 from d3po_bench.models.sources import model_source
-from d3po_bench.runs.store import RunStore
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.progress import Report
 from d3po_bench.training.run import Job, run_seed
 from d3po_bench.training.tools import Tools
@@ -165,7 +165,7 @@ def train(
     experience = data.experience(config)
     _require_differences(data, config, data.scores[experience.judged])
     # Votes may have come in since: a finished training must not pass for one that saw them.
-    seen = RunStore(out).provenance().get("inputs", {}).get("scorers", {}).get("votes")
+    seen = RunFolder(out).facts.get("inputs", {}).get("scorers", {}).get("votes")
     if seen not in (None, Votes(data.scores).digest):
         raise UserError(
             f"The training in {out} began with other votes. Give another --out, or remove that "

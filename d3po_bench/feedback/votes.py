@@ -18,6 +18,7 @@ from d3po_bench.feedback.handout import Hand, hand_of, require_hand, set_state
 from d3po_bench.feedback.rounds import Progress, Vote
 from d3po_bench.feedback.schema import Answer, VoteRow, check_answer
 from d3po_bench.feedback.store import RATERS, VOTES, LabelStore, Row, open_labels
+from d3po_bench.runs.files import csv_bytes, write_atomically
 
 MOST_MILLISECONDS = 24 * 60 * 60 * 1000
 
@@ -122,11 +123,6 @@ def export(store: LabelStore, out: Path) -> int:
     Raises:
         UserError: the labels are damaged, or `out` cannot be written.
     """
-    from d3po_bench.runs.files import (
-        csv_bytes,
-        write_atomically,  # loads torch, unlike the page
-    )
-
     rows = [
         {"prompt": store.items[vote.item].prompt, **asdict(vote)} for vote in effective_votes(store)
     ]
