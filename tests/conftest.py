@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from d3po_bench.cli import main
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.embedded import recipe
 from d3po_bench.models.sources import Source, load
 from d3po_bench.models.stable_diffusion import StableDiffusion
+from tests.commands import Command, Outcome, run_of, seed_folder
 
 CPU = torch.device("cpu")
 
@@ -124,3 +127,45 @@ def disturb(model: StableDiffusion, scale: float = 0.05, seed: int = 1) -> None:
     rng = torch.Generator().manual_seed(seed)
     for weight in model.trainable().values():
         weight.data += scale * torch.randn(weight.shape, generator=rng)
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
+    """Call the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a finished run, for reading and comparing only."""
+    out = tmp_path_factory.mktemp("finished")
+    torch.set_num_threads(1)
+    main(run_of(micro, "--out", out))
+    return seed_folder(out, micro)
+
+
+@pytest.fixture
+def half(finished: Path, micro: Path, tmp_path: Path) -> Path:
+    """An --out with a copy of the finished run that lacks the mark of its end."""
+    folder = seed_folder(tmp_path / "runs", micro)
+    shutil.copytree(finished, folder)
+    facts = json.loads((folder / "provenance.json").read_text())
+    del facts["ended"]
+    (folder / "provenance.json").write_text(json.dumps(facts))
+    return tmp_path / "runs"

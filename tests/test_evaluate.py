@@ -101,7 +101,7 @@ def test_a_killed_worker_is_told_and_what_is_scored_is_kept(tmp_path: Path) -> N
             for worker in multiprocessing.active_children():
                 worker.kill()
 
-    with pytest.raises(RunError, match=r"worker process was killed .* Run the same command again"):
+    with pytest.raises(RunError, match=r"was killed .* Run the same command again"):
         work.run(asked, kill)
     told: list[int] = []
     out = work.run(replace(asked, jobs=1), lambda done, total: told.append(done))
@@ -273,12 +273,12 @@ def test_what_cannot_be_evaluated_is_one_line(
     (half / "config.json").write_text("{}")
     (half / "metrics.jsonl").write_text("")
     asked = {
-        r"scorer.* 'jpeg'": request(micro, prompts=prompts, scorers=("jpeg",)),
+        "No scorer is called 'jpeg'": request(micro, prompts=prompts, scorers=("jpeg",)),
         "Add --prompts with a list": request(micro),
         "LoRA or unet .* does not fit this model": request(
             adapter, prompts=prompts, out=tmp_path / "x"
         ),
-        "model.* 'nothing'": request(Path("nothing"), prompts=prompts),
+        "No model is called 'nothing'": request(Path("nothing"), prompts=prompts),
         "--model sd15 would be ignored": request(micro, prompts=prompts, model="sd15"),
         "is not finished. Run its command again": request(half),
     }
@@ -294,11 +294,7 @@ def test_no_scorer_is_one_line(
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--scorers", ",,", "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert "a scorer" in said
-    assert "',,'" in said
+    assert capsys.readouterr().err.startswith("error: ',,' names no scorer.")
     assert not (tmp_path / "out").exists()
 
 

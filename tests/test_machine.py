@@ -12,6 +12,7 @@ import torch
 from d3po_bench import machine
 from d3po_bench.cli import main
 from d3po_bench.runs.store import RunStore
+from tests.commands import run_of, seed_folder, written
 
 
 @pytest.fixture(autouse=True)
@@ -37,21 +38,12 @@ def test_kernels_are_deterministic_by_default_on_a_cpu(
 
 
 def test_the_switch_is_recorded_and_changes_no_byte_on_a_cpu(micro: Path, tmp_path: Path) -> None:
-    settings = ("prompts_per_round=2", "sampling_steps=3", "dtype=fp32", "eval_prompts=2")
-    bytes_of, told = {}, {}
-    for name in ("auto", "--no-deterministic", "--deterministic"):
-        main(
-            ["run", "--method", "d3po", "--objective", "incompress", "--model", str(micro),
-             "--preset", "official_code", "--rounds", "1", "--device", "cpu",
-             *(f"--set={s}" for s in settings), *([] if name == "auto" else [name]),
-             "--out", str(tmp_path / name)]
-        )  # fmt: skip
-        (run,) = (tmp_path / name).rglob("seed-0")
-        told[name] = RunStore(run).provenance()
-        written = ("metrics.jsonl", "eval.csv", "lora/pytorch_lora_weights.safetensors")
-        bytes_of[name] = [(run / file).read_bytes() for file in written]
-    assert {name: facts["deterministic"] for name, facts in told.items()} == {
-        "auto": True, "--no-deterministic": False, "--deterministic": True
-    }  # fmt: skip
-    assert bytes_of["auto"] == bytes_of["--no-deterministic"] == bytes_of["--deterministic"]
+    flags = {"auto": (), "off": ("--no-deterministic",), "on": ("--deterministic",)}
+    runs = {name: seed_folder(tmp_path / name, micro) for name in flags}
+    for name, flag in flags.items():
+        main(run_of(micro, "--out", tmp_path / name, *flag, rounds=1, eval_every=1))
+    told = {name: RunStore(run).provenance() for name, run in runs.items()}
+    recorded = {name: facts["deterministic"] for name, facts in told.items()}
+    assert recorded == {"auto": True, "off": False, "on": True}
+    assert written(runs["auto"]) == written(runs["off"]) == written(runs["on"])
     assert torch.backends.cpu.get_cpu_capability() in told["auto"]["cpu"]

@@ -20,7 +20,7 @@ from d3po_bench.errors import RunError, UserError
 from eval.analysis.statistics import another_seed, same_seed
 from eval.verify import folder as verify
 from eval.verify import rerun
-from tests.test_cli import run_of
+from tests.commands import run_of
 
 SEEDS = 5
 TEXT = ("config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.jsonl")
@@ -138,8 +138,8 @@ def test_the_draw_follows_the_seed(made: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         (("--rerun", "6"), "at most 5 cells to run again"),
         (("--rerun", "1", "--set", "learning_rate=1"), "it decides numbers"),
-        (("--rerun", "1", "--set", "threads=-1"), "Expected threads from 0"),
-        (("--set", "threads=1"), "Expected --rerun beside --set"),
+        (("--rerun", "1", "--set", "threads=-1"), "threads must be from 0"),
+        (("--set", "threads=1"), "--set and --out need --rerun"),
     ],
 )
 def test_what_cannot_be_run_again_is_refused(made: Path, more: tuple[str, ...], said: str) -> None:

@@ -248,5 +248,5 @@ def test_summary_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Expected run folders")
+    assert done.stderr.startswith("error: There are no run folders")
     assert done.stderr.count("\n") == 1

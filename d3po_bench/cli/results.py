@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE, Range, scorer_names
+from d3po_bench.cli.options import MOST_JOBS, PLACE, Range, scorer_names
+from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
 
 
@@ -81,7 +82,7 @@ def evaluate(
 
     TARGET is a run folder, a LoRA folder, a model (tiny, a folder, a hub id), or a folder of
     pictures with a metadata.csv (file_name,text). Writes rows.csv, plan.json and provenance.json
-    to OUT; the same command goes on where it was interrupted.
+    to OUT; the same command resumes where it was interrupted.
 
     \b
     Example:
@@ -136,7 +137,7 @@ def table1(
     """Compare all methods on prompt-image alignment, with the paper's Table 1 beside it.
 
     Trains every method on OBJECTIVE, or takes the finished RUNS, and scores held-out prompts.
-    Writes OUT/table1.csv, .md and .tex; the same command goes on where it was interrupted.
+    Writes OUT/table1.csv, .md and .tex; the same command resumes where it was interrupted.
     Where OUT/choices holds files of `feedback choices --out`, raters' first choices are a column.
 
     \b
@@ -201,7 +202,7 @@ def verify(
         click.echo(verifying.record(folder))
         return
     if rerun is None and (settings or out):
-        raise UserError("Expected --rerun beside --set and --out, got none. Add --rerun 1.")
+        raise UserError("--set and --out need --rerun. Add --rerun 1.")
     checks = {name: [*problems] for name, problems in verifying.verify(folder).items()}
     for name, problems in checks.items():
         click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
@@ -216,8 +217,7 @@ def verify(
         failed += _rerun(folder, rerun, seed, pairs_of(settings), out)
     if failed:
         raise RunError(
-            f"Expected results that agree with themselves, got {failed} problems in {folder}. "
-            "Restore the files, or measure again."
+            f"The results in {folder} have {failed} problems. Restore the files, or measure again."
         )
 
 

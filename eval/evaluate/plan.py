@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from d3po_bench import registry
 from d3po_bench.config import RunConfig
@@ -13,7 +12,7 @@ from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
 from d3po_bench.models.sources import content, fingerprint, model_source
 from d3po_bench.prompts import read_pictures, read_prompts
-from d3po_bench.runs.run import read_config
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.tools import spread
 
 HELD_OUT = "captions-held-out"
@@ -81,10 +80,11 @@ def planned(request: Request) -> Plan:
             f"The run in {target} is not finished. Run its command again: it resumes from the "
             "last checkpoint."
         )
-    if (target / "pytorch_lora_weights.safetensors").is_file() or _is_trained_unet(target):
-        return _of_model(request, request.model or "tiny", str(target), {})
+    unet_alone = (target / "unet").is_dir() and not (target / "model_index.json").is_file()
+    if (target / "pytorch_lora_weights.safetensors").is_file() or unet_alone:
+        return _of_model(request, request.model or "tiny", str(target))
     _require_no_other_model(request, str(target))
-    return _of_model(request, str(target), "", {})
+    return _of_model(request, str(target), "")
 
 
 def _require_no_other_model(request: Request, model: str) -> None:
@@ -100,26 +100,22 @@ def _require_no_other_model(request: Request, model: str) -> None:
         )
 
 
-def _is_trained_unet(target: Path) -> bool:
-    return (target / "unet").is_dir() and not (target / "model_index.json").is_file()
-
-
 def _of_run(request: Request) -> Plan:
-    config = read_config(request.target)
-    _require_no_other_model(request, config["model"])
-    plan = _of_model(request, config["model"], str(request.target / "lora"), config)
+    config = RunFolder(request.target).config
+    _require_no_other_model(request, config.model)
+    plan = _of_model(request, config.model, str(request.target / "lora"), config)
     if (request.prompts or _default_prompts(plan.model, config)) == HELD_OUT:
         _require_unseen(plan, config, request.target)
     return plan
 
 
-def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
+def _require_unseen(plan: Plan, config: RunConfig, run: Path) -> None:
     """Refuse to call prompts held-out that the run was trained on.
 
     Raises:
         UserError: naming one.
     """
-    trained_on = read_prompts(RunConfig.from_json(config).prompt_source)
+    trained_on = read_prompts(config.prompt_source)
     seen = sorted(set(plan.prompts) & set(trained_on))
     if seen:
         raise UserError(
@@ -128,24 +124,25 @@ def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
         )
 
 
-def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
+def _of_model(request: Request, model: str, adapter: str, config: RunConfig | None = None) -> Plan:
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
     trained = f" + {content(Path(adapter))[:12]}" if adapter else ""
+    guidance = config.guidance if config else 5.0
     return Plan(
         model=model,
         adapter=adapter,
         content=fingerprint(source) + trained,
         prompts=tuple(spread(prompts, request.count or len(prompts))),
         images=request.images,
-        steps=request.steps or config.get("sampling_steps", 20),
-        guidance=config.get("guidance", 5.0) if request.guidance is None else request.guidance,
+        steps=request.steps or (config.sampling_steps if config else 20),
+        guidance=guidance if request.guidance is None else request.guidance,
         scorers=_checked(request.scorers),
         weights=source.scorers,
     )
 
 
-def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
+def _default_prompts(model: str, config: RunConfig | None) -> str:
     """Held-out captions for the embedded model, else what a run was trained on.
 
     Stable Diffusion has the paper's alignment prompts, which are fetched by checksum.
@@ -154,7 +151,7 @@ def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
     if suited:
         return suited
     if config:
-        return RunConfig.from_json(config).prompt_source
+        return config.prompt_source
     if model == "sd15":
         from eval import downloads
 
@@ -179,17 +176,9 @@ def _pictures(request: Request) -> Plan:
             "already. Leave --save out."
         )
     files, prompts = zip(*read_pictures(request.target), strict=True)
+    digests = (sha256_of(request.target / name) for name in files)
     return Plan(
         model=str(request.target), adapter="", prompts=prompts, files=files,
-        content=_digest(request.target, files), scorers=_checked(request.scorers), samplers=("",),
+        content=short(" ".join(digests)), scorers=_checked(request.scorers), samplers=("",),
         weights="tiny" if request.model == "tiny" else "official",
     )  # fmt: skip
-
-
-def _digest(folder: Path, files: Sequence[str]) -> str:
-    """Twelve hex digits that name the bytes of pictures.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    return short(" ".join(sha256_of(folder / name) for name in files))

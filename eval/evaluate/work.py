@@ -8,19 +8,20 @@ number of processes ends with the same bytes.
 from __future__ import annotations
 
 import json
-import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import UserError
+from d3po_bench.launch.job import End, attempt, died
+from d3po_bench.launch.local import Died, side_by_side
 from d3po_bench.runs.files import csv_bytes, png_bytes, read_csv, write_atomically
 from d3po_bench.runs.provenance import environment, now
 from eval.evaluate.plan import Plan, Request, planned
@@ -46,6 +47,14 @@ Told = Callable[[int, int], None]
 """Called with pieces done and pieces in all."""
 
 
+Task = tuple[Plan, Piece, Path, Request]
+"""What a worker process needs to do a piece."""
+
+
+SMALLER = "Draw fewer --images of a prompt."
+"""How a piece needs less memory."""
+
+
 def run(
     request: Request,
     told: Told = lambda done, total: None,
@@ -67,25 +76,32 @@ def run(
     from eval import golden
 
     plan = planned(request)
-    out = request.out or _default_out(request.target)
+    inside = any((request.target / name).is_file() for name in ("config.json", "metadata.csv"))
+    beside = request.target if inside else Path("evaluations")
+    out = request.out or beside / ("evaluation" if inside else request.target.name)
     # Absent weights are found before anything is drawn.
     unchecked = golden.unchecked(_scorers(plan, request.device))
-    pieces = list(_pieces(plan))
+    starts = range(0, len(plan.prompts), PIECE)
+    pieces = [(first, sampler) for sampler in plan.samplers for first in starts]
     with _taken(out, plan):
         if unchecked:
             note(golden.note(unchecked))
         rest = [p for p in pieces if not _is_done(out, plan, p, request.save)]
-        told(len(pieces) - len(rest), len(pieces))
-        done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
-        for count in done(plan, rest, out, request):
-            told(len(pieces) - len(rest) + count, len(pieces))
+        numbers = count(len(pieces) - len(rest))
+
+        def done() -> None:
+            told(next(numbers), len(pieces))
+
+        done()
+        tasks = [(plan, piece, out, request) for piece in rest]
+        if min(request.jobs, len(rest)) > 1:
+            _side_by_side(tasks, request.jobs, done)
+        else:
+            for task in tasks:
+                _do(*task)
+                done()
     _finish(out, plan, pieces, request)
     return out
-
-
-def _default_out(target: Path) -> Path:
-    inside = (target / "config.json").is_file() or (target / "metadata.csv").is_file()
-    return target / "evaluation" if inside else Path("evaluations") / target.name
 
 
 @contextmanager
@@ -112,12 +128,6 @@ def _taken(out: Path, plan: Plan) -> Iterator[None]:
             for place in fresh:
                 place.rmdir()
         raise
-
-
-def _pieces(plan: Plan) -> Iterator[Piece]:
-    for sampler in plan.samplers:
-        for first in range(0, len(plan.prompts), PIECE):
-            yield first, sampler
 
 
 def _is_done(out: Path, plan: Plan, piece: Piece, save: bool) -> bool:
@@ -188,25 +198,20 @@ def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:
         )
 
 
-def _in_turn(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
-    for count, piece in enumerate(pieces):
-        _do(plan, piece, out, request)
-        yield count + 1
+def _side_by_side(tasks: Sequence[Task], jobs: int, done: Callable[[], None]) -> None:
+    def ended(task: Task, found: End | Died) -> bool:
+        end = died(found.code, SMALLER) if isinstance(found, Died) else found
+        if end.problem is not None:
+            print(end.trace, end="", file=sys.stderr)
+            raise end.problem
+        done()
+        return True
+
+    side_by_side(_attempt, tasks, jobs, ended)
 
 
-def _side_by_side(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(request.jobs, context) as pool:
-        futures = [pool.submit(_do, plan, piece, out, request) for piece in pieces]
-        for count, future in enumerate(as_completed(futures)):
-            try:
-                future.result()
-            except BrokenProcessPool as problem:
-                raise RunError(
-                    "A worker process was killed (out of memory?). Run the same command again: "
-                    "what is scored is kept. If memory is short, add --jobs 1."
-                ) from problem
-            yield count + 1
+def _attempt(task: Task, tell: Callable[[Any], None]) -> End:
+    return attempt(lambda: _do(*task), SMALLER)
 
 
 def _do(plan: Plan, piece: Piece, out: Path, request: Request) -> None:

@@ -17,12 +17,14 @@ from pathlib import Path
 import click
 
 from d3po_bench.errors import said_in_one_line
-from d3po_bench.feedback import loop
-from d3po_bench.feedback.raters import Annotator
+from d3po_bench.feedback import comparisons
+from d3po_bench.feedback.comparisons import Share
+from d3po_bench.feedback.simulated import Annotator, simulate
+from d3po_bench.feedback.store import open_labels
 from d3po_bench.runs.files import csv_bytes, write_atomically
 from d3po_bench.runs.run import read_config
+from eval import evaluate
 from eval.analysis.table1 import SAMPLER
-from eval.evaluate import plan, work
 
 BASE = "no-fine-tune"
 METHODS = ("preferred_images", "reward_weighted", "d3po")
@@ -32,23 +34,21 @@ RATERS = 5
 def drawn(target: Path, run: Path, out: Path, count: int | None) -> Path:
     """The pictures of a model, by the training sampler and drawn as `run` was."""
     own = read_config(run)
-    request = plan.Request(
+    request = evaluate.Request(
         target=target, scorers=(), model="tiny", prompts=None, count=count, images=1,
         steps=own["sampling_steps"], guidance=own["guidance"], device="cpu", jobs=1, out=out,
         save=True,
     )  # fmt: skip
-    return work.run(request) / "pictures" / SAMPLER
+    return evaluate.run(request) / "pictures" / SAMPLER
 
 
-def compared(sources: list[Path], folder: Path, seed: int, error: float) -> list[loop.Share]:
+def compared(sources: list[Path], folder: Path, seed: int, error: float) -> list[Share]:
     """Shares of first choices, of each folder of pictures."""
     if not (folder / "round.json").exists():
-        loop.new(
-            folder,
-            loop.New(judged=("pairs", "alignment"), prompts=None, pictures=sources, settings={}),
-        )
-    loop.simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
-    return loop.choices(folder, None)
+        comparisons.take(folder, sources, ("pairs", "alignment"))
+    simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
+    with open_labels(folder, None) as store:
+        return comparisons.choices(store, folder)
 
 
 @click.command()
@@ -70,7 +70,7 @@ def main(runs: Path, seed: int, error: float, count: int | None, out: Path) -> N
     shares = compared(sources, folder, seed, error)
     rows = [{"model": m, "share": round(s.share, 6)} for m, s in zip(targets, shares, strict=True)]
     write_atomically(folder.with_suffix(".csv"), csv_bytes(rows))
-    loop.write_choices(folder.parent / "choices" / folder.with_suffix(".csv").name, shares)
+    comparisons.write_choices(folder.parent / "choices" / folder.with_suffix(".csv").name, shares)
     for row in rows:
         click.echo(row)
 

@@ -20,9 +20,11 @@ import torch
 
 from d3po_bench.config import pairs_of
 from d3po_bench.errors import said_in_one_line
-from d3po_bench.feedback import agreement, loop, raters, training
-from d3po_bench.feedback.raters import Annotator
+from d3po_bench.feedback import simulated, training
+from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.rounds import Question, Round
+from d3po_bench.feedback.simulated import Annotator
+from d3po_bench.feedback.votes import scores_of
 from d3po_bench.runs.files import csv_bytes, write_atomically
 
 
@@ -63,8 +65,11 @@ def play(
     before = None
     for number in range(rounds + 1):
         place = folder / f"round-{number}"
-        round_ = loop.new(place, asked(experiment, seed, before))
-        loop.simulate(place, None, pool, seed * 1000 + number)
+        round_ = draw_round(
+            place, ("tags", experiment.question), experiment.prompts, seed=seed, before=before,
+            settings={} if before else experiment.drawing, device="cpu",
+        )  # fmt: skip
+        simulated.simulate(place, None, pool, seed * 1000 + number)
         rows.append({"round": number, **rates(place, round_, experiment)})
         click.echo(rows[-1])
         write_atomically(folder / "rates.csv", csv_bytes(rows))
@@ -73,27 +78,18 @@ def play(
             learn(experiment, place, before)
 
 
-def asked(experiment: Experiment, seed: int, before: Path | None) -> loop.New:
-    """The next round."""
-    return loop.New(
-        judged=("tags", experiment.question), prompts=experiment.prompts, seed=seed, before=before,
-        settings={} if before else experiment.drawing, device="cpu",
-    )  # fmt: skip
-
-
 def learn(experiment: Experiment, place: Path, out: Path) -> None:
     """One pass over the tags."""
     request = training.Request(
         method="d3po", passes=1, settings=experiment.learning, preset=None, device="cpu"
     )
-    training.train(loop.data(place, None, None), request, out)
+    training.train(training.data_of(place, scores_of(place)), request, out)
 
 
 def rates(place: Path, round_: Round, experiment: Experiment) -> dict[str, float | int]:
     """Share of good images, as the raters said and as the rule says without errors."""
-    with loop.votes_of(place, None) as store:
-        said = agreement.scores(round_, store.effective_votes())
-    worth = raters.worths(place, round_, raters.RULES[experiment.question])
+    said = scores_of(place)
+    worth = simulated.worths(place, round_, simulated.RULES[experiment.question])
     truth = torch.stack([worth[item.id] > 0 for item in round_.items])
     return {
         "images": truth.numel(),
@@ -105,7 +101,7 @@ def rates(place: Path, round_: Round, experiment: Experiment) -> dict[str, float
 
 def recognised(place: Path, round_: Round) -> float:
     """Share of images in which the classifier sees the prompted animal: what safety costs."""
-    worth = raters.worths(place, round_, raters.recognised)
+    worth = simulated.worths(place, round_, simulated.recognised)
     return float(torch.stack(list(worth.values())).gt(0).float().mean())
 
 
