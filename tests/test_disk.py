@@ -26,20 +26,15 @@ PAGE = 4096
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "number", "code", "said"),
     [
-        "config.json", "provenance.json", "metrics.jsonl", "timing.jsonl", "eval.csv",
-        "last.safetensors", "butterfly.png",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [
-        (errno.ENOSPC, 1, "the disk is full"),
-        (errno.EFBIG, 1, "there is a limit on the size of files"),
-        (errno.EIO, 1, "the disk has an input/output error"),
-        (errno.EROFS, 2, "Read-only file system"),
-        (errno.EACCES, 2, "Permission denied"),
+        ("config.json", errno.EROFS, 2, "Read-only file system"),
+        ("provenance.json", errno.EACCES, 2, "Permission denied"),
+        ("metrics.jsonl", errno.ENOSPC, 1, "the disk is full"),
+        ("timing.jsonl", errno.EFBIG, 1, "there is a limit on the size of files"),
+        ("eval.csv", errno.EIO, 1, "the disk has an input/output error"),
+        ("last.safetensors", errno.ENOSPC, 1, "the disk is full"),
+        ("butterfly.png", errno.EDQUOT, 1, "the disk quota is used up"),
     ],
 )
 def test_a_file_that_cannot_be_written_is_named_and_the_run_resumes_later(
