@@ -48,7 +48,11 @@ def wrong_values(option: click.Parameter) -> list[str]:
     return ["nonsense", ""] if isinstance(option.type, click.Choice) else []
 
 
-@pytest.mark.parametrize(("words", "called"), list(leaves(cli)), ids=lambda part: " ".join(part))
+@pytest.mark.parametrize(
+    ("words", "called"),
+    list(leaves(cli)),
+    ids=lambda part: " ".join(part) if isinstance(part, tuple | list) else "",
+)
 def test_wrong_options_are_refused(
     words: tuple[str, ...], called: click.Command, command: Command
 ) -> None:
