@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from d3po_bench import cli, registry
+from d3po_bench import cli
 from d3po_bench.errors import RunError, UserError
 from eval.evaluate import plan, work
 from eval.evaluate.plan import Request
@@ -26,6 +26,20 @@ from tests.conftest import disturb, loaded
 from tests.gallery import gallery
 
 PROMPTS = [f"a {animal}" for animal in ("cat", "dog", "cow", "fox", "bee")] * 4
+
+
+MY_SCORER = """
+import torch
+
+class Width:
+    unit = "px"
+
+    def __call__(self, images, prompts):
+        return torch.full((len(images),), float(images.shape[3]))
+
+def load(device):
+    return Width()
+"""
 
 
 def request(target: Path, **changes: Any) -> Request:
@@ -76,13 +90,17 @@ def test_pictures_are_scored_one_by_one(tmp_path: Path) -> None:
 def test_packages_that_brought_a_scorer_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = gallery(tmp_path / "pictures", 1)
-    kept = {"plugins": {"scorer jpeg_size": "mine 1"}}
-    monkeypatch.setattr(
-        registry, "plugins", lambda used: kept if ("scorer", "jpeg_size") in list(used) else {}
-    )
-    facts = json.loads((work.run(request(folder)) / "provenance.json").read_text())
-    assert facts["plugins"] == kept["plugins"]
+    package = tmp_path / "my_scorers-2.5.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Name: my-scorers\nVersion: 2.5\n")
+    (package / "entry_points.txt").write_text("[d3po_bench.scorers]\nwidth = my_scorers:load\n")
+    (tmp_path / "my_scorers.py").write_text(MY_SCORER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = work.run(request(gallery(tmp_path / "pictures", 1), scorers=("width", "jpeg_size")))
+    assert float(rows(out)[0]["width"]) == 8
+    facts = json.loads((out / "provenance.json").read_text())
+    assert facts["plugins"] == {"scorer width": "my-scorers 2.5"}
+    assert facts["unchecked_scorers"] == ["width"]
 
 
 def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.process import RectifiedFlow
 from d3po_bench.errors import UserError
 from d3po_bench.models.stable_diffusion import StableDiffusion
+from d3po_bench.types import Conditions, Prediction, Weights
 from tests.conftest import disturb, loaded
+from tests.points import Points
 from tests.rounds import PROMPTS
 
 
@@ -51,6 +56,39 @@ def test_mean_log_ratio_on_own_samples_is_the_closed_form_kl(micro_model: Stable
         spread = ratio.std() / math.sqrt(count)
         assert (ratio.mean() - kl[0]).abs() < 5 * spread + 1e-9
         assert kl[0] > 3 * spread  # else the line above could not fail
+
+
+class Perfect(Points):
+    """A network that knows which image and noise it sees."""
+
+    def __init__(self, prediction: Prediction, x_0: Tensor, noise: Tensor) -> None:
+        super().__init__(torch.device("cpu"))
+        self.prediction, self.x_0, self.noise = prediction, x_0, noise
+        self.process = RectifiedFlow() if prediction == "flow" else self.process
+
+    def output(
+        self, x: Tensor, s: Tensor, conditions: Conditions, *, weights: Weights = "current"
+    ) -> Tensor:
+        alpha, sigma = self.process.alpha(s).view(-1, 1), self.process.sigma(s).view(-1, 1)
+        seen = alpha * self.x_0 + sigma * self.noise
+        torch.testing.assert_close(x, seen.float())
+        return {
+            "epsilon": self.noise,
+            "v_prediction": (alpha * self.noise - sigma * self.x_0).float(),
+            "flow": self.noise - self.x_0,
+        }[self.prediction]
+
+
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+def test_a_perfect_network_has_no_denoising_error(prediction: Prediction) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x_0, noise = torch.randn(2, 5, 2, generator=rng)
+    model = Perfect(prediction, x_0, noise)
+    level = model.process.training_levels[[0, 20, 400, 700, 999]]
+    policy = Policy(model, steps=4, guidance=1.0)
+    predicted, target = policy.denoise(x_0, level, noise, model.encode(["cat"] * 5))
+    torch.testing.assert_close(target, noise - x_0 if prediction == "flow" else noise)
+    torch.testing.assert_close(predicted, target, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("full", [False, True])

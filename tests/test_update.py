@@ -155,8 +155,12 @@ def _round(micro: str) -> tuple[Tensor, Tensor]:
     disturb(model, 0.01)
     policy = Policy(model, steps=4)
     rows = rows_of(policy)
-    updates = Updates(units=2, micro_batch=3)
-    update(policy, D3PO(), rows, adam(model), updates, shuffled())
+    optimizer = adam(model)
+    for updates in (
+        Updates(units=2, micro_batch=3),
+        Updates(units=1, every="timestep"),  # of one item: the other ranks have none
+    ):
+        update(policy, D3PO(), rows, optimizer, updates, shuffled())
     return rows.x_t, weights(model)
 
 
