@@ -268,7 +268,7 @@ def test_official_weights_are_asked_for_by_name(
 def test_what_follows_the_colon_chooses_weights(folder: Path) -> None:
     found = checked_scorer(f"clip:{folder}", CPU, "tiny")
     assert found.unit == "100 x cosine"
-    with pytest.raises(UserError, match="Expected the scorer jpeg_size alone"):
+    with pytest.raises(UserError, match="jpeg_size has no weights to choose"):
         checked_scorer("jpeg_size:tiny", CPU)
 
 
