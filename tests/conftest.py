@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench.cli import main
-from d3po_bench.models.adapters import Training
+from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.embedded import recipe
 from d3po_bench.models.sources import Source, load
 from d3po_bench.models.stable_diffusion import StableDiffusion
@@ -122,7 +122,7 @@ def micro_model(_adapted: tuple[StableDiffusion, dict[str, Tensor]]) -> StableDi
     return model
 
 
-def disturb(model: StableDiffusion, scale: float = 0.05, seed: int = 1) -> None:
+def disturb(model: DiffusersModel, scale: float = 0.05, seed: int = 1) -> None:
     """Move every trainable weight, so that policy and pretrained model differ."""
     rng = torch.Generator().manual_seed(seed)
     for weight in model.trainable().values():
