@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from d3po_bench.cli import main
-from d3po_bench.models.adapters import Training
+from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.embedded import recipe
 from d3po_bench.models.sources import Source, load
 from d3po_bench.models.stable_diffusion import StableDiffusion
@@ -93,15 +94,35 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def micro_model(micro: Path) -> StableDiffusion:
-    """The micro pipeline with a fresh adapter of seed 0."""
-    model = load(Source(path=str(micro)), CPU, Training())
-    model.add_adapter(seed=0)
+def loaded(folder: Path | str, **training: Any) -> StableDiffusion:
+    """The pipeline in a folder, without an adapter."""
+    model = load(Source(path=str(folder)), CPU, Training(**training))
+    assert isinstance(model, StableDiffusion)
     return model
 
 
-def disturb(model: StableDiffusion, scale: float = 0.05, seed: int = 1) -> None:
+@pytest.fixture(scope="session")
+def _adapted(micro: Path) -> tuple[StableDiffusion, dict[str, Tensor]]:
+    model = loaded(micro)
+    model.add_adapter(seed=0)
+    return model, {name: weight.detach().clone() for name, weight in model.trainable().items()}
+
+
+@pytest.fixture
+def micro_model(_adapted: tuple[StableDiffusion, dict[str, Tensor]]) -> StableDiffusion:
+    """The micro pipeline with a fresh adapter of seed 0: loaded once, and reset for each test.
+
+    A test may train it and count its forwards; one that changes anything else loads its own.
+    """
+    model, fresh = _adapted
+    model.load_trainable(fresh)
+    for weight in model.trainable().values():
+        weight.grad = None
+    model.forwards = model.backwards = 0
+    return model
+
+
+def disturb(model: DiffusersModel, scale: float = 0.05, seed: int = 1) -> None:
     """Move every trainable weight, so that policy and pretrained model differ."""
     rng = torch.Generator().manual_seed(seed)
     for weight in model.trainable().values():

@@ -30,6 +30,7 @@ from d3po_bench.feedback.rounds import Round, Vote
 from d3po_bench.feedback.schema import Kind
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url, open_labels
 from d3po_bench.feedback.votes import effective_votes, export, last_vote, scores_of, undo_vote
+from eval.tools import TOOLS
 from tests.feedback_load import Server
 
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
@@ -202,7 +203,9 @@ def learn(folder: Path, votes: int, pairs: int) -> None:
     """Export the votes, and let D3PO learn from them."""
     with open_labels(folder, None) as store:
         require(export(store, folder / "labels.csv") == votes, "votes are missing")
-    request = training.Request(method="d3po", passes=1, settings={}, preset=None, device="cpu")
+    request = training.TrainRequest(
+        method="d3po", passes=1, settings={}, preset=None, device="cpu", tools=TOOLS
+    )
     training.train(training.data_of(folder, scores_of(folder)), request, folder / "trained")
     found = sum(json.loads(line)["pairs"] for line in last_lines(folder / "trained"))
     require(found == pairs, f"learned from {found} pairs")

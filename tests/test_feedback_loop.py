@@ -513,6 +513,18 @@ def test_votes_on_something_else_are_refused(own: Path) -> None:
         assert (own / "labels.sqlite").read_bytes() == damaged
 
 
+def test_a_damaged_database_is_said_in_one_line(own: Path) -> None:
+    labels = own / "labels.sqlite"
+    whole = labels.read_bytes()
+    for start in range(4096, len(whole), 4096):  # all pages but the first, one at a time
+        labels.write_bytes(whole[:start] + b"\xff" * 4096 + whole[start + 4096 :])
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+            main(["feedback", "status", str(own)])
+        assert said.getvalue().count("\n") <= 1, said.getvalue()
+    labels.write_bytes(whole[: len(whole) // 2])
+    refused("feedback", "status", own, match="as a database: ")
+
+
 def test_a_database_of_a_newer_version_is_refused(own: Path) -> None:
     with sqlite3.connect(own / "labels.sqlite") as connection:
         connection.execute("update facts set value = '99' where name = 'version'")

@@ -27,7 +27,7 @@ from eval.evaluate import plan, work
 from eval.scorers import _clip
 from eval.scorers.jpeg_size import JpegSize
 from tests.commands import run_of
-from tests.test_evaluate import gallery
+from tests.gallery import gallery
 from tests.test_report import write_run
 
 ROOT = Path(__file__).parent.parent

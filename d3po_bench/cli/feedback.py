@@ -30,12 +30,8 @@ SETTINGS = click.option(
 PRESET = click.option("--preset", help="Settings to start from; default: the one for the model.")
 SEED = click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True)
 VOTES = click.option(
-    "--votes",
-    type=click.IntRange(1, 1000),
-    default=1,
-    show_default=True,
-    help="For each item.",
-)
+    "--votes", type=click.IntRange(1, 1000), default=1, show_default=True, help="For each item."
+)  # fmt: skip
 
 
 @click.command()
@@ -46,9 +42,7 @@ VOTES = click.option(
     "--kind", type=click.Choice(["tags", "pairs"]), default="tags", show_default=True,
     help="Tag the bad images of a grid, or choose the better of two.",
 )  # fmt: skip
-@click.option(
-    "--question", type=click.Choice(QUESTIONS), help="Default: deformed; for pairs: better."
-)
+@click.option("--question", type=click.Choice(QUESTIONS), help="Default: deformed; pairs: better.")
 @click.option("--images", type=click.IntRange(2, 9), help="For each prompt; default: 7; pairs: 2.")
 @click.option(
     "--from", "before", type=PLACE,
@@ -101,9 +95,7 @@ def new(
 @click.option("--rater", "raters", multiple=True, help="Name to invite; repeatable.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option(
-    "--public-url", help="Where raters reach the page through a proxy, such as https://HOST."
-)
+@click.option("--public-url", help="Where a proxy shows the page to raters, such as https://HOST.")
 @click.option("--renew", is_flag=True, help="Make new links for those invited before, too.")
 @VOTES
 @click.option(
@@ -164,10 +156,7 @@ def status(folder: Path, votes: int, labels: str | None) -> None:
 
 @click.command()
 @FOLDER
-@click.option(
-    "--out", type=PLACE,
-    help="Also write a CSV of source, share, low, high and raters.",
-)  # fmt: skip
+@click.option("--out", type=PLACE, help="Also write a CSV of source, share, low, high, raters.")
 @LABELS
 def choices(folder: Path, out: Path | None, labels: str | None) -> None:
     """Show how often each folder of a comparison is the raters' first choice.
@@ -223,12 +212,9 @@ def export(folder: Path, out: Path | None, labels: str | None) -> None:
 @FOLDER
 @click.option("--method", default="d3po", show_default=True, help="Method to train with.")
 @click.option(
-    "--passes",
-    type=click.IntRange(1, 10**4),
-    default=1,
-    show_default=True,
+    "--passes", type=click.IntRange(1, 10**4), default=1, show_default=True,
     help="How often to go through the votes.",
-)
+)  # fmt: skip
 @click.option(
     "--label-files", type=PLACE,
     help="Use the label files of the published code in this folder instead of votes.",

@@ -9,9 +9,7 @@ from typing import Literal, Self
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import schema
-from d3po_bench.feedback.schema import Answer
-from d3po_bench.feedback.schema import Kind as Kind
-from d3po_bench.feedback.schema import Question as Question
+from d3po_bench.feedback.schema import Answer, Kind, Question
 from d3po_bench.runs.files import write_atomically
 
 Pool = Literal["people", "simulated"]

@@ -7,7 +7,6 @@ them (not in a first round), and, once all are there, `round.json` and `files.js
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +22,11 @@ from d3po_bench.config import FEEDBACK, Execution, RunConfig
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.diffusion.seeding import stream
+from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
-from d3po_bench.feedback.rounds import Item, Kind, Question, Round
+from d3po_bench.feedback.rounds import Item, Round
+from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.machine import device_of
 from d3po_bench.models.sources import load, model_source, threads_of
 from d3po_bench.runs.files import png_bytes, taken, write_atomically
@@ -285,15 +286,9 @@ def _kept(folder: Path) -> Iterator[Path]:
         yield folder / ADAPTER
 
 
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_files(folder: Path) -> None:
     """Record the checksum of every picture and tensor of a round."""
-    known = {p.relative_to(folder).as_posix(): sha256(p) for p in _kept(folder)}
+    known = {p.relative_to(folder).as_posix(): sha256_of(p) for p in _kept(folder)}
     _write_json(folder / FILES, known)
 
 
@@ -326,7 +321,7 @@ def require_files(folder: Path, within: str = "") -> None:
 
 
 def _is(path: Path, expected: str) -> bool:
-    return path.is_file() and sha256(path) == expected
+    return path.is_file() and sha256_of(path) == expected
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -127,7 +127,7 @@ class LabelStore:
         self.clock = clock
         # One writer at a time: waiting here is fair, while SQLite's own wait is a poll.
         self._lock = threading.Lock()
-        with _in_one_line(url):
+        with _in_one_line(url, (SQLAlchemyError, ImportError)):  # the driver may be missing
             self._engine = sql.create_engine(url)
         if self._engine.dialect.name == "sqlite":
             sql.event.listen(self._engine, "connect", _set_up_sqlite)
@@ -228,13 +228,14 @@ def open_labels(
         new: make them if need be; else `labels` must be there, and a folder without has no votes.
 
     Raises:
-        UserError: no such round, no such labels, or labels of another round.
+        UserError: no such round, no such labels, or labels of another round; or the database
+            fails while it is used.
     """
     if labels and not new:
         _require_file(labels)
     made = new or (folder / LABELS).exists()
     url = labels or (default_url(folder) if made else "sqlite://")
-    with LabelStore(url, Round.read(folder), settings) as store:
+    with LabelStore(url, Round.read(folder), settings) as store, _in_one_line(url):
         yield store
 
 
@@ -270,11 +271,13 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 @contextlib.contextmanager
-def _in_one_line(url: str) -> Iterator[None]:
+def _in_one_line(
+    url: str, faults: tuple[type[Exception], ...] = (SQLAlchemyError,)
+) -> Iterator[None]:
     """Say in one line that the database cannot be used, without its password."""
     try:
         yield
-    except (SQLAlchemyError, ImportError) as problem:
+    except faults as problem:
         reason = str(getattr(problem, "orig", None) or problem).splitlines()[0]
         raise UserError(
             f"Cannot use {_shown(url)} as a database: {reason}. Give --labels a URL such as "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,7 +20,6 @@ from d3po_bench.feedback.sampling import (
     ADAPTER,
     FIXED,
     Sampling,
-    adapter_bytes,
     read_rollout,
     require_files,
 )
@@ -171,10 +169,13 @@ def train(
             f"The training in {out} began with other votes. Give another --out, or remove that "
             "folder."
         )
+    # The next round starts from it.
+    known = json.loads(json.dumps(asdict(data.sampling)))
+    known.pop("prompts")
     run_seed(
         Job(
             config=config, execution=execution, folder=out, tools=request.tools,
-            experience=experience, facts={"round": _facts(data)},
+            experience=experience, facts={"round": known},
         ),
         report,
     )  # fmt: skip
@@ -188,15 +189,3 @@ def _require_differences(data: Data, config: RunConfig, scores: Tensor) -> None:
             f"All votes in {data.folder} are ties, from which {config.method} learns nothing. Ask "
             "for more votes."
         )
-
-
-def _facts(data: Data) -> dict[str, Any]:
-    """What the next round goes on from."""
-    known = json.loads(json.dumps(asdict(data.sampling)))
-    known.pop("prompts")
-    return dict(known)
-
-
-def adapter_of(weights: Mapping[str, Tensor]) -> str:
-    """sha256 of the weights as a round keeps them."""
-    return hashlib.sha256(adapter_bytes(weights)).hexdigest()

@@ -162,7 +162,10 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
     for name, folder in folders.items():
         c = RunFolder(folder).config
         prompts = model_source(c.model).prompts or c.prompt_source
-        found[name] = {"steps": c.sampling_steps, "guidance": c.guidance, "prompts": prompts}
+        found[name] = {
+            "steps": c.sampling_steps, "guidance": c.guidance, "prompts": prompts,
+            "sampler": c.sampler, "eta": c.eta,
+        }  # fmt: skip
     first = next(iter(found))
     for name, how in found.items():
         if how != found[first]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from d3po_bench import registry
 from d3po_bench.config import RunConfig
@@ -14,6 +15,9 @@ from d3po_bench.models.sources import content, fingerprint, model_source
 from d3po_bench.prompts import read_pictures, read_prompts
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.tools import spread
+
+if TYPE_CHECKING:
+    from d3po_bench.diffusion.process import Sampler
 
 HELD_OUT = "captions-held-out"
 """The list of prompts that no run may have been trained on."""
@@ -39,6 +43,9 @@ class Plan:
     images: int = 1
     steps: int = 20
     guidance: float = 5.0
+    sampler: Sampler | Literal["auto"] = "auto"
+    """Of training, with its `eta`."""
+    eta: float = 1.0
     scorers: tuple[str, ...] = ()
     weights: str = "official"
     """Which weights scorers have that do not say so themselves."""
@@ -62,6 +69,9 @@ class Request:
     out: Path | None
     save: bool = False
     """Keep the pictures that were drawn, too."""
+    sampler: Sampler | Literal["auto"] = "auto"
+    """Of a model that is no run, with its `eta`; a run has its own."""
+    eta: float = 1.0
 
 
 def planned(request: Request) -> Plan:
@@ -80,8 +90,9 @@ def planned(request: Request) -> Plan:
             f"The run in {target} is not finished. Run its command again: it resumes from the "
             "last checkpoint."
         )
-    unet_alone = (target / "unet").is_dir() and not (target / "model_index.json").is_file()
-    if (target / "pytorch_lora_weights.safetensors").is_file() or unet_alone:
+    network = any((target / name).is_dir() for name in ("unet", "transformer"))
+    network_alone = network and not (target / "model_index.json").is_file()
+    if (target / "pytorch_lora_weights.safetensors").is_file() or network_alone:
         return _of_model(request, request.model or "tiny", str(target))
     _require_no_other_model(request, str(target))
     return _of_model(request, str(target), "")
@@ -129,6 +140,7 @@ def _of_model(request: Request, model: str, adapter: str, config: RunConfig | No
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
     trained = f" + {content(Path(adapter))[:12]}" if adapter else ""
     guidance = config.guidance if config else 5.0
+    sampler = config or request
     return Plan(
         model=model,
         adapter=adapter,
@@ -137,6 +149,8 @@ def _of_model(request: Request, model: str, adapter: str, config: RunConfig | No
         images=request.images,
         steps=request.steps or (config.sampling_steps if config else 20),
         guidance=guidance if request.guidance is None else request.guidance,
+        sampler=sampler.sampler,
+        eta=sampler.eta,
         scorers=_checked(request.scorers),
         weights=source.scorers,
     )

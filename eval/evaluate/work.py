@@ -261,7 +261,8 @@ def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[
 
     what = EvaluationSet(
         prompts=plan.prompts[first : first + PIECE], images=plan.images, steps=plan.steps,
-        guidance=plan.guidance, first=first, samplers=(sampler,),
+        guidance=plan.guidance, sampler=plan.sampler, eta=plan.eta, first=first,
+        samplers=(sampler,),
     )  # fmt: skip
     rows, pictures = evaluate(_model(plan, device), what, _scorers(plan, device))
     height, width = pictures[sampler].shape[2:]
