@@ -283,14 +283,12 @@ def settings(method: str) -> dict[str, dict[str, Any]]:
     kinds: dict[str, Any] = {
         "options": registry.method(method), "run": RunConfig, "execution": Execution
     }  # fmt: skip
-    return {
-        group: {
-            f.name: get_type_hints(kind)[f.name]
-            for f in fields(kind)
-            if f.name not in {*_ELSEWHERE, "options"}
-        }
-        for group, kind in kinds.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for group, kind in kinds.items():
+        hints = get_type_hints(kind)
+        names = (f.name for f in fields(kind) if f.name not in {*_ELSEWHERE, "options"})
+        found[group] = {name: hints[name] for name in names}
+    return found
 
 
 def method_of(config: RunConfig) -> Any:

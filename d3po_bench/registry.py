@@ -157,7 +157,8 @@ def require_scorer(name: str) -> None:
     Raises:
         UserError: with the nearest name.
     """
-    if name.partition(":")[0] not in names("scorer"):
+    base = name.partition(":")[0]
+    if base not in _files("scorer") and base not in _plugins("scorer"):
         raise unknown("scorer", name, names("scorer"))
 
 

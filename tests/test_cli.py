@@ -205,7 +205,9 @@ def test_an_absent_hub_model_says_how_to_get_it(command: Command, tmp_path: Path
 
 
 def test_lora_targets_that_the_unet_lacks_are_refused(command: Command, micro: Path) -> None:
-    refused(command(*run_of(micro, lora_targets="to_x")), "lora_targets=to_x names no layer")
+    for targets in ("to_x", ""):
+        said = f"lora_targets={targets} names no layer"
+        refused(command(*run_of(micro, lora_targets=targets)), said)
     assert not Path("runs").exists()
 
 

@@ -316,10 +316,7 @@ def test_every_fault_is_told_by_what_reads_the_file(
         copy.try_on(files, partial(call, fault))
 
 
-@pytest.mark.parametrize("fault", malformed.HEADERS)
-def test_a_lora_that_is_no_lora_is_told(
-    fault: str, damaged: Callable[[Base], Damaged], micro: Path
-) -> None:
+def test_a_lora_that_is_no_lora_is_told(damaged: Callable[[Base], Damaged], micro: Path) -> None:
     copy = damaged("lora")
     read_lora(micro, copy.folder)
 
@@ -327,7 +324,14 @@ def test_a_lora_that_is_no_lora_is_told(
         with pytest.raises(UserError):
             read_lora(micro, copy.folder)
 
-    copy.try_on({LORA: malformed.HEADERS[fault]}, call)
+    for fault in (
+        "empty",
+        "header past the end",
+        "offsets backwards",
+        "cut off",
+        "strange tensors",
+    ):
+        copy.try_on({LORA: malformed.HEADERS[fault]}, call)
 
 
 @pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.commands])

@@ -179,7 +179,7 @@ def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     Raises:
         UserError: an unknown name, or a setting that no run can have.
     """
-    model = request.model.rstrip("/")
+    model = request.model.rstrip("/") or request.model
     preset = model_source(model).preset if request.preset is None else request.preset
     given: dict[str, Any] = {"model": model, "seed": request.seeds.start}
     if request.rounds is not None:

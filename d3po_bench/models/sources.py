@@ -56,7 +56,7 @@ def model_source(name: str) -> Source:
     if name in registry.names("model"):
         source: Source = registry.model_source(name)
         return source
-    if Path(name).exists() or (name.count("/") == 1 and not name.startswith((".", "/"))):
+    if (name and Path(name).exists()) or (name.count("/") == 1 and not name.startswith((".", "/"))):
         return Source(path=name)
     raise registry.unknown("model", name, [*registry.names("model"), "FOLDER", "HUB/ID", "FILE.py"])
 

@@ -65,8 +65,9 @@ class Trainer:
         self.device = device
         self.method = method_of(config)
         source = model_source(config.model)
-        self.inputs = {"model": fingerprint(source), "prompts": digest(experience.prompts)}
         self.model = load(source, device, training_of(config, execution))
+        # Once it has loaded: what is no model may be a folder of any size.
+        self.inputs = {"model": fingerprint(source), "prompts": digest(experience.prompts)}
         if self.model.commit:
             self.inputs["model_commit"] = self.model.commit
         self.model.encode([*experience.prompts, ""])
