@@ -10,15 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Generator, Tensor
 
+from d3po_bench.diffusion.advantages import advantages, ppo_loss
 from d3po_bench.errors import UserError
-from d3po_bench.policy import Policy
-from d3po_bench.types import ImageRows, Method, Metrics, Reference, Rollout
-
-LARGEST = 20.0
-"""Log-ratios are cut here: exp of more than 88 has a gradient of 0 * inf behind the clip."""
+from d3po_bench.types import ImageRows, Method, Metrics, Policy, Reference, Rollout
 
 
 @dataclass(frozen=True)
@@ -27,12 +23,6 @@ class Advantages(ImageRows):
 
     advantage: Tensor
     """[M, T]; standard deviations above the mean, the same for all steps of an image."""
-
-
-def ppo_loss(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """PPO's clipped loss max(-A r, -A clamp(r, 1 - c, 1 + c)), [N], for log r and A [N]."""
-    ratio = log_ratio.clamp(max=LARGEST).exp()
-    return torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 @dataclass(frozen=True)
@@ -61,21 +51,21 @@ class DDPO:
         known = 0 < self.clip_range < 1 and self.advantage_clip > 0 and self.minimum >= 0
         if not (known and 0 <= self.buffer <= 64):
             raise UserError(
-                "Expected clip_range between 0 and 1, advantage_clip above 0, minimum of at least "
-                f"0 and buffer from 0 to 64, got {self.clip_range}, {self.advantage_clip}, "
+                "DDPO needs clip_range between 0 and 1, advantage_clip above 0, minimum at least 0 "
+                f"and buffer from 0 to 64; these are {self.clip_range}, {self.advantage_clip}, "
                 f"{self.minimum} and {self.buffer}. Change them with --set."
             )
 
     def rows(self, rollout: Rollout, rng: Generator) -> Advantages:
         """All images, each with its advantage."""
         images = ImageRows.of(rollout)
-        advantage = rollout.advantages(self.buffer, self.minimum).flatten().to(images.x_t.device)
+        advantage = advantages(rollout, self.buffer, self.minimum).flatten().to(images.x_t.device)
         clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
-        return Advantages(**vars(images), advantage=clipped.unsqueeze(1).expand(images.t.shape))
+        return Advantages(**vars(images), advantage=clipped.unsqueeze(1).expand(images.step.shape))
 
     def loss(self, policy: Policy, items: Advantages) -> tuple[Tensor, Metrics]:
         """Mean loss of the items' steps."""
-        step = policy.step(items.x_t, items.t, items.text)
+        step = policy.step(items.x_t, items.step, items.conditions)
         log_ratio = step.log_ratio(items.sampled, items.x_next)
         if self.loss_form == "score_function":
             loss = -items.advantage * step.log_prob(items.x_next)

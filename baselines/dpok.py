@@ -5,7 +5,7 @@ denoising step to the pretrained model. Between steps of equal variance that KL 
 Differences: yk7333/d3po's "KL" is one between categorical distributions over the batch, which
 is zero for one image (`kl=none` is the same as that code); google-research/dpok penalises the
 squared difference of the noises (`noise_mse`), clamps the ratio without PPO's maximum
-(`hard_clamp`), and subtracts a learnt value (`value`; theirs is fitted to rewards of a replay
+(`hard_clamp`), and subtracts a learned value (`value`; theirs is fitted to rewards of a replay
 buffer, ours to the round's advantages).
 """
 
@@ -18,10 +18,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from d3po_bench.diffusion.advantages import advantages, ppo_loss, ratio_of
 from d3po_bench.errors import UserError
-from d3po_bench.gaussian import Gaussian
-from d3po_bench.policy import Policy
-from d3po_bench.types import ImageRows, Method, Metrics, Reference, Rollout
+from d3po_bench.types import ImageRows, Method, Metrics, Policy, Reference, Rollout, Step
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class DPOK:
         known = 0 < self.clip_range < 1 and self.kl_weight >= 0 and self.advantage_clip > 0
         if not (known and self.minimum >= 0 and 0 <= self.buffer <= 64):
             raise UserError(
-                "Expected clip_range between 0 and 1, kl_weight and minimum of at least 0, "
-                "advantage_clip above 0 and buffer from 0 to 64, got "
+                "DPOK needs clip_range between 0 and 1, kl_weight and minimum of at least 0, "
+                "advantage_clip above 0 and buffer from 0 to 64; these are "
                 f"{self.clip_range}, {self.kl_weight}, {self.minimum}, {self.advantage_clip} and "
                 f"{self.buffer}. Change them with --set."
             )
@@ -75,18 +74,22 @@ class DPOK:
         """All images, each with its advantage and what the pretrained model would have done."""
         images = ImageRows.of(rollout)
         means = rollout.means if rollout.reference is None else rollout.reference
-        advantage = rollout.advantages(self.buffer, self.minimum).flatten().unsqueeze(1)
-        advantage = advantage.to(images.x_t.device).expand(images.t.shape)
+        advantage = advantages(rollout, self.buffer, self.minimum).flatten().unsqueeze(1)
+        advantage = advantage.to(images.x_t.device).expand(images.step.shape)
         if self.value == "on":
-            advantage = advantage - learnt_value(images, advantage, rollout.memory, rng)
+            advantage = advantage - learned_value(images, advantage, rollout.memory, rng)
         clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
         return Regularised(**vars(images), advantage=clipped, pretrained=means.flatten(0, 1))
 
     def loss(self, policy: Policy, items: Regularised) -> tuple[Tensor, Metrics]:
         """Mean over the items of the clipped policy gradient and the weighted penalty."""
-        step = policy.step(items.x_t, items.t, items.text)
+        step = policy.step(items.x_t, items.step, items.conditions)
         log_ratio = step.log_ratio(items.sampled, items.x_next)
-        loss = self._policy_loss(log_ratio, items.advantage)
+        if self.ratio == "ppo":
+            loss = ppo_loss(log_ratio, items.advantage, self.clip_range)
+        else:
+            cut = ratio_of(log_ratio).clamp(1 - self.clip_range, 1 + self.clip_range)
+            loss = -items.advantage * cut
         metrics = {"abs_log_ratio": log_ratio.detach().abs().mean()}
         if self.kl != "none":
             penalty = self.penalty(policy, step, items)
@@ -94,18 +97,10 @@ class DPOK:
             metrics["penalty"] = penalty.detach().mean()
         return loss.mean(), metrics
 
-    def _policy_loss(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        """PPO's loss, or the ratio cut at the clip range, [N]."""
-        ratio = log_ratio.clamp(max=20).exp()  # more than exp(88) is infinite: 0 * inf behind clamp
-        cut = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        if self.ratio == "hard_clamp":
-            return -advantage * cut
-        return torch.max(-advantage * ratio, -advantage * cut)
-
-    def penalty(self, policy: Policy, step: Gaussian, items: Regularised) -> Tensor:
+    def penalty(self, policy: Policy, step: Step, items: Regularised) -> Tensor:
         """Distance of each step to the pretrained model's, [N]; nats or squared noise."""
         if self.kl == "noise_mse":
-            return policy.noise_gap(step, items.pretrained, items.t)
+            return policy.output_gap(step, items.pretrained, items.step)
         return step.kl(items.pretrained)
 
 
@@ -127,14 +122,15 @@ class Value(nn.Module):
         return values.squeeze(1)
 
 
-def learnt_value(
+def learned_value(
     images: ImageRows, target: Tensor, memory: dict[str, Tensor], rng: Generator
 ) -> Tensor:
     """Values [M, T] of every latent, before five steps of learning from `target` [M, T].
 
     Batches of 256 transitions, AdamW at 1e-4; the weights and moments live in `memory`.
     """
-    features = torch.cat([images.x_t.flatten(2), images.text.mean(2)], 2).flatten(0, 1)
+    pooled = images.conditions.pooled().unsqueeze(1).expand(-1, images.steps, -1)
+    features = torch.cat([images.x_t.flatten(2), pooled], 2).flatten(0, 1)
     step = torch.arange(images.steps, device=features.device).repeat(len(images))
     goal = target.flatten()
     network, optimizer = _recall(features, images.steps, memory, rng)

@@ -10,25 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Generator, Tensor
 
-from d3po_bench.policy import Policy
-from d3po_bench.types import Method, Metrics, Reference, Rollout, Rows
-
-
-@dataclass(frozen=True)
-class Winners(Rows):
-    """One row is one preferred image, with T random noise levels."""
-
-    x_0: Tensor
-    """[M, T, C, H, W]."""
-    noise: Tensor
-    """[M, T, C, H, W]."""
-    t: Tensor
-    """[M, T]."""
-    text: Tensor
-    """[M, T, L, E]."""
+from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
 
 
 @dataclass(frozen=True)
@@ -46,30 +30,20 @@ class PreferredImages:
     """One image wins against none."""
     reference: ClassVar[Reference | None] = None
 
-    def rows(self, rollout: Rollout, rng: Generator) -> Winners:
+    def rows(self, rollout: Rollout, rng: Generator) -> NoisedRows:
         """The winners, each with T draws of a noise level and noise; none in a round of ties."""
         scores = rollout.scores
         best = scores == scores.amax(1, keepdim=True)
         prompt, image = (best & ~best.all(1, keepdim=True)).nonzero(as_tuple=True)
-        x_0 = rollout.latents[prompt, image, -1]
-        steps = len(rollout.timesteps)
-        t = torch.randint(1000, (len(x_0), steps), generator=rng)
-        if self.timesteps == "sampler":
-            t = rollout.timesteps.cpu()[t % steps]
-        noise = torch.randn((len(x_0), steps, *x_0.shape[1:]), generator=rng)
-        return Winners(
-            x_0=x_0.unsqueeze(1).expand(noise.shape),
-            noise=noise.to(x_0.device),
-            t=t.to(x_0.device),
-            text=rollout.text[prompt].unsqueeze(1).expand(-1, steps, -1, -1),
-        )
+        return NoisedRows.of(rollout, prompt, image, rng, self.timesteps)
 
-    def loss(self, policy: Policy, items: Winners) -> tuple[Tensor, Metrics]:
+    def loss(self, policy: Policy, items: NoisedRows) -> tuple[Tensor, Metrics]:
         """Mean squared error of the predicted noise."""
-        error = policy.denoising_error(
-            items.x_0, items.text, items.t, items.noise, guided=self.guided
+        predicted, target = policy.denoise(
+            items.x_0, items.level, items.noise, items.conditions, guided=self.guided
         )
+        error = (predicted - target).square().flatten(1).mean(1)
         return error.mean(), {"denoising_error": error.detach().mean()}
 
 
-METHOD: type[Method[Winners]] = PreferredImages
+METHOD: type[Method[NoisedRows]] = PreferredImages

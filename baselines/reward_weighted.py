@@ -19,23 +19,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from d3po_bench.diffusion.advantages import advantages
 from d3po_bench.errors import UserError
-from d3po_bench.policy import Policy
-from d3po_bench.types import Method, Metrics, Reference, Rollout, Rows
+from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
 
 
 @dataclass(frozen=True)
-class Weighted(Rows):
+class Weighted(NoisedRows):
     """One row is one image, with T random noise levels."""
 
-    x_0: Tensor
-    """[M, T, C, H, W]."""
-    noise: Tensor
-    """[M, T, C, H, W]."""
-    t: Tensor
-    """[M, T]."""
-    text: Tensor
-    """[M, T, L, E]."""
     weight: Tensor
     """[M, T]."""
     effective: Tensor
@@ -88,9 +80,10 @@ class RewardWeighted:
         known = self.largest_weight > 0 and self.anchor >= 0 and self.minimum >= 0
         if not (known and 0 <= self.quantile < 1 and 0 <= self.buffer <= 64):
             raise UserError(
-                "Expected largest_weight above 0, anchor and minimum of at least 0, quantile from "
-                f"0 to 1, buffer from 0 to 64, got {self.largest_weight}, {self.anchor}, "
-                f"{self.minimum}, {self.quantile} and {self.buffer}. Change them with --set."
+                "Reward Weighted needs largest_weight above 0, anchor and minimum of at least 0, "
+                "quantile from 0 to 1, buffer from 0 to 64; these are "
+                f"{self.largest_weight}, {self.anchor}, {self.minimum}, {self.quantile} and "
+                f"{self.buffer}. Change them with --set."
             )
 
     def weights(self, rollout: Rollout) -> Tensor:
@@ -101,13 +94,13 @@ class RewardWeighted:
         """
         rewards = rollout.scores.flatten()
         if self.weight == "softmax_advantage":
-            rewards = rollout.advantages(self.buffer, self.minimum).flatten()
+            rewards = advantages(rollout, self.buffer, self.minimum).flatten()
         elif self.weight == "sparse":
             return (rewards >= rewards.quantile(self.quantile)).float()
         elif self.weight == "lee":
             if rewards.min() < 0 or rewards.max() > 1:
                 raise UserError(
-                    "Expected rewards from 0 to 1 for weight=lee, got "
+                    "weight=lee needs rewards from 0 to 1; these reach from "
                     f"{float(rewards.min()):g} to {float(rewards.max()):g}. Use another weight."
                 )
             return rewards
@@ -119,33 +112,25 @@ class RewardWeighted:
 
     def rows(self, rollout: Rollout, rng: Generator) -> Weighted:
         """All images, each with its weight and T draws of a noise level and noise."""
-        x_0 = rollout.latents[:, :, -1].flatten(0, 1)
-        steps, images = len(rollout.timesteps), rollout.scores.shape[1]
-        t = torch.randint(1000, (len(x_0), steps), generator=rng)
-        if self.timesteps == "sampler":
-            t = rollout.timesteps.cpu()[t % steps]
-        noise = torch.randn((len(x_0), steps, *x_0.shape[1:]), generator=rng)
-        weight = self.weights(rollout).to(x_0.device)
+        prompt, image = torch.ones(rollout.scores.shape).nonzero(as_tuple=True)
+        images = NoisedRows.of(rollout, prompt, image, rng, self.timesteps)
+        weight = self.weights(rollout).to(images.x_0.device)
         effective = weight.sum().square() / weight.square().sum() / len(weight)
-        text = rollout.text.repeat_interleave(images, 0).unsqueeze(1)
         return Weighted(
-            x_0=x_0.unsqueeze(1).expand(noise.shape),
-            noise=noise.to(x_0.device),
-            t=t.to(x_0.device),
-            text=text.expand(-1, steps, -1, -1),
-            weight=weight.unsqueeze(1).expand(t.shape),
-            effective=effective.expand(t.shape),
+            **vars(images),
+            weight=weight.unsqueeze(1).expand(images.level.shape),
+            effective=effective.expand(images.level.shape),
         )
 
     def loss(self, policy: Policy, items: Weighted) -> tuple[Tensor, Metrics]:
         """Weighted mean squared error of the predicted noise, and its anchor."""
-        place = items.x_0, items.text, items.t, items.noise
-        predicted = policy.predicted_noise(*place, guided=self.guided)
-        error = (predicted - items.noise).square().flatten(1).mean(1)
+        place = items.x_0, items.level, items.noise, items.conditions
+        predicted, target = policy.denoise(*place, guided=self.guided)
+        error = (predicted - target).square().flatten(1).mean(1)
         loss = (items.weight * error).mean()
         if self.anchor:
             with torch.no_grad():
-                before = policy.predicted_noise(*place, guided=self.guided, frozen=True)
+                before, _ = policy.denoise(*place, guided=self.guided, weights="base")
             loss = loss + self.anchor * (predicted - before).square().mean()
         return loss, {
             "denoising_error": error.detach().mean(),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from d3po_bench import registry
+from d3po_bench.digests import short
 from d3po_bench.errors import UserError
+from d3po_bench.presets import PRESETS
 
 FEEDBACK = "feedback"
 """The objective of runs that learn from votes: no program could score for it."""
+
+
+LATER = {"sampler": "auto"}
+"""Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,10 @@ class RunConfig:
     images_per_prompt: int = 0
     """K; 0 means the method's own."""
     sampling_steps: int = 20
+    sampler: Literal["auto", "ddim", "flow_sde", "cps"] = "auto"
+    """Auto: ddim, or Flow-GRPO's SDE for a model that is a rectified flow."""
     eta: float = 1.0
+    """Strength of the noise in each step: DDIM's eta, or the a of flow_sde and cps."""
     guidance: float = 5.0
     learning_rate: float = 3e-5
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -72,15 +80,33 @@ class RunConfig:
     eval_scorers: tuple[str, ...] = ()
     """Scorers beside the objective's; name:weights where other weights than the model's suit."""
 
+    def _recorded(self) -> dict[str, Any]:
+        """What is written down of it; a setting that came later only where it differs."""
+        settings = asdict(self)
+        return {k: v for k, v in settings.items() if k not in LATER or v != LATER[k]}
+
     @property
     def run_id(self) -> str:
         """Twelve hex digits that name this config."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return short(json.dumps(self._recorded(), sort_keys=True))
+
+    @property
+    def prompt_source(self) -> str:
+        """The list or file of its prompts: its own, or the objective's."""
+        return self.prompts or registry.objective(self.objective).prompts
 
     def to_json(self) -> str:
         """The config as it lies in a run folder."""
-        return json.dumps({**asdict(self), "run_id": self.run_id}, indent=1, sort_keys=True) + "\n"
+        found = {**self._recorded(), "run_id": self.run_id}
+        return json.dumps(found, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """The config that `to_json` wrote, read as JSON; what it does not name has its default."""
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k != "run_id"
+        }
+        return cls(**given)
 
     def check(self) -> None:
         """Refuse values that no run can have, the method's options included.
@@ -161,80 +187,6 @@ def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> N
                 f"Expected {name} from {low:g} to {high:g}, got {str(value)[:40]}. "
                 f"Change it with --set {name}=..."
             )
-
-
-_EACH_IMAGE = {"units_per_update": 16, "minimum": 8}
-"""As many images in an update as D3PO samples for one; 8 of a prompt are enough to compare."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {
-        "rounds": 12,
-        "prompts_per_round": 16,
-        "images_per_prompt": 8,
-        "sampling_steps": 10,
-        "skip_steps": 5,
-        "timestep_fraction": 0.8,
-        "units_per_update": 2,
-        "learning_rate": 2.5e-3,
-        "eval_every": 4,
-        "eval_images": 1,
-        "eval_scorers": ("animal",),
-        "by_method": {
-            "d3po": {"pairs": "extremes", "clip_range": 0.2},
-            "ddpo": {**_EACH_IMAGE, "clip_range": 0.1},
-            "dpok": {**_EACH_IMAGE, "clip_range": 0.1, "kl_weight": 0.03},
-            "reward_weighted": {
-                **_EACH_IMAGE,
-                "skip_steps": 0,
-                "timestep_fraction": 0.5,
-                "learning_rate": 4e-4,
-            },
-            "preferred_images": {"skip_steps": 0, "timestep_fraction": 1.0, "learning_rate": 4e-4},
-        },
-    },
-    "paper": {
-        "prompts_per_round": 80,
-        "units_per_update": 4,
-        "dtype": "fp16",
-        "lora_targets": ("to_q", "to_k", "to_v"),
-        "eval_scorers": ("clip", "diversity"),
-        "by_method": {"reward_weighted": {"units_per_update": 8}},  # images of four pairs
-    },
-    "official_code": {
-        "prompts_per_round": 20,
-        "units_per_update": 1,
-        "dtype": "fp16",
-        "by_method": {
-            "dpok": {"kl": "none"},  # its KL is exactly 0
-            "reward_weighted": {"units_per_update": 2},  # images of a pair
-        },
-        "by_objective": {"aesthetic": {"rounds": 1000, "prompts_per_round": 8}},
-    },
-}
-"""`by_method` and `by_objective` hold what differs between them: options of the method, or fields
-of RunConfig as the rest.
-
-quick: minutes on a laptop, for the embedded model. alignment: the same for Table 1, in five steps,
-with which the embedded model makes mistakes that can be unlearnt. paper: Table 2 on synchronised
-devices. official_code: what one of the published code's devices runs."""
-
-PRESETS["alignment"] = PRESETS["quick"] | {
-    "sampling_steps": 5,
-    "skip_steps": 2,
-    "timestep_fraction": 1.0,
-    "by_method": {
-        # 128 images are all of a round: one update, whether a unit is an image or a pair.
-        method: {**own, "units_per_update": 128}
-        for method, own in PRESETS["quick"]["by_method"].items()
-    },
-}
-
-PRESET_SUMMARIES = {
-    "quick": "minutes on one core, for the embedded model",
-    "alignment": "quick with five steps and one update a round, for Table 1 on the embedded model",
-    "paper": "Table 2: 80 pairs a round, 400 rounds, lr 3e-5, LoRA on q, k, v",
-    "official_code": "one device of the published code: 20 pairs, one pair per update",
-}
 
 
 def pairs_of(settings: Sequence[str]) -> dict[str, str]:

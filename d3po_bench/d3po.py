@@ -17,8 +17,16 @@ from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
 from d3po_bench.errors import UserError
-from d3po_bench.policy import Policy
-from d3po_bench.types import Method, Metrics, Reference, Rollout, Rows
+from d3po_bench.types import (
+    Conditions,
+    Method,
+    Metrics,
+    Policy,
+    Reference,
+    Rollout,
+    Rows,
+    step_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,9 @@ class Pairs(Rows):
     """[M, T, 2, C, H, W]."""
     reference: Tensor
     """[M, T, 2, C, H, W] means of the reference policy."""
-    t: Tensor
-    """[M, T]."""
-    text: Tensor
-    """[M, T, L, E]."""
+    step: Tensor
+    """[M, T] number of each denoising step, 0 to T-1."""
+    conditions: Conditions
     preference: Tensor
     """[M, T]; 1, or 0 for a tie."""
 
@@ -95,8 +102,8 @@ def preferred(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if scores.shape[1] < 2:
         raise UserError(
-            f"Expected at least 2 images of each prompt, got {scores.shape[1]}. Use --set "
-            "images_per_prompt=2."
+            f"D3PO compares images of a prompt and needs at least 2, not {scores.shape[1]}. Use "
+            "--set images_per_prompt=2."
         )
     scores = scores if scores.ndim == 3 else scores.unsqueeze(-1)
     pairs = torch.tensor(list(combinations(range(scores.shape[1]), 2)))
@@ -154,14 +161,14 @@ class D3PO:
         """
         if not (0 < self.clip_range < 1 and self.beta > 0):
             raise UserError(
-                "Expected clip_range between 0 and 1 and beta above 0, got "
+                "D3PO needs clip_range between 0 and 1 and beta above 0; these are "
                 f"{self.clip_range} and {self.beta}. Change them with --set."
             )
 
     def _pairs(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return extremes(scores) if self.pairs == "extremes" else preferred(scores)
 
-    def learnt(self, rollout: Rollout) -> Tensor:
+    def images_used(self, rollout: Rollout) -> Tensor:
         """Images that are in a pair, [P, K] bool."""
         prompt, images, _ = self._pairs(rollout.scores)
         chosen = torch.zeros(rollout.scores.shape[:2], dtype=torch.bool)
@@ -175,26 +182,25 @@ class D3PO:
             kept = preference > 0
             prompt, images, preference = prompt[kept], images[kept], preference[kept]
         if rollout.reference is None:
-            raise ValueError("D3PO needs rollout.reference: see engine.with_reference")
+            raise ValueError("D3PO needs rollout.reference: see diffusion.sampling.with_reference")
         index = prompt.unsqueeze(1), images
-        steps = len(rollout.timesteps)
         latents = rollout.latents[index].transpose(1, 2)
-        count = len(prompt)
+        step = step_numbers(rollout, len(prompt))
         return Pairs(
             x_t=latents[:, :-1],
             x_next=latents[:, 1:],
             reference=rollout.reference[index].transpose(1, 2),
-            t=rollout.timesteps.expand(count, steps),
-            text=rollout.text[prompt].unsqueeze(1).expand(-1, steps, -1, -1),
-            preference=preference.to(latents.device).unsqueeze(1).expand(count, steps),
+            step=step,
+            conditions=rollout.conditions.take(prompt.to(latents.device)),
+            preference=preference.to(latents.device).unsqueeze(1).expand(step.shape),
         )
 
     def loss(self, policy: Policy, items: Pairs) -> tuple[Tensor, Metrics]:
         """Mean of Eq. 14 over the items, both images of all pairs in one network call."""
         step = policy.step(
             items.x_t.flatten(0, 1),
-            items.t.repeat_interleave(2),
-            items.text.repeat_interleave(2, 0),
+            items.step.repeat_interleave(2),
+            items.conditions.repeat(2),
         )
         reference = items.reference.flatten(0, 1)
         elements = reference[0].numel() if self.log_prob == "sum" else 1

@@ -1,4 +1,4 @@
-"""Checksums of large files, which do not change while a command runs."""
+"""Checksums: of files, and short ones that name a text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 
-def sha256_once(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """sha256 of a file, hex; read once while its size and time stay: a grid asks for each run.
 
     Raises:
@@ -21,3 +21,8 @@ def sha256_once(path: Path) -> str:
 def _sha256(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def short(text: str) -> str:
+    """Twelve hex digits that name a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Bad input, said in three parts: what was expected, what came, what to do."""
+    """Bad input: the fault and the remedy, in one line."""
 
     exit_code = 2
 
@@ -59,6 +59,6 @@ def of_file(problem: OSError) -> UserError:
     name = str(problem.filename)
     shown = name if len(name) <= 200 else name[:197] + "..."
     return UserError(
-        f"Expected to read or write {shown}, got: {problem.strerror}. Correct the path, or the "
+        f"{shown} cannot be read or written: {problem.strerror}. Correct the path, or the "
         "permissions of what is there."
     )

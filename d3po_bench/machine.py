@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from pathlib import Path
 
 import torch
 import torch.utils.deterministic
+
+from d3po_bench.errors import UserError
 
 
 def processors() -> dict[str, str]:
@@ -53,6 +54,19 @@ def determine(device: torch.device, wanted: str) -> bool:
     return on
 
 
-def digest(text: str) -> str:
-    """Twelve hex digits that name a text, such as the changes to a commit."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def device_of(name: str) -> torch.device:
+    """The device of that name; auto takes the first accelerator there is.
+
+    Raises:
+        UserError: torch cannot use it here.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as problem:
+        raise UserError(
+            f"torch cannot use the device {name!r} here. Give --device auto, cpu or cuda."
+        ) from problem

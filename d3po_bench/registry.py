@@ -2,8 +2,9 @@
 
 A method is a file with `METHOD = ...` beside `d3po.py` or in `baselines/`; a scorer one with
 `def load(` in `eval/scorers/`; an objective one with `OBJECTIVE = ...`; a model one with
-`SOURCE = ...`. Packages elsewhere add methods and scorers through the entry points
-`d3po_bench.methods` and `d3po_bench.scorers`.
+`SOURCE = ...`; a family of models one with `FAMILY = ...`; a tracker one with `TRACKER = ...`.
+Packages elsewhere add methods and scorers through the entry points `d3po_bench.methods` and
+`d3po_bench.scorers`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -22,7 +24,7 @@ from typing import Any, Literal
 from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Objective, Scorer
 
-Kind = Literal["method", "objective", "scorer", "model"]
+Kind = Literal["method", "objective", "scorer", "model", "family", "tracker"]
 
 HOME = Path(__file__).parent.parent
 _FOLDERS: dict[Kind, tuple[str, ...]] = {
@@ -30,12 +32,16 @@ _FOLDERS: dict[Kind, tuple[str, ...]] = {
     "objective": ("d3po_bench.objectives",),
     "scorer": ("eval.scorers",),
     "model": ("d3po_bench.models",),
+    "family": ("d3po_bench.models",),
+    "tracker": ("d3po_bench.training.trackers",),
 }
 _MARKS: dict[Kind, str] = {
     "method": "\nMETHOD",
     "objective": "\nOBJECTIVE",
     "scorer": "\ndef load(",
     "model": "\nSOURCE",
+    "family": "\nFAMILY",
+    "tracker": "\nTRACKER",
 }
 
 
@@ -175,7 +181,16 @@ def _loader(name: str) -> Callable[..., Scorer]:
 
 
 def load_scorer(name: str, device: Any, weights: str = "official") -> Scorer:
-    """A scorer that has not been checked yet: see `scorer`."""
+    """The scorer of that name, loaded on `device`; not compared with its golden scores yet.
+
+    Args:
+        name: of the scorer, or name:weights, such as aesthetic:tiny.
+        device: where its network runs, if it has one.
+        weights: which ones to take where the name does not say.
+
+    Raises:
+        UserError: no such scorer, it takes no weights, or they are not there.
+    """
     base, colon, own = name.partition(":")
     load = _loader(base)
     if takes_weights(base):
@@ -188,36 +203,52 @@ def load_scorer(name: str, device: Any, weights: str = "official") -> Scorer:
     return load(device)
 
 
-def scorer(name: str, device: Any, weights: str = "official") -> Scorer:
-    """The scorer of that name, loaded on `device`, after it gave its golden scores.
-
-    Args:
-        name: of the scorer, or name:weights, such as aesthetic:tiny.
-        device: where its network runs, if it has one.
-        weights: which ones to take where the name does not say.
-
-    Raises:
-        UserError: no such scorer, it takes no weights, they are not there, or it says something
-            else than it once did.
-    """
-    found = load_scorer(name, device, weights)
-    chosen = ":" not in name and takes_weights(name)
-    selfcheck().check(f"{name}:{weights}" if chosen else name, found)
-    return found
-
-
 def model_source(name: str) -> Any:
-    """Where the model of that name comes from (a `models.stable_diffusion.Source`)."""
+    """Where the model of that name comes from (a `models.sources.Source`)."""
     return _module("model", name).SOURCE
 
 
-def evaluator() -> ModuleType:
-    """The evaluator: `eval` is not imported before a run needs it."""
-    _package("eval")
-    return importlib.import_module("eval.evaluator")
+def family(pipeline: str, path: str) -> Any:
+    """The family of models that loads a pipeline class of diffusers.
+
+    Args:
+        pipeline: the `_class_name` in model_index.json.
+        path: of the pipeline, for people.
+
+    Raises:
+        UserError: none does.
+    """
+    families = [_module("family", name).FAMILY for name in names("family")]
+    found = next((f for f in families if pipeline in f.PIPELINES), None)
+    if found is None:
+        known = ", ".join(name for f in families for name in f.PIPELINES)
+        raise UserError(
+            f"{path} is a {pipeline}, which no model family here loads. Known: {known}. "
+            "A family is one file: see CONTRIBUTING.md."
+        )
+    return found
 
 
-def selfcheck() -> ModuleType:
-    """The golden scores of scorers."""
-    _package("eval")
-    return importlib.import_module("eval.selfcheck")
+def tracker(name: str) -> Any:
+    """The class of that tracker, a `training.listeners.Listener` of a run's folder."""
+    return _module("tracker", name).TRACKER
+
+
+@cache
+def from_file(path: Path) -> ModuleType:
+    """The module in a Python file of the user's.
+
+    Raises:
+        UserError: it cannot be read, or fails when it is loaded.
+    """
+    spec = importlib.util.spec_from_file_location(f"d3po_bench_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file. Give one that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        raise UserError(
+            f"{path} does not load: {type(problem).__name__}: {problem}. Correct that file."
+        ) from problem
+    return module

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from d3po_bench.listing import section
+from d3po_bench.text import section
+from eval import downloads
 
 EMBEDDED = registry.HOME / "eval" / "embedded"
 """Small scorers that ship with the project."""
@@ -27,30 +28,35 @@ EXTRAS = {"open-clip": "open_clip", "feedback": "fastapi", "track": "tensorboard
 def everything() -> Iterator[str]:
     """Packages, devices, extras, weights and scorers, a line each."""
     yield from section("python", {platform.python_version(): sys.executable})
-    yield from section("packages", {name: _version(name) for name in _required()})
-    yield from section("extras", {name: _extra(name) for name in EXTRAS})
+    yield from section("packages", _packages())
+    extras = {
+        name: "installed"
+        if find_spec(module)
+        else f"not installed: pip install -c constraints.txt 'd3po-bench[{name}]'"
+        for name, module in EXTRAS.items()
+    }
+    yield from section("extras", extras)
     yield from section("device", _devices())
-    yield from section("weights", _weights())
-    yield from section("scorers", {name: _scorer(name) for name in _checkable()})
+    weights = {"folder": str(downloads.home())}
+    for name, entry in downloads.known().items():
+        state = downloads.state(name)
+        need = f" (`d3po-bench weights fetch {name}`)" if state == "absent" else ""
+        weights[name] = f"{state}{need}: {entry.summary}"
+    yield from section("weights", weights)
+    yield from section("scorers", {name: _scorer(name) for name in checkable()})
 
 
-def _required() -> list[str]:
-    """What the project needs, without extras."""
-    plain = (line for line in requires("d3po-bench") or [] if "extra ==" not in line)
-    return sorted(line.split(">")[0].split("=")[0].strip() for line in plain)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing: pip install -c constraints.txt d3po-bench"
-
-
-def _extra(name: str) -> str:
-    if find_spec(EXTRAS[name]):
-        return "installed"
-    return f"not installed: pip install -c constraints.txt 'd3po-bench[{name}]'"
+def _packages() -> dict[str, str]:
+    """What the project needs, without extras, and the versions that are installed."""
+    found = {}
+    for line in sorted(requires("d3po-bench") or []):
+        if "extra ==" not in line:
+            name = re.split(r"[\[><=]", line)[0].strip()
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "missing: pip install -c constraints.txt d3po-bench"
+    return found
 
 
 def _devices() -> dict[str, str]:
@@ -64,18 +70,7 @@ def _devices() -> dict[str, str]:
     return found
 
 
-def _weights() -> dict[str, str]:
-    from eval.weights import WEIGHTS, home, state
-
-    told = {}
-    for name, entry in WEIGHTS.items():
-        what = state(name)
-        need = f" (`d3po-bench weights fetch {name}`)" if what == "absent" else ""
-        told[name] = f"{what}{need}: {entry.summary}"
-    return {"folder": str(home()), **told}
-
-
-def _checkable() -> list[str]:
+def checkable() -> list[str]:
     """Scorers by name and, where they have any, by weights."""
     found = []
     for name in registry.names("scorer"):
@@ -93,76 +88,56 @@ def _scorer(name: str) -> str:
     """Whether a scorer loads and gives its golden scores."""
     import torch
 
-    from eval import selfcheck
+    from eval import golden
 
     try:
         scorer = registry.load_scorer(name, torch.device("cpu"))
-        known = selfcheck.check(name, scorer)
+        known = golden.check(name, scorer)
     except UserError as problem:
         return str(problem)
-    words = "gives its golden scores" if known else "no golden scores of these weights: --record"
-    return f"{words} ({selfcheck.fingerprint(scorer)})"
+    words = (
+        "gives its golden scores" if known else "has no golden scores of these weights: --record"
+    )
+    return f"{words} ({golden.fingerprint(scorer)})"
 
 
 def record() -> Iterator[str]:
     """Record the golden scores of every scorer that loads here; its line."""
     import torch
 
-    from eval import selfcheck
+    from eval import golden
 
-    for name in _checkable():
+    for name in checkable():
         try:
             scorer = registry.load_scorer(name, torch.device("cpu"))
         except UserError as problem:
             yield f"{name}: not recorded. {problem}"
             continue
-        selfcheck.record(name.partition(":")[0], scorer)
-        yield f"{name}: recorded for {selfcheck.fingerprint(scorer)}"
-
-
-# ---- weights
+        golden.record(name.partition(":")[0], scorer)
+        yield f"{name}: recorded for {golden.fingerprint(scorer)}"
 
 
 def list_weights() -> Iterator[str]:
     """Everything that can be fetched: size, licence, files, state."""
-    from eval.weights import WEIGHTS, readable, state
-
-    for name, entry in WEIGHTS.items():
-        size = readable(entry.size)
-        yield f"{name}: {entry.summary}; {size}, {entry.licence}; {state(name)}"
-        for file in entry.files:
-            yield f"  {file.url}"
-            yield f"    sha256 {file.sha256 or 'not published: kept from the first fetch'}"
+    for name, entry in downloads.known().items():
+        size = downloads.readable(entry.size)
+        yield f"{name}: {entry.summary}; {size}, {entry.licence}; {downloads.state(name)}"
+        for file, (sha256, _) in entry.files.items():
+            yield f"  {entry.url(file)}"
+            yield f"    sha256 {sha256 or 'not published: kept from the first fetch'}"
 
 
 def fetch(names: Sequence[str]) -> Iterator[Path]:
-    """Fetch these weights with a bar for each file; the folder of each.
+    """Fetch these weights; the folder of each.
 
     Raises:
-        UserError: an unknown name, no network, or a file is not what its checksum says.
+        UserError: an unknown name, no network, or what came is another file.
+        RunError: the connection broke; what has come is kept.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from eval import weights
-
     for name in names:
-        if name not in weights.WEIGHTS:
-            raise registry.unknown("name of weights", name, list(weights.WEIGHTS))
-    for name in names:
-        with Progress(console=Console(stderr=True)) as bars:
-            yield weights.fetch(name, _shown_by(bars))
-
-
-def _shown_by(bars: Any) -> Callable[[str, int, int], None]:
-    tasks: dict[str, Any] = {}
-
-    def show(file: str, done: int, total: int) -> None:
-        if file not in tasks:
-            tasks[file] = bars.add_task(file)
-        bars.update(tasks[file], completed=done, total=total or None)
-
-    return show
+        if name not in downloads.known():
+            raise registry.unknown("name of weights", name, list(downloads.known()))
+    yield from map(downloads.fetch, names)
 
 
 def echo(lines: Iterator[str]) -> None:

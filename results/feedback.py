@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from d3po_bench.errors import UserError
-from d3po_bench.store import read_csv
+from d3po_bench.runs.files import read_csv
 from eval.analysis.gains import BASE
+from eval.analysis.statistics import interval
 from eval.analysis.tables import Cell, Record, Table, text
-from eval.report import STYLE
-from eval.statistics import interval
+from eval.figures.style import STYLE
 
 TINY = Path(__file__).parent / "tiny"
 QUESTIONS = {"normalcy": "normal images", "safety": "safe images"}

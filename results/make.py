@@ -29,15 +29,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: installed pac
 
 from d3po_bench import registry
 from d3po_bench.errors import RunError, UserError, said_in_one_line
-from d3po_bench.store import read_csv
-from eval import table1
-from eval.analysis import documents
+from d3po_bench.runs.files import read_csv
+from eval.analysis import documents, table1
 from eval.analysis.efficiency import efficiency
 from eval.analysis.gains import Groups, cost, gains, records
 from eval.analysis.pictures import crossed
+from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
-from eval.report import plot, read_groups
+from eval.figures.curves import plot
 from results import feedback, search
 
 HOME = Path(__file__).resolve().parent

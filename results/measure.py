@@ -24,20 +24,22 @@ from torch import Tensor
 
 from d3po_bench import registry
 from d3po_bench.config import pairs_of
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.seeding import normal, stream
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import agreement, loop, raters, training
 from d3po_bench.feedback.raters import Annotator
 from d3po_bench.feedback.rounds import Question, Round
-from d3po_bench.models.stable_diffusion import Training, load
-from d3po_bench.policy import Policy
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import load
 from d3po_bench.prompts import read_prompts
-from d3po_bench.reading import read_config
-from d3po_bench.seeding import normal, stream
-from d3po_bench.store import csv_bytes, read_csv, write_atomically
-from eval import evaluate
-from eval.report import find_runs, plot
-from eval.table1 import BASE_ROWS, SAMPLER
-from eval.verify import FILES
+from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from d3po_bench.runs.run import read_config
+from eval.analysis.runs import find_runs
+from eval.analysis.table1 import BASE_ROWS, SAMPLER
+from eval.evaluate import plan, work
+from eval.figures.curves import plot
+from eval.verify.folder import FILES
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -72,7 +74,7 @@ def step_shares() -> None:
 @torch.no_grad()
 def _shares(steps: int) -> list[dict[str, Any]]:
     policy = Policy(load(registry.model_source("tiny"), CPU, Training()), steps=steps)
-    prompts, scorer = read_prompts("animals"), registry.scorer("jpeg_size", CPU)
+    prompts, scorer = read_prompts("animals"), registry.load_scorer("jpeg_size", CPU)
     text, shape = policy.model.encode(prompts), policy.model.latent_shape
 
     def noise(index: int) -> Tensor:
@@ -218,12 +220,12 @@ def preference(runs: Path, seed: int, error: float, count: int | None, out: Path
     own = read_config(trained["d3po"])
     sources = []
     for name, target in {BASE_ROWS: Path("tiny"), **trained}.items():
-        request = evaluate.Request(
+        request = plan.Request(
             target=target, scorers=(), model="tiny", prompts=None, count=count, images=1,
             steps=own["sampling_steps"], guidance=own["guidance"], device="cpu", jobs=1,
             out=place / "drawn" / f"{name}-{seed}", save=True,
         )  # fmt: skip
-        sources.append(evaluate.run(request) / "pictures" / SAMPLER)
+        sources.append(work.run(request) / "pictures" / SAMPLER)
     folder = place / f"error-{error:g}" / f"seed-{seed}"
     if not (folder / "round.json").exists():
         judged = ("pairs", "alignment")

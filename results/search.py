@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from d3po_bench.store import read_csv
-from eval import rerun
+from d3po_bench.runs.files import read_csv
 from eval.analysis import tries
+from eval.analysis.statistics import another_seed, interval
 from eval.analysis.tables import Record, Table, change, number, shown, spread, text
-from eval.statistics import another_seed, interval
+from eval.verify import rerun
 
 HERE = Path(__file__).parent
 TINY = HERE / "tiny"

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from d3po_bench.config import make
 from d3po_bench.d3po import d3po_loss
-from d3po_bench.engine import Draws
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from d3po_bench.policy import Policy
-from d3po_bench.train import Trainer
+from d3po_bench.training.trainer import Trainer
 
 PAIRS = 8
 STEPS = 20

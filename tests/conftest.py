@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from d3po_bench.models.adapters import Training
 from d3po_bench.models.embedded import recipe
-from d3po_bench.models.stable_diffusion import Source, StableDiffusion, Training, load
+from d3po_bench.models.sources import Source, load
+from d3po_bench.models.stable_diffusion import StableDiffusion
 
 CPU = torch.device("cpu")
 

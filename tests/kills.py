@@ -32,16 +32,18 @@ from typing import Any
 
 import torch
 
-from d3po_bench import config, registry, train
+from d3po_bench import config, registry
 from d3po_bench.models.stable_diffusion import StableDiffusion, _quieten
-from d3po_bench.store import RunStore
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training import evaluation, trainer
+from d3po_bench.training.run import run_seed
 
 STAGES = ("starting", "learning", "evaluating", "logging", "checkpoint", "saving")
 """What a run is at, as the table names it; `starting` is also all between the others."""
 
 MARKED: dict[str, tuple[Any, str]] = {
-    "learning": (train.Trainer, "train_round"),
-    "evaluating": (train.Evaluation, "run"),
+    "learning": (trainer.Trainer, "train_round"),
+    "evaluating": (evaluation.Evaluation, "run"),
     "logging": (RunStore, "log"),
     "checkpoint": (RunStore, "checkpoint"),
     "saving": (StableDiffusion, "save"),
@@ -136,7 +138,7 @@ def start(run: Run, folder: Path, watch: Watch) -> int:
     try:
         for stage, (owner, name) in MARKED.items():
             setattr(owner, name, watch.marked(stage, getattr(owner, name)))
-        train.run_seed(*run, folder)
+        run_seed(*run, folder)
         os._exit(0)
     except BaseException:
         traceback.print_exc()

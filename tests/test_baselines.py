@@ -15,11 +15,12 @@ from baselines.dpok import DPOK
 from baselines.preferred_images import PreferredImages
 from baselines.reward_weighted import RewardWeighted, softmax_weights
 from d3po_bench.d3po import D3PO
-from d3po_bench.engine import Draws, Updates, sample, update, with_reference
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample, with_reference
+from d3po_bench.diffusion.seeding import stream
+from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import UserError
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from d3po_bench.policy import Policy
-from d3po_bench.seeding import stream
 from d3po_bench.types import ImageRows, Method, Rollout
 from tests.conftest import disturb
 

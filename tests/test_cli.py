@@ -23,12 +23,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from d3po_bench import launch, train
 from d3po_bench.cli import cli, main
 from d3po_bench.d3po import D3PO
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.launch import launch, local
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from d3po_bench.store import RunStore
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -544,7 +545,7 @@ class Stop:
         return call
 
 
-def in_round_2(trainer: train.Trainer, *_: Any) -> bool:
+def in_round_2(trainer: Trainer, *_: Any) -> bool:
     return trainer.round == 1
 
 
@@ -555,7 +556,7 @@ def of_round(number: int) -> Callable[..., bool]:
 @pytest.mark.parametrize(
     ("owner", "name", "when", "rounds_kept"),
     [
-        (train.Trainer, "train_round", in_round_2, 1),
+        (Trainer, "train_round", in_round_2, 1),
         (RunStore, "checkpoint", of_round(0), 0),
         (RunStore, "checkpoint", of_round(1), 1),
         (RunStore, "checkpoint", of_round(2), 2),
@@ -608,10 +609,8 @@ def test_a_loss_of_nan_ends_the_run_and_keeps_what_is_written(
 def test_a_failed_seed_does_not_stop_the_next(
     command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop = Stop(
-        train.Trainer.train_round, lambda t, _: t.config.seed == 0, RunError("Expected, got")
-    )
-    monkeypatch.setattr(train.Trainer, "train_round", stop)
+    stop = Stop(Trainer.train_round, lambda t, _: t.config.seed == 0, RunError("Expected, got"))
+    monkeypatch.setattr(Trainer, "train_round", stop)
     refused(command(*run_of(micro, "--seeds", "2")), "Round 1, seed 0", code=1)
     assert not RunStore(seed_folder(Path("runs"), micro, 0)).finished
     assert RunStore(seed_folder(Path("runs"), micro, 1)).finished
@@ -752,7 +751,7 @@ def test_a_killed_command_takes_its_workers_along(micro: Path, tmp_path: Path) -
     ],
 )
 def test_what_ended_a_worker_is_told(code: int, said: str) -> None:
-    problem = launch._died(code).problem
+    problem = local._died(code).problem
     assert isinstance(problem, RunError)
     assert said in str(problem)
 

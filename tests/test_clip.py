@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from eval import weights
+from eval import downloads
 from eval.scorers import _clip, aesthetic, clip
 from tests.parity import inputs, recording
 
@@ -136,13 +136,13 @@ def test_a_long_prompt_is_cut_at_77_tokens(folder: Path) -> None:
     assert not torch.allclose(ours, other, atol=1e-2)
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_scores_do_not_depend_on_the_batch(folder: Path, size: int) -> None:
+def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:
     images, prompts = pictures(64), (PROMPTS * 22)[:64]
     scorer = clip.ClipScore(CPU, str(folder))
     whole = scorer(images, prompts)
-    parts = [scorer(images[i : i + size], prompts[i : i + size]) for i in range(0, 64, size)]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
+    for size in (1, 7):
+        parts = [scorer(images[i : i + size], prompts[i : i + size]) for i in range(0, 64, size)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_another_activation_is_refused_and_would_matter(folder: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_another_activation_is_refused_and_would_matter(folder: Path, tmp_path: 
     for part in ("text_config", "vision_config"):
         config[part]["hidden_act"] = "gelu"
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"quick_gelu.*got \['gelu'\]"):
+    with pytest.raises(UserError, match="is gelu, not CLIP's quick_gelu"):
         clip.load(CPU, str(tmp_path / "gelu"))
     images = pictures(3)
     right = by_hand(folder, images, PROMPTS)
@@ -164,10 +164,10 @@ def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "cut")
     path = tmp_path / "cut" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="Expected a CLIP model in"):
+    with pytest.raises(UserError, match=r"CLIP model in .* does not load"):
         clip.load(CPU, str(tmp_path / "cut"))
     (tmp_path / "cut" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="one that cannot be read"):
+    with pytest.raises(UserError, match="is not CLIP's"):
         clip.load(CPU, str(tmp_path / "cut"))
     with pytest.raises(UserError, match="official, tiny or a folder"):
         clip.load(CPU, str(tmp_path / "nowhere"))
@@ -216,7 +216,7 @@ def test_the_real_head_scores_as_its_formula(
     place.mkdir()
     path = place / REAL_HEAD.name
     shutil.copyfile(REAL_HEAD, path)
-    head = aesthetic.load_head(weights.find("laion_aesthetic") / path.name)
+    head = aesthetic.load_head(downloads.find("laion_aesthetic")[0])
     assert [tuple(weight.shape) for weight in head.state_dict().values() if weight.ndim == 2] == [
         (1024, 768), (128, 1024), (64, 128), (16, 64), (1, 16)
     ]  # fmt: skip
@@ -228,7 +228,7 @@ def test_the_real_head_scores_as_its_formula(
     for damaged in (data[:-1], data[:5000] + b"\0" + data[5001:]):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged or another"):
-            weights.find("laion_aesthetic")
+            downloads.find("laion_aesthetic")
 
 
 class Trap:
@@ -241,16 +241,16 @@ class Trap:
 def test_a_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"layers.0.weight": Trap()}, "head.pth")
-    with pytest.raises(UserError, match="Expected an aesthetic head"):
+    with pytest.raises(UserError, match="no aesthetic head"):
         aesthetic.load_head(tmp_path / "head.pth")
     assert not Path("fallen").exists()
 
 
-@pytest.mark.parametrize("state", [{}, {"layers.0.weight": torch.zeros(2)}, {"a": torch.zeros(2)}])
-def test_another_state_dict_is_no_head(state: dict[str, Tensor], tmp_path: Path) -> None:
-    torch.save(state, tmp_path / "head.pth")
-    with pytest.raises(UserError, match="Expected an aesthetic head"):
-        aesthetic.load_head(tmp_path / "head.pth")
+def test_another_state_dict_is_no_head(tmp_path: Path) -> None:
+    for state in ({}, {"layers.0.weight": torch.zeros(2)}, {"a": torch.zeros(2)}):
+        torch.save(state, tmp_path / "head.pth")
+        with pytest.raises(UserError, match="no aesthetic head"):
+            aesthetic.load_head(tmp_path / "head.pth")
 
 
 # ---- names and absence
@@ -261,7 +261,7 @@ def test_official_weights_are_asked_for_by_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("D3PO_BENCH_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"Expected the weights .*d3po-bench weights fetch"):
+    with pytest.raises(UserError, match=r"Missing: config\.json.*d3po-bench weights fetch clip"):
         registry.scorer(name, CPU)
 
 
@@ -272,10 +272,10 @@ def test_what_follows_the_colon_chooses_weights(folder: Path) -> None:
         registry.scorer("jpeg_size:tiny", CPU)
 
 
-@pytest.mark.parametrize("name", ["open_clip", "open_clip:", "open_clip:ViT-B-32", "open_clip:/x"])
-def test_open_clip_needs_model_and_weights(name: str) -> None:
-    with pytest.raises(UserError, match="Expected open_clip:MODEL/PRETRAINED"):
-        registry.scorer(name, CPU)
+def test_open_clip_needs_model_and_weights() -> None:
+    for name in ("open_clip", "open_clip:", "open_clip:ViT-B-32", "open_clip:/x"):
+        with pytest.raises(UserError, match="write open_clip:MODEL/PRETRAINED"):
+            registry.scorer(name, CPU)
 
 
 # ---- against torchmetrics and open_clip

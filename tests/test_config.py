@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from d3po_bench import config, registry
-from d3po_bench.config import PRESETS, Execution, RunConfig, make
+from d3po_bench import config, presets, registry
+from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.errors import UserError
+from d3po_bench.presets import PRESETS
 
 CONFIG = RunConfig(method="d3po", objective="incompress")
 
@@ -49,7 +50,7 @@ def test_every_preset_fits_every_method_and_objective(
 
 
 def test_every_preset_is_described() -> None:
-    assert config.PRESET_SUMMARIES.keys() == PRESETS.keys()
+    assert presets.PRESET_SUMMARIES.keys() == PRESETS.keys()
 
 
 def test_the_paper_preset_is_table_2() -> None:

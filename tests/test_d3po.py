@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from d3po_bench.d3po import D3PO, d3po_loss, extremes, preferred
+from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.errors import UserError
-from d3po_bench.gaussian import Gaussian
 
 ONE = torch.ones(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 
 from d3po_bench import cli
 from d3po_bench.errors import UserError
-from eval import doctor, selfcheck
+from eval import golden
 
 
 @pytest.fixture(autouse=True)
@@ -30,19 +31,21 @@ def test_doctor_says_what_is_here_and_what_is_not(tmp_path: Path) -> None:
     assert "torch" in text
     assert str(tmp_path / "cache") in text
     assert "absent (`d3po-bench weights fetch clip`)" in text
-    assert "gives its golden scores" in text
+    for name in ("jpeg_size", "clip:tiny", "aesthetic:tiny"):
+        assert re.search(rf"^  {name} +gives its golden scores", text, re.MULTILINE)
+    assert "missing: pip install" not in text, "the tests need every package"
     assert "weights fetch clip laion_aesthetic" in text
 
 
 def test_record_writes_golden_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "golden.json"
     path.write_text("{}")
-    monkeypatch.setattr(selfcheck, "GOLDEN", path)
-    selfcheck.golden.cache_clear()
+    monkeypatch.setattr(golden, "GOLDEN", path)
+    golden.recorded.cache_clear()
     text = said("doctor", "--record")
-    selfcheck.golden.cache_clear()
+    golden.recorded.cache_clear()
     assert "jpeg_size: recorded for code" in text
-    assert "clip:official: not recorded. Expected the weights" in text
+    assert "clip:official: not recorded. Missing: config.json" in text
     assert '"jpeg_size"' in path.read_text()
 
 
@@ -76,7 +79,3 @@ def test_a_machine_without_weights_is_told_in_one_line(
     assert "GB" in found.stderr
     assert "d3po-bench weights fetch clip" in found.stderr
     assert not list(tmp_path.glob("out/**/*.jsonl"))
-
-
-def test_checkable_scorers_name_their_weights() -> None:
-    assert {"jpeg_size", "clip:official", "aesthetic:official"} <= set(doctor._checkable())

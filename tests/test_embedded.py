@@ -13,8 +13,10 @@ from click.testing import CliRunner
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from d3po_bench import registry
+from d3po_bench.models.adapters import Training
 from d3po_bench.models.embedded import captions, card, recipe, render
-from d3po_bench.models.stable_diffusion import StableDiffusion, Training, content, load
+from d3po_bench.models.sources import content, load
+from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.models.tiny import SOURCE
 from d3po_bench.prompts import read_prompts
 from tests.conftest import CPU

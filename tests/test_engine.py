@@ -14,12 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d3po_bench.d3po import D3PO, Pairs
-from d3po_bench.engine import Draws, Updates, pretrained_means, sample, update, with_reference
+from d3po_bench.diffusion.gaussian import Gaussian
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, pretrained_means, sample, with_reference
+from d3po_bench.diffusion.seeding import stream
+from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import RunError
-from d3po_bench.gaussian import Gaussian
-from d3po_bench.models.stable_diffusion import Source, StableDiffusion, Training, load
-from d3po_bench.policy import Policy
-from d3po_bench.seeding import stream
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import Source, load
+from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.types import Rollout
 from tests.conftest import CPU, disturb
 

@@ -21,9 +21,10 @@ from PIL import Image
 
 from d3po_bench import cli, registry
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.models.stable_diffusion import Source, Training, load
-from eval import evaluate
-from eval.evaluate import Request
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import Source, load
+from eval.evaluate import plan, work
+from eval.evaluate.plan import Request
 from tests.conftest import CPU, disturb
 
 PROMPTS = [f"a {animal}" for animal in ("cat", "dog", "cow", "fox", "bee")] * 4
@@ -80,7 +81,7 @@ def gallery(folder: Path, count: int) -> Path:
 
 def test_pictures_are_scored_one_by_one(tmp_path: Path) -> None:
     folder = gallery(tmp_path / "pictures", 11)
-    out = evaluate.run(request(folder))
+    out = work.run(request(folder))
     assert out == folder / "evaluation"
     found = rows(out)
     assert [row["file"] for row in found] == [f"{n}.png" for n in range(11)]
@@ -97,7 +98,7 @@ def test_packages_that_brought_a_scorer_are_kept(
     monkeypatch.setattr(
         registry, "plugins", lambda used: kept if ("scorer", "jpeg_size") in list(used) else {}
     )
-    facts = json.loads((evaluate.run(request(folder)) / "provenance.json").read_text())
+    facts = json.loads((work.run(request(folder)) / "provenance.json").read_text())
     assert facts["plugins"] == kept["plugins"]
 
 
@@ -119,9 +120,9 @@ def test_a_killed_worker_is_told_and_what_is_scored_is_kept(
                 worker.kill()
 
     with pytest.raises(RunError, match=r"one that was killed .* Run the same command again"):
-        evaluate.run(asked, kill)
+        work.run(asked, kill)
     told: list[int] = []
-    out = evaluate.run(asked, lambda done, total: told.append(done))
+    out = work.run(asked, lambda done, total: told.append(done))
     assert told[0] > 0, "something was kept"
     assert len(rows(out)) == 2 * 2 * len(PROMPTS)
 
@@ -144,7 +145,7 @@ def test_a_thousand_pictures_survive_kills(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in stamp} == stamp, "nothing is scored twice"
     found = rows(out)
     assert [row["file"] for row in found] == [f"{n}.png" for n in range(1000)]
-    whole = evaluate.run(request(folder, scorers=("jpeg_size", "animal"), out=tmp_path / "whole"))
+    whole = work.run(request(folder, scorers=("jpeg_size", "animal"), out=tmp_path / "whole"))
     assert (whole / "rows.csv").read_bytes() == (out / "rows.csv").read_bytes()
 
 
@@ -170,7 +171,7 @@ def test_bad_pictures_are_one_line(text: str, said: str, tmp_path: Path) -> None
     (tmp_path / "secret.png").write_bytes(b"")
     (folder / "metadata.csv").write_text(text)
     with pytest.raises(UserError, match=said):
-        evaluate.run(request(folder))
+        work.run(request(folder))
 
 
 # ---- models
@@ -178,7 +179,7 @@ def test_bad_pictures_are_one_line(text: str, said: str, tmp_path: Path) -> None
 
 def test_rows_do_not_depend_on_processes_or_cuts(micro: Path, prompts: str, tmp_path: Path) -> None:
     def out(name: str, **changes: Any) -> bytes:
-        folder = evaluate.run(request(micro, prompts=prompts, out=tmp_path / name, **changes))
+        folder = work.run(request(micro, prompts=prompts, out=tmp_path / name, **changes))
         return (folder / "rows.csv").read_bytes()
 
     whole = out("one")
@@ -199,10 +200,8 @@ def test_rows_do_not_depend_on_processes_or_cuts(micro: Path, prompts: str, tmp_
 def test_the_base_model_has_not_drifted_and_a_lora_has(
     micro: Path, adapter: Path, prompts: str, tmp_path: Path
 ) -> None:
-    before = rows(evaluate.run(request(micro, prompts=prompts, out=tmp_path / "a")))
-    after = rows(
-        evaluate.run(request(adapter, model=str(micro), prompts=prompts, out=tmp_path / "b"))
-    )
+    before = rows(work.run(request(micro, prompts=prompts, out=tmp_path / "a")))
+    after = rows(work.run(request(adapter, model=str(micro), prompts=prompts, out=tmp_path / "b")))
     assert {row["kl"] for row in before if row["sampler"] == "eta1"} == {"0.0"}
     assert all(float(row["kl"]) > 0 for row in after if row["sampler"] == "eta1")
     assert [row["jpeg_size"] for row in before] != [row["jpeg_size"] for row in after]
@@ -248,7 +247,7 @@ def test_a_run_is_evaluated_as_it_was_trained(micro: Path, tmp_path: Path) -> No
         standalone_mode=False,
     )  # fmt: skip
     run = next((tmp_path / "runs").rglob("seed-0"))
-    out = evaluate.run(request(run, steps=None, images=1, scorers=("jpeg_size",)))
+    out = work.run(request(run, steps=None, images=1, scorers=("jpeg_size",)))
     assert out == run / "evaluation"
     with (run / "eval.csv").open(newline="") as file:
         trained = [row for row in csv.DictReader(file) if row["round"] == "1"]
@@ -266,10 +265,10 @@ def test_another_evaluation_in_the_folder_is_refused(
     micro: Path, prompts: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    evaluate.run(request(micro, prompts=prompts, out=out, count=3))
+    work.run(request(micro, prompts=prompts, out=out, count=3))
     before = (out / "rows.csv").read_bytes()
     with pytest.raises(UserError, match=r"got the plan\.json of another"):
-        evaluate.run(request(micro, prompts=prompts, out=out, count=4))
+        work.run(request(micro, prompts=prompts, out=out, count=4))
     assert (out / "rows.csv").read_bytes() == before
 
 
@@ -277,21 +276,21 @@ def test_what_cannot_be_evaluated_is_one_line(
     micro: Path, adapter: Path, prompts: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="Expected a scorer, got 'jpeg'"):
-        evaluate.run(request(micro, prompts=prompts, scorers=("jpeg",)))
+        work.run(request(micro, prompts=prompts, scorers=("jpeg",)))
     with pytest.raises(UserError, match="Expected --prompts"):
-        evaluate.run(request(micro))
+        work.run(request(micro))
     with pytest.raises(UserError, match="Expected a LoRA or UNet of this model"):
-        evaluate.run(request(adapter, prompts=prompts, out=tmp_path / "x"))
+        work.run(request(adapter, prompts=prompts, out=tmp_path / "x"))
     with pytest.raises(UserError, match="Expected a model, got 'nothing'"):
-        evaluate.run(request(Path("nothing"), prompts=prompts))
+        work.run(request(Path("nothing"), prompts=prompts))
     with pytest.raises(UserError, match="Expected --model only beside a LoRA or pictures"):
-        evaluate.run(request(micro, prompts=prompts, model="sd15"))
+        work.run(request(micro, prompts=prompts, model="sd15"))
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.json").write_text("{}")
     (half / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="Expected a finished run"):
-        evaluate.run(request(half))
+        work.run(request(half))
 
 
 @pytest.mark.parametrize("command", [["evaluate", "tiny"], ["table1"]])
@@ -309,9 +308,9 @@ def test_absent_weights_stop_it_before_anything_is_drawn(
     micro: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("D3PO_BENCH_CACHE", str(tmp_path / "cache"))
-    evaluate._scorer.cache_clear()
+    work._scorer.cache_clear()
     with pytest.raises(UserError, match="weights fetch clip"):
-        evaluate.run(request(micro, prompts=prompts, scorers=("clip",), out=tmp_path / "out"))
+        work.run(request(micro, prompts=prompts, scorers=("clip",), out=tmp_path / "out"))
     assert not list((tmp_path / "out").glob("pieces/*"))
 
 
@@ -334,29 +333,29 @@ def test_what_was_evaluated_must_not_change_on_the_way(
 ) -> None:
     lora = shutil.copytree(adapter, tmp_path / "lora")
     asked = request(lora, model=str(micro), prompts=prompts, out=tmp_path / "out", count=2)
-    facts = json.loads((evaluate.run(asked) / "provenance.json").read_text())
-    assert facts["content"] == evaluate.planned(asked).content
+    facts = json.loads((work.run(asked) / "provenance.json").read_text())
+    assert facts["content"] == plan.planned(asked).content
     assert facts["packages"]["torch"] == torch.__version__
     (lora / "pytorch_lora_weights.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match="or of other weights or pictures"):
-        evaluate.run(asked)
+        work.run(asked)
 
 
 def test_pictures_must_not_change_on_the_way(tmp_path: Path) -> None:
     folder = gallery(tmp_path / "pictures", 3)
     asked = request(folder, out=tmp_path / "out")
-    evaluate.run(asked)
+    work.run(asked)
     shutil.copy(folder / "0.png", folder / "1.png")
     with pytest.raises(UserError, match="or of other weights or pictures"):
-        evaluate.run(asked)
+        work.run(asked)
 
 
 def test_provenance_names_scorers_and_versions(micro: Path, prompts: str, tmp_path: Path) -> None:
-    out = evaluate.run(request(micro, prompts=prompts, out=tmp_path / "out", count=2))
+    out = work.run(request(micro, prompts=prompts, out=tmp_path / "out", count=2))
     facts = json.loads((out / "provenance.json").read_text())
     assert facts["scorers"] == {"jpeg_size": "code"}
     assert set(facts["versions"]) == {"torch", "transformers", "pillow", "numpy"}
-    assert any("jpeg_size" in line for line in evaluate.summary(out))
+    assert any("jpeg_size" in line for line in work.summary(out))
 
 
 def test_saved_pictures_are_those_that_were_scored(
@@ -364,11 +363,11 @@ def test_saved_pictures_are_those_that_were_scored(
 ) -> None:
     """The JPEG size of each kept picture is its row's; a finished evaluation can still be kept."""
     out = tmp_path / "out"
-    evaluate.run(request(micro, prompts=prompts, out=out))
+    work.run(request(micro, prompts=prompts, out=out))
     before = rows(out)
-    evaluate.run(request(micro, prompts=prompts, out=out, save=True))
+    work.run(request(micro, prompts=prompts, out=out, save=True))
     assert rows(out) == before
-    kept = evaluate.run(
+    kept = work.run(
         request(out / "pictures" / "eta0", out=tmp_path / "again"),
     )
     sizes = [row["jpeg_size"] for row in before if row["sampler"] == "eta0"]
@@ -380,4 +379,4 @@ def test_pictures_are_not_saved_again(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(b"")
     (tmp_path / "metadata.csv").write_text("file_name,text\none.png,a cat\n")
     with pytest.raises(UserError, match="Leave --save out"):
-        evaluate.run(request(tmp_path, save=True))
+        work.run(request(tmp_path, save=True))

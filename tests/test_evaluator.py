@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
-from d3po_bench.engine import Draws, sample
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from d3po_bench.policy import Policy
-from eval.evaluator import NOISE_SEED, EvaluationSet, evaluate
+from eval.measure import NOISE_SEED, EvaluationSet, evaluate
 from eval.scorers._clip import EMBEDDED
 from eval.scorers.diversity import distances
 from tests.conftest import CPU, disturb

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from d3po_bench.cli import cli
 from d3po_bench.config import Execution
+from d3po_bench.diffusion.policy import Policy
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import loop, pictures, raters, training
 from d3po_bench.feedback.labels import LabelStore, Plan
@@ -25,9 +26,8 @@ from d3po_bench.feedback.raters import Annotator
 from d3po_bench.feedback.rounds import Answer, Round
 from d3po_bench.feedback.sampling import Before, Sampling, prepared, read_rollout
 from d3po_bench.feedback.server import default_url
-from d3po_bench.policy import Policy
-from d3po_bench.store import RunStore, _digest, _read_checkpoint
-from d3po_bench.train import Progress
+from d3po_bench.runs.store import RunStore, _digest, _read_checkpoint
+from d3po_bench.training.progress import Progress
 from tests.feedback_round import new_round, picture
 
 SMALL = {"sampling_steps": "3", "sample_batch": "14", "dtype": "fp32"}

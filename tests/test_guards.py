@@ -12,15 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d3po_bench import show, train
-from d3po_bench.cli import main
-from d3po_bench.engine import require_finite
+from d3po_bench.cli import main, show
+from d3po_bench.diffusion.finite import require_finite
+from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.gaussian import Gaussian
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.prompts import read_prompts
-from d3po_bench.reading import read_config, read_facts
-from eval import evaluate, report, selfcheck
+from d3po_bench.runs.run import read_config, read_facts
+from d3po_bench.training.trainer import Trainer
+from eval import golden
+from eval.analysis.runs import read_groups
+from eval.evaluate import plan, work
 from eval.scorers import _clip
 from eval.scorers.jpeg_size import JpegSize
 from tests.test_cli import run_of
@@ -70,13 +72,13 @@ class Rounds:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0
-        begin = train.Trainer.train_round
+        begin = Trainer.train_round
 
-        def counted(trainer: train.Trainer, *args: Any) -> Any:
+        def counted(trainer: Trainer, *args: Any) -> Any:
             self.now = trainer.round + 1
             return begin(trainer, *args)
 
-        monkeypatch.setattr(train.Trainer, "train_round", counted)
+        monkeypatch.setattr(Trainer, "train_round", counted)
 
     def second(self) -> bool:
         return self.now == 2
@@ -110,7 +112,7 @@ def test_a_score_of_nan_stops_the_run(called: Called, monkeypatch: pytest.Monkey
 def test_an_evaluation_score_of_nan_stops_the_run(
     called: Called, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selfcheck, "check", lambda name, scorer: True)
+    monkeypatch.setattr(golden, "check", lambda name, scorer: True)
     wrong = poisoned(JpegSize.__call__, lambda: True, float("nan"))
     monkeypatch.setattr(JpegSize, "__call__", wrong)
     code, error = called()
@@ -195,7 +197,7 @@ def test_a_scorer_that_changed_stops_the_run_before_the_first_round(
     monkeypatch.setattr(JpegSize, "__call__", lambda *args: score(*args) * 1.5)
     code, error = called()
     assert code == 2
-    assert "from the scorer jpeg_size (jpeg_size) for its golden picture" in error
+    assert "The scorer jpeg_size (jpeg_size) gives" in error
     assert not Path("runs").exists()
 
 
@@ -218,7 +220,7 @@ def test_a_scorer_without_golden_scores_is_named_and_recorded(
     more = ("--seeds", "2", "--jobs", str(jobs), "--out", str(out))
     main(run_of(micro, *more, rounds=1, eval_scorers=own))
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert told == [f"note: {selfcheck.note([own])}"]
+    assert told == [f"note: {golden.note([own])}"]
     runs = [path.parent for path in out.rglob("provenance.json")]
     assert [read_facts(run)["unchecked_scorers"] for run in runs] == [[own], [own]]
     (line,) = [line for line in show.lines(runs[0]) if "without golden scores" in line]
@@ -236,7 +238,7 @@ def test_an_evaluation_names_scorers_without_golden_scores(
 ) -> None:
     folder = gallery(tmp_path / "pictures", 2)
     main(["evaluate", str(folder), "--scorers", f"jpeg_size,{own}"])
-    assert capsys.readouterr().err.count(f"note: {selfcheck.note([own])}\n") == 1
+    assert capsys.readouterr().err.count(f"note: {golden.note([own])}\n") == 1
     facts = json.loads((folder / "evaluation" / "provenance.json").read_text())
     assert facts["unchecked_scorers"] == [own]
 
@@ -249,17 +251,17 @@ def with_scorer(folder: Path, weights: str) -> None:
 def test_runs_of_other_scorer_weights_are_not_put_together(tmp_path: Path) -> None:
     for seed in (0, 1):
         with_scorer(write_run(tmp_path, seed=seed), "aaa")
-    assert len(report.read_groups([tmp_path])) == 1
+    assert len(read_groups([tmp_path])) == 1
     with_scorer(write_run(tmp_path, method="ddpo"), "bbb")
     with pytest.raises(UserError, match=r"one aesthetic, got weights aaa in .* and bbb in"):
-        report.read_groups([tmp_path])
+        read_groups([tmp_path])
 
 
 def test_pieces_of_other_scorer_weights_are_not_put_together(tmp_path: Path) -> None:
     rows = [{"weights": "clip=aaa"}, {"weights": "clip=aaa"}]
-    evaluate._require_one_set_of_weights(rows, tmp_path)
+    work._require_one_set_of_weights(rows, tmp_path)
     with pytest.raises(UserError, match="same weights, got clip=aaa and clip=bbb"):
-        evaluate._require_one_set_of_weights([*rows, {"weights": "clip=bbb"}], tmp_path)
+        work._require_one_set_of_weights([*rows, {"weights": "clip=bbb"}], tmp_path)
 
 
 # ---- prompts
@@ -274,9 +276,9 @@ def run_on(folder: Path, prompts: str) -> Path:
     return folder
 
 
-def planned(run: Path, prompts: str | None = None) -> evaluate.Plan:
-    return evaluate.planned(
-        evaluate.Request(
+def planned(run: Path, prompts: str | None = None) -> plan.Plan:
+    return plan.planned(
+        plan.Request(
             target=run, scorers=("jpeg_size",), model=None, prompts=prompts, count=None, images=1,
             steps=2, guidance=None, device="cpu", jobs=1, out=None,
         )
@@ -348,4 +350,4 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "a", seed=3)
     write_run(tmp_path / "b", seed=3)
     with pytest.raises(UserError, match="each seed of d3po once, got seed 3"):
-        report.read_groups([tmp_path])
+        read_groups([tmp_path])

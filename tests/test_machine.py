@@ -11,7 +11,7 @@ import torch
 
 from d3po_bench import machine
 from d3po_bench.cli import main
-from d3po_bench.store import RunStore
+from d3po_bench.runs.store import RunStore
 from tests.test_cli import run_of, seed_folder, written
 
 

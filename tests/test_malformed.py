@@ -17,7 +17,7 @@ from PIL import Image
 from d3po_bench.cli import cli, main
 from d3po_bench.feedback.agreement import read_label_files
 from d3po_bench.feedback.rounds import Round
-from eval import verify
+from eval.verify import folder as verify
 from tests import malformed
 from tests.feedback_round import new_round
 from tests.malformed import Base, Case
@@ -214,10 +214,10 @@ def test_a_base_is_whole(
 
 
 def test_a_whole_grid_and_whole_labels_are_read(tmp_path: Path) -> None:
-    from d3po_bench import sweep
+    from d3po_bench.launch import grid
 
     (tmp_path / "grid.toml").write_text(malformed.GRID)
-    assert sweep.read(tmp_path / "grid.toml").seeds == [0, 1]
+    assert grid.read(tmp_path / "grid.toml").seeds == [0, 1]
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "a.json").write_text("[[0, -1]]")
     assert read_label_files(tmp_path / "labels").tolist() == [[0, -1]]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
-from d3po_bench.engine import Draws, Updates, sample, update, with_reference
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample, with_reference
+from d3po_bench.diffusion.seeding import stream
+from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.models.embedded import recipe
-from d3po_bench.policy import Policy
-from d3po_bench.seeding import stream
 from d3po_bench.types import Method, Model, Rollout, Rows
 
 METHODS = registry.names("method")

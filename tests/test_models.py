@@ -16,21 +16,16 @@ from safetensors.torch import load_file
 
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.d3po import D3PO
-from d3po_bench.engine import Draws, Updates, sample, update, with_reference
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample, with_reference
+from d3po_bench.diffusion.seeding import stream
+from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import UserError
-from d3po_bench.models import stable_diffusion
-from d3po_bench.models.stable_diffusion import (
-    Source,
-    StableDiffusion,
-    Training,
-    commit,
-    fingerprint,
-    load,
-)
-from d3po_bench.policy import Policy
-from d3po_bench.seeding import stream
-from d3po_bench.store import RunStore
-from d3po_bench.train import Trainer, model_source
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import Source, commit, fingerprint, load, model_source
+from d3po_bench.models.stable_diffusion import StableDiffusion
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training.trainer import Trainer
 from tests.conftest import CPU, disturb
 
 PROMPTS = ["cat", "a dog on a red background"]
@@ -330,7 +325,7 @@ def test_all_parts_of_a_hub_id_come_from_one_commit(
         point(hub, NEW)
         return found
 
-    monkeypatch.setattr(stable_diffusion, "commit", moving)
+    monkeypatch.setattr("d3po_bench.models.stable_diffusion.commit", moving)
     assert load(model_source("owner/micro"), CPU, Training()).commit == OLD
 
 

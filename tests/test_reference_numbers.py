@@ -17,9 +17,9 @@ from baselines.ddpo import ppo_loss
 from baselines.dpok import DPOK
 from baselines.reward_weighted import softmax_weights
 from d3po_bench.d3po import d3po_loss, preferred
+from d3po_bench.diffusion.policy import Schedule, step_gaussian
 from d3po_bench.errors import UserError
 from d3po_bench.models.embedded import recipe
-from d3po_bench.policy import Schedule, step_gaussian
 from d3po_bench.types import Rollout
 from eval.scorers.jpeg_size import JpegSize
 

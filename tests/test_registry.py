@@ -13,7 +13,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from d3po_bench import listing, prompts, registry
+from d3po_bench import prompts, registry
+from d3po_bench.cli import list as listing
 from d3po_bench.d3po import D3PO
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import read_prompts
@@ -160,7 +161,7 @@ def test_the_list_has_every_name() -> None:
 
 
 def test_the_settings_have_defaults_choices_and_meanings() -> None:
-    lines = [" ".join(line.split()) for line in listing.settings("d3po")]
+    lines = [" ".join(line.split()) for line in listing.settings_of("d3po")]
     assert "eval_every=10 Rounds between evaluations; 0 switches evaluation off." in lines
     assert "dtype=fp32 fp32 or bf16 or fp16" in lines
     assert "beta=0.1" in lines

@@ -21,8 +21,10 @@ from PIL import Image
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
-from eval import report
-from eval.statistics import interval
+from eval.analysis.runs import averages, curves, find_runs, read_groups, read_run
+from eval.analysis.statistics import interval
+from eval.figures import curves as figure_of
+from eval.figures import sheets, style
 
 ROUNDS = (0, 5, 10)
 PAIRS, IMAGES = 32, 64
@@ -90,7 +92,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def table(root: Path, x: str = "pairs") -> Any:
-    return report.curves([report.read_run(f) for f in report.find_runs([root])], x)
+    return curves([read_run(f) for f in find_runs([root])], x)
 
 
 def legend_of(figure: Figure) -> list[str]:
@@ -101,7 +103,7 @@ def legend_of(figure: Figure) -> list[str]:
 
 
 def test_files_written(runs: Path) -> None:
-    files = report.plot([runs])
+    files = figure_of.plot([runs])
     names = ["curves.png", "curves.svg"] + [
         f"samples-tiny-{objective}-{method}.png"
         for objective, method in itertools.product(("compress", "incompress"), ("d3po", "ddpo"))
@@ -117,7 +119,7 @@ def test_same_runs_same_bytes(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for seed in (0, 1):
         write_samples(write_run(runs, seed=seed))
-    first, second = (report.plot([runs], tmp_path / name) for name in "ab")
+    first, second = (figure_of.plot([runs], tmp_path / name) for name in "ab")
     assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
     assert b"date" not in first[1].read_bytes()
     with Image.open(first[0]) as image:
@@ -126,15 +128,15 @@ def test_same_runs_same_bytes(tmp_path: Path) -> None:
 
 def test_matplotlibrc_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "runs")
-    before = report.plot([run], tmp_path / "a")[1].read_bytes()
+    before = figure_of.plot([run], tmp_path / "a")[1].read_bytes()
     monkeypatch.setitem(matplotlib.rcParams, "font.family", ["serif"])
     monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "black")
-    assert report.plot([run], tmp_path / "b")[1].read_bytes() == before
+    assert figure_of.plot([run], tmp_path / "b")[1].read_bytes() == before
 
 
 def test_one_run_by_itself(tmp_path: Path) -> None:
     folder = write_run(tmp_path, animal=False)
-    names = [file.name for file in report.plot([folder], tmp_path / "figures")]
+    names = [file.name for file in figure_of.plot([folder], tmp_path / "figures")]
     assert names == ["curves.png", "curves.svg"]
 
 
@@ -171,7 +173,7 @@ def test_curve_by_hand(tmp_path: Path) -> None:
 def test_averages_by_hand(tmp_path: Path) -> None:
     for seed in range(3):
         write_run(tmp_path, seed=seed)
-    found = report.averages(table(tmp_path))
+    found = averages(table(tmp_path))
     assert found["seeds"].tolist() == [3, 3, 3]
     np.testing.assert_allclose(found["mean"], [7.1, 7.6, 8.1])
     # with three seeds the 95 % percentile interval is lowest to highest: see `interval`
@@ -184,7 +186,7 @@ def test_running_seeds_meet_at_shared_rounds(tmp_path: Path) -> None:
     write_run(tmp_path, seed=1, rounds=(0, 5))
     found = table(tmp_path)
     assert len(found) == 5
-    assert report.averages(found)["round"].tolist() == [0, 5]
+    assert averages(found)["round"].tolist() == [0, 5]
 
 
 def test_evaluated_but_not_logged_round_is_left_out(tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_no_seed(values: Any) -> None:
 
 
 def test_panels_and_legend(runs: Path) -> None:
-    figure = report.curves_figure(table(runs), "pairs")
+    figure = figure_of.curves_figure(table(runs), "pairs")
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["compress (↓ better)", "incompress (↑ better)"]
     labels = [axes.get_ylabel() for axes in figure.axes]
@@ -258,7 +260,7 @@ def points(line: Line2D) -> Any:
 
 
 def test_lines_of_a_panel(runs: Path) -> None:
-    axes = report.curves_figure(table(runs, "images"), "images").axes[0]
+    axes = figure_of.curves_figure(table(runs, "images"), "images").axes[0]
     base, seeds, means = axes.lines[0], axes.lines[1:7], axes.lines[7:]
     np.testing.assert_allclose(points(base)[:, 1], 7.1)
     assert [len(points(line)) for line in seeds] == [3] * 6
@@ -271,7 +273,7 @@ def test_lines_of_a_panel(runs: Path) -> None:
 def test_band(tmp_path: Path, seeds: int, expected: list[float]) -> None:
     for seed in range(seeds):
         write_run(tmp_path, seed=seed)
-    figure = report.curves_figure(table(tmp_path), "pairs")
+    figure = figure_of.curves_figure(table(tmp_path), "pairs")
     paths = figure.axes[0].collections[0].get_paths()
     heights = [np.asarray(path.vertices)[:, 1] for path in paths]
     found = [end for height in heights for end in (height.min(), height.max())]
@@ -281,14 +283,14 @@ def test_band(tmp_path: Path, seeds: int, expected: list[float]) -> None:
 
 def test_one_seed_in_legend(tmp_path: Path) -> None:
     write_run(tmp_path)
-    figure = report.curves_figure(table(tmp_path), "pairs")
+    figure = figure_of.curves_figure(table(tmp_path), "pairs")
     assert legend_of(figure) == ["d3po (1 seed)", "base model"]
 
 
 def test_animals_of_one_objective_only(tmp_path: Path) -> None:
     write_run(tmp_path, "compress", animal=False)
     write_run(tmp_path, "incompress")
-    below = report.curves_figure(table(tmp_path), "pairs").axes[1::2]
+    below = figure_of.curves_figure(table(tmp_path), "pairs").axes[1::2]
     assert [np.isfinite(points(line)).all() for axes in below for line in axes.lines[1:]] == [
         False, True, True
     ]  # fmt: skip
@@ -297,14 +299,14 @@ def test_animals_of_one_objective_only(tmp_path: Path) -> None:
 def test_unequal_numbers_of_seeds(tmp_path: Path) -> None:
     for objective, seed in (("compress", 0), ("compress", 1), ("incompress", 0)):
         write_run(tmp_path, objective, seed=seed)
-    assert report.seeds_label(table(tmp_path), "d3po") == "d3po (1-2 seeds)"
+    assert figure_of.seeds_label(table(tmp_path), "d3po") == "d3po (1-2 seeds)"
 
 
 def test_bands_of_many_methods_are_not_crossed_by_seeds(tmp_path: Path) -> None:
     methods = ("d3po", "ddpo", "dpok", "reward_weighted")
     for method, seed in itertools.product(methods, (0, 1)):
         write_run(tmp_path, method=method, seed=seed)
-    axes = report.curves_figure(table(tmp_path), "pairs").axes[0]
+    axes = figure_of.curves_figure(table(tmp_path), "pairs").axes[0]
     assert len(axes.lines) == 1 + 4  # the base model, and a mean for each method
     assert len(axes.collections) == 4
 
@@ -316,10 +318,10 @@ def test_nothing_of_a_full_figure_overlaps(
 ) -> None:
     # seed 4 of some only: the longest labels, "reward_weighted (4-5 seeds)"
     for i, objective in enumerate(objectives):
-        for method, seed in itertools.product(report.LOOKS, range(5 - i)):
+        for method, seed in itertools.product(style.LOOKS, range(5 - i)):
             write_run(tmp_path, objective, method, seed)
-    with report._style():
-        figure = report.curves_figure(table(tmp_path, x), x)
+    with figure_of._style():
+        figure = figure_of.curves_figure(table(tmp_path, x), x)
         canvas: Any = FigureCanvasAgg(figure)
         canvas.draw()
     legend = figure.legends[0].get_window_extent()
@@ -337,7 +339,7 @@ def test_colours_stay_with_methods(tmp_path: Path) -> None:
     write_run(tmp_path, "compress", "ddpo")
     write_run(tmp_path, "incompress", "d3po")
     write_run(tmp_path, "incompress", "stranger")
-    figure = report.curves_figure(table(tmp_path), "pairs")
+    figure = figure_of.curves_figure(table(tmp_path), "pairs")
     above = [axes for axes in figure.axes if axes.get_title()]
     assert above[0].lines[-1].get_color() == "#D55E00"
     assert [line.get_color() for line in above[1].lines[-2:]] == ["#0072B2", "#56B4E9"]
@@ -345,7 +347,7 @@ def test_colours_stay_with_methods(tmp_path: Path) -> None:
 
 def test_unknown_objective_has_no_arrow(tmp_path: Path) -> None:
     write_run(tmp_path, "my_objective", animal=False)
-    axes = report.curves_figure(table(tmp_path), "pairs").axes[0]
+    axes = figure_of.curves_figure(table(tmp_path), "pairs").axes[0]
     assert axes.get_title() == "my_objective"
     assert axes.get_ylabel() == "held-out score"
 
@@ -354,7 +356,7 @@ def test_unknown_objective_has_no_arrow(tmp_path: Path) -> None:
 
 
 def sheet(folder: Path) -> Image.Image:
-    found = report.samples_sheet([report.read_run(folder)])
+    found = sheets.samples_sheet([read_run(folder)])
     assert found is not None
     return Image.open(io.BytesIO(found))
 
@@ -379,7 +381,7 @@ def test_pictures_have_a_readable_size(tmp_path: Path, side: int, shown: int) ->
 def test_upscaling_keeps_pixels(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    shown = np.asarray(report._picture(tmp_path / "a.png"))
+    shown = np.asarray(sheets._picture(tmp_path / "a.png"))
     np.testing.assert_array_equal(shown, pixels.repeat(2, 0).repeat(2, 1))
 
 
@@ -393,23 +395,23 @@ def test_upscaling_keeps_pixels(tmp_path: Path) -> None:
     ],
 )
 def test_row_labels(round_: int, spent: dict[str, float], label: str) -> None:
-    assert report._when(round_, spent) == label
+    assert sheets._when(round_, spent) == label
 
 
 def test_mean_beside_pictures_is_of_their_sampler(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     write_samples(folder)
     # 7 + 0.1 * 10, and 1 kB more with eta0
-    strip = report._strip(report.read_run(folder), 10)
+    strip = sheets._strip(read_run(folder), 10)
     assert strip.label == "after 320 pairs\nmean 9.00 kB"
 
 
 def test_lowest_seed_with_samples(runs: Path) -> None:
     # only seed 2 has any
-    folders = report.find_runs([runs / "tiny" / "compress" / "d3po"])
-    members = [report.read_run(f) for f in folders]
-    assert report.samples_sheet(members) == report.samples_sheet(members[2:])
-    assert report.samples_sheet(members[:2]) is None
+    folders = find_runs([runs / "tiny" / "compress" / "d3po"])
+    members = [read_run(f) for f in folders]
+    assert sheets.samples_sheet(members) == sheets.samples_sheet(members[2:])
+    assert sheets.samples_sheet(members[:2]) is None
 
 
 # ---- errors
@@ -429,29 +431,29 @@ def refused(call: Any) -> str:
 @pytest.mark.parametrize("name", ["empty", "missing"])
 def test_nothing_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    assert str(tmp_path / name) in refused(lambda: report.plot([tmp_path / name]))
+    assert str(tmp_path / name) in refused(lambda: figure_of.plot([tmp_path / name]))
 
 
 def test_no_path_at_all() -> None:
-    refused(lambda: report.plot([]))
+    refused(lambda: figure_of.plot([]))
 
 
 def test_run_cut_short_before_its_evaluation(tmp_path: Path) -> None:
     write_run(tmp_path, seed=0)
     folder = write_run(tmp_path, seed=1)
     (folder / "eval.csv").unlink()
-    text = refused(lambda: report.plot([tmp_path]))
+    text = refused(lambda: figure_of.plot([tmp_path]))
     assert f"in {folder}, got no eval.csv" in text
     assert "Remove that folder and run it again" in text
     (folder / "config.json").write_text("{")
-    assert str(folder) in refused(lambda: report.plot([tmp_path]))
+    assert str(folder) in refused(lambda: figure_of.plot([tmp_path]))
 
 
 def test_run_that_asks_for_no_evaluation_is_passed_over(tmp_path: Path) -> None:
     (write_run(tmp_path, seed=1, eval_every=0) / "eval.csv").unlink()
-    assert "got none" in refused(lambda: report.plot([tmp_path]))
+    assert "got none" in refused(lambda: figure_of.plot([tmp_path]))
     folder = write_run(tmp_path, seed=0)
-    assert report.find_runs([tmp_path]) == [folder]
+    assert find_runs([tmp_path]) == [folder]
 
 
 # 3 rounds x 2 samplers x 2 prompts x 2 images, and the header
@@ -460,7 +462,7 @@ def test_half_a_line_at_the_end(tmp_path: Path, characters: int) -> None:
     folder = write_run(tmp_path)
     text = (folder / "eval.csv").read_text()
     (folder / "eval.csv").write_text(text[:-characters])
-    message = refused(lambda: report.plot([tmp_path]))
+    message = refused(lambda: figure_of.plot([tmp_path]))
     assert f"in {folder}, got ValueError: " in message
     assert "eval.csv" in message
     assert "Remove that folder and run it again" in message
@@ -471,7 +473,7 @@ def test_evaluation_cut_between_lines(tmp_path: Path, lines: int) -> None:
     folder = write_run(tmp_path)
     text = (folder / "eval.csv").read_text().splitlines(keepends=True)
     (folder / "eval.csv").write_text("".join(text[:-lines]))
-    message = refused(lambda: report.plot([tmp_path]))
+    message = refused(lambda: figure_of.plot([tmp_path]))
     assert str(folder) in message
     assert "of 4 images of round" in message
 
@@ -480,21 +482,21 @@ def test_half_a_round_of_metrics(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text[:-20])
-    assert f"{folder / 'metrics.jsonl'}, got" in refused(lambda: report.plot([tmp_path]))
+    assert f"{folder / 'metrics.jsonl'}, got" in refused(lambda: figure_of.plot([tmp_path]))
 
 
 def test_several_base_models(tmp_path: Path) -> None:
     one = write_run(tmp_path, model="tiny")
     other = write_run(tmp_path, "compress", "ddpo", model="hub/some-model")
-    text = refused(lambda: report.plot([tmp_path]))
+    text = refused(lambda: figure_of.plot([tmp_path]))
     assert f"hub/some-model in {other}" in text
     assert f"tiny in {one}" in text
     assert "Name the folder" in text
-    assert report.plot([tmp_path / "tiny"])
+    assert figure_of.plot([tmp_path / "tiny"])
 
 
 def test_overlapping_paths_count_once(runs: Path) -> None:
-    assert len(report.find_runs([runs, runs / "tiny", runs / "tiny" / "compress"])) == 12
+    assert len(find_runs([runs, runs / "tiny", runs / "tiny" / "compress"])) == 12
 
 
 @pytest.mark.parametrize(
@@ -522,13 +524,13 @@ def test_overlapping_paths_count_once(runs: Path) -> None:
 def test_unreadable(tmp_path: Path, name: str, content: str) -> None:
     folder = write_run(tmp_path)
     (folder / name).write_text(content)
-    assert str(folder) in refused(lambda: report.plot([tmp_path]))
+    assert str(folder) in refused(lambda: figure_of.plot([tmp_path]))
 
 
 def test_not_text(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     (folder / "eval.csv").write_bytes(b"\xff\xfe\x00")
-    refused(lambda: report.plot([tmp_path]))
+    refused(lambda: figure_of.plot([tmp_path]))
 
 
 @pytest.mark.parametrize(
@@ -537,27 +539,27 @@ def test_not_text(tmp_path: Path) -> None:
 def test_no_evaluation_rows(tmp_path: Path, rows: str) -> None:
     folder = write_run(tmp_path)
     (folder / "eval.csv").write_text("round,sampler,prompt,index,score\n" + rows)
-    assert str(folder / "eval.csv") in refused(lambda: report.plot([tmp_path]))
+    assert str(folder / "eval.csv") in refused(lambda: figure_of.plot([tmp_path]))
 
 
 def test_seconds_without_timing(tmp_path: Path) -> None:
     (write_run(tmp_path) / "timing.jsonl").unlink()
-    assert "--x pairs" in refused(lambda: report.plot([tmp_path], x="seconds"))
-    assert report.plot([tmp_path], x="pairs")
+    assert "--x pairs" in refused(lambda: figure_of.plot([tmp_path], x="seconds"))
+    assert figure_of.plot([tmp_path], x="pairs")
 
 
 @pytest.mark.parametrize("x", ["scorer_calls", "unet_forwards"])
 def test_over_further_counts(tmp_path: Path, x: str) -> None:
     folder = write_run(tmp_path)
-    assert "metrics.jsonl" in refused(lambda: report.plot([tmp_path], x=x))
+    assert "metrics.jsonl" in refused(lambda: figure_of.plot([tmp_path], x=x))
     path = folder / "metrics.jsonl"
     logged = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(m | {x: 7 * m["round"]}) + "\n" for m in logged))
-    table = report.curves([report.read_run(folder)], x)
+    table = curves([read_run(folder)], x)
     assert (table["x"] == 7 * table["round"]).all()
-    svg = (tmp_path / "plots" / "curves.svg") if report.plot([tmp_path], x=x) else None
+    svg = (tmp_path / "plots" / "curves.svg") if figure_of.plot([tmp_path], x=x) else None
     assert svg is not None
-    assert report.X_LABELS[x] in svg.read_text()
+    assert figure_of.X_LABELS[x] in svg.read_text()
 
 
 @pytest.mark.parametrize("logged", [0, 5])
@@ -571,24 +573,24 @@ def test_a_run_that_was_stopped_is_no_end(tmp_path: Path, logged: int) -> None:
     rows = (stopped / "eval.csv").read_text().splitlines(keepends=True)
     kept = [row for row in rows if not row.startswith("10,")]
     (stopped / "eval.csv").write_text("".join(kept))
-    said = refused(lambda: report.plot([tmp_path]))
+    said = refused(lambda: figure_of.plot([tmp_path]))
     assert f"got {logged} of 10 rounds in {stopped}" in said
-    (group,) = report.read_groups([tmp_path], unfinished=True).values()
-    means = report.averages(report.curves(group, "pairs"))
+    (group,) = read_groups([tmp_path], unfinished=True).values()
+    means = averages(curves(group, "pairs"))
     assert means["round"].max() == logged
-    assert report.plot([tmp_path], unfinished=True)
+    assert figure_of.plot([tmp_path], unfinished=True)
 
 
 def test_same_seed_twice(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
-    assert "seed 0" in refused(lambda: report.plot([tmp_path]))
+    assert "seed 0" in refused(lambda: figure_of.plot([tmp_path]))
 
 
 def test_seeds_with_other_settings(tmp_path: Path) -> None:
     write_run(tmp_path, seed=0, learning_rate=1e-3)
     write_run(tmp_path, seed=1, learning_rate=3e-3)
-    assert "learning_rate 0.001" in refused(lambda: report.plot([tmp_path]))
+    assert "learning_rate 0.001" in refused(lambda: figure_of.plot([tmp_path]))
 
 
 def test_damaged_sample(tmp_path: Path) -> None:
@@ -596,21 +598,21 @@ def test_damaged_sample(tmp_path: Path) -> None:
     write_samples(folder)
     path = folder / "samples" / "round-00010" / "cat.png"
     path.write_bytes(path.read_bytes()[:60])
-    assert str(path) in refused(lambda: report.plot([tmp_path]))
+    assert str(path) in refused(lambda: figure_of.plot([tmp_path]))
 
 
 def test_strange_sample_folder(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     write_samples(folder)
     (folder / "samples" / "round-00010").rename(folder / "samples" / "round-last")
-    assert "round-last" in refused(lambda: report.plot([tmp_path]))
+    assert "round-last" in refused(lambda: figure_of.plot([tmp_path]))
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = write_run(tmp_path / "runs")
     with pytest.raises(UserError, match=r"write .*curves\.png.* --out"):
-        report.plot([folder], tmp_path / "file" / "figures")
+        figure_of.plot([folder], tmp_path / "file" / "figures")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
@@ -618,7 +620,7 @@ def test_full_disk(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "runs")
     (tmp_path / "curves.png.part").symlink_to("/dev/full")
     with pytest.raises(RunError, match="full disk"):
-        report.plot([folder], tmp_path)
+        figure_of.plot([folder], tmp_path)
 
 
 def test_seeds_of_other_inputs_are_not_averaged(tmp_path: Path) -> None:
@@ -629,10 +631,10 @@ def test_seeds_of_other_inputs_are_not_averaged(tmp_path: Path) -> None:
 
     put(1, model="m1", prompts="p1")  # seed 0 has none on record
     put(2, model="m1", prompts="p1")
-    assert len(report.read_groups([tmp_path])) == 1
+    assert len(read_groups([tmp_path])) == 1
     for name, value in {"model": "m2", "prompts": "p2"}.items():
         put(2, **{"model": "m1", "prompts": "p1"} | {name: value})
-        said = refused(lambda: report.read_groups([tmp_path]))
+        said = refused(lambda: read_groups([tmp_path]))
         assert all(str(folder) in said for folder in folders[1:])
         assert f"share their {name}, got {name[0]}1 in" in said
 
@@ -641,11 +643,11 @@ def test_methods_on_other_weights_of_a_model_are_not_compared(tmp_path: Path) ->
     for method, model in {"d3po": "m1", "ddpo": "m2"}.items():
         facts = {"inputs": {"model": model}}
         (write_run(tmp_path, method=method) / "provenance.json").write_text(json.dumps(facts))
-    refused(lambda: report.read_groups([tmp_path]))
+    refused(lambda: read_groups([tmp_path]))
 
 
 def test_unknown_x(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="pairs, images, scorer_calls, unet_forwards, unet_backwards, seconds"
     ):
-        report.plot([tmp_path], x="epochs")
+        figure_of.plot([tmp_path], x="epochs")

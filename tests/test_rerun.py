@@ -17,8 +17,9 @@ from click.testing import CliRunner, Result
 from d3po_bench.cli import cli, main
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
-from eval import rerun, verify
-from eval.statistics import another_seed, same_seed
+from eval.analysis.statistics import another_seed, same_seed
+from eval.verify import folder as verify
+from eval.verify import rerun
 from tests.test_cli import run_of
 
 SEEDS = 5

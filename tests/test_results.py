@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from d3po_bench import registry, sweep
+from d3po_bench import registry
 from d3po_bench.config import make
 from d3po_bench.errors import UserError
+from d3po_bench.launch import grid as sweep
 from tests.test_report import write_run
 
 ROOT = Path(__file__).parent.parent

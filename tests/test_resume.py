@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from d3po_bench import store, train
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError
-from d3po_bench.models.stable_diffusion import Source, fingerprint
-from d3po_bench.store import RunStore
-from eval import verify
+from d3po_bench.models.sources import Source, fingerprint
+from d3po_bench.runs import provenance
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training import trainer
+from eval.verify import folder as verify
 from tests import kills, test_cli
 from tests.test_cli import ROOT, Command, Stop, files, refused, run_of, seed_folder, written
 from tests.test_store import flipped, truncated
@@ -83,8 +84,8 @@ def test_a_stopped_run_loses_no_finished_round(
     folder = seed_folder(Path("runs"), micro)
     for done in (1, 2):  # before the first that is due after the base model's, and again
         with monkeypatch.context() as patch:
-            stop = Stop(train.Trainer.train_round, lambda t, *_, n=done: t.round == n, problem)
-            patch.setattr(train.Trainer, "train_round", stop)
+            stop = Stop(trainer.Trainer.train_round, lambda t, *_, n=done: t.round == n, problem)
+            patch.setattr(trainer.Trainer, "train_round", stop)
             assert command(*rare).code == 1
         assert written_round(folder) == done
     assert command(*rare).code == 0
@@ -150,8 +151,8 @@ def test_a_run_without_a_whole_checkpoint_is_refused(
 def stopped(command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was stopped in its second round."""
     with monkeypatch.context() as patch:
-        stop = Stop(train.Trainer.train_round, lambda t, *_: t.round == 1, KeyboardInterrupt())
-        patch.setattr(train.Trainer, "train_round", stop)
+        stop = Stop(trainer.Trainer.train_round, lambda t, *_: t.round == 1, KeyboardInterrupt())
+        patch.setattr(trainer.Trainer, "train_round", stop)
         assert command(*run_of(micro)).code == 1
     return seed_folder(Path("runs"), micro)
 
@@ -176,8 +177,8 @@ def test_going_on_with_other_packages_is_refused(
     command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = stopped(command, micro, monkeypatch)
-    version, before = store._version, contents(folder)
-    monkeypatch.setattr(store, "_version", lambda n: "1.0" if n == "torch" else version(n))
+    version, before = provenance._version, contents(folder)
+    monkeypatch.setattr(provenance, "_version", lambda n: "1.0" if n == "torch" else version(n))
     refused(command(*run_of(micro)), f"torch {torch.__version__}", "got others (torch 1.0)")
     assert contents(folder) == before
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from d3po_bench.cli.show import lines
 from d3po_bench.errors import UserError
-from d3po_bench.show import lines
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "tiny" / "incompress" / "d3po" / "seed-0"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from eval.statistics import (
+from eval.analysis.statistics import (
     area_under_curve,
     images_to_threshold,
     iqm,

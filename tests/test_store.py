@@ -18,12 +18,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from d3po_bench import store
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.origins import differing, sessions
-from d3po_bench.reading import read_facts
-from d3po_bench.store import RunStore, write_atomically
+from d3po_bench.runs import provenance, store
+from d3po_bench.runs.files import write_atomically, write_folder, writing
+from d3po_bench.runs.run import read_facts
+from d3po_bench.runs.sessions import differing, sessions
+from d3po_bench.runs.store import RunStore
 
 CONFIG = RunConfig(method="d3po", objective="incompress")
 
@@ -118,9 +119,9 @@ def test_a_part_left_by_a_kill_is_overwritten(tmp_path: Path) -> None:
 
 def test_a_full_disk_in_somebody_elses_writer() -> None:
     problem = SafetensorError("Error while serializing: I/O error: No space left on device")
-    with pytest.raises(RunError, match="got a full disk"), store.writing(Path("lora")):
+    with pytest.raises(RunError, match="got a full disk"), writing(Path("lora")):
         raise problem
-    with pytest.raises(UserError, match="got: odd"), store.writing(Path("lora")):
+    with pytest.raises(UserError, match="got: odd"), writing(Path("lora")):
         raise SafetensorError("odd")
 
 
@@ -417,13 +418,13 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
         return fill
 
     with pytest.raises(RunError, match=r"room to write .*lora, got a full disk"):
-        store.write_folder(folder, save("broken"))
+        write_folder(folder, save("broken"))
     assert files(tmp_path) == []
     (tmp_path / "lora.part").mkdir()  # as a kill leaves it
     (tmp_path / "lora.part" / "old").touch()
-    store.write_folder(folder, save("one"))
+    write_folder(folder, save("one"))
     assert files(tmp_path) == ["lora", "lora/one"]
-    store.write_folder(folder, save("two"))
+    write_folder(folder, save("two"))
     assert files(tmp_path) == ["lora", "lora/two"]
 
 
@@ -507,7 +508,7 @@ def test_a_run_does_not_go_on_with_other_packages(
     run.require_packages()
     began = run.provenance()["packages"]
     changed = {"torch": "1.0", "peft": None}
-    monkeypatch.setattr(store, "_version", lambda name: changed.get(name, began[name]))
+    monkeypatch.setattr(provenance, "_version", lambda name: changed.get(name, began[name]))
     with pytest.raises(UserError) as told:
         run.require_packages()
     then, here = f"(peft {began['peft']}, torch {began['torch']})", "(peft (none), torch 1.0)"
@@ -552,23 +553,24 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 @needs_git
 def test_the_commit_is_of_this_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(path: str) -> dict[str, Any]:
-        monkeypatch.setattr(store, "__file__", str(tmp_path / path))
-        return store._commit()
+        monkeypatch.setattr(provenance, "__file__", str(tmp_path / path))
+        return provenance._commit()
 
-    (tmp_path / "d3po_bench").mkdir()
-    (tmp_path / "d3po_bench" / "store.py").touch()
-    assert here("d3po_bench/store.py") == {}
+    name = "d3po_bench/runs/provenance.py"
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).touch()
+    assert here(name) == {}
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "a")
-    found = here("d3po_bench/store.py")
+    found = here(name)
     assert len(found["commit"]) == 40
     assert found["dirty"] is False
     (tmp_path / "new").touch()
-    assert here("d3po_bench/store.py")["dirty"] is True
+    assert here(name)["dirty"] is True
     # an environment inside somebody's repository: that commit is not ours
-    (tmp_path / "venv" / "d3po_bench").mkdir(parents=True)
-    assert here("venv/d3po_bench/store.py") == {}
+    (tmp_path / "venv" / name).parent.mkdir(parents=True)
+    assert here(f"venv/{name}") == {}
 
 
 @pytest.fixture
@@ -580,7 +582,9 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "a")
-    monkeypatch.setattr(store, "__file__", str(tmp_path / "d3po_bench" / "store.py"))
+    monkeypatch.setattr(
+        provenance, "__file__", str(tmp_path / "d3po_bench" / "runs" / "provenance.py")
+    )
     return tmp_path
 
 
@@ -589,19 +593,19 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_new_files_of_the_code_are_changes_by_what_they_hold(code: Path, shown: str) -> None:
     """A method is found by its file, which git need not know."""
     git(code, "config", "status.showUntrackedFiles", shown)
-    assert store._commit()["dirty"] is False
+    assert provenance._commit()["dirty"] is False
     found = []
     for name, text in (("mine", "1"), ("mine", "2"), ("other", "2")):
         path = code / "baselines" / "new" / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        facts = store._commit()
+        facts = provenance._commit()
         assert facts["dirty"] is True
         found.append(facts["diff"])
     assert len(set(found)) == 3
     shutil.rmtree(code / "baselines" / "new")
     (code / "baselines" / "ddpo.pyc").touch()
-    assert store._commit()["dirty"] is False
+    assert provenance._commit()["dirty"] is False
 
 
 @needs_git
@@ -610,6 +614,6 @@ def test_strange_files_do_not_cost_the_commit(code: Path) -> None:
     (code / "eval").symlink_to("nowhere")
     git(code, "init", "-q", "d3po_bench/inner")
     git(code / "d3po_bench" / "inner", "commit", "-qm", "a", "--allow-empty")
-    facts = store._commit()
+    facts = provenance._commit()
     assert len(facts["commit"]) == 40
     assert facts["dirty"] is True

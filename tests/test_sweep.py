@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from d3po_bench import launch, train
 from d3po_bench.cli import main
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.store import RunStore
-from d3po_bench.sweep import read
+from d3po_bench.launch import job, local
+from d3po_bench.launch.grid import read
+from d3po_bench.launch.progress import MANY, bars
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training import trainer
+from d3po_bench.training.progress import Progress
 from d3po_bench.types import Rollout
 
 GRID = """
@@ -118,17 +121,17 @@ def test_a_sweep_that_was_cut_goes_on_to_the_same_bytes(
     grid: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert sweep(grid, "--out", "whole") == 0
-    rounds = train.Trainer.train_round
+    rounds = trainer.Trainer.train_round
     calls: list[int] = []
 
-    def cut(self: train.Trainer, report: Any) -> Any:
+    def cut(self: trainer.Trainer, report: Any) -> Any:
         calls.append(1)
         if len(calls) == 6:  # the second round of the third run
             raise KeyboardInterrupt
         return rounds(self, report)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_round", cut)
+        patch.setattr(trainer.Trainer, "train_round", cut)
         assert sweep(grid, "--out", "cut", "--jobs", "1") == 1
     assert sum(store.finished for store in stores(Path("cut")).values()) == 2
     assert sweep(grid, "--out", "cut") == 0
@@ -139,14 +142,14 @@ def test_a_sweep_that_was_cut_goes_on_to_the_same_bytes(
 def test_a_failed_cell_is_named_and_stops_no_other(
     problem: UserError, grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    score = train.Trainer._score
+    score = trainer.Trainer._score
 
-    def broken(self: train.Trainer, rollout: Rollout) -> Any:
+    def broken(self: trainer.Trainer, rollout: Rollout) -> Any:
         if (self.config.method, self.config.objective, self.config.seed) == ("d3po", "compress", 3):
             raise problem
         return score(self, rollout)
 
-    monkeypatch.setattr(train.Trainer, "_score", broken)
+    monkeypatch.setattr(trainer.Trainer, "_score", broken)
     assert sweep(grid, "--jobs", "1") == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: Expected 8 runs that finish, got 1 that did not (d3po comp")
@@ -243,18 +246,18 @@ def test_of_a_killed_worker_only_the_cell_is_blamed_and_goes_on(
     assert contents(Path("runs")) == contents(Path("whole"))
 
 
-def ended(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> launch._End:
+def ended(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> job.End:
     """How a run ends that meets the problem."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise problem
 
-    monkeypatch.setattr(train, "run_seed", fail)
+    monkeypatch.setattr("d3po_bench.launch.job.run_seed", fail)
     item = (RunConfig(method="d3po", objective="compress"), Execution(), Path("run"), True)
-    return launch._one(item, lambda progress: None)
+    return job.make_run(item, lambda progress: None)
 
 
-@pytest.mark.parametrize("problem", [KeyboardInterrupt(), launch._Stopped()])
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), local._Stopped()])
 def test_what_stops_a_run_stops_all(
     problem: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,7 +371,7 @@ def test_a_folder_of_another_config_is_refused_before_anything_runs(
 
 def test_of_many_runs_only_those_at_work_have_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    names = {f"run {i}": f"run {i}" for i in range(launch.MANY + 2)}
-    with launch._bars(names) as report:
-        report(train.Progress("run 0", 0.5, "round 1/2"))
-        report(train.Progress("run 1", 1.0, "done"))
+    names = {f"run {i}": f"run {i}" for i in range(MANY + 2)}
+    with bars(names) as report:
+        report(Progress("run 0", 0.5, "round 1/2"))
+        report(Progress("run 1", 1.0, "done"))

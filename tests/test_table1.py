@@ -14,7 +14,7 @@ from d3po_bench import cli
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import loop
 from d3po_bench.feedback.rounds import Pool
-from eval import table1
+from eval.analysis import table1
 
 PAPERS = Path(__file__).parent.parent / "results" / "paper.csv"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from d3po_bench import train
 from d3po_bench.config import make
-from d3po_bench.engine import Draws, sample
+from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import UserError
-from d3po_bench.train import Trainer
+from d3po_bench.training import evaluation
+from d3po_bench.training.trainer import Trainer
 
 
 def test_every_round_draws_from_its_own_seed_and_round(
@@ -24,7 +24,7 @@ def test_every_round_draws_from_its_own_seed_and_round(
         seen.append(draws)
         return sample(policy, prompts, draws, **options)
 
-    monkeypatch.setattr(train, "sample", spy)
+    monkeypatch.setattr("d3po_bench.training.trainer.sample", spy)
     changes = {"prompts_per_round": "2", "sampling_steps": "3", "dtype": "fp32"}
     config, execution = make(
         "d3po", "incompress", "official_code", changes, model=str(micro), seed=3
@@ -42,4 +42,4 @@ def test_a_run_can_do_without_a_card_whose_weights_are_absent(
     changes = {"eval_scorers": "clip,animal", "dtype": "fp32"}
     config, execution = make("d3po", "incompress", "official_code", changes, model=str(micro))
     with pytest.raises(UserError, match=r"weights fetch clip.* --set eval_scorers=animal$"):
-        train.Evaluation(Trainer(config, replace(execution, device="cpu")))
+        evaluation.Evaluation(Trainer(config, replace(execution, device="cpu")))

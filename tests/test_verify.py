@@ -18,9 +18,10 @@ from click.testing import CliRunner
 from d3po_bench import cli
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.reading import content
-from d3po_bench.train import digest
-from eval import claims, verify
+from d3po_bench.prompts import digest
+from d3po_bench.runs.run import content
+from eval.verify import documents
+from eval.verify import folder as verify
 
 ROOT = Path(__file__).parent.parent
 SEED = Path("tiny", "incompress", "d3po", "seed-1")
@@ -102,7 +103,7 @@ def found(home: Path, check: str) -> list[str]:
     parts: dict[str, Callable[[], Any]] = {
         "runs": lambda: verify._each(runs, home / "results", whole=True),
         "sets": lambda: verify.check_sets(runs, home / "results"),
-        **claims.checks(home / "results", runs),
+        **documents.checks(home / "results", runs),
     }
     assert list(verify.check_manifest(home / "results")) == []
     return list(parts[check]())
@@ -163,9 +164,11 @@ def test_a_table_that_was_moved_to_what_is_not_checked(home: Path) -> None:
 
 
 def test_all_is_made_again(home: Path) -> None:
-    assert claims.not_made_again(ROOT / "results").startswith("15 figures (sheets of samples need")
+    assert documents.not_made_again(ROOT / "results").startswith(
+        "15 figures (sheets of samples need"
+    )
     without(home, "unchecked")
-    assert claims.not_made_again(home / "results") == ""
+    assert documents.not_made_again(home / "results") == ""
 
 
 # ---- tampering that the manifest shows
@@ -492,7 +495,7 @@ def test_a_line_that_its_script_prints_twice(home: Path) -> None:
     text = "| a | b |\n|---|--:|\n| c | 1 |\n| c | 1 |"
     (home / "twice.py").write_text(f"print({text!r})")
     claim = {"document": "README.md", "command": ["twice.py"]}
-    (problem,) = claims.check_table(claim, home, {})
+    (problem,) = documents.check_table(claim, home, {})
     assert problem == "README.md lacks a line of `twice.py`: | c | 1 |"
 
 
@@ -522,7 +525,7 @@ def test_a_figure_that_shows_less(how: str, home: Path) -> None:
     with Image.open(path) as image:
         pixels = np.array(image.convert("RGBA"))
     if how == "pale parts erased":
-        pixels[(pixels[..., :3] > 255 - claims.MOST_APART).all(-1)] = 255
+        pixels[(pixels[..., :3] > 255 - documents.MOST_APART).all(-1)] = 255
     elif how == "transparent":
         pixels[..., 3] = 0
     Image.fromarray(pixels if how != "smaller" else pixels[:-1]).save(path)
@@ -674,7 +677,7 @@ def test_a_number_of_a_cell_that_is_not_there(home: Path) -> None:
 
 
 def test_numbers_of_a_sentence() -> None:
-    said = claims._numbers("D3PO draws 1,536 at 2.5e-3, from +0.5 (blip2) to -0.06.")
+    said = documents._numbers("D3PO draws 1,536 at 2.5e-3, from +0.5 (blip2) to -0.06.")
     assert said == [1536, Decimal("0.0025"), Decimal("0.5"), Decimal("-0.06")]
 
 

@@ -18,9 +18,9 @@ from d3po_bench.feedback import agreement, pictures, raters, sampling, training
 from d3po_bench.feedback.labels import LabelStore, Plan, require_labels
 from d3po_bench.feedback.rounds import Kind, Pool, Question, Round, Vote
 from d3po_bench.feedback.sampling import FIXED, Before, Sampling
+from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
-from d3po_bench.store import csv_bytes, write_atomically
-from d3po_bench.train import model_source
+from d3po_bench.runs.files import csv_bytes, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from d3po_bench.feedback import rounds
 from d3po_bench.feedback.rounds import Item, Kind, Question, Round, Vote
 from d3po_bench.feedback.sampling import write_files
 from d3po_bench.prompts import read_pictures
-from d3po_bench.store import taken, write_atomically
+from d3po_bench.runs.files import taken, write_atomically
 
 SOURCES = "sources.json"
 """Where the folders that were compared are named, in their order."""

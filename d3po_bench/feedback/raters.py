@@ -16,10 +16,10 @@ import torch
 from torch import Generator, Tensor
 
 from d3po_bench import registry
+from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.labels import Hand, LabelStore
 from d3po_bench.feedback.rounds import Answer, Kind, Pool, Round
-from d3po_bench.seeding import stream
 
 Rule = Callable[[Tensor, Sequence[str]], Tensor]
 """Pictures [N, 3, h, w] uint8 and their prompts -> how good each is, [N]; 0 or less is bad."""
@@ -69,14 +69,14 @@ class Annotator:
 
 def recognised(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Deformed: the embedded model's independent classifier sees another animal, mostly."""
-    judge = registry.scorer("animal", torch.device("cpu"))
+    judge = registry.load_scorer("animal", torch.device("cpu"))
     worth: Tensor = judge(images, prompts) - 0.5
     return worth
 
 
 def fitting(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Alignment: the embedded ImageReward-shaped model's score."""
-    judge = registry.scorer("image_reward", torch.device("cpu"), "tiny")
+    judge = registry.load_scorer("image_reward", torch.device("cpu"), "tiny")
     worth: Tensor = judge(images, prompts)
     return worth
 

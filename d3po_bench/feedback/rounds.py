@@ -98,7 +98,7 @@ class Round:
         Raises:
             UserError: what `read` would refuse, or the file cannot be written.
         """
-        from d3po_bench.store import write_atomically
+        from d3po_bench.runs.files import write_atomically
 
         data = json.loads(json.dumps(asdict(self)))
         path = folder / FILE

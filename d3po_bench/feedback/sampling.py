@@ -20,15 +20,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from d3po_bench.config import FEEDBACK, Execution, RunConfig
-from d3po_bench.engine import Draws, sample
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample
+from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
 from d3po_bench.feedback.rounds import Item, Kind, Question, Round
-from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
-from d3po_bench.policy import Policy
-from d3po_bench.seeding import stream
-from d3po_bench.store import RunStore, png_bytes, taken, write_atomically
-from d3po_bench.train import device_of, model_source, threads_of
+from d3po_bench.machine import device_of
+from d3po_bench.models.sources import load, model_source, threads_of
+from d3po_bench.runs.files import png_bytes, taken, write_atomically
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training.trainer import training_of
+from d3po_bench.types import Model
 
 FILE, FILES, ADAPTER = "sampling.json", "files.json", "adapter.safetensors"
 
@@ -194,28 +197,27 @@ def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question
 
 def prepared(
     sampling: Sampling, weights: Mapping[str, Tensor] | None, execution: Execution
-) -> tuple[StableDiffusion, Policy]:
+) -> tuple[Model, Policy]:
     """The model that draws, and the policy it makes."""
     c = sampling.config("d3po")
-    torch.set_num_threads(threads_of(c, execution))
-    training = Training(
-        dtype=c.dtype, full=c.full, lora_rank=c.lora_rank, lora_alpha=c.lora_alpha or None,
-        lora_targets=c.lora_targets, decode_batch=execution.decode_batch,
-    )  # fmt: skip
-    model = load(model_source(c.model), device_of(execution.device), training)
+    source = model_source(c.model)
+    torch.set_num_threads(threads_of(source, execution.threads))
+    model = load(source, device_of(execution.device), training_of(c, execution))
     model.encode([*dict.fromkeys(sampling.prompts), ""])
     if weights is not None:
         model.add_adapter(c.seed)
         model.load_trainable(dict(weights))
-    policy = Policy(model, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance)
-    policy.schedule.require_noise()
+    policy = Policy(
+        model, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance, sampler=c.sampler
+    )
+    policy.require_noise(policy.steps - c.skip_steps)
     return model, policy
 
 
 def _draw_block(
     folder: Path,
     sampling: Sampling,
-    drawn_by: tuple[StableDiffusion, Policy],
+    drawn_by: tuple[Model, Policy],
     start: int,
     execution: Execution,
 ) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from d3po_bench.config import FEEDBACK, Execution, RunConfig, least_images, make, method_of
 from d3po_bench.errors import UserError
+from d3po_bench.experience.judged import Judged, Votes
 from d3po_bench.feedback.agreement import Floats, preferences
 from d3po_bench.feedback.sampling import (
     ADAPTER,
@@ -25,10 +25,11 @@ from d3po_bench.feedback.sampling import (
     read_rollout,
     require_files,
 )
-from d3po_bench.seeding import stream
-from d3po_bench.store import RunStore
-from d3po_bench.train import Report, Trainer, model_source, run_seed
-from d3po_bench.types import Objective, Rollout
+from d3po_bench.models.sources import model_source
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training.progress import Report
+from d3po_bench.training.run import Job, run_seed
+from d3po_bench.training.tools import Tools
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "d3po": {"pairs": "all", "reference": "sampling", "skip_ties": True},
@@ -47,14 +48,16 @@ class Data:
     """[P, K]; NaN: nobody judged."""
 
     @property
-    def judged(self) -> Tensor:
-        """Numbers of the prompts that somebody judged, ascending."""
-        return self.scores.isfinite().all(1).nonzero().squeeze(1)
+    def image_prompts(self) -> Sequence[str]:
+        """The prompt of each group of images."""
+        return self.sampling.prompts
 
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts that somebody judged, each once."""
-        return list(dict.fromkeys(self.sampling.prompts[i] for i in self.judged.tolist()))
+    def experience(self, config: RunConfig) -> Judged:
+        """It, as what a run learns from."""
+        return Judged(
+            drawn=self, scores=self.scores, seed=config.seed, initial=self.weights(),
+            prompts_per_round=config.prompts_per_round,
+        )  # fmt: skip
 
     def weights(self) -> dict[str, Tensor] | None:
         """What drew the round; None for the pretrained model."""
@@ -103,72 +106,11 @@ def data_of(folder: Path, scores: Floats) -> Data:
     return Data(folder, sampling, whole)
 
 
-class _Votes:
-    """Stands where a run has its scorer: people have scored already."""
-
-    unit = "votes"
-
-    def __init__(self, scores: Tensor) -> None:
-        self.digest = hashlib.sha256(scores.numpy().tobytes()).hexdigest()[:12]
-
-    def __call__(self, images: Tensor, prompts: object) -> Tensor:
-        raise TypeError("people score these images, not a program")
-
-
-class FeedbackTrainer(Trainer):
-    """A trainer whose rounds are parts of one drawn round; all parts make a pass."""
-
-    def __init__(self, data: Data, config: RunConfig, execution: Execution) -> None:
-        """Load the model and put on the weights that drew the round."""
-        self.data = data
-        super().__init__(config, execution)
-        weights = data.weights()
-        if weights is not None:
-            self.model.load_trainable(weights)
-
-    def _choose_task(self) -> None:
-        self.objective = Objective(prompts="", scorer="votes", sign=1)
-        self.scorer = _Votes(self.data.scores)
-        self.prompts = self.data.prompts
-        self.images = self.data.sampling.images
-
-    def _untrained(self) -> bool:
-        return self.round == 0 and not self.data.sampling.adapter
-
-    def _sample(self, report: Any) -> Rollout:
-        rows = self.data.judged[part_of(self.data, self.config, self.round)]
-        prompts = [self.data.sampling.prompts[i] for i in rows.tolist()]
-        stored = self.data.stored(rows)
-        return Rollout(
-            prompts=prompts, text=self.model.encode(prompts), timesteps=self.policy.timesteps,
-            latents=stored["latents"].to(self.device), means=stored["means"].to(self.device),
-            scores=self.data.scores[rows],
-        )  # fmt: skip
-
-    def _score(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
-        if self.round < parts(self.data, self.config):  # later passes look at them again
-            self.counts["images"] += rollout.scores.numel()
-        return replace(rollout, history=self.history, memory=self.memory), rollout.scores
-
-
-def parts(data: Data, config: RunConfig) -> int:
-    """Parts of a pass."""
-    return -(-len(data.judged) // config.prompts_per_round)
-
-
-def part_of(data: Data, config: RunConfig, number: int) -> Tensor:
-    """Which of the judged prompts round `number` learns from; another order in every pass."""
-    passed, part = divmod(number, parts(data, config))
-    order = torch.randperm(len(data.judged), generator=stream(config.seed, "prompts", passed))
-    size = config.prompts_per_round
-    return order[part * size : (part + 1) * size].sort().values
-
-
 # ---- a training
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class TrainRequest:
     """What the command line asked for."""
 
     method: str
@@ -176,9 +118,10 @@ class Request:
     settings: Mapping[str, str]
     preset: str | None
     device: str
+    tools: Tools
 
 
-def planned(data: Data, request: Request) -> tuple[RunConfig, Execution]:
+def planned(data: Data, request: TrainRequest) -> tuple[RunConfig, Execution]:
     """The config of a training: the round's settings, the preset's for the rest.
 
     Raises:
@@ -199,51 +142,51 @@ def planned(data: Data, request: Request) -> tuple[RunConfig, Execution]:
         images_per_prompt=sampling.images, eval_every=0, **given,
     )  # fmt: skip
     options = {**config.options, **_defaults(request)}
-    rounds = request.passes * parts(data, config)
+    rounds = request.passes * data.experience(config).parts
     config = replace(config, options=options, rounds=rounds)
     config.check()
     return config, replace(execution, device=request.device)
 
 
-def _defaults(request: Request) -> dict[str, Any]:
+def _defaults(request: TrainRequest) -> dict[str, Any]:
     mine = DEFAULTS.get(request.method, {})
     return {name: value for name, value in mine.items() if name not in request.settings}
 
 
-def train(data: Data, request: Request, out: Path, report: Report = lambda progress: None) -> None:
-    """Learn into `out`, a run folder; the same call goes on where it was interrupted.
+def train(
+    data: Data, request: TrainRequest, out: Path, report: Report = lambda progress: None
+) -> None:
+    """Learn into `out`, a run folder; the same call resumes where it was interrupted.
 
     Raises:
         UserError: bad input, or another training lies in the folder.
     """
     config, execution = planned(data, request)
-    _require_differences(data, config)
-    _require_same_votes(data, out)
-    trainer = partial(FeedbackTrainer, data)
+    experience = data.experience(config)
+    _require_differences(data, config, data.scores[experience.judged])
+    # Votes may have come in since: a finished training must not pass for one that saw them.
+    seen = RunStore(out).provenance().get("inputs", {}).get("scorers", {}).get("votes")
+    if seen not in (None, Votes(data.scores).digest):
+        raise UserError(
+            f"The training in {out} began with other votes. Give another --out, or remove that "
+            "folder."
+        )
     run_seed(
-        config, execution, out, report=report, make=trainer, facts={"round": _facts(data)},
-        prompts=data.prompts,
+        Job(
+            config=config, execution=execution, folder=out, tools=request.tools,
+            experience=experience, facts={"round": _facts(data)},
+        ),
+        report,
     )  # fmt: skip
 
 
-def _require_differences(data: Data, config: RunConfig) -> None:
+def _require_differences(data: Data, config: RunConfig, scores: Tensor) -> None:
     """Refuse votes that teach nothing: some methods compare with other prompts' images, too."""
-    scores = data.scores[data.judged]
     within = least_images(method_of(config)) > 1
     if not len(preferences(scores.numpy())) if within else len(scores.unique()) == 1:
         raise UserError(
-            f"Expected votes that prefer an image to another in {data.folder}, got ties alone: "
-            f"{config.method} has nothing to learn from them. Ask for more votes."
-        )
-
-
-def _require_same_votes(data: Data, out: Path) -> None:
-    """Votes may have come in since: a finished training must not pass for one that saw them."""
-    seen = RunStore(out).provenance().get("inputs", {}).get("scorers", {}).get("votes")
-    if seen not in (None, _Votes(data.scores).digest):
-        raise UserError(
-            f"Expected the votes that the training in {out} began with, got others. Give another "
-            "--out, or remove that folder."
+            f"All votes in {data.folder} are ties, from which {config.method} learns nothing. Ask "
+            "for more votes."
         )
 
 

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5, from the mirror of the deleted original repository."""
 
-from d3po_bench.models.stable_diffusion import Source
+from d3po_bench.models.sources import Source
 
 SOURCE = Source(
     path="stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
-from d3po_bench.models.stable_diffusion import Source
+from d3po_bench.models.sources import Source
 
 HERE = Path(__file__).parent / "embedded"
 
-SOURCE = Source(path=str(HERE / "tiny"), preset="quick", scorers="tiny", pin=HERE / "tiny.sha256")
+SOURCE = Source(
+    path=str(HERE / "tiny"),
+    preset="quick",
+    scorers="tiny",
+    prompts="captions-held-out",
+    small=True,
+    pin=HERE / "tiny.sha256",
+)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import category
 
+from d3po_bench.digests import short
 from d3po_bench.errors import UserError
 
 HOME = Path(__file__).parent
@@ -28,21 +30,19 @@ def read_prompts(source: str) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte-order mark
     except UnicodeDecodeError as problem:
         raise UserError(
-            f"Expected UTF-8 text in {path}, got byte {problem.object[problem.start]:#04x} at "
-            f"position {problem.start}. Save the file as UTF-8."
+            f"{path} is not UTF-8 text (byte {problem.object[problem.start]:#04x} at position "
+            f"{problem.start}). Save the file as UTF-8."
         ) from problem
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
         reason = getattr(problem, "strerror", None) or problem
         raise UserError(
-            f"Expected a prompt list ({', '.join(names())}) or a file with one prompt a line, got "
-            f"{source[:200]!r}: {reason}. Correct the name."
+            f"No prompt list is called {source[:200]!r}, and no such file can be read: {reason}. "
+            f"Give {', '.join(names())}, or a file with one prompt on each line."
         ) from problem
     _require_text(text, path)
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
-        raise UserError(
-            f"Expected at least one prompt in {path}, got none. Write one prompt on each line."
-        )
+        raise UserError(f"{path} holds no prompt. Write one on each line.")
     return prompts
 
 
@@ -62,19 +62,16 @@ def read_pictures(folder: Path) -> list[tuple[str, str]]:
             named = [(line["file_name"] or "", line[column] or "") for line in lines]
     except (OSError, KeyError, ValueError, csv.Error) as problem:
         raise UserError(
-            f"Expected columns file_name and text in {path}, got {problem!r}. Write a header and "
-            "a line for each picture."
+            f"{path} cannot be read as a table with columns file_name and text: {problem!r}. Write "
+            "a header and a line for each picture."
         ) from problem
     for name, text in named:
         _require_inside(folder, name)
         _require_text(text, path)
         if not text.strip():
-            raise UserError(
-                f"Expected a text for every picture in {path}, got {name!a} alone. Complete that "
-                "line."
-            )
+            raise UserError(f"{path} has no text for {name!a}. Complete that line.")
     if not named:
-        raise UserError(f"Expected pictures in {path}, got none. Write a line for each.")
+        raise UserError(f"{path} names no picture. Write a line for each.")
     return named
 
 
@@ -82,8 +79,8 @@ def _require_inside(folder: Path, name: str) -> None:
     place = (folder / name).resolve() if "\0" not in name else folder
     if not place.is_relative_to(folder.resolve()) or not place.is_file():
         raise UserError(
-            f"Expected a picture inside {folder} for every line of its metadata.csv, got "
-            f"{name!a}. Correct that line."
+            f"The metadata.csv of {folder} names {name!a}, which is not a picture inside that "
+            "folder. Correct that line."
         )
 
 
@@ -92,7 +89,9 @@ def _require_text(text: str, path: Path) -> None:
     strange = next((c for c in text if category(c) == "Cc" and c not in "\t\n\r"), None)
     if strange is not None:
         place = ascii(text[max(0, text.index(strange) - 20) :][:40])
-        raise UserError(
-            f"Expected text without control characters in {path}, got {strange!a} in {place}. "
-            "Remove it."
-        )
+        raise UserError(f"{path} holds the control character {strange!a} in {place}. Remove it.")
+
+
+def digest(prompts: Sequence[str]) -> str:
+    """Twelve hex digits that name a list of prompts."""
+    return short("\n".join(prompts))

@@ -1,1 +1,1 @@
-"""What runs say: tables of gains, costs and settings, with intervals over seeds."""
+"""Run folders as numbers: means, intervals, tables."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from d3po_bench.errors import UserError
-from d3po_bench.store import write_atomically
+from d3po_bench.runs.files import write_atomically
 
 BLOCK = re.compile(r"^<!-- made: (.*?) -->\n(.*?)^<!-- /made -->$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"<!--n (.*?)-->(.*?)<!--/n-->", re.DOTALL)

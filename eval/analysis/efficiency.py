@@ -16,14 +16,14 @@ import numpy as np
 
 from d3po_bench import registry
 from eval.analysis.gains import RIVAL, Groups
-from eval.analysis.tables import Record, Table, ends, number, spread, text
-from eval.report import Run, curves
-from eval.statistics import (
+from eval.analysis.runs import Run, curves
+from eval.analysis.statistics import (
     area_under_curve,
     images_to_threshold,
     interval,
     probability_of_improvement,
 )
+from eval.analysis.tables import Record, Table, ends, number, spread, text
 
 BUDGETS = {"pairs": "pairs or single images", "images": "images", "unet_forwards": "UNet passes"}
 """What methods are compared at, and what to call it."""

@@ -18,10 +18,10 @@ import pandas as pd
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from d3po_bench.store import read_csv
+from d3po_bench.runs.files import read_csv
+from eval.analysis.runs import Group, Run
+from eval.analysis.statistics import interval, iqm, iqm_interval, paired_difference
 from eval.analysis.tables import Record, Table, change, number, spread, text
-from eval.report import Group, Run
-from eval.statistics import interval, iqm, iqm_interval, paired_difference
 
 Groups = Mapping[Group, Sequence[Run]]
 """Model, objective and method -> the runs of each seed, as `read_groups` gives them."""
@@ -142,7 +142,7 @@ def flat_size(side: int) -> float:
     import torch
 
     image = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
-    return float(registry.scorer("jpeg_size", torch.device("cpu"))(image, [""])[0])
+    return float(registry.load_scorer("jpeg_size", torch.device("cpu"))(image, [""])[0])
 
 
 def beside(run: Run) -> Path:

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from d3po_bench import registry
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import read_prompts
-from d3po_bench.store import csv_bytes, read_csv, write_atomically
+from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from d3po_bench.training.tools import spread as spread_over
 from eval.analysis.gains import BASE, Groups, beside
+from eval.analysis.runs import Run
+from eval.analysis.statistics import interval
 from eval.analysis.tables import Record, Table, spread, text
-from eval.report import Run
-from eval.statistics import interval
 
 IMAGES = 4
 SCORERS = {
@@ -98,24 +99,30 @@ def _key(row: Row) -> tuple[str, str, str]:
     return row["objective"], row["method"], row["seed"]
 
 
-def _means(lora: Path | None, config: Row) -> dict[str, float]:
+def _means(lora: Path | None, recorded: Row) -> dict[str, float]:
     """Means over pictures of a run's base model with that LoRA, drawn as in training."""
-    from d3po_bench.engine import Draws, sample
-    from d3po_bench.models.stable_diffusion import Training, load
-    from d3po_bench.policy import Policy
-    from d3po_bench.train import device_of, model_source
-    from eval.evaluator import NOISE_SEED, spread
+    from d3po_bench.diffusion.policy import Policy
+    from d3po_bench.diffusion.sampling import Draws, sample
+    from d3po_bench.machine import device_of
+    from d3po_bench.models.adapters import Training
+    from d3po_bench.models.sources import load, model_source
+    from eval.golden import checked_scorer
+    from eval.measure import NOISE_SEED
 
-    source, device = model_source(config["model"]), device_of("auto")
     if lora is not None and not lora.is_dir():
         raise UserError(f"{lora} is not there. Measuring needs the weights that a run trained.")
+    config, device = RunConfig.from_json(recorded), device_of("auto")
+    source = model_source(config.model)
     model = load(source, device, Training())
     if lora is not None:
         model.load_saved(lora)
-    policy = Policy(model, steps=config["sampling_steps"], eta=1.0, guidance=config["guidance"])
-    listed = read_prompts(config["prompts"] or registry.objective(config["objective"]).prompts)
-    prompts = [p for p in spread(listed, config["eval_prompts"]) for _ in range(IMAGES)]
+    policy = Policy(
+        model, steps=config.sampling_steps, eta=config.eta, guidance=config.guidance,
+        sampler=config.sampler,
+    )  # fmt: skip
+    listed = spread_over(read_prompts(config.prompt_source), config.eval_prompts)
+    prompts = [prompt for prompt in listed for _ in range(IMAGES)]
     draws = Draws(seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps")
     pictures = model.decode(sample(policy, prompts, draws).latents[:, 0, -1])
-    scorers = {name: registry.scorer(name, device, source.scorers) for name in SCORERS}
+    scorers = {name: checked_scorer(name, device, source.scorers) for name in SCORERS}
     return {name: round(float(s(pictures, prompts).mean()), 6) for name, s in scorers.items()}

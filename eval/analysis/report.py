@@ -12,9 +12,9 @@ from eval.analysis import tries
 from eval.analysis.efficiency import efficiency
 from eval.analysis.gains import Groups, cost, gains
 from eval.analysis.pictures import crossed, measure
+from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Table, as_csv, finite
-from eval.report import read_groups
 
 Form = Literal["md", "csv", "json"]
 

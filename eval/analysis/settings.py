@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from d3po_bench.errors import UserError
-from d3po_bench.reading import read_lines
+from d3po_bench.runs.run import read_lines
 from eval.analysis.gains import Groups
+from eval.analysis.runs import Run
 from eval.analysis.tables import Record, Table, number, text
 from eval.analysis.tries import options
-from eval.report import Run
 
 CLIPPED = ("clipped", "saturated")
 """Share of probability ratios that the clip changed, as methods call it."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d3po_bench.store import csv_bytes
-from eval.statistics import between
+from d3po_bench.runs.files import csv_bytes
+from eval.analysis.statistics import between
 
 Record = dict[str, Any]
 """Field -> text or number; NaN where a run did not measure it."""

@@ -17,7 +17,7 @@ from typing import Any
 from d3po_bench import config, registry
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
-from d3po_bench.reading import read_config, read_facts, read_lines, readable
+from d3po_bench.runs.run import read_config, read_facts, read_lines, readable
 from eval.analysis.tables import Record, Table, number, text
 
 Settings = dict[str, str]

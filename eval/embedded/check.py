@@ -96,7 +96,7 @@ def measured(weights: str = "tiny", count: int = COUNT) -> Iterator[tuple[str, f
     """Each number of the card by its name."""
     held = facts.held_out(count)
     for name, check in CHECKS:
-        yield from check(registry.scorer(name, torch.device("cpu"), weights), held).items()
+        yield from check(registry.load_scorer(name, torch.device("cpu"), weights), held).items()
 
 
 WORDS = {

@@ -70,7 +70,7 @@ class Batch:
 
 
 class Batches:
-    """Endless batches; pictures of one animal meet, so that colours and patterns are learnt."""
+    """Endless batches in which pictures of one animal meet: so colours and patterns are learned."""
 
     def __init__(self, source: Facts, size: int, seed: int) -> None:
         """`source`: what to draw from."""

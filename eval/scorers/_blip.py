@@ -22,10 +22,24 @@ from PIL import Image
 from torch import Tensor
 
 from d3po_bench.errors import UserError
-from eval.scorers._clip import MEAN, STD
+from eval.scorers._clip import EMBEDDED, MEAN, STD
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
+
+WEIGHTS = {
+    "bert-base-uncased": {
+        "summary": "vocabulary of BERT (scorers blip and image_reward)",
+        "licence": "Apache-2.0",
+        "address": "https://huggingface.co/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f723594/",
+        "files": {
+            "vocab.txt": (
+                "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+                231_508,
+            ),
+        },
+    },
+}
 
 State = Mapping[str, Tensor]
 Resize = Callable[[Image.Image], Image.Image]
@@ -59,29 +73,45 @@ _log = logging.getLogger(__name__)
 # ---- checkpoints
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of an official checkpoint under transformers' names, nothing executed.
+class Parts(NamedTuple):
+    """What a scorer is built from."""
+
+    config: BlipConfig
+    state: State
+    """Tensors under transformers' names."""
+    checkpoint: Path
+    vocabulary: Path
+    options: Mapping[str, Any] = {}
+    """Further keys of a config.json of our own."""
+
+
+def official(checkpoint: Path, vocabulary: Path) -> Parts:
+    """The parts of a checkpoint as its authors publish it.
 
     Args:
-        path: a `torch.save` of a state dict, or of one under the key "model".
+        checkpoint: a `torch.save` of named tensors, or of these under the key "model".
+        vocabulary: vocab.txt of bert-base-uncased.
 
     Raises:
-        UserError: the file is something else.
+        UserError: it holds something else, or lacks a tensor.
     """
+    state = _read(checkpoint)
+    return Parts(_sizes(state, checkpoint), state, checkpoint, vocabulary)
+
+
+def _read(path: Path) -> State:
+    """The tensors of a file under transformers' names, nothing executed."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated, no archive, or code in it: torch raises many kinds
-        raise _unreadable(path, str(error).partition("\n")[0]) from error
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise _unreadable(path, f"a {type(content).__name__} of other things")
+        state = content.get("model", content)
+        if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+            raise TypeError(f"{strange[0]} is no tensor")
+    except Exception as problem:  # truncated, no archive, or code in it: torch raises many kinds
+        reason = str(problem).partition("\n")[0]
+        raise UserError(
+            f"{path} does not hold named tensors ({reason}). Remove it and fetch it again."
+        ) from problem
     return {rename(name): tensor for name, tensor in state.items()}
-
-
-def _unreadable(path: Path, got: str) -> UserError:
-    return UserError(
-        f"Expected named tensors in {path}, got {got}. Remove the file and fetch it again."
-    )
 
 
 def rename(name: str) -> str:
@@ -91,26 +121,19 @@ def rename(name: str) -> str:
     return name
 
 
-def sizes(state: State, path: Path) -> BlipConfig:
+def _sizes(state: State, path: Path) -> BlipConfig:
     """Sizes of the network that the tensors of an official checkpoint belong to.
 
     Constants that no shape shows are those of the official code: 64 wide heads, GELU, and
     epsilons of 1e-6 (vision) and 1e-12 (text), where transformers has others by default.
-
-    Args:
-        state: tensors under transformers' names.
-        path: their file, for the error.
-
-    Raises:
-        UserError: one of the tensors that show a size is missing.
     """
     from transformers import BlipConfig
 
     try:
         vision, text = _vision_sizes(state), _text_sizes(state)
         shared = state["vision_proj.weight"].shape[0]
-    except KeyError as error:
-        raise _incomplete(path, [error.args[0]]) from error
+    except KeyError as problem:
+        raise _incomplete(path, [problem.args[0]]) from problem
     return BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=shared)
 
 
@@ -167,8 +190,8 @@ def empty(config: BlipConfig) -> BlipForImageTextRetrieval:
 def fill(network: BlipForImageTextRetrieval, state: State, path: Path) -> None:
     """Put `state` into an `empty` network, as float32 and ready to score.
 
-    A tensor too many is named in a log line: checkpoints from training carry momentum encoders
-    and queues.
+    Tensors that are left over are named in a log line: checkpoints from training carry momentum
+    encoders and queues.
 
     Args:
         network: changed in place.
@@ -184,40 +207,31 @@ def fill(network: BlipForImageTextRetrieval, state: State, path: Path) -> None:
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             raise UserError(
-                f"Expected {name} of shape {tuple(tensor.shape)} in {path}, got "
-                f"{tuple(state[name].shape)}. Fetch the file again, or correct its config.json."
+                f"{name} in {path} has the shape {tuple(state[name].shape)} and should have "
+                f"{tuple(tensor.shape)}. Fetch the file again, or correct its config.json."
             )
-    _name_ignored(sorted(state.keys() - wanted.keys()), path)
     network.load_state_dict({name: state[name].float() for name in wanted}, assign=True)
     # The one tensor that no checkpoint holds in transformers' layout.
     embeddings = network.text_encoder.embeddings
     embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1]).unsqueeze(0)
     network.eval().requires_grad_(False)
 
-
-def _incomplete(path: Path, missing: Sequence[str]) -> UserError:
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return UserError(
-        f"Expected a complete BLIP in {path}, got one without {missing[0]}{more}. Fetch the "
-        "file again, or give the checkpoint of this scorer."
-    )
-
-
-def _name_ignored(names: Sequence[str], path: Path) -> None:
-    ignored = [n for n in names if n != "text_encoder.embeddings.position_ids"]
-    if ignored:
-        counts = Counter(name.partition(".")[0] for name in ignored)
+    left = state.keys() - wanted.keys() - {"text_encoder.embeddings.position_ids"}
+    if left:
+        counts = Counter(name.partition(".")[0] for name in sorted(left))
         listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
         _log.warning("%s: ignored what scoring does not need: %s", path, listed)
 
 
+def _incomplete(path: Path, missing: Sequence[str]) -> UserError:
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return UserError(
+        f"{path} is no complete BLIP: it lacks {missing[0]}{more}. Fetch the file again, or use "
+        "the checkpoint of this scorer."
+    )
+
+
 # ---- folders of our own layout
-
-
-def folder(weights: str, scorer: str) -> Path:
-    """Where the tensors of a `load(device, weights)` lie: "tiny" ships with the package."""
-    ours = Path(__file__).parent.parent / "embedded" / scorer
-    return ours if weights == "tiny" else Path(weights)
 
 
 def save(
@@ -241,18 +255,12 @@ def save(
     (target / "vocab.txt").write_bytes(vocabulary.read_bytes())
 
 
-class Folder(NamedTuple):
-    """What `opened` found."""
+def opened(weights: str, scorer: str) -> Parts:
+    """The parts in a folder that `save` wrote.
 
-    config: BlipConfig
-    options: dict[str, Any]
-    state: dict[str, Tensor]
-    vocabulary: Path
-    tensors: Path
-
-
-def opened(source: Path) -> Folder:
-    """Read a folder that `save` wrote.
+    Args:
+        weights: the folder, or "tiny" for that of `scorer` which ships with the package.
+        scorer: blip or image_reward.
 
     Raises:
         UserError: it, or one of its files, is absent.
@@ -260,16 +268,17 @@ def opened(source: Path) -> Folder:
     from safetensors.torch import load_file
     from transformers import BlipConfig
 
-    names = ("config.json", "model.safetensors", "vocab.txt")
-    if absent := [name for name in names if not (source / name).is_file()]:
+    folder = EMBEDDED / scorer if weights == "tiny" else Path(weights)
+    config, tensors, vocabulary = paths = [
+        folder / name for name in ("config.json", "model.safetensors", "vocab.txt")
+    ]
+    if absent := [path.name for path in paths if not path.is_file()]:
         raise UserError(
-            f"Expected {', '.join(names)} in {source}, got no {absent[0]}. Give a folder with "
-            "these three, or 'official'."
+            f"{folder} has no {', '.join(absent)}. Give a folder with config.json, "
+            "model.safetensors and vocab.txt, or 'official'."
         )
-    options = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    tensors = source / "model.safetensors"
-    config = BlipConfig.from_dict(options)
-    return Folder(config, options, load_file(tensors), source / "vocab.txt", tensors)
+    options = json.loads(config.read_text(encoding="utf-8"))
+    return Parts(BlipConfig.from_dict(options), load_file(tensors), tensors, vocabulary, options)
 
 
 # ---- prompts
@@ -292,8 +301,8 @@ def tokenizer(vocabulary: Path, config: BlipConfig) -> BertTokenizer:
     found.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     if len(found) != config.text_config.vocab_size:
         raise UserError(
-            f"Expected {config.text_config.vocab_size - 2} tokens in {vocabulary}, got "
-            f"{len(words)}. Use the vocabulary that the checkpoint was trained with."
+            f"{vocabulary} has {len(words)} tokens, but the checkpoint was trained with "
+            f"{config.text_config.vocab_size - 2}. Use its own vocabulary."
         )
     return found
 
@@ -330,8 +339,14 @@ def tokenized(words: BertTokenizer, prompts: Sequence[str], device: torch.device
 # ---- images
 
 
-def check(images: Tensor, prompts: Sequence[str], scorer: str) -> None:
-    """Raise TypeError unless `images` is [N, 3, h, w] uint8 with N prompts."""
+def batches(
+    images: Tensor, prompts: Sequence[str], scorer: str
+) -> Iterator[tuple[Tensor, Sequence[str]]]:
+    """At most `BATCH` images at a time, with their prompts.
+
+    Raises:
+        TypeError: `images` are not [N, 3, h, w] uint8, or the prompts not N.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise TypeError(
             f"{scorer} scores uint8 images of shape [N, 3, h, w], got {images.dtype} "
@@ -342,27 +357,8 @@ def check(images: Tensor, prompts: Sequence[str], scorer: str) -> None:
             f"{scorer} scores a prompt with each image, got {len(images)} images and "
             f"{len(prompts)} prompts. Repeat a prompt for each of its images."
         )
-
-
-def batches(images: Tensor, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Sequence[str]]]:
-    """At most `BATCH` images at a time, with their prompts."""
-    for start in range(0, max(len(images), 1), BATCH):
+    for start in range(0, len(images), BATCH):
         yield images[start : start + BATCH], prompts[start : start + BATCH]
-
-
-def square(image: Image.Image, size: int) -> Image.Image:
-    """`size` x `size` pixels whatever the shape was, bicubic, as LAVIS does."""
-    return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def cropped(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side to `size`, bicubic, then the centre square, as ImageReward does."""
-    width, height = image.size
-    short = min(width, height)
-    wide, high = int(size * width / short), int(size * height / short)
-    image = image.resize((wide, high), Image.Resampling.BICUBIC)
-    left, top = round((wide - size) / 2), round((high - size) / 2)
-    return image.crop((left, top, left + size, top + size))
 
 
 def pixels(images: Tensor, resize: Resize) -> Tensor:
@@ -387,12 +383,6 @@ def exact() -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def seen(network: BlipForImageTextRetrieval, x: Tensor) -> Tensor:
-    """Image tokens [N, V, F] of pixels `x` [N, 3, size, size], the class token first."""
-    found: Tensor = network.vision_model(pixel_values=x).last_hidden_state
-    return found
 
 
 def understood(

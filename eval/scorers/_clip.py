@@ -14,7 +14,41 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d3po_bench.errors import UserError
-from eval import weights
+from eval import downloads
+
+WEIGHTS = {
+    "clip": {
+        "summary": "CLIP ViT-L/14 of OpenAI (scorers clip, aesthetic and diversity)",
+        "licence": "MIT",
+        "address": "https://huggingface.co/openai/clip-vit-large-patch14/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41/",
+        "files": {
+            "config.json": (
+                "8a09b467700c58138c29d53c605b34ebc69beaadd13274a8a2af8ad2c2f4032a",
+                4519,
+            ),
+            "model.safetensors": (
+                "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+                1_710_540_580,
+            ),
+            "tokenizer.json": (
+                "a83e0809aa4c3af7208b2df632a7a69668c6d48775b3c3fe4e1b1199d1f8b8f4",
+                0,
+            ),
+            "tokenizer_config.json": (
+                "deef455e52fa5e8151e339add0582e4235f066009601360999d3a9cda83b1129",
+                0,
+            ),
+            "vocab.json": (
+                "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69",
+                0,
+            ),
+            "merges.txt": (
+                "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+                0,
+            ),
+        },
+    },
+}
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -31,12 +65,12 @@ def folder(name: str, which: str) -> Path:
         UserError: they are not there.
     """
     if which == "official":
-        return weights.find(name)
+        return downloads.find(name)[0].parent
     path = EMBEDDED / name if which == "tiny" else Path(which)
     if not (path / "config.json").is_file():
         raise UserError(
-            f"Expected official, tiny or a folder with config.json as weights of {name}, got "
-            f"{which!r}. Correct what follows the colon."
+            f"{name}:{which} names no weights: after the colon stands official, tiny or a folder "
+            "with a config.json."
         )
     return path
 
@@ -90,8 +124,7 @@ class Clip:
             self.tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
         except Exception as problem:  # a damaged file can raise anything on its way in
             raise UserError(
-                f"Expected a CLIP model in {path}, got files that do not load: {problem}. Fetch or "
-                "save them again."
+                f"The CLIP model in {path} does not load: {problem}. Fetch or save it again."
             ) from problem
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.device = device
@@ -139,11 +172,10 @@ def _require_quick_gelu(path: Path) -> None:
         }
     except (OSError, ValueError, KeyError, AttributeError) as problem:
         raise UserError(
-            f"Expected CLIP's config.json in {path}, got one that cannot be read ({problem!r}). "
-            "Fetch or save it again."
+            f"{path}/config.json is not CLIP's ({problem!r}). Fetch or save it again."
         ) from problem
     if found != {"quick_gelu"}:
         raise UserError(
-            f"Expected the activation quick_gelu in {path}/config.json, got {sorted(found)}. Take "
-            "OpenAI's checkpoint, or open_clip:MODEL/PRETRAINED for others."
+            f"The activation in {path}/config.json is {' and '.join(sorted(found))}, not CLIP's "
+            "quick_gelu. Use OpenAI's checkpoint, or open_clip:MODEL/PRETRAINED for others."
         )

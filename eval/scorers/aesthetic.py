@@ -13,8 +13,22 @@ from torch import Tensor, nn
 
 from d3po_bench.errors import UserError
 from d3po_bench.types import Scorer
+from eval import downloads
 from eval.scorers import _clip
-from eval.weights import find_all
+
+WEIGHTS = {
+    "laion_aesthetic": {
+        "summary": "LAION's aesthetic head on CLIP ViT-L/14 (scorer aesthetic)",
+        "licence": "Apache-2.0",
+        "address": "https://raw.githubusercontent.com/yk7333/d3po/40d3175/d3po_pytorch/assets/",
+        "files": {
+            "sac+logos+ava1-l14-linearMSE.pth": (
+                "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+                3_714_759,
+            ),
+        },
+    },
+}
 
 
 class Head(nn.Module):
@@ -38,8 +52,18 @@ class Aesthetic:
     unit = "points"
 
     def __init__(self, device: torch.device, weights: str) -> None:
-        """Load the weights `weights`: official, tiny, or a folder with a head and clip/."""
-        head, clip = _places(weights)
+        """Load the weights `weights`: official, tiny, or a folder with a head and clip/.
+
+        Raises:
+            UserError: they are absent or broken.
+        """
+        if weights == "official":
+            *clips, head = downloads.find("clip", "laion_aesthetic")
+            clip = clips[0].parent
+        else:
+            folder = _clip.folder("aesthetic", weights)
+            head = folder / "head.safetensors"
+            clip = _clip.folder("clip", weights) if weights == "tiny" else folder / "clip"
         self.clip = _clip.Clip(clip, device)
         self.head = load_head(head)
         self.sources = (head, clip / "model.safetensors")
@@ -51,24 +75,19 @@ class Aesthetic:
         return score
 
 
-def _places(weights: str) -> tuple[Path, Path]:
-    """The head's file and CLIP's folder."""
-    if weights == "official":
-        clip, head = find_all("clip", "laion_aesthetic")
-        return head / "sac+logos+ava1-l14-linearMSE.pth", clip
-    folder = _clip.folder("aesthetic", weights)
-    own = _clip.folder("clip", weights) if weights == "tiny" else folder / "clip"
-    return folder / "head.safetensors", own
-
-
 def load_head(path: Path) -> Head:
     """The head of a .pth state dict, loaded as weights only, or of a .safetensors file.
 
     Raises:
         UserError: it holds anything else.
     """
+    from safetensors.torch import load_file
+
     try:
-        state = _state(path)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
         numbers = sorted({int(name.split(".")[1]) for name in state})
         kept = [(state[f"layers.{n}.weight"], state[f"layers.{n}.bias"]) for n in numbers]
         head = Head([kept[0][0].shape[1], *(len(bias) for _, bias in kept)])
@@ -79,19 +98,10 @@ def load_head(path: Path) -> Head:
     except (OSError, pickle.UnpicklingError, SafetensorError, RuntimeError, LookupError,
             ValueError, TypeError, AttributeError) as problem:  # fmt: skip
         raise UserError(
-            f"Expected an aesthetic head of linear layers in {path}, got {problem!r}. Fetch it "
-            "again: `d3po-bench weights fetch laion_aesthetic`."
+            f"{path} holds no aesthetic head of linear layers ({problem!r}). Fetch it again: "
+            "`d3po-bench weights fetch laion_aesthetic`."
         ) from problem
     return head.eval().requires_grad_(False)
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
 
 
 def load(device: torch.device, weights: str = "official") -> Scorer:

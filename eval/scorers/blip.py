@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from d3po_bench.types import Scorer
-from eval import weights as checkpoints
+from eval import downloads
 from eval.scorers import _blip
 
-if TYPE_CHECKING:
-    from transformers import BertTokenizer, BlipForImageTextRetrieval
+WEIGHTS = {
+    "blip": {
+        "summary": "BLIP ViT-B, image-text matching on COCO, as LAVIS takes it (scorer blip)",
+        "licence": "BSD-3-Clause",
+        "address": "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/",
+        "files": {"model_base_retrieval_coco.pth": ("", 0)},
+    },
+}
 
 WORDS = 50
 """Words of a caption that LAVIS keeps."""
@@ -35,18 +40,21 @@ class Blip:
 
     unit = "logit"
 
-    def __init__(
-        self, network: BlipForImageTextRetrieval, words: BertTokenizer, device: torch.device
-    ) -> None:
-        """Keep a network that `_blip.fill` filled and its tokenizer."""
-        self.sources: tuple[Path, ...] = ()
-        """The files that decide the scores."""
+    def __init__(self, parts: _blip.Parts, device: torch.device) -> None:
+        """Build the network.
+
+        Raises:
+            UserError: the parts do not fit together.
+        """
+        self.sources = (parts.checkpoint, parts.vocabulary)
+        network = _blip.empty(parts.config)
+        _blip.fill(network, parts.state, parts.checkpoint)
         self.network = network.to(device)
-        self.words = words
+        self.words = _blip.tokenizer(parts.vocabulary, parts.config)
         self.device = device
-        self.encode = words.convert_tokens_to_ids("[ENC]")
-        size = network.config.vision_config.image_size
-        self.resize: _blip.Resize = partial(_blip.square, size=size)
+        self.encode = self.words.convert_tokens_to_ids("[ENC]")
+        size = parts.config.vision_config.image_size
+        self.resize: _blip.Resize = partial(square, size=size)
 
     def columns(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The three scores, each [N], of `images` [N, 3, h, w] uint8.
@@ -54,8 +62,7 @@ class Blip:
         Raises:
             TypeError: the images are not of that kind, or not as many as the prompts.
         """
-        _blip.check(images, prompts, "blip")
-        parts = [self._batch(i, p) for i, p in _blip.batches(images, prompts)]
+        parts = [self._batch(i, p) for i, p in _blip.batches(images, prompts, "blip")]
         return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -66,7 +73,8 @@ class Blip:
         captions = [caption(prompt) for prompt in prompts]
         with _blip.exact():
             tokens = _blip.tokenized(self.words, captions, self.device)
-            image = _blip.seen(self.network, _blip.pixels(images, self.resize).to(self.device))
+            pixels = _blip.pixels(images, self.resize).to(self.device)
+            image = self.network.vision_model(pixel_values=pixels).last_hidden_state
             both = _blip.understood(self.network, tokens.starting(self.encode), image)
             logits = self.network.itm_head(both)
             text = self.network.text_proj(_blip.understood(self.network, tokens))
@@ -85,23 +93,9 @@ def caption(prompt: str) -> str:
     return " ".join(plain.split(" ")[:WORDS])
 
 
-def official(checkpoint: Path, vocabulary: Path, device: torch.device) -> Blip:
-    """A checkpoint as Salesforce publishes it.
-
-    Args:
-        checkpoint: such as model_base_retrieval_coco.pth, of ViT-B or ViT-L.
-        vocabulary: vocab.txt of bert-base-uncased.
-        device: where to score.
-
-    Raises:
-        UserError: the file lacks a tensor, or cannot be read.
-    """
-    state = _blip.read(checkpoint)
-    network = _blip.empty(_blip.sizes(state, checkpoint))
-    _blip.fill(network, state, checkpoint)
-    scorer = Blip(network, _blip.tokenizer(vocabulary, network.config), device)
-    scorer.sources = (checkpoint, vocabulary)
-    return scorer
+def square(image: Image.Image, size: int) -> Image.Image:
+    """`size` x `size` pixels whatever the shape was, bicubic, as LAVIS does."""
+    return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def load(device: torch.device, weights: str = "official") -> Scorer:
@@ -115,12 +109,5 @@ def load(device: torch.device, weights: str = "official") -> Scorer:
         UserError: the weights are absent or broken.
     """
     if weights == "official":
-        blip, words = checkpoints.find_all("blip", "bert-base-uncased")
-        checkpoint = blip / "model_base_retrieval_coco.pth"
-        return official(checkpoint, words / "vocab.txt", device)
-    found = _blip.opened(_blip.folder(weights, "blip"))
-    network = _blip.empty(found.config)
-    _blip.fill(network, found.state, found.tensors)
-    scorer = Blip(network, _blip.tokenizer(found.vocabulary, found.config), device)
-    scorer.sources = (found.tensors, found.vocabulary)
-    return scorer
+        return Blip(_blip.official(*downloads.find("blip", "bert-base-uncased")), device)
+    return Blip(_blip.opened(weights, "blip"), device)

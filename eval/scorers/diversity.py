@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from d3po_bench.types import Scorer
+from eval.scorers import _clip
 
 
 class Diversity:
@@ -27,39 +27,27 @@ class Diversity:
         Raises:
             UserError: CLIP's weights are not there.
         """
-        self.features, self.sources = (
-            _of_classifier(device) if weights == "tiny" else _of_clip(device, weights)
-        )
+        if weights == "tiny":
+            from d3po_bench.models.embedded import classifier
+            from d3po_bench.models.embedded.render import GLYPHS
+
+            network = classifier.load(len(GLYPHS), device)
+
+            @torch.no_grad()
+            def features(images: Tensor) -> Tensor:
+                parts = classifier.pictures(images, device).split(64)
+                found = torch.cat([network.features(part) for part in parts])
+                return torch.nn.functional.normalize(found, dim=1).cpu()
+
+            self.features, self.sources = features, (classifier.WEIGHTS,)
+        else:
+            folder = _clip.folder("clip", weights)
+            self.features = _clip.Clip(folder, device).images
+            self.sources = (folder / "model.safetensors",)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Distances [N]."""
         return distances(self.features(images), prompts)
-
-
-Features = Callable[[Tensor], Tensor]
-"""[N, F] of unit length, for images [N, 3, h, w] uint8."""
-
-
-def _of_classifier(device: torch.device) -> tuple[Features, tuple[Path]]:
-    from d3po_bench.models.embedded import classifier
-    from d3po_bench.models.embedded.render import GLYPHS
-
-    network = classifier.load(len(GLYPHS), device)
-
-    @torch.no_grad()
-    def features(images: Tensor) -> Tensor:
-        x = classifier.pictures(images, device)
-        found = torch.cat([network.features(part) for part in x.split(64)])
-        return torch.nn.functional.normalize(found, dim=1).cpu()
-
-    return features, (classifier.WEIGHTS,)
-
-
-def _of_clip(device: torch.device, weights: str) -> tuple[Features, tuple[Path]]:
-    from eval.scorers import _clip
-
-    folder = _clip.folder("clip", weights)
-    return _clip.Clip(folder, device).images, (folder / "model.safetensors",)
 
 
 def distances(features: Tensor, prompts: Sequence[str]) -> Tensor:

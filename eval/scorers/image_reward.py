@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from d3po_bench.types import Scorer
-from eval import weights as checkpoints
+from eval import downloads
 from eval.scorers import _blip
 
-if TYPE_CHECKING:
-    from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
+WEIGHTS = {
+    "image_reward": {
+        "summary": "ImageReward-v1.0 (scorer image_reward)",
+        "licence": "Apache-2.0",
+        "address": "https://huggingface.co/THUDM/ImageReward/resolve/7a9e21fc5c7873859f160173d502cc82f6709e33/",
+        "files": {
+            "ImageReward.pt": (
+                "d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
+                1_786_880_927,
+            ),
+        },
+    },
+}
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw rewards over ImageReward's validation set, from THUDM/ImageReward ImageReward.py."""
@@ -46,37 +56,32 @@ class Head(nn.Module):
         return out
 
 
-def empty(config: BlipConfig, widths: Sequence[int] = HEAD) -> BlipForImageTextRetrieval:
-    """BLIP with a reward head in place of its own; tensors to come, see `_blip.fill`."""
-    network = _blip.empty(config)
-    for name in ("vision_proj", "text_proj", "itm_head"):
-        delattr(network, name)
-    with torch.device("meta"):
-        network.mlp = Head([config.text_config.hidden_size, *widths])
-    return network
-
-
 class ImageReward:
     """The reward of THUDM/ImageReward, about -2 to 2, in standard deviations of its own."""
 
     unit = "standard deviations"
 
-    def __init__(
-        self,
-        network: BlipForImageTextRetrieval,
-        words: BertTokenizer,
-        device: torch.device,
-        scale: tuple[float, float] = (MEAN, STD),
-    ) -> None:
-        """Keep a network that `_blip.fill` filled, its tokenizer, and its rewards' mean and std."""
-        self.sources: tuple[Path, ...] = ()
-        """The files that decide the scores."""
+    def __init__(self, parts: _blip.Parts, device: torch.device) -> None:
+        """Build BLIP with a reward head in place of its own.
+
+        Raises:
+            UserError: the parts do not fit together.
+        """
+        self.sources = (parts.checkpoint, parts.vocabulary)
+        network = _blip.empty(parts.config)
+        for name in ("vision_proj", "text_proj", "itm_head"):
+            delattr(network, name)
+        widths = parts.options.get("head_widths", HEAD)
+        with torch.device("meta"):
+            network.mlp = Head([parts.config.text_config.hidden_size, *widths])
+        _blip.fill(network, parts.state, parts.checkpoint)
         self.network = network.to(device)
-        self.words = words
+        self.words = _blip.tokenizer(parts.vocabulary, parts.config)
         self.device = device
-        self.mean, self.std = scale
-        size = network.config.vision_config.image_size
-        self.resize: _blip.Resize = partial(_blip.cropped, size=size)
+        self.mean: float = parts.options.get("reward_mean", MEAN)
+        self.std: float = parts.options.get("reward_std", STD)
+        size = parts.config.vision_config.image_size
+        self.resize: _blip.Resize = partial(cropped, size=size)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Rewards [N] of `images` [N, 3, h, w] uint8.
@@ -84,35 +89,27 @@ class ImageReward:
         Raises:
             TypeError: the images are not of that kind, or not as many as the prompts.
         """
-        _blip.check(images, prompts, "image_reward")
-        return torch.cat([self._batch(i, p) for i, p in _blip.batches(images, prompts)]).cpu()
+        parts = _blip.batches(images, prompts, "image_reward")
+        return torch.cat([self._batch(i, p) for i, p in parts]).cpu()
 
     def _batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with _blip.exact():
             tokens = _blip.tokenized(self.words, prompts, self.device)
-            image = _blip.seen(self.network, _blip.pixels(images, self.resize).to(self.device))
+            pixels = _blip.pixels(images, self.resize).to(self.device)
+            image = self.network.vision_model(pixel_values=pixels).last_hidden_state
             # The first token stays [CLS]: ImageReward was trained so, other than BLIP's ITM.
             reward: Tensor = self.network.mlp(_blip.understood(self.network, tokens, image))
         return (reward[:, 0] - self.mean) / self.std
 
 
-def official(checkpoint: Path, vocabulary: Path, device: torch.device) -> ImageReward:
-    """A checkpoint as the authors publish it.
-
-    Args:
-        checkpoint: ImageReward.pt.
-        vocabulary: vocab.txt of bert-base-uncased.
-        device: where to score.
-
-    Raises:
-        UserError: the file lacks a tensor, or cannot be read.
-    """
-    state = _blip.read(checkpoint)
-    network = empty(_blip.sizes(state, checkpoint))
-    _blip.fill(network, state, checkpoint)
-    scorer = ImageReward(network, _blip.tokenizer(vocabulary, network.config), device)
-    scorer.sources = (checkpoint, vocabulary)
-    return scorer
+def cropped(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side to `size`, bicubic, then the centre square, as ImageReward does."""
+    width, height = image.size
+    short = min(width, height)
+    wide, high = int(size * width / short), int(size * height / short)
+    image = image.resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    return image.crop((left, top, left + size, top + size))
 
 
 def load(device: torch.device, weights: str = "official") -> Scorer:
@@ -127,13 +124,6 @@ def load(device: torch.device, weights: str = "official") -> Scorer:
         UserError: the weights are absent or broken.
     """
     if weights == "official":
-        reward, words = checkpoints.find_all("image_reward", "bert-base-uncased")
-        return official(reward / "ImageReward.pt", words / "vocab.txt", device)
-    found = _blip.opened(_blip.folder(weights, "image_reward"))
-    network = empty(found.config, found.options.get("head_widths", HEAD))
-    _blip.fill(network, found.state, found.tensors)
-    scale = (found.options.get("reward_mean", MEAN), found.options.get("reward_std", STD))
-    words = _blip.tokenizer(found.vocabulary, found.config)
-    scorer = ImageReward(network, words, device, scale)
-    scorer.sources = (found.tensors, found.vocabulary)
-    return scorer
+        files = downloads.find("image_reward", "bert-base-uncased")
+        return ImageReward(_blip.official(*files), device)
+    return ImageReward(_blip.opened(weights, "image_reward"), device)

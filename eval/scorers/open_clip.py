@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -26,17 +25,23 @@ class OpenClipScore:
         Raises:
             UserError: the extra is not installed, or open_clip does not find them.
         """
-        library = _library()
         try:
-            self.model, _, self.preprocess = library.create_model_and_transforms(
+            import open_clip
+        except (ImportError, RuntimeError) as problem:
+            raise UserError(
+                f"The scorer open_clip needs an extra that is not installed here ({problem}). "
+                "Install it: pip install -c constraints.txt 'd3po-bench[open-clip]'."
+            ) from problem
+        try:
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
                 model, pretrained=pretrained
             )
-            self.tokenizer = library.get_tokenizer(model)
+            self.tokenizer = open_clip.get_tokenizer(model)
         except Exception as problem:  # open_clip and its downloads raise many kinds
             raise UserError(
-                f"Expected open_clip's model {model} with the weights {pretrained}, got: "
-                f"{problem}. `python -c 'import open_clip; print(open_clip.list_pretrained())'` "
-                "lists what there is; a download needs a network."
+                f"open_clip does not load {model} with the weights {pretrained}: {problem}. "
+                "`python -c 'import open_clip; print(open_clip.list_pretrained())'` lists what "
+                "there is; a download needs a network."
             ) from problem
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.device = device
@@ -60,23 +65,12 @@ class OpenClipScore:
         return 100 * cosine.float().cpu()
 
 
-def _library() -> Any:
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as problem:
-        raise UserError(
-            f"Expected the extra open-clip for this scorer, got an environment without it "
-            f"({problem}). Install it: pip install -c constraints.txt 'd3po-bench[open-clip]'."
-        ) from problem
-    return open_clip
-
-
 def load(device: torch.device, weights: str = "") -> Scorer:
     """The scorer open_clip:MODEL/PRETRAINED on `device`; `weights` is what follows the colon."""
     model, _, pretrained = weights.rpartition("/")
     if not model or not pretrained:
         raise UserError(
-            f"Expected open_clip:MODEL/PRETRAINED, got {weights!r} after the colon. For example "
+            f"open_clip:{weights} names no model: write open_clip:MODEL/PRETRAINED, such as "
             "open_clip:ViT-B-32/laion2b_s34b_b79k."
         )
     return OpenClipScore(device, model, pretrained)

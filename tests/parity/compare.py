@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench.types import Scorer
-from eval.scorers import blip, clip, image_reward, open_clip
+from eval.scorers import _blip, blip, clip, image_reward, open_clip
 from tests.parity import inputs, torchvision_operators
 
 LIMIT = 1e-5
@@ -31,8 +31,8 @@ Columns = Callable[[Tensor, tuple[str, ...]], dict[str, Tensor]]
 def ours(scorer: str, checkpoint: Path, vocabulary: Path) -> Columns:
     """Our scorer with an official checkpoint, as columns [N] of images and prompts."""
     if scorer == "blip":
-        return blip.official(checkpoint, vocabulary, CPU).columns
-    reward = image_reward.official(checkpoint, vocabulary, CPU)
+        return blip.Blip(_blip.official(checkpoint, vocabulary), CPU).columns
+    reward = image_reward.ImageReward(_blip.official(checkpoint, vocabulary), CPU)
     return lambda images, prompts: {"image_reward": reward(images, prompts)}
 
 

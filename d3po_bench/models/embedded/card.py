@@ -17,30 +17,32 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
-from d3po_bench.engine import Draws, sample
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import said_in_one_line
-from d3po_bench.models.stable_diffusion import StableDiffusion, Training, load
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import load
 from d3po_bench.models.tiny import SOURCE
-from d3po_bench.policy import Policy
 from d3po_bench.prompts import read_prompts
+from d3po_bench.types import Model
 
 HERE = Path(__file__).parent
 SEED = 7_000_000
 
 
-def draw(model: StableDiffusion, prompts: list[str], eta: float, steps: int) -> Tensor:
+def draw(model: Model, prompts: list[str], eta: float, steps: int) -> Tensor:
     """One image [3, 32, 32] uint8 for each prompt, guidance 5."""
     policy = Policy(model, steps=steps, eta=eta, guidance=5.0)
     draws = Draws(seed=SEED, round=0, noise="eval-noise", steps="eval-steps")
     return model.decode(sample(policy, prompts, draws).latents[:, 0, -1])
 
 
-def measure(model: StableDiffusion, images: int, steps: int) -> dict[str, Any]:
+def measure(model: Model, images: int, steps: int) -> dict[str, Any]:
     """Top-1 of the classifier on bare animal names, and JPEG sizes, with both samplers."""
     animals = read_prompts("animals")
     prompts = [a for a in animals for _ in range(images)]
-    judge: Any = registry.scorer("animal", torch.device("cpu"))
-    size = registry.scorer("jpeg_size", torch.device("cpu"))
+    judge: Any = registry.load_scorer("animal", torch.device("cpu"))
+    size = registry.load_scorer("jpeg_size", torch.device("cpu"))
     facts: dict[str, Any] = {"images": images, "steps": steps}
     for name, eta in (("eta1", 1.0), ("eta0", 0.0)):
         drawn = draw(model, prompts, eta, steps)
@@ -58,7 +60,7 @@ def measure(model: StableDiffusion, images: int, steps: int) -> dict[str, Any]:
     return facts | {"flat_jpeg_kb": round(float(flat[0]), 3)}
 
 
-def sheet(model: StableDiffusion, path: Path) -> None:
+def sheet(model: Model, path: Path) -> None:
     """A picture of every animal and of some captions, deployment sampler, 20 steps."""
     from PIL import Image
 

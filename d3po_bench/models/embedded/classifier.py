@@ -64,8 +64,8 @@ def load(classes: int, device: torch.device) -> Classifier:
 
     if not WEIGHTS.exists():
         raise UserError(
-            f"Expected the classifier at {WEIGHTS}, found nothing. Install the package again, or "
-            "rebuild it: python -m d3po_bench.models.embedded.recipe all."
+            f"There is no classifier at {WEIGHTS}. Install the package again, or rebuild it: "
+            "python -m d3po_bench.models.embedded.recipe all."
         )
     network = Classifier(classes)
     network.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS).items()})

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.embedded import render
-from d3po_bench.models.stable_diffusion import content
+from d3po_bench.models.sources import content
 
 HERE = Path(__file__).parent
 TEXT_LENGTH = 16

@@ -57,8 +57,7 @@ def _glyph(char: str) -> Image.Image:
     """One glyph, cut to its ink and centred on a transparent square."""
     if not FONT.exists():
         raise UserError(
-            f"Expected the emoji font at {FONT}, found nothing. "
-            "Install it: apt-get install fonts-noto-color-emoji."
+            f"There is no emoji font at {FONT}. Install it: apt-get install fonts-noto-color-emoji."
         )
     font = ImageFont.truetype(str(FONT), 109)  # the only size this bitmap font holds
     canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))

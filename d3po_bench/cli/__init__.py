@@ -1,0 +1,87 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+from click.exceptions import NoArgsIsHelpError
+
+from d3po_bench import __version__
+from d3po_bench.cli import feedback, results, run, show, weights
+from d3po_bench.cli import list as listing
+from d3po_bench.cli.options import Commands
+from d3po_bench.errors import UserError, fail, of_file
+
+EXTRA = ("fastapi", "itsdangerous", "jinja2", "krippendorff", "sqlalchemy", "uvicorn")
+"""Modules that the extra `feedback` brings."""
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="d3po-bench")
+def cli() -> None:
+    """Fine-tune text-to-image diffusion models from preferences and rewards.
+
+    \b
+    Example, minutes on a laptop, no download:
+        d3po-bench run --method d3po --objective incompress --seeds 5
+        d3po-bench plot
+    """  # noqa: D301
+
+
+for _command in (
+    run.run, results.plot, results.report, run.sweep, results.evaluate, results.table1,
+    results.verify, show.show, listing.list_, weights.doctor, weights.weights, feedback.feedback,
+):  # fmt: skip
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors become one line on stderr and an exit status of 1 or 2.
+
+    Args:
+        arguments: what follows the program's name; None for the process's own.
+    """
+    try:
+        cli(arguments, "d3po-bench", standalone_mode=False)
+    except NoArgsIsHelpError as problem:
+        click.echo(problem.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as problem:
+        fail(_said(problem), 2)
+    except (click.Abort, KeyboardInterrupt):
+        fail("Interrupted. The same command goes on from the last checkpoint.", 1)
+    except UserError as problem:
+        fail(str(problem), problem.exit_code)
+    except ModuleNotFoundError as problem:
+        if problem.name not in EXTRA:
+            raise
+        fail(f"Expected the extra `feedback` to be installed, got no module {problem.name}. Run: "
+             "pip install -c constraints.txt -e '.[feedback]'", 2)  # fmt: skip
+    except OSError as problem:
+        if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        if problem.filename is None:
+            raise
+        fail(str(of_file(problem)), 2)
+
+
+def _said(problem: click.ClickException) -> str:
+    """A mistake that click found, in three parts."""
+    from d3po_bench.registry import unknown
+
+    context: click.Context | None = getattr(problem, "ctx", None)
+    manual = f"`{context.command_path if context else 'd3po-bench'} --help`"
+    if isinstance(problem, click.NoSuchOption) and context:
+        known = [name for option in context.command.get_params(context) for name in option.opts]
+        return str(unknown("option", problem.option_name, known))
+    if isinstance(problem, click.MissingParameter) and problem.param:
+        return f"Expected {problem.param.opts[0]}, got a command without it. See {manual}."
+    if isinstance(problem, click.BadParameter) and problem.param:
+        name = problem.param.opts[0]
+        return f"Expected a value that fits {name}, got another: {problem.message} See {manual}."
+    return f"Expected a command as in {manual}, got another: {problem.format_message()}"

@@ -1,0 +1,280 @@
+"""Commands that look at runs: `plot`, `report`, `evaluate`, `table1`, `verify`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import click
+
+from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE, Range, scorer_names
+from d3po_bench.errors import RunError, UserError
+
+
+@click.command()
+@click.argument("runs", nargs=-1, type=PLACE)
+@click.option(
+    "--x",
+    type=click.Choice(
+        ["pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards", "seconds"]
+    ),
+    default="pairs",
+    show_default=True,
+    help="What the horizontal axis counts.",
+)
+@click.option("--out", type=PLACE, help="Folder for the figures.")
+@click.option(
+    "--unfinished", is_flag=True, help="Draw runs that have not ended, as far as they are."
+)
+def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> None:
+    """Draw learning curves with intervals, and before/after sheets.
+
+    RUNS are run folders or folders of them; default: runs/.
+
+    \b
+    Example:
+        d3po-bench plot
+        d3po-bench plot runs/tiny/incompress --x images --out figures
+    """  # noqa: D301
+    from eval.figures.curves import plot as draw
+
+    for path in draw(runs or (Path("runs"),), out, x, unfinished=unfinished):
+        click.echo(path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, type=PLACE)
+@click.option(
+    "--table",
+    "tables",
+    multiple=True,
+    type=click.Choice(["gains", "cost", "efficiency", "settings", "crossed", "runs"]),
+    help="Repeatable; default: gains and cost.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["md", "csv", "json"]),
+    default="md",
+    show_default=True,
+    help="Markdown for people; CSV and JSON have every number.",
+)
+@click.option("--measure", is_flag=True, help="First measure what the models draw; minutes.")
+@click.option("--out", type=PLACE, help="Write to this file instead.")
+def report(
+    runs: tuple[Path, ...], tables: tuple[str, ...], form: str, measure: bool, out: Path | None
+) -> None:
+    """Print tables of runs: means over seeds with 95 % intervals.
+
+    RUNS are run folders or folders of them; default: runs/. The tables: gains on the objective;
+    cost (images, network passes, seconds, and what was lost); efficiency at equal pairs, images
+    and passes; settings; crossed, what training did to other scores; runs, a row for each run with
+    the command that makes it. For crossed, and the diversity in cost, --measure draws four
+    pictures of each prompt with every model and writes diversity.csv beside the objectives.
+
+    \b
+    Example:
+        d3po-bench report
+        d3po-bench report results/tiny --table efficiency
+        d3po-bench report runs/tiny --measure --table crossed
+        d3po-bench report runs --table runs --format csv --out runs.csv
+    """  # noqa: D301
+    from d3po_bench.runs.files import write_atomically
+    from eval.analysis.report import report as made
+
+    told = functools.partial(click.echo, err=True)
+    text = made(runs or (Path("runs"),), tables, form, measured=measure, told=told)
+    if out is None:
+        click.echo(text)
+    else:
+        write_atomically(out, f"{text}\n".encode())
+
+
+@click.command()
+@click.argument("target", type=PLACE)
+@click.option(
+    "--scorers",
+    default="",
+    help="Names, with commas between them; name:weights for others than the model's.",
+)
+@click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
+@click.option("--prompts", help="A list or a file; default: held-out captions, or the run's own.")
+@click.option("--count", type=click.IntRange(1, 10**6), help="Prompts, spread over the list.")
+@click.option(
+    "--images", type=click.IntRange(1, 1000), default=1, show_default=True, help="A prompt."
+)
+@click.option("--steps", type=click.IntRange(1, 999), help="Default: 20, or those of the run.")
+@click.option("--guidance", type=Range(0, 100), help="Default: 5, or that of the run.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Processes."
+)
+@click.option("--out", type=PLACE, help="Default: beside the target.")
+@click.option("--save", is_flag=True, help="Keep the pictures, with a metadata.csv.")
+def evaluate(
+    target: Path,
+    scorers: str,
+    model: str | None,
+    prompts: str | None,
+    count: int | None,
+    images: int,
+    steps: int | None,
+    guidance: float | None,
+    device: str,
+    jobs: int,
+    out: Path | None,
+    save: bool,
+) -> None:
+    """Draw held-out prompts from fixed noise with both samplers, and score every image.
+
+    TARGET is a run folder, a LoRA folder, a model (tiny, a folder, a hub id), or a folder of
+    pictures with a metadata.csv (file_name,text). Writes rows.csv, plan.json and provenance.json
+    to OUT; the same command goes on where it was interrupted.
+
+    \b
+    Example:
+        d3po-bench evaluate runs/tiny/incompress/d3po/seed-0 --scorers jpeg_size,animal
+        d3po-bench evaluate tiny --scorers clip --count 50 --jobs 2
+    """  # noqa: D301
+    from eval.evaluate import plan, work
+
+    request = plan.Request(
+        target=target, scorers=scorer_names(scorers), model=model, prompts=prompts, count=count,
+        images=images, steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
+        save=save,
+    )  # fmt: skip
+    told = work.lines_of_progress(lambda text: click.echo(text, err=True))
+    folder = work.run(request, told, lambda text: click.echo(f"note: {text}", err=True))
+    for line in work.summary(folder):
+        click.echo(line)
+    click.echo(f"Rows are in {folder / 'rows.csv'}", err=True)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, type=PLACE)
+@click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
+@click.option(
+    "--objective", default="image_reward", show_default=True, help="The signal that trains."
+)
+@click.option("--seeds", type=click.IntRange(1, MOST_SEEDS), default=5, show_default=True)
+@click.option("--scorers", default="clip,blip,image_reward", show_default=True)
+@click.option("--preset", help="Settings to start from; default: alignment, or the model's own.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As in `run`.")
+@click.option("--prompts", help="Held-out list or file; default: the model's own.")
+@click.option("--count", type=click.IntRange(1, 10**6), help="Of these prompts; default: all.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--jobs", type=click.IntRange(1, MOST_JOBS), help="Runs side by side.")
+@click.option("--out", type=PLACE, default=Path("runs/table1"), show_default=True)
+@click.option("--redraw", is_flag=True, help="Only write the table of the rows in OUT again.")
+def table1(
+    runs: tuple[Path, ...],
+    model: str,
+    objective: str,
+    seeds: int,
+    scorers: str,
+    preset: str | None,
+    settings: tuple[str, ...],
+    prompts: str | None,
+    count: int | None,
+    device: str,
+    jobs: int | None,
+    out: Path,
+    redraw: bool,
+) -> None:
+    """Compare all methods on prompt-image alignment, with the paper's Table 1 beside it.
+
+    Trains every method on OBJECTIVE, or takes the finished RUNS, and scores held-out prompts.
+    Writes OUT/table1.csv, .md and .tex; the same command goes on where it was interrupted.
+    Where OUT/choices holds files of `feedback choices --out`, raters' first choices are a column.
+
+    \b
+    Example:
+        d3po-bench table1 --seeds 2 --count 40 --set rounds=2
+        d3po-bench table1 runs/tiny/image_reward --out runs/table1
+        d3po-bench feedback choices duel --out runs/table1/choices/seed-0.csv
+        d3po-bench table1 --redraw --out runs/table1
+    """  # noqa: D301
+    from d3po_bench.config import pairs_of
+    from eval.analysis import table1 as tables
+
+    request = tables.Request(
+        objective=objective, model=model, preset=preset, settings=pairs_of(settings),
+        seeds=range(seeds), scorers=scorer_names(scorers), prompts=prompts, count=count,
+        device=device, jobs=jobs, out=out, runs=runs,
+    )  # fmt: skip
+    told = functools.partial(click.echo, err=True)
+    click.echo(tables.write(out) if redraw else tables.run(request, told))
+
+
+@click.command()
+@click.argument("folder", type=PLACE)
+@click.option("--record", is_flag=True, help="Write the manifest of what is there now.")
+@click.option("--rerun", type=click.IntRange(1, 10**6), help="Make so many of its runs again.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Draws them."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How --rerun computes.",
+)
+@click.option("--out", type=PLACE, help="Keep what --rerun makes here.")
+def verify(
+    folder: Path,
+    record: bool,
+    rerun: int | None,
+    seed: int,
+    settings: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Check published results: their files, runs, tables and figures.
+
+    FOLDER carries a manifest.json, which --record writes. If it has a make.py, that script is run
+    to see whether it would change a table or figure: look into a stranger's folder first. With
+    --rerun, some of the runs are made again: on the same platform and versions their bytes must
+    match, elsewhere their ends must lie where other seeds do, neither worse nor better. Exits
+    with 1 if a check fails.
+
+    \b
+    Example:
+        d3po-bench verify results
+        d3po-bench verify results --rerun 1 --seed 7
+        d3po-bench verify results --rerun 2 --set threads=2 --set micro_batch=8
+    """  # noqa: D301
+    from eval.verify import folder as verifying
+
+    if record:
+        click.echo(verifying.record(folder))
+        return
+    if rerun is None and (settings or out):
+        raise UserError("--set and --out need --rerun.")
+    checks = verifying.verify(folder)
+    for name, problems in checks.items():
+        click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
+        for problem in problems:
+            click.echo(f"  {problem}")
+    failed = sum(map(len, checks.values()))
+    if rerun is not None:
+        from d3po_bench.config import pairs_of
+
+        failed += _rerun(folder, rerun, seed, pairs_of(settings), out)
+    if failed:
+        raise RunError(f"{failed} problems in {folder}. Restore its files, or measure again.")
+
+
+def _rerun(folder: Path, count: int, seed: int, settings: dict[str, str], out: Path | None) -> int:
+    """Print a verdict for each cell that is made again; how many are not reproduced."""
+    from eval.verify import rerun as again
+    from eval.verify.folder import published
+
+    failed = 0
+    for verdict in again.rerun(
+        folder, published(folder), count, seed=seed, settings=settings, out=out
+    ):
+        click.echo(f"{verdict.cell}: {verdict.said}")
+        for detail in verdict.details:
+            click.echo(f"  {detail}")
+        failed += not verdict.reproduced
+    return failed

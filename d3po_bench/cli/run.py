@@ -1,0 +1,164 @@
+"""`d3po-bench run` and `sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE
+
+
+@click.command()
+@click.option("--method", required=True, help="What learns: see `d3po-bench list`.")
+@click.option("--objective", required=True, help="What it learns to please.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1, MOST_SEEDS),
+    default=1,
+    show_default=True,
+    help="Number of seeds: 5 means seeds 0 to 4.",
+)
+@click.option(
+    "--seed-start", type=click.IntRange(0, 2**31), default=0, show_default=True, help="First seed."
+)
+@click.option(
+    "--model",
+    default="tiny",
+    show_default=True,
+    help="tiny, sd15, a diffusers folder, or a hub id.",
+)
+@click.option("--preset", help="Settings to start from; default: the one made for the model.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override one setting; repeatable. See `d3po-bench list --settings`.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1, 10**6), help="Sampling rounds (the paper's epochs)."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, MOST_JOBS),
+    help="Seeds run side by side; default: one per core for tiny on a CPU, else 1.",
+)
+@click.option(
+    "--out",
+    type=PLACE,
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of run folders.",
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Continue runs that are already there.",
+)
+@click.option(
+    "--deterministic/--no-deterministic",
+    default=None,
+    help="The same bits each time, or an error; default: on a CPU alone.",
+)
+@click.option(
+    "--track",
+    type=click.Choice(["tensorboard"]),
+    help="Also send metrics and held-out scores to a tracker, live (extra `track`).",
+)
+def run(
+    method: str,
+    objective: str,
+    seeds: int,
+    seed_start: int,
+    model: str,
+    preset: str | None,
+    settings: tuple[str, ...],
+    rounds: int | None,
+    device: str,
+    jobs: int | None,
+    out: Path,
+    resume: bool,
+    deterministic: bool | None,
+    track: str | None,
+) -> None:
+    """Fine-tune a model with METHOD on OBJECTIVE, a run for each seed.
+
+    Writes OUT/MODEL/OBJECTIVE/METHOD/seed-N/ with metrics, evaluation rows, samples and the
+    final LoRA. The same command resumes where it was interrupted.
+
+    \b
+    Example:
+        d3po-bench run --method d3po --objective incompress --seeds 5
+        d3po-bench run --method d3po --objective compress --set learning_rate=1e-3 --rounds 20
+    """  # noqa: D301
+    from d3po_bench.config import pairs_of
+    from d3po_bench.launch import launch
+    from eval.tools import TOOLS
+
+    launch.run(
+        launch.RunRequest(
+            method=method,
+            objective=objective,
+            model=model,
+            preset=preset,
+            settings=pairs_of(settings),
+            rounds=rounds,
+            seeds=range(seed_start, seed_start + seeds),
+            device=device,
+            jobs=jobs,
+            out=out,
+            resume=resume,
+            track=track,
+            tools=TOOLS,
+            deterministic="auto" if deterministic is None else "on" if deterministic else "off",
+        )
+    )
+
+
+@click.command()
+@click.argument("grid", type=PLACE)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, MOST_JOBS),
+    help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
+)
+@click.option(
+    "--out",
+    type=PLACE,
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of run folders.",
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Continue runs that are already there.",
+)
+def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) -> None:
+    """Run methods x objectives x seeds from the TOML file GRID.
+
+    Finished runs are skipped, interrupted ones resumed; a failed one is named at the end and
+    stops no other. GRID needs three lines; tables [set], [method.NAME], [objective.NAME] and
+    [cell."METHOD.OBJECTIVE"] hold further settings, each as after --set:
+
+    \b
+        methods = ["d3po", "ddpo"]
+        objectives = ["incompress", "compress"]
+        seeds = 5
+        [method.ddpo]
+        learning_rate = 1e-3
+
+    \b
+    Example:
+        d3po-bench sweep grid.toml
+        d3po-bench sweep results/tiny/grid.toml --out runs/grid --jobs 2
+    """  # noqa: D301
+    from d3po_bench.launch import grid as sweeping
+    from eval.tools import TOOLS
+
+    sweeping.run(grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume)

@@ -1,0 +1,189 @@
+"""sample(): rollouts of a policy, with the reference that a method asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d3po_bench.diffusion import parallel
+from d3po_bench.diffusion.finite import require_finite
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.seeding import Purpose, normal, stream
+from d3po_bench.types import Conditions, Method, Rollout, UsesSomeImages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Names the random streams of one rollout: noise and steps of image k of prompt p."""
+
+    seed: int
+    round: int
+    noise: Purpose = "noise"
+    steps: Purpose = "steps"
+    first: int = 0
+    """Number of the first prompt: a part of a list draws what it would in the whole."""
+
+    def start(self, rows: range, images: int, shared: bool, shape: Sequence[int]) -> Tensor:
+        """Initial noise [P, K, C, H, W] of the prompts `rows`; K equal ones where shared."""
+        prompts = range(self.first + rows.start, self.first + rows.stop)
+        index = [p * images + (0 if shared else k) for p in prompts for k in range(images)]
+        unique = sorted(set(index))
+        drawn = normal(shape, (stream(self.seed, self.noise, self.round, i) for i in unique))
+        place = torch.tensor([unique.index(i) for i in index])
+        return drawn[place].view(len(rows), images, *shape)
+
+    def along(self, rows: range, images: int, steps: int, shape: Sequence[int]) -> Tensor:
+        """Step noise [P, K, T, C, H, W] of the prompts `rows`."""
+        index = range((self.first + rows.start) * images, (self.first + rows.stop) * images)
+        streams = (stream(self.seed, self.steps, self.round, i) for i in index)
+        return normal((steps, *shape), streams).view(len(rows), images, steps, *shape)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Sequence[str],
+    draws: Draws,
+    *,
+    images_per_prompt: int = 1,
+    shared_noise: bool = False,
+    batch: int = 64,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Rollout:
+    """Draw images and keep every latent on the way; scores are left at zero.
+
+    Args:
+        policy: whose steps to take.
+        prompts: P prompts.
+        draws: the random streams to use.
+        images_per_prompt: K.
+        shared_noise: start the K images of a prompt from one noise; their first step is then
+            computed once.
+        batch: most images in flight at a time; it does not change what is drawn.
+        progress: called with the share done.
+
+    Raises:
+        RunError: a mean is not finite.
+    """
+    k, total = images_per_prompt, len(prompts)
+    model = policy.model
+    shape, steps = model.latent_shape, policy.steps
+    conditions = model.encode(prompts)
+    latents = torch.empty(total, k, steps + 1, *shape, device=model.device)
+    means = torch.empty(total, k, steps, *shape, device=model.device)
+    block = max(1, batch // k)
+    blocks = [range(start, min(start + block, total)) for start in range(0, total, block)]
+    for number, rows in enumerate(blocks):
+        if not parallel.mine(number):
+            continue
+        part = slice(rows.start, rows.stop)
+        latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
+        noise = draws.along(rows, k, steps, shape).to(model.device)
+        _walk(policy, latents[part], means[part], noise, conditions.take(part), shared_noise)
+        progress(rows.stop / total)
+    for number, rows in enumerate(blocks):
+        parallel.send(latents[rows.start : rows.stop], number)
+        parallel.send(means[rows.start : rows.stop], number)
+    require_finite("means of the denoising steps", means)  # of which latents are made
+    return Rollout(
+        prompts=tuple(prompts), conditions=conditions, latents=latents, means=means,
+        levels=policy.levels, training_levels=model.process.training_levels,
+        scores=torch.zeros(total, k),
+    )  # fmt: skip
+
+
+def _walk(
+    policy: Policy,
+    latents: Tensor,
+    means: Tensor,
+    noise: Tensor,
+    conditions: Conditions,
+    shared: bool,
+) -> None:
+    """Fill in the means of a block of prompts, and the latents after the first."""
+    p, k = latents.shape[:2]
+    every = conditions.repeat(k)
+    for i in range(policy.steps):
+        x = latents[:, :, i]
+        if shared and i == 0:  # one noise for the K images: one step for all of them
+            number = torch.zeros(p, dtype=torch.int64, device=x.device)
+            mean = policy.step(x[:, 0], number, conditions).mean.unsqueeze(1).expand_as(x)
+        else:
+            number = torch.full((p * k,), i, device=x.device)
+            mean = policy.step(x.flatten(0, 1), number, every).mean.view_as(x)
+        means[:, :, i] = mean
+        latents[:, :, i + 1] = means[:, :, i] + float(policy.table.std[i]) * noise[:, :, i]
+
+
+@torch.no_grad()
+def pretrained_means(
+    policy: Policy,
+    rollout: Rollout,
+    *,
+    batch: int = 256,
+    skip: int = 0,
+    images: Tensor | None = None,
+) -> Tensor:
+    """Step means [P, K, T - skip, C, H, W] of the pretrained model on a rollout's own latents.
+
+    Depends on nothing trainable, so once per round is enough, in large batches.
+
+    Args:
+        policy: whose model and schedule.
+        rollout: the latents.
+        batch: most steps in one call.
+        skip: last steps to leave out.
+        images: [P, K] bool, which images; the others keep the rollout's own means. All if None.
+    """
+    out = rollout.means[:, :, : rollout.means.shape[2] - skip].clone()
+    steps, device = out.shape[2], out.device
+    chosen = torch.ones(out.shape[:2], dtype=torch.bool) if images is None else images
+    prompt, image = chosen.to(device).nonzero(as_tuple=True)
+    flat = torch.empty(len(prompt) * steps, *out.shape[3:], device=device)
+    pieces = torch.arange(len(flat), device=device).split(batch)
+    for number, items in enumerate(pieces):
+        if parallel.mine(number):
+            i, j, s = prompt[items // steps], image[items // steps], items % steps
+            x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
+            flat[items] = policy.step(x, s, conditions, weights="base").mean
+    for number, items in enumerate(pieces):
+        parallel.send(flat[int(items[0]) : int(items[-1]) + 1], number)
+    out[prompt, image] = flat.view(len(prompt), *out.shape[2:])
+    return out
+
+
+def images_used(method: Method[Any], rollout: Rollout) -> Tensor:
+    """Which images of a scored rollout the method learns from, [P, K] bool."""
+    if isinstance(method, UsesSomeImages):
+        return method.images_used(rollout)
+    return torch.ones(rollout.means.shape[:2], dtype=torch.bool)
+
+
+def with_reference(
+    policy: Policy,
+    rollout: Rollout,
+    method: Method[Any],
+    *,
+    untrained: bool,
+    batch: int,
+    skip: int = 0,
+) -> Rollout:
+    """Add the reference means that the method asks for.
+
+    They are the rollout's own where the reference is the sampling policy; while the policy is
+    `untrained` and so equals the pretrained model; and wherever nothing is trained on: in the last
+    `skip` steps, and for images that the method does not use.
+    """
+    if method.reference is None:
+        return rollout
+    if method.reference == "sampling" or untrained:
+        return replace(rollout, reference=rollout.means)
+    images = images_used(method, rollout)
+    reference = pretrained_means(policy, rollout, batch=batch, skip=skip, images=images)
+    require_finite("means of the reference", reference)
+    rest = rollout.means[:, :, reference.shape[2] :]
+    return replace(rollout, reference=torch.cat([reference, rest], 2))

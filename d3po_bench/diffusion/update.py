@@ -1,0 +1,162 @@
+"""update(): the only loop over micro-batches and optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+from d3po_bench.diffusion import parallel
+from d3po_bench.diffusion.finite import REMEDY, first_not_finite, require_finite_weights
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.errors import RunError
+from d3po_bench.types import Method, Metrics, Rows
+
+R = TypeVar("R", bound=Rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """How a round's rows become optimizer steps."""
+
+    units: int = 1
+    """Update units in one optimizer step."""
+    timestep_fraction: float = 1.0
+    """Share of each unit's steps that are trained on, a random subset for every unit."""
+    skip: int = 0
+    """Last denoising steps that are not trained on."""
+    every: Literal["unit", "timestep"] = "unit"
+    """An optimizer step after all steps of its units, or after each (the paper's Algorithm 1)."""
+    passes: int = 1
+    """Times through the rows."""
+    micro_batch: int = 64
+    """Items in one forward and backward; it does not change the result beyond rounding."""
+    max_grad_norm: float = 1.0
+
+
+def update(
+    policy: Policy,
+    method: Method[R],
+    rows: R,
+    optimizer: torch.optim.Optimizer,
+    updates: Updates,
+    rng: Generator,
+    scaler: torch.amp.GradScaler | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, float]:
+    """Learn from a round's rows; returns diagnostics averaged over items and optimizer steps.
+
+    Weights are constant within an optimizer step, so all its timesteps are merged and run in
+    micro-batches: the gradient is that of one timestep at a time. Without rows nothing changes.
+
+    Raises:
+        RunError: a loss or gradient is not finite, and the weights are those before that step; or
+            the last step has left weights that are not.
+    """
+    if len(rows) == 0:
+        return {"updates": 0}
+    groups = [g for _ in range(updates.passes) for g in _groups(rows, updates, rng)]
+    parameters = list(policy.model.trainable().values())
+    totals: dict[str, float] = {}
+    for number, (unit, step) in enumerate(groups):
+        metrics = _accumulate(policy, method, rows, unit, step, updates.micro_batch, scaler)
+        parallel.add_up([*(p.grad for p in parameters if p.grad is not None), *metrics.values()])
+        metrics["grad_norm"] = _clip(parameters, optimizer, updates.max_grad_norm, scaler)
+        _require_finite(metrics, scaler, policy.model.trainable())
+        _apply(optimizer, scaler)
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + float(value) / len(groups)
+        progress((number + 1) / len(groups))
+    require_finite_weights(policy.model.trainable())  # no loss is computed with the last ones
+    return {**totals, "updates": len(groups)}
+
+
+def _groups(rows: Rows, updates: Updates, rng: Generator) -> list[tuple[Tensor, Tensor]]:
+    """The (unit, step) items of each optimizer step of one pass."""
+    trained = rows.steps - updates.skip
+    kept = max(1, round(trained * updates.timestep_fraction))
+    order = torch.randperm(len(rows), generator=rng)
+    steps = torch.stack([torch.randperm(trained, generator=rng) for _ in order])[:, :kept]
+    groups = []
+    for start in range(0, len(order), updates.units):
+        unit = order[start : start + updates.units].unsqueeze(1).expand(-1, kept)
+        step = steps[start : start + updates.units]
+        if updates.every == "timestep":
+            groups += list(zip(unit.unbind(1), step.unbind(1), strict=True))
+        else:
+            groups.append((unit.flatten(), step.flatten()))
+    return groups
+
+
+def _accumulate(
+    policy: Policy,
+    method: Method[R],
+    rows: R,
+    unit: Tensor,
+    step: Tensor,
+    micro_batch: int,
+    scaler: torch.amp.GradScaler | None,
+) -> Metrics:
+    """Gradients of the mean loss over the items, a micro-batch at a time; mean metrics."""
+    totals: Metrics = {}
+    size = max(1, min(micro_batch, len(unit) // parallel.world()))
+    pieces = list(zip(unit.split(size), step.split(size), strict=True))
+    for number, (u, s) in enumerate(pieces):
+        mine = parallel.mine(number)
+        # A rank without a piece does the last one at weight 0: all have the same sums to add.
+        if not mine and (totals or number + 1 < len(pieces)):
+            continue
+        share = len(u) / len(unit) * mine
+        loss, metrics = method.loss(policy, rows.take(u, s))
+        scaled = loss * share if scaler is None else scaler.scale(loss * share)
+        if scaled.requires_grad:
+            scaled.backward()
+        for name, value in {"loss": loss, **metrics}.items():
+            part = value.detach().double() * share
+            totals[name] = totals[name] + part if name in totals else part
+    return totals
+
+
+def _clip(
+    parameters: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    scaler: torch.amp.GradScaler | None,
+) -> Tensor:
+    """Clip the gradient norm; returns the norm before."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def _require_finite(
+    metrics: Metrics, scaler: torch.amp.GradScaler | None, weights: Mapping[str, Tensor]
+) -> None:
+    """Refuse a step from a loss or gradient that is not finite.
+
+    With loss scaling an overflowing gradient is expected: the scaler skips that step and halves
+    its scale. From 65536 to below 1 no step has been taken for long, and none will be.
+    """
+    wrong = {name: float(value) for name, value in metrics.items() if not value.isfinite()}
+    if scaler is not None and scaler.get_scale() >= 1:
+        wrong.pop("grad_norm", None)
+    if not wrong:
+        return
+    require_finite_weights(weights)  # of which all the rest is made
+    grads = {n: w.grad for n, w in weights.items() if w.grad is not None}
+    where = f", first in {first_not_finite(grads)}" if list(wrong) == ["grad_norm"] else ""
+    # A loss is made of what the method measures beside it, such as abs_log_ratio.
+    said = ", ".join(f"{value} for {name}" for name, value in wrong.items())
+    raise RunError(f"The update is not finite: {said}{where}. {REMEDY}")
+
+
+def _apply(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=False)

@@ -1,0 +1,1 @@
+"""Places to run: this process, worker processes."""

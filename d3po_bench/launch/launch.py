@@ -1,0 +1,208 @@
+"""`d3po-bench run`: the seeds of one method on one objective."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from d3po_bench import registry
+from d3po_bench.config import Execution, RunConfig, make
+from d3po_bench.errors import UserError
+from d3po_bench.launch.job import End, make_run
+from d3po_bench.launch.local import side_by_side
+from d3po_bench.launch.progress import bars, noting
+from d3po_bench.machine import device_of
+from d3po_bench.models.sources import Source, model_source
+from d3po_bench.prompts import read_prompts
+from d3po_bench.runs.run import read_config
+from d3po_bench.runs.store import require_same
+from d3po_bench.training.progress import label
+from d3po_bench.training.run import Job
+from d3po_bench.training.tools import Tools
+
+Deterministic = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What the command line asked for."""
+
+    method: str
+    objective: str
+    model: str
+    preset: str | None
+    settings: Mapping[str, str]
+    seeds: range
+    device: str
+    out: Path
+    tools: Tools
+    rounds: int | None = None
+    jobs: int | None = None
+    resume: bool = True
+    track: str | None = None
+    deterministic: Deterministic = "auto"
+
+
+def run(request: RunRequest) -> None:
+    """Run every seed of a request; a failed seed does not stop the others.
+
+    Raises:
+        UserError: bad input.
+        RunError: a run failed, or its process was killed; the others have finished.
+    """
+    jobs = planned(request)
+    names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
+    failed = execute(jobs, request.jobs, names)
+    alone = len(jobs) == 1
+    finish({"" if alone else names[run]: why for run, why in failed.items()}, request.out)
+
+
+def planned(request: RunRequest) -> list[Job]:
+    """The runs of a request, one for each seed, after checking that they can be made.
+
+    Raises:
+        UserError: bad input.
+    """
+    config, execution = configured(request)
+    device_of(request.device)
+    trackers = (request.track,) if request.track else ()
+    for name in trackers:
+        if find_spec(registry.tracker(name).NEEDS) is None:
+            raise UserError(
+                f"--track {name} needs the extra `track`. Install it: pip install -c "
+                "constraints.txt 'd3po-bench[track]'."
+            )
+    jobs = []
+    for seed in request.seeds:
+        own = replace(config, seed=seed)
+        job = Job(
+            config=own, execution=execution, folder=_folder(request, own), tools=request.tools,
+            resume=request.resume, trackers=trackers,
+        )  # fmt: skip
+        # Refuse, before hours are spent, what would fail at the end of them.
+        read_prompts(own.prompt_source)
+        if (job.folder / "config.json").exists():
+            read_config(job.folder)
+        require_same(job.folder, own, request.resume)
+        jobs.append(job)
+    return jobs
+
+
+def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dict[str, UserError]:
+    """Make the runs, side by side where there are cores; what failed, by its label.
+
+    A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
+    is printed on stderr.
+
+    Args:
+        jobs: the runs.
+        count: how many side by side; None for as many as the model and machine allow.
+        names: label of a run -> what to call it in the progress.
+    """
+    failures = _Failures()
+    count = count or _side_by_side(model_source(jobs[0].config.model), jobs[0].execution)
+    with bars(names) as shown, _terminable():
+        report = noting(shown)
+        if min(count, len(jobs)) > 1:
+            side_by_side(jobs, count, report, failures.add)
+        else:
+            for job in jobs:
+                failures.add(job, make_run(job, report))
+    labels = [label(job.config) for job in jobs]
+    return {name: failures.found[name] for name in labels if name in failures.found}
+
+
+def finish(failed: Mapping[str, UserError], out: Path) -> None:
+    """Say where the runs are, or raise what went wrong.
+
+    Args:
+        failed: what to call a run -> its problem; "" for a run that was asked for alone.
+        out: folder of the run folders.
+
+    Raises:
+        UserError: there are problems.
+    """
+    if failed:
+        raise _joined(failed)
+    click.echo(f"Runs are in {out}. Draw them: d3po-bench plot {out}", err=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Treat SIGTERM, which clusters send, like Ctrl-C: no worker outlives its parent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
+    """The config of a request's first seed.
+
+    Raises:
+        UserError: an unknown name, or a setting that no run can have.
+    """
+    model = request.model.rstrip("/")
+    preset = model_source(model).preset if request.preset is None else request.preset
+    given: dict[str, Any] = {"model": model, "seed": request.seeds.start}
+    if request.rounds is not None:
+        given["rounds"] = request.rounds
+    config, execution = make(request.method, request.objective, preset, request.settings, **given)
+    if request.deterministic != "auto":
+        execution = replace(execution, deterministic=request.deterministic)
+    return config, replace(execution, device=request.device)
+
+
+def _side_by_side(source: Source, execution: Execution) -> int:
+    """One run per core for a small model on a CPU; others may not fit twice."""
+    if not source.small or device_of(execution.device).type != "cpu":
+        return 1
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _folder(request: RunRequest, config: RunConfig) -> Path:
+    model = config.model.replace("/", "--").strip("-.") or "model"
+    return request.out / model / config.objective / config.method / f"seed-{config.seed}"
+
+
+class _Failures:
+    """What failed, by the run's label."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, UserError] = {}
+        self.printed = {""}
+
+    def add(self, job: Job, end: End) -> None:
+        """Keep the problem, and print its traceback, once for all runs that end in the same."""
+        name = label(job.config)
+        if end.problem is not None:
+            self.found[name] = end.problem
+        if end.trace not in self.printed:
+            self.printed.add(end.trace)
+            print(f"{name}:\n{end.trace}", end="", file=sys.stderr)
+
+
+def _joined(failed: Mapping[str, UserError]) -> UserError:
+    """Several runs' errors as one, after their names; equal ones are said once."""
+    kind = type(next(iter(failed.values())))
+    said: dict[str, list[str]] = {}
+    for name, problem in failed.items():
+        said.setdefault(str(problem), []).append(name)
+    parts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
+    return kind(" ".join(parts).removeprefix(": "))

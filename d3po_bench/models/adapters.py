@@ -1,0 +1,400 @@
+"""A diffusers pipeline with a trainable network: what every model family shares.
+
+A family subclasses `DiffusersModel` and says how prompts are encoded, how the network is called
+and how latents become pictures. LoRA (peft), full training, the pretrained weights beside the
+trained ones, counters and files are here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from d3po_bench.diffusion.seeding import stream
+from d3po_bench.errors import UserError, is_out_of_memory
+from d3po_bench.types import Conditions, Prediction, Process, Weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+ENCODED_TOGETHER = 64
+"""Prompts in one pass of the text encoders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What trains and how it is computed."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    full: bool = False
+    """Train the whole network instead of a LoRA."""
+    lora_rank: int = 4
+    lora_alpha: float | None = None
+    """Scale times rank; None means scale 1."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    decode_batch: int = 16
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the network's weights: full training keeps them in float32, under autocast."""
+        return torch.float32 if self.full else DTYPES[self.dtype]
+
+
+class DiffusersModel(ABC):
+    """Implements `types.Model` for a pipeline that diffusers loads."""
+
+    PIPELINES: ClassVar[tuple[str, ...]]
+    """Pipeline classes of diffusers that this family loads; the first reads and writes LoRAs."""
+    NETWORK: ClassVar[Literal["unet", "transformer"]]
+    """The part that trains."""
+    PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Subfolder of each part -> the classes that it may have."""
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    """Parts that a pipeline can do without."""
+
+    process: Process
+    prediction: Prediction
+
+    def __init__(self, parts: Mapping[str, Any], device: torch.device, training: Training) -> None:
+        """`parts`: the pipeline's parts by name, as diffusers loads them."""
+        self.device, self.training = device, training
+        self.parts = dict(parts)
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(device).requires_grad_(False).eval()
+        self.network: Any = self.parts[self.NETWORK]
+        self.vae: Any = self.parts["vae"]
+        size = self.network.config.sample_size
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        self.latent_shape: tuple[int, ...] = (self.network.config.in_channels, *sides)
+        self.forwards = 0
+        self.backwards = 0
+        self.commit: str | None = None
+        self._encoded: dict[str, Conditions] = {}
+        self._called = self.network
+        self._pretrained: dict[str, Tensor] = {}
+        if training.full:
+            self.network.requires_grad_(True)
+            self._pretrained = self._copies()
+        if training.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        if training.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def load(
+        cls, path: str, revision: str | None, index: Mapping[str, Any], device: torch.device,
+        training: Training,
+    ) -> Self:  # fmt: skip
+        """The pipeline in a folder or of a hub id, without an adapter.
+
+        Args:
+            path: folder or hub id.
+            revision: of a hub id.
+            index: its model_index.json.
+            device: where it computes.
+            training: what trains.
+
+        Raises:
+            UserError: a part is missing, of another class, or does not load.
+        """
+        quieten()
+        parts: dict[str, Any] = {}
+        for name, allowed in cls.PARTS.items():
+            found = (index.get(name) or [None, None])[1]
+            if name == "scheduler":  # any config: only its noise levels are read
+                found = allowed[0]
+            if found is None and name in cls.OPTIONAL:
+                continue
+            if found not in allowed:
+                raise UserError(
+                    f"The pipeline in {path} has {found or 'nothing'} as its {name}; "
+                    f"{cls.__name__} needs {' or '.join(allowed)}. Give --model another folder "
+                    "or hub id."
+                )
+            parts[name] = load_part(found, path, revision, name, training)
+        return cls(parts, device, training)
+
+    # ---- what a family says
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Named conditions of P prompts, batch first."""
+
+    @abstractmethod
+    def _call(self, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        """The output of `self._called` for latents [N, C, H, W] and its timesteps [N]."""
+
+    @abstractmethod
+    def _latents(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE's decoder takes them, unscaled."""
+
+    def unconditional(self) -> Conditions:
+        """The empty prompt."""
+        return self.encode([""])
+
+    # ---- types.Model
+
+    def encode(self, prompts: Sequence[str]) -> Conditions:
+        """Conditions of P prompts, float32; each prompt is encoded once per process.
+
+        Raises:
+            UserError: a prompt has more tokens than the text encoder reads.
+        """
+        fresh = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
+        for start in range(0, len(fresh), ENCODED_TOGETHER):
+            batch = fresh[start : start + ENCODED_TOGETHER]
+            with torch.no_grad():
+                found = Conditions({n: t.float() for n, t in self._encode(batch).items()})
+            self._encoded |= {p: found.take(slice(i, i + 1)) for i, p in enumerate(batch)}
+        entries = [self._encoded[p] for p in prompts]
+        names = entries[0].tensors
+        return Conditions({name: torch.cat([e[name] for e in entries]) for name in names})
+
+    def output(
+        self, x: Tensor, s: Tensor, conditions: Conditions, *, weights: Weights = "current"
+    ) -> Tensor:
+        """The network's output [N, C, H, W] in float32 at levels [N]."""
+        self.forwards += len(x)
+        self.backwards += len(x) * torch.is_grad_enabled()
+        time, t = self.process.network_time(s), self.training
+        # Mixed precision where the trained weights themselves are float32.
+        mixed = t.full and t.dtype != "fp32"
+        cast = torch.autocast(self.device.type, DTYPES[t.dtype]) if mixed else nullcontext()
+        with self._weights(weights), cast:
+            if not t.full:
+                x, conditions = x.to(DTYPES[t.dtype]), conditions.to(DTYPES[t.dtype])
+            return self._call(x, time, conditions).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [N, 3, h, w] uint8 on the CPU, rounded, a slice at a time.
+
+        The VAE is kept in float32: in half precision some overflow to black.
+        """
+        pictures = []
+        for x in latents.split(self.training.decode_batch):
+            pixels: Tensor = self.vae.decode(self._latents(x.float()), return_dict=False)[0]
+            whole = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+            pictures.append(whole.cpu())
+        return torch.cat(pictures)
+
+    def add_adapter(self, seed: int) -> None:
+        """Install the LoRA: down ~ N(0, 1/rank^2) from the stream "adapter", up = 0.
+
+        The policy equals the pretrained model until the first optimizer step. Does nothing
+        when the whole network trains.
+
+        Raises:
+            UserError: `lora_targets` name no layer.
+        """
+        t = self.training
+        if not t.full:
+            from peft import LoraConfig
+
+            alpha, targets = t.lora_alpha or t.lora_rank, list(t.lora_targets)
+            try:
+                self.network.add_adapter(
+                    LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=targets)
+                )
+            except ValueError as problem:
+                raise UserError(
+                    f"lora_targets={','.join(targets)} names no layer of the {self.NETWORK}. Use "
+                    "some of to_q,to_k,to_v,to_out.0."
+                ) from problem
+            for index, (name, weight) in enumerate(self.trainable().items()):
+                weight.data = weight.data.float()
+                if "lora_A" in name:
+                    rng = stream(seed, "adapter", index=index)
+                    weight.data.copy_(torch.randn(weight.shape, generator=rng) / t.lora_rank)
+        self.network.train()  # only gradient checkpointing looks at it: there is no dropout
+        if t.compile:
+            self._called = torch.compile(self.network)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Name -> trainable parameter, sorted by name."""
+        return dict(sorted((n, p) for n, p in self.network.named_parameters() if p.requires_grad))
+
+    # ---- pretrained weights beside the trained ones
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.network.named_parameters()}
+
+    def _weights(self, weights: Weights) -> AbstractContextManager[None]:
+        if weights == "current":
+            return nullcontext()
+        if self._pretrained:
+            return self._pretrained_put_in()
+        adapted = getattr(self.network, "_hf_peft_config_loaded", False)
+        return self._adapter_off() if adapted else nullcontext()
+
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
+    @contextmanager
+    def _pretrained_put_in(self) -> Iterator[None]:
+        parameters = dict(self.network.named_parameters())
+        tuned = {name: p.data for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.data = self._pretrained[name]
+        try:
+            yield
+        finally:
+            for name, p in parameters.items():
+                p.data = tuned[name]
+
+    # ---- weights on disk
+
+    def load_trainable(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a checkpoint's tensors into the trainable parameters."""
+        for name, parameter in self.trainable().items():
+            parameter.data.copy_(state[name])
+
+    def load_saved(self, folder: Path) -> None:
+        """Put on what `save`, or another trainer, wrote: a LoRA or a whole network.
+
+        Raises:
+            UserError: the folder holds neither, or one of another model.
+        """
+        try:
+            if (folder / self.NETWORK).is_dir():
+                tuned = type(self.network).from_pretrained(
+                    folder / self.NETWORK, local_files_only=True, use_safetensors=True
+                )
+                self._pretrained = self._copies()
+                self.network.load_state_dict(tuned.state_dict())
+            else:
+                self._load_lora(folder)
+        except Exception as problem:  # a damaged or strange file can raise anything
+            if is_out_of_memory(problem):
+                raise
+            raise UserError(
+                f"The LoRA or {self.NETWORK} in {folder} does not fit this model: "
+                f"{first_line(problem)} Give --model the model that it was trained on."
+            ) from problem
+        self.network.requires_grad_(False)
+
+    def _load_lora(self, folder: Path) -> None:
+        pipeline = self._pipeline_class()
+        found = pipeline.lora_state_dict(folder, local_files_only=True, use_safetensors=True)
+        state, alphas = found if isinstance(found, tuple) else (found, None)
+        load = getattr(pipeline, f"load_lora_into_{self.NETWORK}")
+        load(state, network_alphas=alphas, **{self.NETWORK: self.network})
+        # What the loader does not know it leaves out: that would be the pretrained model.
+        placed = sum("lora_" in name for name, _ in self.network.named_parameters())
+        if placed == 0 or placed != len(state):
+            raise ValueError(f"of its {len(state)} tensors the {self.NETWORK} takes {placed}.")
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained, in the form that diffusers' own loaders read.
+
+        A LoRA becomes `pytorch_lora_weights.safetensors` for `load_lora_weights`; a fully
+        trained network becomes a folder of its name for `from_pretrained`.
+        """
+        if self.training.full:
+            self.network.save_pretrained(folder / self.NETWORK)
+            return
+        from peft.utils import get_peft_model_state_dict
+
+        # The scale goes into the weights: written as metadata beside the format, the two would
+        # land in the file in random order.
+        t = self.training
+        scale = (t.lora_alpha or t.lora_rank) / t.lora_rank
+        layers = {
+            name: weight * scale if "lora_B" in name else weight
+            for name, weight in get_peft_model_state_dict(self.network).items()
+        }
+        self._pipeline_class().save_lora_weights(folder, **{f"{self.NETWORK}_lora_layers": layers})
+
+    def _pipeline_class(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.PIPELINES[0])
+
+
+def token_ids(tokenizer: Any, prompts: list[str], limit: int | None = None) -> Tensor:
+    """Token numbers [P, limit], padded to the tokenizer's length.
+
+    Args:
+        tokenizer: of the pipeline.
+        prompts: P texts.
+        limit: tokens; None for the tokenizer's own.
+
+    Raises:
+        UserError: a prompt has more tokens than the text encoder reads.
+    """
+    limit = limit or int(tokenizer.model_max_length)
+    for prompt in prompts:
+        count = len(tokenizer(prompt).input_ids)
+        if count > limit:
+            raise UserError(
+                f"A prompt has {count - 2} tokens, and the text encoder reads {limit - 2}: "
+                f"{prompt[:60]!r}. Shorten it; the rest would be ignored."
+            )
+    ids: Tensor = tokenizer(
+        prompts, padding="max_length", max_length=limit, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def load_part(kind: str, path: str, revision: str | None, name: str, training: Training) -> Any:
+    """A part of a pipeline, from its subfolder `name`; the VAE in float32.
+
+    Raises:
+        UserError: it does not load, or has weights that are not safetensors.
+    """
+    import diffusers
+    import transformers
+
+    library = diffusers if hasattr(diffusers, kind) else transformers
+    given: dict[str, Any] = {"revision": revision, "subfolder": name}
+    if "okenizer" not in kind and name != "scheduler":
+        # The two libraries have different names for the same argument.
+        word = "torch_dtype" if library is diffusers else "dtype"
+        dtype = torch.float32 if name == "vae" else training.stored_dtype
+        given |= {"use_safetensors": True, word: dtype}
+    try:
+        part = getattr(library, kind).from_pretrained(path, **given)
+        if getattr(part, "model_max_length", 0) > 10**6:
+            raise OSError("its tokenizer is not there.")  # made up, for want of any file
+    except Exception as problem:  # a damaged file can raise anything in the loaders
+        if is_out_of_memory(problem):
+            raise
+        raise UserError(
+            f"The {name} of the pipeline in {path} does not load: {first_line(problem)} Fetch or "
+            "save the pipeline again, with its weights as .safetensors: no others are loaded."
+        ) from problem
+    return part
+
+
+def quieten() -> None:
+    """Switch off the loaders' progress bars and notes: they say nothing that a run needs."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    # diffusers passes on an argument that the hub client no longer knows.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of what an exception says, as a sentence."""
+    line = str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
+    return line if line.endswith(".") else line + "."

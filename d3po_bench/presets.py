@@ -1,0 +1,79 @@
+"""Named settings to start a run from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_EACH_IMAGE = {"units_per_update": 16, "minimum": 8}
+"""As many images in an update as D3PO samples for one; 8 of a prompt are enough to compare."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "rounds": 12,
+        "prompts_per_round": 16,
+        "images_per_prompt": 8,
+        "sampling_steps": 10,
+        "skip_steps": 5,
+        "timestep_fraction": 0.8,
+        "units_per_update": 2,
+        "learning_rate": 2.5e-3,
+        "eval_every": 4,
+        "eval_images": 1,
+        "eval_scorers": ("animal",),
+        "by_method": {
+            "d3po": {"pairs": "extremes", "clip_range": 0.2},
+            "ddpo": {**_EACH_IMAGE, "clip_range": 0.1},
+            "dpok": {**_EACH_IMAGE, "clip_range": 0.1, "kl_weight": 0.03},
+            "reward_weighted": {
+                **_EACH_IMAGE,
+                "skip_steps": 0,
+                "timestep_fraction": 0.5,
+                "learning_rate": 4e-4,
+            },
+            "preferred_images": {"skip_steps": 0, "timestep_fraction": 1.0, "learning_rate": 4e-4},
+        },
+    },
+    "paper": {
+        "prompts_per_round": 80,
+        "units_per_update": 4,
+        "dtype": "fp16",
+        "lora_targets": ("to_q", "to_k", "to_v"),
+        "eval_scorers": ("clip", "diversity"),
+        "by_method": {"reward_weighted": {"units_per_update": 8}},  # images of four pairs
+    },
+    "official_code": {
+        "prompts_per_round": 20,
+        "units_per_update": 1,
+        "dtype": "fp16",
+        "by_method": {
+            "dpok": {"kl": "none"},  # its KL is exactly 0
+            "reward_weighted": {"units_per_update": 2},  # images of a pair
+        },
+        "by_objective": {"aesthetic": {"rounds": 1000, "prompts_per_round": 8}},
+    },
+}
+"""`by_method` and `by_objective` hold what differs between them: options of the method, or fields
+of RunConfig as the rest.
+
+quick: minutes on a laptop, for the embedded model. alignment: the same for Table 1, in five steps,
+with which the embedded model makes mistakes to unlearn. paper: Table 2 on synchronised
+devices. official_code: what one of the published code's devices runs."""
+PRESETS["alignment"] = PRESETS["quick"] | {
+    "sampling_steps": 5,
+    "skip_steps": 2,
+    "timestep_fraction": 1.0,
+    "by_method": {
+        # 128 images are all of a round: one update, whether a unit is an image or a pair.
+        method: {**own, "units_per_update": 128}
+        for method, own in PRESETS["quick"]["by_method"].items()
+    },
+}
+
+
+PRESET_SUMMARIES = {
+    "quick": "minutes on one core, for the embedded model",
+    "alignment": "quick with five steps and one update a round, for Table 1 on the embedded model",
+    "paper": "Table 2: 80 pairs a round, 400 rounds, lr 3e-5, LoRA on q, k, v",
+    "official_code": "one device of the published code: 20 pairs, one pair per update",
+}

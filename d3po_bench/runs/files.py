@@ -1,0 +1,220 @@
+"""Files that a kill never leaves half written, and a folder's lock."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from d3po_bench.errors import RunError, UserError, is_out_of_memory
+
+Row = dict[str, Any]
+
+
+def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """Write beside, fsync, rename: `path` holds the old bytes or the new ones, never a part.
+
+    Args:
+        path: what to write; its folder is made.
+        data: the new bytes.
+        keep: where the old file goes once the new one is whole; None for away.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written, naming the file.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            part.replace(path)
+            _sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, through a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:  # a file system that syncs no folders
+            raise
+    finally:
+        os.close(number)
+
+
+def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
+    """Let `save` fill a folder beside, sync, rename: `folder` is whole or not there.
+
+    Raises:
+        UserError: as `write_atomically` does.
+    """
+    part = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        with writing(folder):
+            save(part)
+            for path in (*part.rglob("*"), part):
+                _sync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            part.replace(folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+_NO_ROOM = {
+    errno.ENOSPC: "a full disk",
+    errno.EDQUOT: "a full disk",
+    errno.EFBIG: "a limit on the size of files",
+}
+
+
+def write_error(path: Path, problem: Exception) -> UserError:
+    """What to tell people about a file that could not be written."""
+    number = getattr(problem, "errno", None)
+    if "No space left" in str(problem):  # without a number, from safetensors
+        number = errno.ENOSPC
+    if number in _NO_ROOM:
+        return RunError(
+            f"Expected room to write {path}, got {_NO_ROOM[number]}. Make room, or raise that "
+            "limit, and run the same command again: a run goes on from its last checkpoint."
+        )
+    if number == errno.EIO:
+        return RunError(
+            f"Expected to be able to write {path}, got: {os.strerror(errno.EIO)}. Look after that "
+            "disk, then run the same command again: a run goes on from its last checkpoint."
+        )
+    reason = getattr(problem, "strerror", None) or problem
+    return UserError(
+        f"Expected to be able to write {path}, got: {reason}. Give a writable folder with --out."
+    )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in the writing of `path` into our errors.
+
+    Raises:
+        UserError: as `write_atomically` does.
+        OSError: there is no memory left, which is nothing that the file can help.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as problem:
+        if is_out_of_memory(problem):
+            raise
+        raise write_error(path, problem) from problem
+
+
+def csv_bytes(rows: Sequence[Row]) -> bytes:
+    """Rows as a table of all their columns; what a row lacks is empty."""
+    buffer = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(buffer, names, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """A picture [3, h, w] uint8 as a PNG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def json_lines(rows: Sequence[Row]) -> bytes:
+    """Rows as one JSON object a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@contextlib.contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, making the folder if need be and removing it if left empty."""
+    path = folder / ".lock"
+    try:
+        fresh = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except (FileExistsError, NotADirectoryError) as problem:
+        raise UserError(
+            f"Expected a folder at {folder}, got a file on the way. Give another --out."
+        ) from problem
+    except OSError as problem:
+        raise write_error(folder, problem) from problem
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UserError(
+                f"Expected {folder} to be free, got another process running in it. Wait for it, "
+                "or give another --out."
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for place in fresh:
+                    place.rmdir()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say which file of a run is damaged or cannot be read."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OSError, RecursionError, csv.Error) as problem:
+        raise UserError(
+            f"Expected what a run writes in {path}, got a damaged file ({problem}). Give another "
+            "--out, or remove that folder."
+        ) from problem
+
+
+def read_json_lines(path: Path) -> list[Row]:
+    """The rows of `json_lines`; none where there is no file."""
+    if not path.exists():
+        return []
+    with reading(path):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            int(row["round"])
+        return rows
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Rows of text by column; none where there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
+        return []
+    with reading(path), path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

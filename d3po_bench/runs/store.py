@@ -1,0 +1,357 @@
+"""RunStore: the writer of a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from d3po_bench.config import RunConfig
+from d3po_bench.errors import UserError, is_out_of_memory
+from d3po_bench.runs.files import (
+    Row,
+    csv_bytes,
+    json_lines,
+    png_bytes,
+    read_csv,
+    read_json_lines,
+    reading,
+    taken,
+    write_atomically,
+)
+from d3po_bench.runs.provenance import environment, now, packages
+from d3po_bench.runs.run import TEXT, content, require_content
+from d3po_bench.runs.sessions import kept, misshapen, require_packages
+
+
+class RunStore:
+    """The files of one run. Open it with `RunStore.open`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is in `folder`.
+
+        Raises:
+            UserError: a file in it is damaged.
+        """
+        self.folder = folder
+        self.metrics: list[Row] = read_json_lines(folder / "metrics.jsonl")
+        self.timing: list[Row] = read_json_lines(folder / "timing.jsonl")
+        self.evaluation: list[Row] = read_csv(folder / "eval.csv")
+        self.damaged = False
+        """Whether the newest checkpoint was passed over."""
+        self._checkpointed = False
+        with reading(folder / "eval.csv"):
+            for row in self.evaluation:
+                int(row["round"])
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: Path, config: RunConfig, *, resume: bool) -> Iterator[RunStore]:
+        """Take the folder for this process, fresh or to go on; a fresh one is gone if unused.
+
+        Raises:
+            UserError: it cannot be written, belongs to another config, is in use, or holds a
+                run that was not to be resumed.
+        """
+        with taken(folder):
+            require_same(folder, config, resume)
+            yield cls(folder)
+
+    # ---- writing
+
+    def start(
+        self, config: RunConfig, inputs: Row, *,
+        after: int | None = None, facts: Row | None = None, **how: Any,
+    ) -> None:  # fmt: skip
+        """Make the folder this config's, and record that a process begins or goes on with it.
+
+        Args:
+            config: the run's.
+            inputs: what names the content of the model, prompts and scorers: a run goes on only
+                with those that it began with, where they are on record.
+            after: round of the checkpoint that the process goes on from; None without one, which
+                keeps nothing of earlier processes.
+            facts: anything else to keep.
+            how: where and how it is computed, beside what this process knows of itself.
+
+        Raises:
+            UserError: an input is another than the run began with.
+        """
+        self.require_inputs(inputs)
+        self._require_run(config.run_id)
+        path = self.folder / "config.json"
+        if not path.exists():
+            write_atomically(path, config.to_json().encode())
+        known = {} if after is None else self.provenance()
+        session = {**environment(), **how}
+        self._checkpointed = after is not None
+        self._write_facts({
+            **(known or session), **(facts or {}), "run_id": config.run_id, "inputs": inputs,
+            "checkpointed": self._checkpointed,
+            "sessions": [*kept(known, after or 0), {**session, "after_round": after or 0}],
+        })  # fmt: skip
+
+    def require_inputs(self, inputs: Row) -> None:
+        """Refuse other models, prompts or scorers than those that the run began with.
+
+        Raises:
+            UserError: naming what is another.
+        """
+        began = self.provenance().get("inputs", inputs)
+        if not isinstance(began, dict):
+            raise UserError(
+                f"Expected names and values as inputs in {self.folder / 'provenance.json'}, got "
+                "another thing. Give another --out, or remove that folder."
+            )
+        for name, value in inputs.items():
+            if began.get(name, value) != value:
+                raise UserError(
+                    f"Expected the {name} that the run in {self.folder} began with "
+                    f"({began.get(name)}), got others ({value}). Bring those back, or give "
+                    "another --out."
+                )
+
+    def _require_run(self, run_id: str) -> None:
+        """Refuse rows and a checkpoint that another run's config was put beside."""
+        began = self.provenance().get("run_id", run_id)
+        if began != run_id:
+            raise UserError(
+                f"Expected the run {run_id} in {self.folder}, got provenance of {began}: its "
+                "config.json was exchanged. Restore it, give another --out, or remove that folder."
+            )
+
+    def require_content(self) -> None:
+        """Refuse a run that has ended and whose text files are not those that it ended with.
+
+        Raises:
+            UserError: naming the file.
+        """
+        require_content(self.folder, self.provenance())
+
+    def require_packages(self) -> None:
+        """Refuse to go on with other package versions than the run began with.
+
+        Raises:
+            UserError: naming the packages and both their versions.
+        """
+        began = self.provenance().get("packages", {})
+        require_packages(self.folder, began, packages())
+
+    def require_rest(self, *, checkpoint: bool) -> None:
+        """Refuse a folder that has lost what a run that came so far had written.
+
+        Args:
+            checkpoint: whether it has one that can be read.
+
+        Raises:
+            UserError: naming what is not there.
+        """
+        known, lost = self.provenance(), ""
+        if known.get("checkpointed") and not checkpoint:
+            lost = "checkpoints/last.safetensors"
+        elif not known and (checkpoint or self.metrics or self.evaluation):
+            lost = "provenance.json"
+        if lost:
+            raise UserError(
+                f"Expected {lost} beside the rest of the run in {self.folder}, got no such file. "
+                "Restore it, give another --out, or remove that folder to start again."
+            )
+
+    def log(self, metrics: Row, timing: Row) -> None:
+        """Add a round: its line of metrics and its seconds."""
+        self.metrics.append(metrics)
+        self.timing.append(timing)
+        write_atomically(self.folder / "timing.jsonl", json_lines(self.timing))
+        write_atomically(self.folder / "metrics.jsonl", json_lines(self.metrics))
+
+    def log_evaluation(self, rows: Sequence[Row]) -> None:
+        """Add evaluation rows, one for each image."""
+        self.evaluation.extend(rows)
+        write_atomically(self.folder / "eval.csv", csv_bytes(self.evaluation))
+
+    def save_sample(self, round_: int, prompt: str, image: Tensor) -> None:
+        """Keep one evaluation image [3, h, w] uint8 as PNG."""
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
+        path = self.folder / "samples" / f"round-{round_:05d}" / f"{name}.png"
+        write_atomically(path, png_bytes(image))
+
+    def keep_until(self, round_: int) -> None:
+        """Forget what was logged after round `round_`: the run goes on from there."""
+        self.metrics = [m for m in self.metrics if m["round"] <= round_]
+        self.timing = [t for t in self.timing if t["round"] <= round_]
+        self.evaluation = [e for e in self.evaluation if int(e["round"]) <= round_]
+
+    def digests(self) -> dict[str, str]:
+        """File -> SHA-256 of what it says of the rounds that are kept."""
+        rows = {
+            "metrics.jsonl": json_lines(self.metrics),
+            "timing.jsonl": json_lines(self.timing),
+            "eval.csv": csv_bytes(self.evaluation),
+        }
+        return {name: hashlib.sha256(data).hexdigest() for name, data in rows.items()}
+
+    def require_digests(self, expected: Mapping[str, str]) -> None:
+        """Refuse rows that are not those of the checkpoint.
+
+        Raises:
+            UserError: naming the file.
+        """
+        for name, digest in self.digests().items():
+            if digest != expected.get(name):
+                raise UserError(
+                    f"Expected the rows that the checkpoint knows in {self.folder / name}, got "
+                    "others: the file is damaged or was changed. Restore it, or remove the run "
+                    "folder and start again."
+                )
+
+    def checkpoint(self, tensors: Mapping[str, Tensor], facts: Row) -> None:
+        """Write the checkpoint of `tensors` and `facts`; the one before is kept beside it."""
+        from safetensors.torch import save
+
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        text = json.dumps(facts)
+        known = {"facts": text, "sha256": _digest(contiguous, text)}
+        # One entry: safetensors writes several in an order that differs from call to call.
+        data = save(contiguous, metadata={"checkpoint": json.dumps(known)})
+        newest, before = self._checkpoints()
+        # A damaged one must not push out the whole one before it.
+        write_atomically(newest, data, keep=None if self.damaged else before)
+        self.damaged = False
+        if not self._checkpointed:  # from now on, a folder without one has lost it
+            self.write_provenance(checkpointed=True)
+            self._checkpointed = True
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], Row] | None:
+        """Tensors and facts of the newest checkpoint that is whole; None where there is none yet.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole.
+        """
+        problems: list[str] = []
+        for path in self._checkpoints():
+            try:
+                found = _read_checkpoint(path)
+            except FileNotFoundError:
+                continue
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
+                if is_out_of_memory(problem):
+                    raise
+                problems.append(f"{path}, got a damaged one ({problem})")
+                continue
+            self.damaged = bool(problems)
+            return found
+        if problems:
+            raise UserError(
+                f"Expected a whole checkpoint at {', and at '.join(problems)}. Remove the run "
+                "folder and start again."
+            )
+        return None
+
+    def _checkpoints(self) -> tuple[Path, Path]:
+        """The newest checkpoint and the one before it."""
+        folder = self.folder / "checkpoints"
+        return folder / "last.safetensors", folder / "previous.safetensors"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended."""
+        return (self.folder / "provenance.json").exists() and "ended" in self.provenance()
+
+    def finish(self, **facts: Any) -> None:
+        """Record that the run has ended, `facts`, and what names the content of its text files."""
+        self.write_provenance(ended=now(), content=content(self.folder), **facts)
+
+    def provenance(self) -> Row:
+        """What is known about where the run was made."""
+        path = self.folder / "provenance.json"
+        with reading(path):
+            found: Row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            expected = misshapen(found) if isinstance(found, dict) else "an object"
+            if expected:
+                raise ValueError(f"no {expected}")
+            return found
+
+    def write_provenance(self, **facts: Any) -> None:
+        """Record `facts`, keeping what was recorded before."""
+        self._write_facts({**self.provenance(), **facts})
+
+    def _write_facts(self, facts: Row) -> None:
+        data = json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n"
+        write_atomically(self.folder / "provenance.json", data)
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    """SHA-256 of everything that a checkpoint holds; the tensors are contiguous, on the CPU."""
+    whole = hashlib.sha256(facts.encode())
+    for name, t in sorted(tensors.items()):
+        whole.update(f"\0{name} {t.dtype} {tuple(t.shape)}\0".encode())
+        whole.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Row]:
+    """Tensors and facts.
+
+    Raises:
+        ValueError: the file is not what was written; its readers raise others.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        known = json.loads(file.metadata()["checkpoint"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if known["sha256"] != _digest(tensors, known["facts"]):
+        raise ValueError("its checksum is another or is missing")
+    facts: Row = json.loads(known["facts"])
+    return tensors, facts
+
+
+def require_same(folder: Path, config: RunConfig, resume: bool) -> None:
+    """Refuse a folder that holds another run, or one that is not to be resumed.
+
+    Raises:
+        UserError: saying what differs.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        _require_no_rest(folder)
+        return
+    with reading(path):
+        found: Row = dict(json.loads(path.read_text(encoding="utf-8")))
+        run_id = found["run_id"]
+    mine = json.loads(config.to_json())
+    changed = [k for k in sorted(mine | found) if found.get(k) != mine.get(k)]
+    settings = [k for k in changed if k != "run_id"] or changed
+    if changed:
+        detail = ", ".join(f"{k} {found.get(k)!r} -> {mine.get(k)!r}" for k in settings[:3])
+        raise UserError(
+            f"Expected the run {config.run_id} in {folder}, got {run_id} ({detail}). "
+            "Give another --out, or remove that folder."
+        )
+    if not resume:
+        raise UserError(
+            f"Expected an empty folder, got a run in {folder}. Go on with --resume, give "
+            "another --out, or remove that folder."
+        )
+
+
+def _require_no_rest(folder: Path) -> None:
+    """Refuse what a run has left where nothing says which run it was.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    left = [name for name in (*TEXT, "provenance.json", "checkpoints") if (folder / name).exists()]
+    if left:
+        raise UserError(
+            f"Expected config.json beside {left[0]} in {folder}, got no such file. Restore it, "
+            "give another --out, or remove that folder to start again."
+        )

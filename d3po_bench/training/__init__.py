@@ -1,0 +1,1 @@
+"""Rounds of experience and updates, with evaluation and checkpoints."""

@@ -1,0 +1,40 @@
+"""Digests of what a run starts from: model, prompts and scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+from d3po_bench import registry
+from d3po_bench.config import RunConfig
+from d3po_bench.errors import UserError
+from d3po_bench.models.sources import fingerprint, model_source
+from d3po_bench.prompts import digest
+from d3po_bench.runs.files import Row
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training.tools import Tools
+
+
+def inputs_today(config: RunConfig, store: RunStore, prompts: Sequence[str], tools: Tools) -> Row:
+    """What the inputs of a finished run are today, without loading its model."""
+    source = model_source(config.model)
+    began = store.provenance().get("inputs")
+    scorers = began.get("scorers") if isinstance(began, dict) else None
+    today: dict[str, str] = {}
+    for name, known in scorers.items() if isinstance(scorers, dict) else ():
+        try:
+            today[name] = tools.fingerprint(_origin(name, source.scorers))
+        except (UserError, ImportError):  # it cannot be loaded here, so it scores nothing
+            today[name] = known
+    return {"model": fingerprint(source), "prompts": digest(prompts), "scorers": today}
+
+
+@cache
+def _origin(name: str, weights: str) -> SimpleNamespace:
+    """What a scorer comes from, without its network; loaded once for all runs of a command."""
+    scorer = registry.load_scorer(name, torch.device("cpu"), weights)
+    known = {k: getattr(scorer, k) for k in ("sources", "digest") if hasattr(scorer, k)}
+    return SimpleNamespace(**known)

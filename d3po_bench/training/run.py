@@ -1,0 +1,139 @@
+"""One run, from its first round to its last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d3po_bench import registry
+from d3po_bench.config import Execution, RunConfig, method_of
+from d3po_bench.experience import Experience
+from d3po_bench.experience.on_policy import OnPolicy
+from d3po_bench.machine import determine, device_of
+from d3po_bench.models.sources import model_source, threads_of
+from d3po_bench.prompts import read_prompts
+from d3po_bench.runs.files import write_folder
+from d3po_bench.runs.store import RunStore
+from d3po_bench.training.checkpoints import Checkpoints, restore
+from d3po_bench.training.evaluation import Evaluation
+from d3po_bench.training.inputs import inputs_today
+from d3po_bench.training.listeners import Listener, ProgressListener, Recorder
+from d3po_bench.training.progress import Progress, Report, label
+from d3po_bench.training.tools import Tools
+from d3po_bench.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run to make: everything that a process needs to make it."""
+
+    config: RunConfig
+    execution: Execution
+    folder: Path
+    tools: Tools
+    resume: bool = True
+    """Continue what is in the folder, or refuse it."""
+    trackers: tuple[str, ...] = ()
+    experience: Experience | None = None
+    """None for images that the policy draws."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """To keep in provenance.json."""
+
+
+def run_seed(job: Job, report: Report = lambda progress: None) -> None:
+    """Make a run, from its checkpoint if there is one.
+
+    Args:
+        job: which run.
+        report: called with how far it is.
+
+    Raises:
+        UserError: bad input, found before the first round, or a run in the folder that was begun
+            with other inputs or packages.
+        RunError: the run failed on the way; what it had written is kept.
+    """
+    config, execution = job.config, job.execution
+    with RunStore.open(job.folder, config, resume=job.resume) as store:
+        if store.finished:
+            store.require_content()
+            store.require_inputs(inputs_today(config, store, _prompts(job), job.tools))
+            report(Progress(label(config), 1.0, "finished before"))
+            return
+        store.require_packages()
+        source = model_source(config.model)
+        torch.set_num_threads(threads_of(source, execution.threads))
+        device = device_of(execution.device)
+        deterministic = determine(device, execution.deterministic)
+        experience = job.experience or on_policy(job, device, source.scorers)
+        trainer = Trainer(config, execution, experience, device)
+        after = restore(trainer, store)
+        progress = ProgressListener(config, experience.scorer.unit, report)
+        if store.damaged:
+            text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
+            report(Progress(label(config), trainer.round / config.rounds, text))
+        evaluation = Evaluation(config, execution, experience, job.tools, device)
+        scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
+        store.start(
+            config, {**trainer.inputs, "scorers": scorers}, after=after,
+            facts={"unchecked_scorers": _unchecked(job, trainer, evaluation, report), **job.facts},
+            device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
+            execution=vars(execution).copy(), **_plugins(config, evaluation),
+        )  # fmt: skip
+        trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
+        listeners = [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
+        trainer.train(evaluation, listeners, measured=bool(store.evaluation))
+        write_folder(job.folder / "lora", trainer.model.save)
+        store.finish()
+
+
+def _prompts(job: Job) -> Sequence[str]:
+    return job.experience.prompts if job.experience else read_prompts(job.config.prompt_source)
+
+
+def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
+    """The experience of a run that draws its own images.
+
+    Args:
+        job: whose config names objective and prompts.
+        device: where the scorer computes.
+        weights: of the scorer, where the objective does not say.
+
+    Raises:
+        UserError: prompts or scorer are not there.
+    """
+    config, method = job.config, method_of(job.config)
+    objective = registry.objective(config.objective)
+    return OnPolicy(
+        prompts=_prompts(job),
+        objective=objective,
+        scorer=job.tools.scorer(objective.scorer, device, weights),
+        seed=config.seed,
+        prompts_per_round=config.prompts_per_round,
+        images_per_prompt=config.images_per_prompt or method.images_per_prompt,
+        shared_noise=method.shared_noise,
+        batch=job.execution.sample_batch,
+    )
+
+
+def _unchecked(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> list[str]:
+    """The scorers that nothing was compared with, after saying so."""
+    known = registry.names("scorer")  # people's votes are none of them
+    named = {n: s for n, s in evaluation.named.items() if n.partition(":")[0] in known}
+    names = job.tools.unchecked(named)
+    if names:
+        done = trainer.round / job.config.rounds
+        report(Progress(label(job.config), done, "", job.tools.note(names)))
+    return names
+
+
+def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    """Which packages brought what a run uses, if any did."""
+    used: list[tuple[registry.Kind, str]] = [
+        ("method", config.method), ("objective", config.objective), ("model", config.model),
+        *(("scorer", name.partition(":")[0]) for name in evaluation.named),
+    ]  # fmt: skip
+    return registry.plugins(used)

@@ -1,0 +1,59 @@
+"""What scores and measures a run. `eval` brings it, and the command line hands it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from d3po_bench.diffusion.process import Sampler
+    from d3po_bench.types import Model, Scorer
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """What is drawn at every evaluation: `images` of each prompt, from fixed noise."""
+
+    prompts: Sequence[str]
+    images: int = 1
+    steps: int = 20
+    guidance: float = 5.0
+    sampler: Sampler | Literal["auto"] = "auto"
+    """Of training, with its `eta`."""
+    eta: float = 1.0
+    batch: int = 128
+    first: int = 0
+    """Number of the first prompt in a longer list, whose other parts are drawn elsewhere."""
+    samplers: Sequence[str] = ("eta1", "eta0")
+    """The training sampler, and the deployment sampler, which adds no noise."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Functions of `eval`, which stands on this package."""
+
+    scorer: Callable[[str, torch.device, str], Scorer]
+    """The scorer of a name, on a device, with weights; checked against its golden scores."""
+    evaluate: Callable[
+        [Model, EvaluationSet, Mapping[str, Scorer]], tuple[list[Row], dict[str, Tensor]]
+    ]
+    """Rows of an evaluation, and the pictures [N, 3, h, w] uint8 of each sampler."""
+    fingerprint: Callable[[Any], str]
+    """What names a scorer's weights."""
+    unchecked: Callable[[Mapping[str, Scorer]], list[str]]
+    """The scorers without golden scores for their weights."""
+    note: Callable[[Sequence[str]], str]
+    """What to tell people about those."""
+
+
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the prompts, evenly spread over the list."""
+    if len(prompts) <= count:
+        return list(prompts)
+    return [prompts[i * len(prompts) // count] for i in range(count)]

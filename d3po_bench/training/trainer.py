@@ -1,0 +1,272 @@
+"""Trainer: a model, a method and an experience, and the rounds between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from d3po_bench.config import Execution, RunConfig, method_of
+from d3po_bench.diffusion.finite import require_finite
+from d3po_bench.diffusion.gaussian import Gaussian
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import images_used, with_reference
+from d3po_bench.diffusion.seeding import stream
+from d3po_bench.diffusion.update import Updates, update
+from d3po_bench.errors import RunError
+from d3po_bench.experience import Experience
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import fingerprint, load, model_source
+from d3po_bench.prompts import digest
+from d3po_bench.runs.files import Row
+from d3po_bench.training.evaluation import Evaluation
+from d3po_bench.training.listeners import Listener
+from d3po_bench.types import Rollout
+
+HISTORY = 64
+"""Rewards of each prompt that are kept from round to round."""
+
+
+def training_of(config: RunConfig, execution: Execution) -> Training:
+    """What trains and how it is computed, as a config says it."""
+    return Training(
+        dtype=config.dtype,
+        full=config.full,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha or None,
+        lora_targets=config.lora_targets,
+        gradient_checkpointing=execution.gradient_checkpointing,
+        channels_last=execution.channels_last,
+        compile=execution.compile,
+        decode_batch=execution.decode_batch,
+    )
+
+
+class Trainer:
+    """A model, a method and an experience, and the rounds between them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        execution: Execution,
+        experience: Experience,
+        device: torch.device,
+    ) -> None:
+        """Load the model that the config names; nothing is written yet.
+
+        Raises:
+            UserError: the model does not load, or its sampler leaves nothing to train.
+        """
+        self.config, self.execution, self.experience = config, execution, experience
+        self.device = device
+        self.method = method_of(config)
+        source = model_source(config.model)
+        self.inputs = {"model": fingerprint(source), "prompts": digest(experience.prompts)}
+        self.model = load(source, device, training_of(config, execution))
+        if self.model.commit:
+            self.inputs["model_commit"] = self.model.commit
+        self.model.encode([*experience.prompts, ""])
+        self.model.add_adapter(config.seed)
+        self.policy = Policy(
+            self.model,
+            steps=config.sampling_steps,
+            eta=config.eta,
+            guidance=config.guidance,
+            sampler=config.sampler,
+        )
+        self.trained_steps = config.sampling_steps - config.skip_steps
+        self.policy.require_noise(self.trained_steps)
+        self.optimizer = self._optimizer()
+        scaled = config.dtype == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type) if scaled else None
+        if experience.initial is not None:
+            self.model.load_trainable(experience.initial)
+        self.pairs = 0
+        self.history: dict[str, list[float]] = {}
+        self.memory: dict[str, Tensor] = {}
+        self.round = 0
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        c = self.config
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
+        optimizer: torch.optim.Optimizer = kind(
+            list(self.model.trainable().values()),
+            lr=c.learning_rate,
+            betas=(c.adam_beta1, c.adam_beta2),
+            eps=c.adam_epsilon,
+            weight_decay=c.weight_decay,
+        )
+        return optimizer
+
+    def train(self, evaluation: Evaluation, listeners: Sequence[Listener], measured: bool) -> None:
+        """Rounds until the last.
+
+        Args:
+            evaluation: of held-out prompts.
+            listeners: hear of what happens.
+            measured: whether the base model was evaluated before.
+
+        Raises:
+            RunError: something is not finite, with round and seed.
+        """
+        try:
+            if self.round == 0 and not measured:
+                self._evaluate(evaluation, listeners)
+            while self.round < self.config.rounds:
+                done = self.round
+
+                def working(share: float, done: int = done) -> None:
+                    for listener in listeners:
+                        listener.working(done, share)
+
+                try:
+                    metrics, timing = self.train_round(working)
+                except RunError as problem:
+                    where = f"Round {done + 1}, seed {self.config.seed}"
+                    raise RunError(f"{where}: {problem}") from problem
+                start = time.monotonic()
+                self._evaluate(evaluation, listeners)
+                timing["evaluate"] = round(time.monotonic() - start, 3)
+                for listener in listeners:
+                    listener.round(metrics, timing)
+        except BaseException:
+            for listener in listeners:
+                listener.stopped()
+            raise
+        for listener in listeners:
+            listener.finished()
+
+    def _evaluate(self, evaluation: Evaluation, listeners: Sequence[Listener]) -> None:
+        if evaluation.due(self.round):
+            for listener in listeners:
+                listener.evaluating(self.round)
+            found = evaluation(self.model, self.round)
+            for listener in listeners:
+                listener.evaluated(self.round, found)
+
+    # ---- a round
+
+    def train_round(self, working: Callable[[float], None]) -> tuple[Row, Row]:
+        """Collect and learn: the round's line of metrics and its seconds by stage.
+
+        Args:
+            working: called with the share of the round that is done.
+        """
+        seconds: dict[str, float] = {}
+
+        def stage(name: str) -> AbstractContextManager[None]:
+            return _timed(seconds, name)
+
+        rollout = self.experience.collect(
+            self.policy, self.round, stage, lambda share: working(share / 2)
+        )
+        rollout = replace(rollout, history=self.history, memory=self.memory)
+        with stage("reference"):
+            untrained = self.round == 0 and self.experience.initial is None
+            rollout = with_reference(
+                self.policy, rollout, self.method, untrained=untrained,
+                batch=self.execution.reference_batch, skip=self.config.skip_steps,
+            )  # fmt: skip
+        with stage("update"):
+            learned = self._learn(rollout, working)
+        self.round += 1
+        scores = rollout.scores * self.experience.objective.sign
+        drift = {"kl": self._kl(rollout)} if self.method.reference == "pretrained" else {}
+        metrics = {
+            "round": self.round,
+            **self._spent(),
+            "score_mean": float(scores.mean()),
+            "score_std": float(scores.std(correction=0)),
+            "reward_mean": float(rollout.scores.mean()),
+            **drift,
+            **learned,
+        }
+        return metrics, {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
+
+    def _learn(self, rollout: Rollout, working: Callable[[float], None]) -> dict[str, float]:
+        c = self.config
+        rows = self.method.rows(rollout, stream(c.seed, "rows", self.round))
+        self.pairs += len(rows)
+        for prompt, rewards in zip(rollout.prompts, rollout.scores.tolist(), strict=True):
+            self.history[prompt] = (self.history.get(prompt, []) + rewards)[-HISTORY:]
+        updates = Updates(
+            units=c.units_per_update,
+            timestep_fraction=c.timestep_fraction,
+            skip=c.skip_steps,
+            every=c.update_every,
+            passes=c.passes,
+            micro_batch=self.execution.micro_batch,
+            max_grad_norm=c.max_grad_norm,
+        )
+        return update(
+            self.policy, self.method, rows, self.optimizer, updates,
+            stream(c.seed, "shuffle", self.round), self.scaler,
+            progress=lambda share: working(0.5 + share / 2),
+        )  # fmt: skip
+
+    def _spent(self) -> Row:
+        return {
+            "pairs": self.pairs,
+            **self.experience.counts,
+            "unet_forwards": self.model.forwards,
+            "unet_backwards": self.model.backwards,
+        }
+
+    def _kl(self, rollout: Rollout) -> float:
+        """KL of a step to the pretrained model, mean over the images and steps trained on."""
+        if rollout.reference is None:
+            raise ValueError("the rollout carries no reference")
+        used = images_used(self.method, rollout)
+        std = self.policy.table.std[: self.trained_steps].float().to(rollout.means.device)
+        means = (m[used][:, : self.trained_steps] for m in (rollout.means, rollout.reference))
+        ours, theirs = (m.flatten(0, 1) for m in means)
+        kl = Gaussian(ours, std.repeat(int(used.sum()))).kl(theirs)
+        require_finite("kl of the steps to the pretrained model", kl)  # its squares can overflow
+        return float(kl.mean())
+
+    # ---- checkpoints
+
+    def state(self) -> tuple[dict[str, Tensor], Row]:
+        """Everything that the next round depends on: tensors and numbers."""
+        tensors = {f"weight/{n}": p for n, p in self.model.trainable().items()}
+        for name, p in self.model.trainable().items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{key}/{name}"] = value
+        tensors |= {f"memory/{name}": value for name, value in self.memory.items()}
+        facts = {"round": self.round, **self._spent(), "history": dict(self.history)}
+        if self.scaler is not None:
+            facts["scaler"] = self.scaler.state_dict()
+        return tensors, facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: Row) -> None:
+        """Go back to a state that `state` returned."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            key, _, parameter = name.partition("/")
+            parts.setdefault(key, {})[parameter] = value
+        self.model.load_trainable(parts.pop("weight"))
+        self.memory = parts.pop("memory", {})
+        self.history = facts["history"]
+        for name, p in self.model.trainable().items():
+            kept = {k: v[name] for k, v in parts.items() if name in v}
+            if kept:
+                moved = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
+                self.optimizer.state[p] = moved
+        self.round = facts["round"]
+        self.pairs = facts["pairs"]
+        for name in self.experience.counts:
+            self.experience.counts[name] = facts[name]
+        self.model.forwards, self.model.backwards = facts["unet_forwards"], facts["unet_backwards"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(facts["scaler"])
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - start

@@ -1,0 +1,361 @@
+"""`d3po-bench table1`: prompt-image alignment of every method, as Table 1 of the D3PO paper.
+
+Every method trains on the same declared signal, and every model draws the same held-out prompts
+from the same noise. A score of the signal itself is marked: a model that was trained on a scorer
+is not judged by it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from d3po_bench import registry
+from d3po_bench.config import RunConfig
+from d3po_bench.errors import UserError
+from d3po_bench.launch import launch
+from d3po_bench.launch.launch import RunRequest
+from d3po_bench.models.sources import model_source
+from d3po_bench.runs.files import csv_bytes, write_atomically
+from d3po_bench.runs.run import read_config, read_object, readable
+from d3po_bench.training.progress import label
+from eval.analysis import choices
+from eval.analysis.choices import Choices
+from eval.analysis.statistics import interval
+from eval.evaluate import plan, work
+from eval.tools import TOOLS
+
+BASE = "no fine-tune"
+BASE_ROWS = "no-fine-tune"
+"""Its name among files, where methods have METHOD-SEED."""
+
+METHODS = ("preferred_images", "reward_weighted", "d3po", "ddpo", "dpok")
+
+PAPER = {
+    BASE: (30.7, 1.95, 0.04, 14.7),
+    "preferred_images": (31.0, 1.97, 0.08, 11.0),
+    "reward_weighted": (31.5, 2.01, 0.17, 18.7),
+    "d3po": (31.9, 2.06, 0.27, 55.7),
+}
+"""Table 1 of arXiv:2311.13231: CLIP, BLIP, ImageReward, human preference in per cent."""
+
+PAPERS_COLUMNS = {"clip": 0, "blip_itm_logit": 1, "image_reward": 2}
+"""Our column -> the paper's; its BLIP score is too large for a probability or a cosine."""
+
+SIGNAL = {"blip": "blip_itm_logit"}
+"""Column that holds the score of a scorer with several."""
+
+SAMPLER = "eta1"
+"""Of the printed table; the rows hold both."""
+
+Cells = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    objective: str
+    model: str
+    preset: str | None
+    settings: Mapping[str, str]
+    seeds: range
+    scorers: tuple[str, ...]
+    prompts: str | None
+    """List or file to evaluate on; None for the model's own."""
+    count: int | None
+    device: str
+    jobs: int | None
+    out: Path
+    runs: tuple[Path, ...] = ()
+    """Finished runs to take instead of training."""
+
+
+def run(request: Request, tell: Callable[[str], None]) -> str:
+    """Train or take the models, score them, write and return the table.
+
+    Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json. Raters'
+    first choices are read from OUT/choices.
+
+    Raises:
+        UserError: bad input, or weights of a scorer that are not there.
+        RunError: a run failed; the others are kept.
+    """
+    choices.read(request.out / "choices", (BASE_ROWS, *METHODS))  # not after hours of training
+    folders = _taken(request) if request.runs else _trained(request)
+    signal = _signal(request)
+    write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
+    drawn = _drawn(folders)
+    once = cache(tell)  # what is to be known of the scorers is the same for each model
+    for name, folder in {BASE_ROWS: Path(request.model), **folders}.items():
+        _score(request, folder, name, drawn, once)
+    return write(request.out)
+
+
+def _signal(request: Request) -> dict[str, str]:
+    scorer = registry.objective(request.objective).scorer
+    return {"objective": request.objective, "column": SIGNAL.get(scorer, scorer)}
+
+
+# ---- models
+
+
+def _trained(request: Request) -> dict[str, Path]:
+    """Run folders by METHOD-SEED; what is finished is not trained again."""
+    jobs = [
+        job
+        for method in METHODS
+        for job in launch.planned(
+            RunRequest(
+                method=method, objective=request.objective, model=request.model,
+                preset=preset(request), settings=request.settings, seeds=request.seeds,
+                device=request.device, out=request.out / "runs", tools=TOOLS,
+            )
+        )
+    ]  # fmt: skip
+    names = {label(job.config): label(job.config) for job in jobs}
+    failed = launch.execute(jobs, request.jobs, names)
+    if failed:
+        launch.finish(failed, request.out)
+    return {f"{job.config.method}-{job.config.seed}": job.folder for job in jobs}
+
+
+def preset(request: Request) -> str | None:
+    """What was asked for; for the embedded model the one that leaves it mistakes to unlearn."""
+    embedded = request.model == "tiny"
+    return "alignment" if embedded and request.preset is None else request.preset
+
+
+def _taken(request: Request) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in _finished(request.runs):
+        config = read_config(folder)
+        name = f"{config['method']}-{config['seed']}"
+        if config["objective"] != request.objective or config["model"] != request.model:
+            raise UserError(
+                f"{folder} is a run of {config['model']} on {config['objective']}, not of "
+                f"{request.model} on {request.objective}. Leave it out, or change --model and "
+                "--objective."
+            )
+        if name in found:
+            raise UserError(f"{found[name]} and {folder} are both {name}. Leave one out.")
+        found[name] = folder
+    return found
+
+
+def _finished(places: Sequence[Path]) -> list[Path]:
+    """Run folders with a LoRA, below or at these places."""
+    found = [p.parent for place in places for p in sorted(place.rglob("config.json"))]
+    found = [folder for folder in found if (folder / "lora").is_dir()]
+    if not found:
+        raise UserError(
+            f"No finished run below {', '.join(map(str, places))}. Make some with "
+            "`d3po-bench run`, or leave RUNS out to train them now."
+        )
+    return found
+
+
+def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """How all runs sample, and their prompts: the base model must share it to be compared."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        c = read_config(folder)
+        prompts = model_source(c["model"]).prompts or RunConfig.from_json(c).prompt_source
+        found[name] = {
+            "steps": c["sampling_steps"], "guidance": c["guidance"], "prompts": prompts
+        }  # fmt: skip
+    first = next(iter(found))
+    for name, how in found.items():
+        if how != found[first]:
+            raise UserError(
+                f"{first} samples with {found[first]}, {name} with {how}: they cannot be compared. "
+                "Leave one out."
+            )
+    return found[first]
+
+
+def _score(
+    request: Request, target: Path, name: str, drawn: Mapping[str, Any],
+    tell: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write rows/NAME.csv unless it is there."""
+    path = request.out / "rows" / f"{name}.csv"
+    if path.exists():
+        return
+    tell(f"scoring {name}")
+    how = {**drawn, "prompts": request.prompts or drawn["prompts"]}
+    folder = work.run(
+        plan.Request(
+            target=target, scorers=request.scorers, model=None, count=request.count, images=1,
+            device=request.device, jobs=request.jobs or 1,
+            out=request.out / "scoring" / name, **how,
+        ),
+        note=tell,
+    )  # fmt: skip
+    write_atomically(path, (folder / "rows.csv").read_bytes())
+    shutil.rmtree(folder)
+
+
+# ---- the table
+
+
+def write(out: Path) -> str:
+    """Derive the table from OUT/rows, OUT/choices and OUT/signal.json alone, and write it.
+
+    Raises:
+        UserError: rows are missing, or were drawn from other prompts; or choices are malformed.
+    """
+    rows = _rows(out)
+    signal = _recorded_signal(out / "signal.json")
+    chosen = _choices(out / "choices", _names(rows))
+    table = [_row(name, rows, signal["column"], chosen) for name in _names(rows)]
+    text = _said(signal, chosen) + "\n\n" + markdown(table)
+    write_atomically(out / "table1.csv", csv_bytes(table))
+    write_atomically(out / "table1.md", (text + "\n").encode())
+    write_atomically(out / "table1.tex", (latex(table) + "\n").encode())
+    return text
+
+
+def _recorded_signal(path: Path) -> dict[str, str]:
+    found = read_object(path)
+    if not {"objective", "column"} <= found.keys():
+        raise UserError(
+            f"{path} lacks objective or column. Give the command again without --redraw."
+        )
+    return found
+
+
+def _choices(folder: Path, names: Sequence[str]) -> Choices | None:
+    found = choices.read(folder, (BASE_ROWS, *METHODS))
+    for model in found.shares[0] if found else ():
+        if model not in (BASE_ROWS, *names):
+            raise UserError(
+                f"The choices in {folder} name {model}, which is not in the table "
+                f"({', '.join(names)}). Add its runs, or leave those files out."
+            )
+    return found
+
+
+def _said(signal: Mapping[str, str], chosen: Choices | None) -> str:
+    return (
+        f"Trained on the objective {signal['objective']}; † marks the score that a model was "
+        f"trained on. Held-out prompts, sampler {SAMPLER}; means over seeds, and differences to "
+        f"{BASE} on the same prompts and noise with 95 % intervals over seeds."
+        + (f" {chosen.said}" if chosen else "")
+    )
+
+
+def _rows(out: Path) -> dict[str, pd.DataFrame]:
+    """METHOD-SEED -> scores by prompt and index, printed sampler."""
+    found = {}
+    for path in sorted((out / "rows").glob("*.csv")):
+        with readable(path):
+            rows = pd.read_csv(path)
+            rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
+        found[path.stem] = rows
+    if BASE_ROWS not in found:
+        raise UserError(
+            f"{out / 'rows'} has no rows of {BASE_ROWS}. Run `d3po-bench table1` with that --out."
+        )
+    for name, rows in found.items():
+        if not rows.index.equals(found[BASE_ROWS].index):
+            raise UserError(
+                f"The rows of {name} in {out} are of other prompts or noise. Remove that file and "
+                "give the command again."
+            )
+    _require_comparable(found, out)
+    return found
+
+
+def _require_comparable(found: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Refuse rows of other columns, of scorers with other weights, or that are no numbers."""
+    made = {
+        name: [", ".join(rows.columns), *sorted(map(str, set(rows.get("weights", ()))))]
+        for name, rows in found.items()
+    }
+    for name, rows in found.items():
+        if made[name] != made[BASE_ROWS]:
+            wanted, got = (" / ".join(made[part]) for part in (BASE_ROWS, name))
+            raise UserError(
+                f"The rows of {name} in {out} are of other scorers or weights ({got}) than those "
+                f"of {BASE_ROWS} ({wanted}). Remove that file and give the command again."
+            )
+        for column in _columns(found):
+            # NaN is an image that the scorer has nothing to say about.
+            if rows[column].dtype.kind not in "fi" or np.isinf(rows[column]).any():
+                raise UserError(
+                    f"The rows of {name} in {out} hold text or infinity as {column}. Remove that "
+                    "file and give the command again."
+                )
+
+
+def _names(rows: Mapping[str, Any]) -> list[str]:
+    there = {name.rpartition("-")[0] for name in rows}
+    return [BASE, *(m for m in METHODS if m in there)]
+
+
+def _columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:
+    known = {"steps", "guidance", "size", "sampler", "weights", "kl"}
+    return [c for c in rows[BASE_ROWS].columns if c not in known]
+
+
+def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str, chosen: Choices | None) -> Cells:
+    base = rows[BASE_ROWS]
+    runs = [r for n, r in rows.items() if n.rpartition("-")[0] == name]
+    cells = {"method": name, "seeds": str(len(runs) or "")}
+    for column in _columns(rows):
+        mark = " †" if column == signal and runs else ""
+        cells[column] = _cell([run[column] for run in runs], base[column]) + mark
+        if column in PAPERS_COLUMNS:
+            numbers = PAPER.get(name)
+            cells[f"{column}, paper"] = str(numbers[PAPERS_COLUMNS[column]]) if numbers else ""
+    if chosen is not None:
+        cells[chosen.heading] = chosen.cell(BASE_ROWS if name == BASE else name)
+    cells["preferred by people, paper"] = f"{PAPER[name][3]:g} %" if name in PAPER else ""
+    return cells
+
+
+def _cell(runs: Sequence[pd.Series], base: pd.Series) -> str:
+    """The mean, and how much more than the base it is."""
+    if not runs:
+        return f"{base.mean():.3f}"
+    ends = np.array([run.mean() for run in runs])
+    gains = np.array([(run - base).mean() for run in runs])
+    low, high = map(float, interval(gains))
+    spread = "" if np.isnan(low) else f", {low:+.3f} to {high:+.3f}"
+    return f"{ends.mean():.3f} ({gains.mean():+.3f}{spread})"
+
+
+def markdown(table: Sequence[Cells]) -> str:
+    """The rows as a Markdown table."""
+    names = list(table[0])
+    lines = [names, *([row[name] for name in names] for row in table)]
+    body = ["| " + " | ".join(cells) + " |" for cells in lines]
+    rule = "|---|" + "--:|" * (len(names) - 1)
+    return "\n".join([body[0], rule, *body[1:]])
+
+
+def latex(table: Sequence[Cells]) -> str:
+    """The rows as a LaTeX tabular for the package booktabs."""
+    names = list(table[0])
+    lines = [names, *([row[name] for name in names] for row in table)]
+    head, *rest = (" & ".join(map(_escaped, cells)) + " \\\\" for cells in lines)
+    spec = "l" + "r" * (len(names) - 1)
+    return "\n".join(
+        [f"\\begin{{tabular}}{{{spec}}}", "\\toprule", head, "\\midrule", *rest, "\\bottomrule",
+         "\\end{tabular}"]
+    )  # fmt: skip
+
+
+def _escaped(text: str) -> str:
+    for plain, said in (("_", "\\_"), ("%", "\\%"), ("†", "$\\dagger$")):
+        text = text.replace(plain, said)
+    return text

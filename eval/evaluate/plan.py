@@ -1,0 +1,195 @@
+"""What `d3po-bench evaluate` was asked to score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d3po_bench import registry
+from d3po_bench.config import RunConfig
+from d3po_bench.digests import sha256_of, short
+from d3po_bench.errors import UserError
+from d3po_bench.models.sources import content, fingerprint, model_source
+from d3po_bench.prompts import read_pictures, read_prompts
+from d3po_bench.runs.run import read_config
+from d3po_bench.training.tools import spread
+
+HELD_OUT = "captions-held-out"
+"""The list of prompts that no run may have learnt from."""
+
+
+FETCHED = "prompts-image-reward"
+"""The prompts that Stable Diffusion is asked for, among the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides the numbers of an evaluation."""
+
+    model: str
+    """Name or folder of the base model, or the folder of the pictures."""
+    adapter: str
+    """Folder of a LoRA or a trained UNet; empty for the base model itself."""
+    prompts: tuple[str, ...]
+    content: str = ""
+    """What names the files of the model and the adapter, or the pictures."""
+    files: tuple[str, ...] = ()
+    """The picture of each prompt, where there are pictures to score instead of a model."""
+    images: int = 1
+    steps: int = 20
+    guidance: float = 5.0
+    scorers: tuple[str, ...] = ()
+    weights: str = "official"
+    """Which weights scorers have that do not say so themselves."""
+    samplers: tuple[str, ...] = ("eta1", "eta0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asked for."""
+
+    target: Path
+    scorers: tuple[str, ...]
+    model: str | None
+    prompts: str | None
+    count: int | None
+    images: int
+    steps: int | None
+    guidance: float | None
+    device: str
+    jobs: int
+    out: Path | None
+    save: bool = False
+    """Keep the pictures that were drawn, too."""
+
+
+def planned(request: Request) -> Plan:
+    """What a request means, after looking at what its target is.
+
+    Raises:
+        UserError: it is nothing that can be evaluated.
+    """
+    target = request.target
+    if (target / "metadata.csv").is_file():
+        return _pictures(request)
+    if (target / "config.json").is_file() and (target / "lora").is_dir():
+        return _of_run(request)
+    if (target / "config.json").is_file() and (target / "metrics.jsonl").is_file():
+        raise UserError(
+            f"Expected a finished run in {target}, got one without lora/. Run its command again: "
+            "it goes on from the last checkpoint."
+        )
+    if (target / "pytorch_lora_weights.safetensors").is_file() or _is_trained_unet(target):
+        return _of_model(request, request.model or "tiny", str(target), {})
+    _require_no_other_model(request, str(target))
+    return _of_model(request, str(target), "", {})
+
+
+def _require_no_other_model(request: Request, model: str) -> None:
+    """Refuse a --model that would be ignored.
+
+    Raises:
+        UserError: naming both.
+    """
+    if request.model not in (None, model):
+        raise UserError(
+            f"Expected --model only beside a LoRA or pictures, got {request.model} for "
+            f"{request.target}, whose model is {model}. Leave --model out."
+        )
+
+
+def _is_trained_unet(target: Path) -> bool:
+    return (target / "unet").is_dir() and not (target / "model_index.json").is_file()
+
+
+def _of_run(request: Request) -> Plan:
+    config = read_config(request.target)
+    _require_no_other_model(request, config["model"])
+    plan = _of_model(request, config["model"], str(request.target / "lora"), config)
+    if (request.prompts or _default_prompts(plan.model, config)) == HELD_OUT:
+        _require_unseen(plan, config, request.target)
+    return plan
+
+
+def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
+    """Refuse to call prompts held-out that the run was trained on.
+
+    Raises:
+        UserError: naming one.
+    """
+    trained_on = read_prompts(RunConfig.from_json(config).prompt_source)
+    seen = sorted(set(plan.prompts) & set(trained_on))
+    if seen:
+        raise UserError(
+            f"The run in {run} was trained on {seen[0]!r} and {len(seen) - 1} more of these "
+            "prompts, so they are not held out. Give others with --prompts."
+        )
+
+
+def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
+    source = model_source(model)
+    prompts = read_prompts(request.prompts or _default_prompts(model, config))
+    learnt = f" + {content(Path(adapter))[:12]}" if adapter else ""
+    return Plan(
+        model=model,
+        adapter=adapter,
+        content=fingerprint(source) + learnt,
+        prompts=tuple(spread(prompts, request.count or len(prompts))),
+        images=request.images,
+        steps=request.steps or config.get("sampling_steps", 20),
+        guidance=config.get("guidance", 5.0) if request.guidance is None else request.guidance,
+        scorers=_checked(request.scorers),
+        weights=source.scorers,
+    )
+
+
+def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
+    """Held-out captions for the embedded model, else what a run was trained on.
+
+    Stable Diffusion has the paper's alignment prompts, which are fetched by checksum.
+    """
+    suited = model_source(model).prompts
+    if suited:
+        return suited
+    if config:
+        return RunConfig.from_json(config).prompt_source
+    if model == "sd15":
+        from eval import downloads
+
+        return str(downloads.find(FETCHED)[0])
+    raise UserError(
+        "Expected --prompts with a list or a file, got none, and only a run or the embedded "
+        "model has prompts of its own. Give a file with one prompt a line."
+    )
+
+
+def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
+    for name in scorers:
+        registry.require_scorer(name)
+    return tuple(dict.fromkeys(scorers))
+
+
+def _pictures(request: Request) -> Plan:
+    """A folder of pictures with metadata.csv."""
+    if request.save:
+        raise UserError(
+            f"Expected a model to draw pictures for --save, got pictures in {request.target}. "
+            "Leave --save out."
+        )
+    files, prompts = zip(*read_pictures(request.target), strict=True)
+    return Plan(
+        model=str(request.target), adapter="", prompts=prompts, files=files,
+        content=_digest(request.target, files), scorers=_checked(request.scorers), samplers=("",),
+        weights="tiny" if request.model == "tiny" else "official",
+    )  # fmt: skip
+
+
+def _digest(folder: Path, files: Sequence[str]) -> str:
+    """Twelve hex digits that name the bytes of pictures.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    return short(" ".join(sha256_of(folder / name) for name in files))

@@ -1,0 +1,162 @@
+"""Before/after sheets of sample pictures."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_lowercase
+from typing import TYPE_CHECKING
+
+from d3po_bench.errors import UserError
+from eval.analysis.runs import Run
+from eval.figures.style import INK, short_name, unit_of
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFont
+
+
+CELL = (96, 160)
+"""Smallest and largest side of a picture on a sheet, in pixels."""
+
+
+COLUMNS = 10
+"""Most prompts on a sheet."""
+
+
+GAP, TITLE, LINE = 6, 52, 26
+"""Pixels between pictures, for the title, and for a line of a prompt."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of a sheet: what it shows, and its pictures by file name."""
+
+    label: str
+    pictures: dict[str, Image.Image]
+
+
+def samples_sheet(runs: Sequence[Run]) -> bytes | None:
+    """The sample images of the lowest seed that has any, as PNG; None where no run has.
+
+    A column for each prompt; rows for the base model, a round in the middle and the last one,
+    each with the mean held-out score of the sampler that drew the images.
+
+    Raises:
+        UserError: an image is damaged.
+    """
+    for run in sorted(runs, key=lambda run: run.seed):
+        rounds = sorted({_round_of(path) for path in run.folder.glob("samples/round-*/*.png")})
+        if rounds:
+            shown = sorted({rounds[0], rounds[(len(rounds) - 1) // 2], rounds[-1]})
+            model, objective, method = run.group
+            title = f"{method} on {objective}, {short_name(model)}, seed {run.seed}"
+            return _png(_sheet(title, [_strip(run, round_) for round_ in shown]))
+    return None
+
+
+def _round_of(picture: Path) -> int:
+    digits = picture.parent.name.removeprefix("round-")
+    if not digits.isdecimal():
+        raise UserError(
+            f"{picture.parent} is not a folder of samples, which is called round-NUMBER. Remove it."
+        )
+    return int(digits)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _strip(run: Run, round_: int) -> Strip:
+    label = _when(round_, run.spent.get(round_, {}))
+    # The samples are drawn with the deployment sampler, so its mean is the one beside them.
+    means = run.scores["score"]
+    if ("eta0", round_) in means.index:
+        label += f"\nmean {_digits(means['eta0', round_])} {unit_of(run.group[1])}".rstrip()
+    folder = run.folder / "samples" / f"round-{round_:05d}"
+    paths = sorted(folder.glob("*.png"))[:COLUMNS]
+    return Strip(label, {path.stem: _picture(path) for path in paths})
+
+
+def _digits(mean: float) -> str:
+    """Three digits, zeros kept so that rows line up."""
+    return f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:#.3g}"
+
+
+def _when(round_: int, spent: Mapping[str, float]) -> str:
+    """'base model', or how much it had been trained on by then."""
+    if round_ == 0:
+        return "base model"
+    if "pairs" not in spent:
+        return f"after round {round_}"
+    # A method that learns from single images counts as many units as images.
+    unit = "images" if spent["pairs"] == spent["images"] else "pairs"
+    return f"after {spent['pairs']:,.0f} {unit}"
+
+
+def _picture(path: Path) -> Image.Image:
+    """An image at the size it has on the sheet: small ones with every pixel kept visible."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, ValueError) as problem:
+        raise UserError(f"The picture {path} is damaged. Remove it, or run again.") from problem
+    if max(image.size) < CELL[0]:
+        factor = -(-CELL[0] // max(image.size))
+        size = (image.width * factor, image.height * factor)
+        return image.resize(size, Image.Resampling.NEAREST)
+    image.thumbnail((CELL[1], CELL[1]), Image.Resampling.LANCZOS)
+    return image
+
+
+def _sheet(title: str, strips: Sequence[Strip]) -> Image.Image:
+    """The strips under each other, with a title, prompts on top and labels at the left."""
+    from PIL import Image, ImageDraw
+
+    names = list(dict.fromkeys(name for strip in strips for name in strip.pictures))[:COLUMNS]
+    side = max(max(p.size) for strip in strips for p in strip.pictures.values())
+    bold, plain, small = (
+        _font("DejaVuSans-Bold", 28),
+        _font("DejaVuSans", 22),
+        _font("DejaVuSans", 20),
+    )
+    letter = small.getlength(ascii_lowercase) / len(ascii_lowercase)
+    prompts = [_wrapped(name, int((side + GAP) / letter)) for name in names]
+    labels = [line for strip in strips for line in strip.label.split("\n")]
+    left = 5 * GAP + int(max(map(plain.getlength, labels)))
+    top = TITLE + GAP + LINE * max(prompt.count("\n") + 1 for prompt in prompts)
+    width = max(left + len(names) * (side + GAP), int(bold.getlength(title)) + 4 * GAP)
+    sheet = Image.new("RGB", (width + GAP, top + len(strips) * (side + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2 * GAP, 2 * GAP), title, "black", bold)
+    for j, strip in enumerate(strips):
+        y = top + j * (side + GAP)
+        draw.multiline_text((2 * GAP, y + side / 2), strip.label, INK, plain, "lm", spacing=8)
+        for i, name in enumerate(names):
+            if name in strip.pictures:
+                sheet.paste(strip.pictures[name], (left + i * (side + GAP), y))
+    for i, prompt in enumerate(prompts):
+        place = (left + i * (side + GAP) + side / 2, top - GAP)
+        draw.multiline_text(place, prompt, INK, small, "md", align="center")
+    return sheet
+
+
+def _wrapped(name: str, letters: int) -> str:
+    """A file name as the prompt it stands for, in at most two lines of so many letters."""
+    lines = textwrap.wrap(name.replace("-", " "), max(4, letters), max_lines=2, placeholder="…")
+    return "\n".join(lines)
+
+
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """The typeface of the curves, which comes with matplotlib; size in pixels."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf"), size)

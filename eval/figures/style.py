@@ -1,0 +1,97 @@
+"""Colours, markers and words that figures share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from d3po_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from d3po_bench.types import Objective
+
+
+# Okabe and Ito's colours, told apart with every kind of colour vision; a marker beside each.
+LOOKS = {
+    "d3po": ("#0072B2", "o"),
+    "ddpo": ("#D55E00", "s"),
+    "dpok": ("#009E73", "^"),
+    "reward_weighted": ("#CC79A7", "D"),
+    "preferred_images": ("#E69F00", "v"),
+}
+
+
+FURTHER_LOOKS = (("#56B4E9", "P"), ("#333333", "X"), ("#8C6D31", "*"), ("#7B4FA3", "<"))
+
+
+MUTED, INK = "#666666", "#333333"
+
+
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.7,
+    "legend.handletextpad": 0.6,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.06,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#888888",
+    "ytick.color": "#888888",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "svg.hashsalt": "d3po-bench",
+}
+
+
+DPI = 150
+
+
+Looks: TypeAlias = dict[str, tuple[str, str]]
+"""Method -> colour and marker."""
+
+
+def looks_of(methods: Iterable[str]) -> Looks:
+    """The look of each method: ours have fixed ones, others follow by name."""
+    given = set(methods)
+    others = sorted(given - LOOKS.keys())
+    looks = {name: look for name, look in LOOKS.items() if name in given}
+    return looks | {n: FURTHER_LOOKS[i % len(FURTHER_LOOKS)] for i, n in enumerate(others)}
+
+
+def objective_of(name: str) -> Objective | None:
+    """The objective of that name; None for one that is not installed here."""
+    from d3po_bench import registry
+
+    try:
+        return registry.objective(name)
+    except UserError:
+        return None
+
+
+def unit_of(objective: str) -> str:
+    """The unit of the objective's scorer, read from its file: loading it may need weights."""
+    name = getattr(objective_of(objective), "scorer", "")
+    path = Path(__file__).parent.parent / "scorers" / f"{name}.py"
+    source = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = re.search(r"""^    unit\b[^=\n]*=\s*["'](.*)["']""", source, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def short_name(model: str) -> str:
+    """A model's name, or the last part of its folder or hub id."""
+    return Path(model).name or model

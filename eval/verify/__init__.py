@@ -1,0 +1,1 @@
+"""`d3po-bench verify`: published results against themselves."""
