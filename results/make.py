@@ -25,7 +25,8 @@ from typing import Any
 import click
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: installed packages come first
+# An editable install of another checkout has a folder `results`, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3po_bench import registry
 from d3po_bench.errors import RunError, UserError, said_in_one_line
@@ -39,6 +40,8 @@ from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import plot
 from results import feedback, search
+
+sys.path.pop(0)
 
 HOME = Path(__file__).resolve().parent
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf")

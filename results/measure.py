@@ -39,6 +39,7 @@ from eval.analysis.runs import find_runs
 from eval.analysis.table1 import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work
 from eval.figures.curves import plot
+from eval.tools import TOOLS
 from eval.verify.folder import FILES
 
 HERE = Path(__file__).resolve().parent
@@ -63,8 +64,8 @@ def step_shares() -> None:
 
     A share is the mean squared change of the JPEG size over the change when the noise of all
     steps is new. The first noise is kept, as in a pair of D3PO, and shares need not add up to 1.
-    "Sensitivity" is E^2 / 2 s^2 of the schedule: nats of KL per unit of squared change of the
-    predicted noise.
+    "Sensitivity" is E^2 / 2 s^2 of the sampler's step, with E the coefficient of the predicted
+    noise and s the standard deviation: nats of KL per unit of squared change of that prediction.
     """
     torch.set_num_threads(1)
     rows = [row for steps in (10, 6) for row in _shares(steps)]
@@ -83,8 +84,8 @@ def _shares(steps: int) -> list[dict[str, Any]]:
 
     def sizes(noise: Tensor) -> Tensor:
         x = noise[0]
-        for t, step_noise in zip(policy.timesteps, noise[1:], strict=True):
-            x = policy.step(x, t.expand(len(x)), text).sample(step_noise)
+        for step, step_noise in enumerate(noise[1:]):
+            x = policy.step(x, torch.full((len(x),), step), text).sample(step_noise)
         return scorer(policy.model.decode(x), prompts)
 
     def change(fresh: Sequence[int]) -> float:
@@ -97,10 +98,10 @@ def _shares(steps: int) -> list[dict[str, Any]]:
             total += float((sizes(mixed) - sizes(one)).square().mean()) / REPEATS
         return total
 
-    whole, s = change(range(steps)), policy.schedule
-    sensitivity = s.e_coef.square() / (2 * s.std.square())
+    whole = change(range(steps))
+    sensitivity = policy.table.output.square() / (2 * policy.table.std.square())
     return [
-        {"T": steps, "step": i + 1, "timestep": int(s.timesteps[i]),
+        {"T": steps, "step": i + 1, "timestep": int(policy.levels[i]),
          "share": f"{change([i]) / whole:.3f}", "sensitivity": f"{float(sensitivity[i]):.2f}"}
         for i in range(steps)
     ]  # fmt: skip
@@ -176,8 +177,8 @@ def rounds(
         if index < count:
             before = place / "trained" / "d3po"
             settings = own.learning | pairs_of(learn)
-            request = training.Request(
-                method="d3po", passes=1, settings=settings, preset=None, device="cpu"
+            request = training.TrainRequest(
+                method="d3po", passes=1, settings=settings, preset=None, device="cpu", tools=TOOLS
             )
             training.train(loop.data(place, None, None), request, before)
 
@@ -228,8 +229,8 @@ def preference(runs: Path, seed: int, error: float, count: int | None, out: Path
         sources.append(work.run(request) / "pictures" / SAMPLER)
     folder = place / f"error-{error:g}" / f"seed-{seed}"
     if not (folder / "round.json").exists():
-        judged = ("pairs", "alignment")
-        loop.new(folder, loop.New(judged=judged, prompts=None, pictures=sources, settings={}))
+        asked = loop.New(judged=("pairs", "alignment"), prompts=None, pictures=sources, settings={})
+        loop.new(folder, asked)
     loop.simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
     shares = loop.choices(folder, None)
     rows = [{"model": m, "share": round(s.share, 6)}

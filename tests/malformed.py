@@ -571,46 +571,12 @@ def safetensors() -> Iterator[Case]:
 
 # ---- results, tables, pictures
 
-CLAIMS: dict[str, Change] = {
-    **BROKEN,
-    "tables of a number": edited(tables=3),
-    "a table of text": edited(tables=["README.md"]),
-    "a table without command": edited(tables=[{"document": "README.md"}]),
-    "a command of text": edited(tables=[{"document": "README.md", "command": "rm -r ."}]),
-    "a command of a number": edited(tables=[{"document": 3, "command": 5}]),
-    "a document that is not there": edited(tables=[{"document": "no.md", "command": ["-c", "1"]}]),
-    "a figure that is not there": edited(curves=[{"figure": "x.svg", "runs": "x", "x": "pairs"}]),
-    "an unknown axis": edited(curves=[{"figure": "README.md", "runs": "results", "x": "hours"}]),
-    "tries of a number": edited(tries=3),
-    "grids of a number": edited(grids=3),
-    "a grid of a number": edited(grids=[{"grid": 3, "runs": 5}]),
-    "a grid that is none": edited(grids=[{"grid": "README.md", "runs": "results"}]),
-    "figures of a number": edited(figures=[{"figures": 3, "command": ["-c", "1"]}]),
-    "figures of numbers": edited(figures=[{"figures": [3], "command": ["-c", "1"]}]),
-    "no reason": edited(unchecked=[{"figures": ["x.png"]}]),
-    "a figure without a name": edited(curves=[{"figure": "", "runs": "", "x": "pairs"}]),
-    "numbers of nothing": edited(numbers=[{}]),
-    "a number of no cell": edited(
-        numbers=[
-            {"document": "README.md", "text": "Nothing.", "cells": [["|"]]},
-        ]
-    ),
-    "a number without end": edited(
-        numbers=[
-            {"document": "README.md", "text": "1e999999999", "cells": [["|", "x"]]},
-        ]
-    ),
-}
-"""No number is no list: BROKEN's empty list is an object without claims for nobody."""
-
 
 def results() -> Iterator[Case]:
-    """Folders of published results with manifests and claims that are none."""
+    """Folders of published results with damaged manifests, configs, metrics and rows."""
     verify = ("verify", "results")
     for name, change in BROKEN.items():
         yield Case(f"manifest: {name}", verify, "results", {"results/manifest.json": change})
-    for name, change in CLAIMS.items():
-        yield Case(f"claims: {name}", verify, "results", {"results/claims.json": change})
     place = f"results/{RUN}"
     swapped = {"unknown method": edited(method="nonsense"), "no run_id": edited(run_id=...)}
     for name, change in {**CONFIGS, **swapped}.items():

@@ -25,9 +25,9 @@ from eval.analysis.runs import read_groups
 from eval.evaluate import plan, work
 from eval.scorers import _clip
 from eval.scorers.jpeg_size import JpegSize
+from tests.made_up import write_run
 from tests.test_cli import run_of
 from tests.test_evaluate import gallery
-from tests.test_report import write_run
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "tiny" / "incompress" / "d3po" / "seed-0"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 from d3po_bench.errors import UserError
 from eval.analysis import tries
@@ -15,8 +14,6 @@ from eval.analysis.pictures import crossed, measure
 from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Table, as_csv, finite
-
-Form = Literal["md", "csv", "json"]
 
 TABLES: dict[str, Callable[[Groups], Table | list[Table]]] = {
     "gains": gains,
@@ -31,7 +28,7 @@ TABLES: dict[str, Callable[[Groups], Table | list[Table]]] = {
 def report(
     runs: Sequence[Path],
     names: Sequence[str] = (),
-    form: Form = "md",
+    form: str = "md",
     *,
     measured: bool = False,
     told: Callable[[str], None] = lambda text: None,
@@ -41,7 +38,7 @@ def report(
     Args:
         runs: run folders, or folders of them at any depth.
         names: of `TABLES`, or "runs"; gains and cost if there is none.
-        form: Markdown for people, or all numbers as CSV or JSON.
+        form: md for people, or csv or json, which have every number.
         measured: measure first what the runs' models draw, which `crossed` and the diversity in
             `cost` need; takes minutes.
         told: called with what is being measured.

@@ -69,7 +69,8 @@ def record(run: Path, name: str) -> Record:
     """
     own, facts = read_config(run), read_facts(run)
     rounds = read_lines(run / "metrics.jsonl")
-    scores = [line["score_mean"] for line in rounds]
+    with readable(run / "metrics.jsonl"):
+        scores, images = [line["score_mean"] for line in rounds], rounds[0]["images"]
     first, last = ({name: line.get(name, math.nan) for name in _OF_A_ROUND}
                    for line in (rounds[0], rounds[-1]))  # fmt: skip
     best = min if registry.objective(own["objective"]).sign < 0 else max
@@ -80,7 +81,7 @@ def record(run: Path, name: str) -> Record:
         **{key: own[key] for key in ("method", "objective", "seed")},
         "settings": " ".join(f"{k}={v}" for k, v in differing(own).items()),
         "rounds": len(rounds),
-        "images_first": rounds[0]["images"],
+        "images_first": images,
         "score_first": scores[0],
         "score_best": best(scores),
         "score_last": scores[-1],

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -207,18 +208,16 @@ def _prompts(config: RunConfig, facts: Mapping[str, Any]) -> list[str] | None:
 
 def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
     """Runs of one objective and method must be alike but for the seed, and no run be a copy."""
-    firsts: dict[tuple[str, ...], Path] = {}
+    firsts: dict[tuple[str, ...], tuple[Path, str]] = {}
     seen: dict[tuple[str, Hashable], Path] = {}
     for run in runs:
         try:
-            config, own = read_config(run), _own(run)
-            place = run.relative_to(folder).parts[:-3]
-            cell = (*place, config["objective"], config["method"])
-            first = firsts.setdefault(cell, run)
-            alike = _but_the_seed(run) == _but_the_seed(first)
+            config, own, shared = read_config(run), _own(run), _but_the_seed(run)
         except UNREADABLE:
             continue  # the check of runs has named it
-        if not alike:
+        cell = (*run.relative_to(folder).parts[:-3], config["objective"], config["method"])
+        first, theirs = firsts.setdefault(cell, (run, shared))
+        if shared != theirs:
             yield f"{run} and {first} differ in more than the seed"
         for what, numbers in {"seed": (*cell, config["seed"]), **own}.items():
             other = seen.setdefault((what, numbers), run)
@@ -231,7 +230,7 @@ def _own(run: Path) -> dict[str, Hashable]:
     rounds = tuple(tuple(m.get(k) for k in NUMBERS) for m in read_lines(run / "metrics.jsonl"))
     rows = pd.read_csv(run / "eval.csv")
     columns = ["round", "sampler", "prompt", "index", OBJECTIVE, *({"kl"} & {*rows})]
-    later = rows.loc[rows["round"] > 0, columns].fillna("").values.tolist()
+    later = rows.loc[rows["round"] > 0, columns].astype(str).values.tolist()
     return {"rounds": rounds, "evaluations": frozenset(map(tuple, later))}
 
 
@@ -250,18 +249,21 @@ def check_grids(runs: Sequence[Path], folder: Path) -> Problems:
     """
     for grid in sorted(folder.rglob(GRID)):
         name, below = grid.relative_to(folder), grid.parent
-        asked = {(c.objective, c.method, f"seed-{c.seed}"): json.loads(c.to_json())
-                 for c in grids.configs(grids.read(grid), TOOLS)}  # fmt: skip
+        asked: dict[tuple[str, ...], Any] = {
+            (c.objective, c.method, f"seed-{c.seed}"): json.loads(c.to_json())
+            for c in grids.configs(grids.read(grid), TOOLS)
+        }
         there = {run.relative_to(below).parts: run for run in runs if run.is_relative_to(below)}
         for place in sorted(asked.keys() - there.keys()):
             yield f"{name} asks for {'/'.join(place)}, which is missing"
         for place in sorted(there.keys() - asked.keys()):
             yield f"{name} does not ask for {'/'.join(place)}, which is there"
         for place in sorted(asked.keys() & there.keys()):
-            found, made = read_config(there[place]), asked[place]
-            other = sorted(k for k in found.keys() | made.keys() if found.get(k) != made.get(k))
-            if other:
-                yield f"{'/'.join(place)} has another {', '.join(other)} than {name} makes"
+            with suppress(*UNREADABLE):  # the check of runs has named it
+                found, made = read_config(there[place]), asked[place]
+                other = sorted(k for k in found.keys() | made.keys() if found.get(k) != made.get(k))
+                if other:
+                    yield f"{'/'.join(place)} has another {', '.join(other)} than {name} makes"
 
 
 # ---- tables and figures
@@ -269,10 +271,11 @@ def check_grids(runs: Sequence[Path], folder: Path) -> Problems:
 ALONE = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
+import d3po_bench, eval
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs a script with this d3po-bench and nothing that lies beside the script or where one is."""
+"""Runs a script with this d3po-bench, whatever lies beside the script or where one is."""
 
 
 def check_tables(folder: Path) -> Problems:
