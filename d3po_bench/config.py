@@ -17,6 +17,10 @@ FEEDBACK = "feedback"
 """The objective of runs that learn from votes: no program could score for it."""
 
 
+MOST_SEEDS = 10_000
+"""Of a command: more are a slip, since each is a run."""
+
+
 LATER = {"sampler": "auto"}
 """Settings, with their defaults, that configs did not have when the first runs were published."""
 
@@ -60,7 +64,7 @@ class RunConfig:
     """Pairs (or images) in one optimizer step."""
     timestep_fraction: float = 1.0
     skip_steps: int = 0
-    """Last denoising steps that are sampled but not learnt from. The next-to-last is
+    """Last denoising steps that are sampled but not trained on. The next-to-last is
     23 to 76 times as sensitive to the network's output as the others at T = 20, 40 to 74 at 10."""
     update_every: Literal["unit", "timestep"] = "unit"
     passes: int = 1
@@ -102,11 +106,23 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
-        """The config that `to_json` wrote, read as JSON; what it does not name has its default."""
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k != "run_id"
-        }
-        return cls(**given)
+        """The config that `to_json` wrote, read as JSON; what it does not name has its default.
+
+        Raises:
+            ValueError: as "has ...", where a setting is unknown or missing or no run can have it.
+        """
+        given = {name: value for name, value in found.items() if name != "run_id"}
+        kinds = get_type_hints(cls)
+        if unknown := sorted(given.keys() - kinds.keys()):
+            raise ValueError(f"has unknown settings: {', '.join(unknown)[:80]}")
+        for name in ("method", "objective", "model", "seed"):  # which every version has written
+            if name not in given:
+                raise ValueError(f"has no {name}")
+        for name, value in given.items():
+            if not _fits(value, kinds[name]) or (name == "seed" and value < 0):
+                raise ValueError(f"has {name} = {ascii(value)[:60]}, which no run can have")
+        values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in given.items()}
+        return cls(**values)
 
     def check(self) -> None:
         """Refuse values that no run can have, the method's options included.
@@ -117,19 +133,26 @@ class RunConfig:
         _check_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
         if self.objective != FEEDBACK:
             registry.objective(self.objective)
-        self._check_images()
-        for scorer in self.eval_scorers:
-            registry.require_scorer(scorer)
-
-    def _check_images(self) -> None:
-        """Refuse fewer images of a prompt than the method, with its options, compares."""
         method = method_of(self)
         least = least_images(method)
         if (self.images_per_prompt or method.images_per_prompt) < least:
             raise UserError(
-                f"Expected at least {least} images of each prompt for {self.method}, got "
+                f"{self.method} compares at least {least} images of each prompt, not "
                 f"{self.images_per_prompt}. Change it with --set images_per_prompt={least}."
             )
+        for scorer in self.eval_scorers:
+            registry.require_scorer(scorer)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON can be that of a field of this type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind if kind in (int, bool, str) else isinstance(value, dict)
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -184,8 +207,8 @@ def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> N
         value = getattr(owner, name)
         if not low <= value <= high:  # nan is neither
             raise UserError(
-                f"Expected {name} from {low:g} to {high:g}, got {str(value)[:40]}. "
-                f"Change it with --set {name}=..."
+                f"{name} must be from {low:g} to {high:g}, not {str(value)[:40]}. Change it with "
+                f"--set {name}=..."
             )
 
 
@@ -199,9 +222,9 @@ def pairs_of(settings: Sequence[str]) -> dict[str, str]:
     for text in settings:
         key, sign, value = text.partition("=")
         if not sign:
-            raise UserError(f"Expected --set KEY=VALUE, got {text!r}. Put a = between the two.")
+            raise UserError(f"--set takes KEY=VALUE, not {text!r}.")
         if key in found:
-            raise UserError(f"Expected --set {key}=... once, got it twice. Leave one of them out.")
+            raise UserError(f"--set {key}=... is there twice. Leave one out.")
         found[key] = value
     return found
 
@@ -227,8 +250,11 @@ def make(
     parsed: dict[str, dict[str, Any]] = {"run": {}, "execution": {}, "options": {}}
     for key, text in changes.items():
         group = next((g for g, kinds in known.items() if key in kinds), None)
+        if group is None and key in _ELSEWHERE:
+            raise UserError(f"--set cannot change the {key}. Use {_ELSEWHERE[key]}.")
         if group is None:
-            raise _no_setting(key, text, known)
+            names = [name for kinds in known.values() for name in kinds]
+            raise registry.unknown("setting", key, names, "`d3po-bench list --settings`")
         parsed[group][key] = _parse(key, text, known[group][key])
     common = dict(PRESETS[preset])
     special = {"by_objective": objective, "by_method": method}
@@ -267,15 +293,6 @@ def settings(method: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _no_setting(key: str, text: str, known: Mapping[str, Mapping[str, Any]]) -> UserError:
-    if key in _ELSEWHERE:
-        return UserError(
-            f"Expected {_ELSEWHERE[key]} to say the {key}, got --set {key}={text}. Use that option."
-        )
-    names = [name for kinds in known.values() for name in kinds]
-    return registry.unknown("setting", key, names, "`d3po-bench list --settings`")
-
-
 def method_of(config: RunConfig) -> Any:
     """The method with its options."""
     return registry.method(config.method)(**config.options)
@@ -303,6 +320,4 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     except (KeyError, ValueError, OverflowError):
         words = {bool: "true or false", int: "a whole number", float: "a finite number"}
         wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
-        raise UserError(
-            f"Expected {wanted} for {key}, got {text[:80]!r}. Change that value."
-        ) from None
+        raise UserError(f"{key} must be {wanted}, not {text[:80]!r}.") from None

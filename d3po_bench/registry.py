@@ -52,8 +52,8 @@ def _package(name: str) -> Path:
     found = Path(str(importlib.import_module(name).__file__)).parent
     if found.resolve() != (HOME / path).resolve():
         raise UserError(
-            f"Expected the package {name!r} beside d3po_bench in {HOME}, got {found}. Another "
-            "project with that import name comes first: use an environment of its own."
+            f"The package {name!r} was found in {found}, not beside d3po_bench in {HOME}. Another "
+            "project with that import name comes first: use an environment without it."
         )
     return found
 
@@ -70,7 +70,8 @@ def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
 
 
 def _plugins(kind: Kind) -> dict[str, Any]:
-    return {e.name: e for e in entry_points(group=f"d3po_bench.{kind}s")}
+    group = "families" if kind == "family" else f"{kind}s"
+    return {e.name: e for e in entry_points(group=f"d3po_bench.{group}")}
 
 
 def names(kind: Kind) -> list[str]:
@@ -95,11 +96,10 @@ def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> Use
         known: the names that there are.
         listed: where they are listed, if they are too many for a line.
     """
-    article = "an" if kind[0] in "aeiou" else "a"
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     rest = f"See {listed}." if listed else f"Known: {', '.join(known)}."
-    return UserError(f"Expected {article} {kind}, got {name!r}. {hint}{rest}")
+    return UserError(f"No {kind} is called {name!r}. {hint}{rest}")
 
 
 def plugins(used: Iterable[tuple[Kind, str]]) -> dict[str, dict[str, str]]:
@@ -126,23 +126,15 @@ def _distribution(entry: EntryPoint) -> str:
 def _module(kind: Kind, name: str) -> Any:
     if name in _files(kind):
         return importlib.import_module(_files(kind)[name][0])
-    if name in _plugins(kind):
-        return _loaded(kind, _plugins(kind)[name])
-    raise unknown(kind, name, names(kind))
-
-
-def _loaded(kind: Kind, entry: EntryPoint) -> Any:
-    """What another package's entry point names.
-
-    Raises:
-        UserError: it does not load, for whatever reason.
-    """
+    if name not in _plugins(kind):
+        raise unknown(kind, name, names(kind))
+    entry = _plugins(kind)[name]
     try:
         return entry.load()
-    except Exception as problem:
+    except Exception as problem:  # of another package: whatever its code raises
         raise UserError(
-            f"Expected the {kind} {entry.name} of {_distribution(entry)} in {entry.value}, got "
-            f"{type(problem).__name__}: {problem}. Mend or remove that package."
+            f"The {kind} {name} of {_distribution(entry)} does not load from {entry.value}: "
+            f"{type(problem).__name__}: {problem}. Fix or remove that package."
         ) from problem
 
 
@@ -197,8 +189,8 @@ def load_scorer(name: str, device: Any, weights: str = "official") -> Scorer:
         return load(device, own if colon else weights)
     if colon:
         raise UserError(
-            f"Expected the scorer {base} alone, which has no weights to choose, got {name!r}. "
-            "Leave the colon and the rest out."
+            f"The scorer {base} has no weights to choose, as {name!r} does. Leave out the colon "
+            "and what follows it."
         )
     return load(device)
 

@@ -39,7 +39,7 @@ Weights = Literal["current", "base"]
 class Conditions:
     """What a network sees beside the latent: named tensors, batch first, such as `text` [N, L, E].
 
-    SDXL adds pooled embeddings and time ids, SD3 pooled projections.
+    SDXL and SD3 add `pooled` [N, F].
     """
 
     tensors: Mapping[str, Tensor]

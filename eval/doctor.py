@@ -136,7 +136,7 @@ def fetch(names: Sequence[str]) -> Iterator[Path]:
     """
     for name in names:
         if name not in downloads.known():
-            raise registry.unknown("name of weights", name, list(downloads.known()))
+            raise registry.unknown("checkpoint", name, list(downloads.known()))
     yield from map(downloads.fetch, names)
 
 

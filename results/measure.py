@@ -27,15 +27,18 @@ from d3po_bench.config import pairs_of
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import normal, stream
 from d3po_bench.errors import said_in_one_line
-from d3po_bench.feedback import agreement, loop, raters, training
-from d3po_bench.feedback.raters import Annotator
+from d3po_bench.feedback import comparisons, simulated, training
+from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.rounds import Question, Round
+from d3po_bench.feedback.simulated import Annotator
+from d3po_bench.feedback.store import open_labels
+from d3po_bench.feedback.votes import scores_of
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import load
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
-from d3po_bench.runs.run import read_config
-from eval.analysis.runs import find_runs
+from d3po_bench.runs.run import RunFolder, find_runs
+from eval.analysis.runs import evaluated
 from eval.analysis.table1 import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work
 from eval.figures.curves import plot
@@ -165,12 +168,11 @@ def rounds(
     before = None
     for index in range(count + 1):
         place = folder / f"round-{index}"
-        asked = loop.New(
-            judged=("tags", own.question), prompts=prompts or own.prompts, seed=seed,
-            before=before, settings={} if before else own.drawing | pairs_of(draw), device="cpu",
+        round_ = draw_round(
+            place, ("tags", own.question), prompts or own.prompts, seed=seed, before=before,
+            settings={} if before else own.drawing | pairs_of(draw), device="cpu",
         )  # fmt: skip
-        round_ = loop.new(place, asked)
-        loop.simulate(place, None, [Annotator(error=error)] * number, seed * 1000 + index)
+        simulated.simulate(place, None, [Annotator(error=error)] * number, seed * 1000 + index)
         rows.append({"round": index, **_rates(place, round_, own.question)})
         click.echo(rows[-1])
         write_atomically(folder / "rates.csv", csv_bytes(rows))
@@ -180,19 +182,18 @@ def rounds(
             request = training.TrainRequest(
                 method="d3po", passes=1, settings=settings, preset=None, device="cpu", tools=TOOLS
             )
-            training.train(loop.data(place, None, None), request, before)
+            training.train(training.data_of(place, scores_of(place)), request, before)
 
 
 def _rates(place: Path, round_: Round, question: Question) -> dict[str, Any]:
     """Shares of good images, as raters said and as the rule says, and of recognised animals."""
-    with loop.votes_of(place, None) as store:
-        said = agreement.scores(round_, store.effective_votes())
     good, known = (
         torch.stack([worth[item.id] > 0 for item in round_.items]).float()
-        for worth in (raters.worths(place, round_, rule)
-                      for rule in (raters.RULES[question], raters.recognised))
+        for worth in (simulated.worths(place, round_, rule)
+                      for rule in (simulated.RULES[question], simulated.recognised))
     )  # fmt: skip
-    shares = {"said_good": 1 + said.mean(), "good": good.mean(), "recognised": known.mean()}
+    said = 1 + scores_of(place).mean()
+    shares = {"said_good": said, "good": good.mean(), "recognised": known.mean()}
     return {"images": good.numel()} | {k: round(float(v), 6) for k, v in shares.items()}
 
 
@@ -218,25 +219,25 @@ def preference(runs: Path, seed: int, error: float, count: int | None, out: Path
     """
     place = out / "preference"
     trained = {m: next(runs.rglob(f"image_reward/{m}/seed-{seed}")) for m in METHODS}
-    own = read_config(trained["d3po"])
+    own = RunFolder(trained["d3po"]).config
     sources = []
     for name, target in {BASE_ROWS: Path("tiny"), **trained}.items():
         request = plan.Request(
             target=target, scorers=(), model="tiny", prompts=None, count=count, images=1,
-            steps=own["sampling_steps"], guidance=own["guidance"], device="cpu", jobs=1,
+            steps=own.sampling_steps, guidance=own.guidance, device="cpu", jobs=1,
             out=place / "drawn" / f"{name}-{seed}", save=True,
         )  # fmt: skip
         sources.append(work.run(request) / "pictures" / SAMPLER)
     folder = place / f"error-{error:g}" / f"seed-{seed}"
     if not (folder / "round.json").exists():
-        asked = loop.New(judged=("pairs", "alignment"), prompts=None, pictures=sources, settings={})
-        loop.new(folder, asked)
-    loop.simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
-    shares = loop.choices(folder, None)
+        comparisons.take(folder, sources, ("pairs", "alignment"))
+    simulated.simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
+    with open_labels(folder, None) as store:
+        shares = comparisons.choices(store, folder)
     rows = [{"model": m, "share": round(s.share, 6)}
             for m, s in zip((BASE_ROWS, *METHODS), shares, strict=True)]  # fmt: skip
     write_atomically(folder.with_suffix(".csv"), csv_bytes(rows))
-    loop.write_choices(folder.parent / "choices" / f"{folder.name}.csv", shares)
+    comparisons.write_choices(folder.parent / "choices" / f"{folder.name}.csv", shares)
     for row in rows:
         click.echo(row)
 
@@ -277,14 +278,14 @@ def publish(runs: Path, target: Path, sheets: bool) -> None:
 
     Weights and pictures stay behind, so the sheets of samples have to be drawn now.
     """
-    found = find_runs([runs])
-    for old in [path.parent for path in target.rglob("config.json")]:
-        shutil.rmtree(old)
+    found = evaluated([runs])
+    for old in find_runs([target]):
+        shutil.rmtree(old.folder)
     for run in found:
-        folder = target / run.relative_to(runs)
+        folder = target / run.folder.relative_to(runs)
         folder.mkdir(parents=True)
         for name in FILES:
-            shutil.copy2(run / name, folder / name)
+            shutil.copy2(run.folder / name, folder / name)
     if (runs / "diversity.csv").is_file():
         shutil.copy2(runs / "diversity.csv", target)
     if sheets:

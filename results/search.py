@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from d3po_bench.runs.files import read_csv
+from d3po_bench.runs.run import find_runs
 from eval.analysis import tries
 from eval.analysis.statistics import another_seed, interval
 from eval.analysis.tables import Record, Table, change, number, shown, spread, text
@@ -255,7 +256,7 @@ def _cell(run: Record) -> tuple[str, str, int]:
 
 def _seeds(place: Path) -> list[Record]:
     """The runs of a method on an objective, as rows of search.csv have them."""
-    found = [tries.record(run, run.name) for run in sorted(place.glob("seed-*"))]
+    found = [tries.record(run, run.folder.name) for run in find_runs([place])]
     return [{**row, "set": tries.settings_of(row["command"])} for row in found]
 
 

@@ -21,8 +21,10 @@ from d3po_bench.config import make
 from d3po_bench.d3po import d3po_loss
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws
-from d3po_bench.models.stable_diffusion import StableDiffusion
+from d3po_bench.models.adapters import DiffusersModel
 from d3po_bench.training.trainer import Trainer
+from d3po_bench.types import Conditions
+from tests.rounds import trainer_of
 
 PAIRS = 8
 STEPS = 20
@@ -34,28 +36,29 @@ def trainer(**settings: str) -> Trainer:
     config, execution = make(
         "d3po", "incompress", "official_code", changes | settings, model="tiny"
     )
-    return Trainer(config, replace(execution, device="cpu"))
+    return trainer_of(config, replace(execution, device="cpu"))
 
 
 def published_round(policy: Policy, reference: Policy, ours: Trainer) -> None:
     """The same round, one call at a time."""
-    prompts = [ours.prompts[i] for i in range(PAIRS)]
-    text = policy.model.encode(prompts)
+    prompts = list(ours.experience.prompts[:PAIRS])
+    conditions = policy.model.encode(prompts)
     draws, shape = Draws(seed=0, round=0), policy.model.latent_shape
     noise = draws.start(range(PAIRS), 2, True, shape)
     along = draws.along(range(PAIRS), 2, STEPS, shape)
-    chains = [_rollout(policy, noise[:, k], along[:, k], text) for k in (0, 1)]
+    chains = [_rollout(policy, noise[:, k], along[:, k], conditions) for k in (0, 1)]
     images = [policy.model.decode(chain[-1]) for chain in chains]
-    scores = [ours.scorer(image, prompts) for image in images]
+    scores = [ours.experience.scorer(image, prompts) for image in images]
     for pair in range(PAIRS):
         first = int(scores[1][pair] > scores[0][pair])
-        for i, t in enumerate(policy.timesteps):
-            ratios = []
+        own = conditions.take(slice(pair, pair + 1))
+        for i in range(STEPS):
+            ratios, number = [], torch.tensor([i])
             for k in (first, 1 - first):
                 x, x_next = chains[k][i][pair : pair + 1], chains[k][i + 1][pair : pair + 1]
-                step = policy.step(x, t.view(1), text[pair : pair + 1])
+                step = policy.step(x, number, own)
                 with torch.no_grad():
-                    old = reference.step(x, t.view(1), text[pair : pair + 1])
+                    old = reference.step(x, number, own)
                 ratios.append(step.log_prob(x_next) - old.log_prob(x_next))
             loss = d3po_loss(torch.stack(ratios, 1), torch.ones(1)).mean()
             (loss / STEPS).backward()
@@ -64,16 +67,16 @@ def published_round(policy: Policy, reference: Policy, ours: Trainer) -> None:
 
 
 @torch.no_grad()
-def _rollout(policy: Policy, x: Tensor, noise: Tensor, text: Tensor) -> list[Tensor]:
+def _rollout(policy: Policy, x: Tensor, noise: Tensor, conditions: Conditions) -> list[Tensor]:
     chain = [x]
-    for i, t in enumerate(policy.timesteps):
-        step = policy.step(chain[-1], t.expand(len(x)), text)
+    for i in range(STEPS):
+        step = policy.step(chain[-1], torch.full((len(x),), i), conditions)
         chain.append(step.sample(noise[:, i]))
     return chain
 
 
 @contextmanager
-def inside_unet(model: StableDiffusion) -> Iterator[list[float]]:
+def inside_unet(model: DiffusersModel) -> Iterator[list[float]]:
     """Seconds spent in the UNet's forward, and in backward passes."""
     spent: list[float] = []
 
@@ -86,13 +89,13 @@ def inside_unet(model: StableDiffusion) -> Iterator[list[float]]:
 
         return wrapped
 
-    network, backward = model._network, Tensor.backward
-    model._network = timed(network)
+    network, backward = model._called, Tensor.backward
+    model._called = timed(network)
     Tensor.backward = timed(backward)  # type: ignore[method-assign]
     try:
         yield spent
     finally:
-        model._network = network
+        model._called = network
         Tensor.backward = backward  # type: ignore[method-assign]
 
 
@@ -108,9 +111,10 @@ def main() -> None:
     torch.set_num_threads(1)
     ours, theirs, frozen = trainer(), trainer(), trainer()
     reference = frozen.policy
+    assert isinstance(ours.model, DiffusersModel)
 
     def our_round() -> None:
-        ours.train_round(lambda stage, share: None)
+        ours.train_round(lambda share: None)
 
     def their_round() -> None:
         published_round(theirs.policy, reference, theirs)

@@ -8,16 +8,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from d3po_bench.models.adapters import Training
+from d3po_bench.cli import main
+from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.embedded import recipe
 from d3po_bench.models.sources import Source, load
 from d3po_bench.models.stable_diffusion import StableDiffusion
+from tests.commands import Command, Outcome, run_of, seed_folder
 
 CPU = torch.device("cpu")
 
@@ -90,16 +94,78 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def micro_model(micro: Path) -> StableDiffusion:
-    """The micro pipeline with a fresh adapter of seed 0."""
-    model = load(Source(path=str(micro)), CPU, Training())
-    model.add_adapter(seed=0)
+def loaded(folder: Path | str, **training: Any) -> StableDiffusion:
+    """The pipeline in a folder, without an adapter."""
+    model = load(Source(path=str(folder)), CPU, Training(**training))
+    assert isinstance(model, StableDiffusion)
     return model
 
 
-def disturb(model: StableDiffusion, scale: float = 0.05, seed: int = 1) -> None:
+@pytest.fixture(scope="session")
+def _adapted(micro: Path) -> tuple[StableDiffusion, dict[str, Tensor]]:
+    model = loaded(micro)
+    model.add_adapter(seed=0)
+    return model, {name: weight.detach().clone() for name, weight in model.trainable().items()}
+
+
+@pytest.fixture
+def micro_model(_adapted: tuple[StableDiffusion, dict[str, Tensor]]) -> StableDiffusion:
+    """The micro pipeline with a fresh adapter of seed 0: loaded once, and reset for each test.
+
+    A test may train it and count its forwards; one that changes anything else loads its own.
+    """
+    model, fresh = _adapted
+    model.load_trainable(fresh)
+    for weight in model.trainable().values():
+        weight.grad = None
+    model.forwards = model.backwards = 0
+    return model
+
+
+def disturb(model: DiffusersModel, scale: float = 0.05, seed: int = 1) -> None:
     """Move every trainable weight, so that policy and pretrained model differ."""
     rng = torch.Generator().manual_seed(seed)
     for weight in model.trainable().values():
         weight.data += scale * torch.randn(weight.shape, generator=rng)
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
+    """Call the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a finished run, for reading and comparing only."""
+    out = tmp_path_factory.mktemp("finished")
+    torch.set_num_threads(1)
+    main(run_of(micro, "--out", out))
+    return seed_folder(out, micro)
+
+
+@pytest.fixture
+def half(finished: Path, micro: Path, tmp_path: Path) -> Path:
+    """An --out with a copy of the finished run that lacks the mark of its end."""
+    folder = seed_folder(tmp_path / "runs", micro)
+    shutil.copytree(finished, folder)
+    facts = json.loads((folder / "provenance.json").read_text())
+    del facts["ended"]
+    (folder / "provenance.json").write_text(json.dumps(facts))
+    return tmp_path / "runs"

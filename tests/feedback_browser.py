@@ -23,14 +23,18 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from d3po_bench.feedback import loop, training
-from d3po_bench.feedback.labels import LabelStore, Plan
-from d3po_bench.feedback.rounds import Kind, Question, Round, Vote
-from d3po_bench.feedback.server import default_url
+from d3po_bench.feedback import training
+from d3po_bench.feedback.drawing import draw_round
+from d3po_bench.feedback.invitations import invite, invite_admin, raters
+from d3po_bench.feedback.rounds import Round, Vote
+from d3po_bench.feedback.schema import Kind
+from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url, open_labels
+from d3po_bench.feedback.votes import effective_votes, export, last_vote, scores_of, undo_vote
+from eval.tools import TOOLS
 from tests.feedback_load import Server
 
 SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
-PLAN = Plan(votes_per_item=1, gold_every=0, repeat_every=0)
+SETTINGS = HandoutSettings(votes_per_item=1, gold_every=0, repeat_every=0)
 PATIENCE = 30
 
 
@@ -120,9 +124,9 @@ def browser(shots: Path) -> Iterator[Keyboard]:
 @contextlib.contextmanager
 def serving(folder: Path, round_: Round) -> Iterator[tuple[str, str, LabelStore]]:
     """The rater's link, the admin's link, and the labels of a round being served."""
-    with LabelStore(default_url(folder), round_, PLAN) as store:
-        rater, admin = store.invite("Ann Example"), store.invite_admin()
-        server = Server(folder, PLAN)
+    with LabelStore(default_url(folder), round_, SETTINGS) as store:
+        rater, admin = invite(store, "Ann Example"), invite_admin(store)
+        server = Server(folder, SETTINGS)
         try:
             url = f"http://127.0.0.1:{server.port}/join#"
             yield url + rater, url + admin, store
@@ -145,7 +149,7 @@ def sign_in(keyboard: Keyboard, link: str, heading: str) -> None:
 
 def grids(folder: Path, keyboard: Keyboard) -> None:
     """Two grids of unsafe pictures: reveal, tag, send; none tagged; undo, tag again."""
-    round_ = drawn(folder, ("tags", "unsafe"), 2)
+    round_ = draw_round(folder, ("tags", "unsafe"), "animals", count=2, device="cpu")
     with serving(folder, round_) as (link, admin, store):
         keyboard.driver.get(link.partition("#")[0])
         keyboard.shoot("join")
@@ -162,7 +166,7 @@ def grids(folder: Path, keyboard: Keyboard) -> None:
         keyboard.press("1")
         keyboard.answer("\ue007")
         keyboard.shoot("finish")
-        votes = store.effective_votes()
+        votes = effective_votes(store)
         found = [[vote.shown.index(i) for i in answer(vote)] for vote in votes]
         require([sorted(places) for places in found] == [[1, 6], [0]], f"tags are {found}")
         require(all(0 < vote.milliseconds < 600_000 for vote in votes), "odd times")
@@ -172,15 +176,15 @@ def grids(folder: Path, keyboard: Keyboard) -> None:
 
 def pairs(folder: Path, keyboard: Keyboard) -> None:
     """Ten pairs: digits and arrows, tie, both bad, a skip, an undo, and a page out of date."""
-    round_ = drawn(folder, ("pairs", "alignment"), 11)
+    round_ = draw_round(folder, ("pairs", "alignment"), "animals", count=11, device="cpu")
     keys = ["1", "\ue012", "2", "\ue014", "t", "b", "1", "2", "t", "b"]
     with serving(folder, round_) as (link, _, store):
         sign_in(keyboard, link, "Which picture shows the text better?")
         keyboard.shoot("pair")
         for key in keys[:4]:
             keyboard.answer(key)
-        rater = store.raters()[0].id
-        store.undo(rater, store.last(rater))  # as in another tab
+        rater = raters(store)[0].id
+        undo_vote(store, rater, last_vote(store, rater))  # as in another tab
         keyboard.answer("u")
         said = keyboard.driver.find_element(By.ID, "status").text
         require(said.startswith("That page was out of date"), f"a page out of date says {said!r}")
@@ -191,26 +195,23 @@ def pairs(folder: Path, keyboard: Keyboard) -> None:
         for key in keys[4:]:
             keyboard.answer(key)
         require("Thank you" in keyboard.heading, "no finish page after ten pairs")
-        found = [side(vote) for vote in store.effective_votes()]
+        found = [side(vote) for vote in effective_votes(store)]
         require(found == ["1", "1", "2", "2", "t", "b", "1", "2", "t", "b"], f"got {found}")
 
 
-def drawn(folder: Path, judged: tuple[Kind, Question], count: int) -> Round:
-    """A round of the embedded model."""
-    request = loop.New(judged=judged, prompts="animals", count=count, settings={}, device="cpu")
-    return loop.new(folder, request)
-
-
-def learnt(folder: Path, votes: int, pairs: int) -> None:
+def learn(folder: Path, votes: int, pairs: int) -> None:
     """Export the votes, and let D3PO learn from them."""
-    require(loop.export(folder, None, folder / "labels.csv") == votes, "votes are missing")
-    request = training.Request(method="d3po", passes=1, settings={}, preset=None, device="cpu")
-    training.train(loop.data(folder, None, None), request, folder / "trained")
+    with open_labels(folder, None) as store:
+        require(export(store, folder / "labels.csv") == votes, "votes are missing")
+    request = training.TrainRequest(
+        method="d3po", passes=1, settings={}, preset=None, device="cpu", tools=TOOLS
+    )
+    training.train(training.data_of(folder, scores_of(folder)), request, folder / "trained")
     found = sum(json.loads(line)["pairs"] for line in last_lines(folder / "trained"))
-    require(found == pairs, f"learnt from {found} pairs")
+    require(found == pairs, f"learned from {found} pairs")
     lora = folder / "trained" / "lora" / "pytorch_lora_weights.safetensors"
     up = [weight for name, weight in load_file(lora).items() if "lora_B" in name]
-    require(any(weight.abs().max() > 0 for weight in up), "nothing was learnt")
+    require(any(weight.abs().max() > 0 for weight in up), "nothing was learned")
 
 
 def last_lines(run: Path) -> list[str]:
@@ -240,9 +241,9 @@ def main() -> None:
         with browser(shots) as keyboard:
             grids(Path(scratch) / "tags", keyboard)
             pairs(Path(scratch) / "pairs", keyboard)
-        learnt(Path(scratch) / "tags", votes=2, pairs=2 * 5 + 1 * 6)
-        learnt(Path(scratch) / "pairs", votes=10, pairs=6)
-    print(f"passed: {json.dumps(kinds)} by keyboard alone, and learnt from; screenshots in {shots}")
+        learn(Path(scratch) / "tags", votes=2, pairs=2 * 5 + 1 * 6)
+        learn(Path(scratch) / "pairs", votes=10, pairs=6)
+    print(f"passed: {json.dumps(kinds)} by keyboard alone, and learned; screenshots in {shots}")
 
 
 if __name__ == "__main__":

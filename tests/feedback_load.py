@@ -28,9 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlencode
 
-from d3po_bench.feedback.labels import LabelStore, Plan
-from d3po_bench.feedback.rounds import Kind, Round
-from d3po_bench.feedback.server import Limits, default_url, serve
+from d3po_bench.feedback.invitations import invite
+from d3po_bench.feedback.page.server import serve
+from d3po_bench.feedback.page.sessions import Limits
+from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.schema import Kind
+from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
 from tests.feedback_round import new_round
 
 PATIENCE = 60.0
@@ -172,13 +175,13 @@ class Person:
 class Server:
     """The real server in a process of its own, on one port through all restarts."""
 
-    def __init__(self, folder: Path, plan: Plan, *, unlimited: bool = False) -> None:
+    def __init__(self, folder: Path, settings: HandoutSettings, *, unlimited: bool = False) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         self._command = [
             sys.executable, "-m", "tests.feedback_load", "--serve", str(folder),
-            "--port", str(self.port), "--k", str(plan.votes_per_item),
-            "--repeat-every", str(plan.repeat_every),
+            "--port", str(self.port), "--k", str(settings.votes_per_item),
+            "--repeat-every", str(settings.repeat_every),
             *(["--unlimited"] if unlimited else []),
         ]  # fmt: skip
         self.start()
@@ -235,15 +238,15 @@ def run(
     think: float = 0.25, every: float = 1.0,
 ) -> Outcome:  # fmt: skip
     """Let `raters` vote `votes` times each, killing the server `kills` times on the way."""
-    plan = Plan(votes_per_item=min(raters, 5), repeat_every=10)
+    settings = HandoutSettings(votes_per_item=min(raters, 5), repeat_every=10)
     # enough items for everybody, repeats and gold included
-    number = -(-raters * votes // plan.votes_per_item) + votes
+    number = -(-raters * votes // settings.votes_per_item) + votes
     round_ = new_round(
         folder, kind, number, images=2, size=2, gold={3: (0,) if kind == "tags" else "a"}
     )
-    with LabelStore(default_url(folder), round_, plan) as store:
-        tokens = {f"rater {n}": store.invite(f"rater {n}") for n in range(raters)}
-    server = Server(folder, plan, unlimited=think < 0.2)
+    with LabelStore(default_url(folder), round_, settings) as store:
+        tokens = {f"rater {n}": invite(store, f"rater {n}") for n in range(raters)}
+    server = Server(folder, settings, unlimited=think < 0.2)
     try:
         people = [Person(name, token, server.port, kind, think) for name, token in tokens.items()]
         threads = [threading.Thread(target=person.work, args=(votes,)) for person in people]
@@ -264,7 +267,7 @@ def compare(folder: Path, round_: Round, people: list[Person]) -> Outcome:
     """What is in the database against what raters were told."""
     import sqlalchemy as sql
 
-    from d3po_bench.feedback.labels import HANDS, RATERS, VOTES
+    from d3po_bench.feedback.store import HANDS, RATERS, VOTES
 
     engine = sql.create_engine(default_url(folder))
     query = sql.select(VOTES, RATERS.c.name).join(RATERS, RATERS.c.id == VOTES.c.rater)
@@ -324,8 +327,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.serve:
         limits = UNLIMITED if given.unlimited else None
-        plan = Plan(votes_per_item=given.k, repeat_every=given.repeat_every)
-        serve(given.serve, port=given.port, plan=plan, limits=limits)
+        settings = HandoutSettings(votes_per_item=given.k, repeat_every=given.repeat_every)
+        serve(given.serve, port=given.port, settings=settings, limits=limits)
         return
     with tempfile.TemporaryDirectory() as folder:
         outcome = run(

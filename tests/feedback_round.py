@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from d3po_bench.feedback.rounds import Answer, Item, Kind, Question, Round
+from d3po_bench.feedback.rounds import Item, Round
+from d3po_bench.feedback.schema import Answer, Kind, Question
 
 
 def picture(number: int, size: int = 32) -> bytes:

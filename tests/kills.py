@@ -33,17 +33,19 @@ from typing import Any
 import torch
 
 from d3po_bench import config, registry
-from d3po_bench.models.stable_diffusion import StableDiffusion, _quieten
+from d3po_bench.models.adapters import quieten
+from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training import evaluation, trainer
-from d3po_bench.training.run import run_seed
+from d3po_bench.training.run import Job, run_seed
+from eval.tools import TOOLS
 
 STAGES = ("starting", "learning", "evaluating", "logging", "checkpoint", "saving")
 """What a run is at, as the table names it; `starting` is also all between the others."""
 
 MARKED: dict[str, tuple[Any, str]] = {
     "learning": (trainer.Trainer, "train_round"),
-    "evaluating": (evaluation.Evaluation, "run"),
+    "evaluating": (evaluation.Evaluation, "__call__"),
     "logging": (RunStore, "log"),
     "checkpoint": (RunStore, "checkpoint"),
     "saving": (StableDiffusion, "save"),
@@ -138,7 +140,8 @@ def start(run: Run, folder: Path, watch: Watch) -> int:
     try:
         for stage, (owner, name) in MARKED.items():
             setattr(owner, name, watch.marked(stage, getattr(owner, name)))
-        run_seed(*run, folder)
+        made, execution = run
+        run_seed(Job(config=made, execution=execution, folder=folder, tools=TOOLS))
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -291,13 +294,10 @@ def main() -> None:
 
 def _import_all() -> None:
     """Import what a run imports late, so that forked runs have it."""
-    _quieten()
+    quieten()
     import peft  # noqa: F401
     from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
-
-    registry.evaluator()
-    registry.selfcheck()
 
 
 if __name__ == "__main__":

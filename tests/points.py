@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d3po_bench.diffusion.process import VariancePreserving
 from d3po_bench.models.adapters import Training
-from d3po_bench.types import Conditions, Weights
+from d3po_bench.types import Conditions, Prediction, Process, Weights
 
 VARIANCE = 0.05
 SIDE = 16
@@ -27,13 +27,13 @@ class Points:
     """Implements `types.Model`."""
 
     latent_shape: tuple[int, ...] = (2,)
-    prediction = "epsilon"
+    prediction: Prediction = "epsilon"
     commit: str | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         betas = torch.linspace(1e-4, 0.02, 1000)
-        self.process = VariancePreserving((1 - betas).cumprod(0))
+        self.process: Process = VariancePreserving((1 - betas).cumprod(0))
         self.shift = torch.zeros(2, device=device)
         self.forwards = self.backwards = 0
 

@@ -10,19 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.ddpo import DDPO, ppo_loss
+from baselines.ddpo import DDPO
 from baselines.dpok import DPOK
 from baselines.preferred_images import PreferredImages
 from baselines.reward_weighted import RewardWeighted, softmax_weights
 from d3po_bench.d3po import D3PO
+from d3po_bench.diffusion.advantages import advantages, ppo_loss
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample, with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import UserError
+from d3po_bench.models.embedded import recipe
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.types import ImageRows, Method, Rollout
 from tests.conftest import disturb
+from tests.rounds import dpok_losses, scored, weights
 
 PROMPTS = ["cat", "dog", "cat"]
 SCORES = [[1.0, 2.0], [5.0, 3.0], [0.0, 4.0]]
@@ -30,8 +33,8 @@ SCORES = [[1.0, 2.0], [5.0, 3.0], [0.0, 4.0]]
 
 def rollout_of(policy: Policy, method: Method[Any], untrained: bool = False) -> Rollout:
     drawn = sample(policy, PROMPTS, Draws(seed=0, round=0), images_per_prompt=2)
-    scored = replace(drawn, scores=torch.tensor(SCORES))
-    return with_reference(policy, scored, method, untrained=untrained, batch=100)
+    judged = replace(drawn, scores=torch.tensor(SCORES))
+    return with_reference(policy, judged, method, untrained=untrained, batch=100)
 
 
 @pytest.fixture
@@ -56,36 +59,28 @@ def gradient(loss: Tensor, policy: Policy) -> Tensor:
 # ---- advantages
 
 
-def bare(prompts: list[str], scores: list[list[float]], **history: list[float]) -> Rollout:
-    nothing = torch.empty(0)
-    return Rollout(
-        prompts=prompts, text=nothing, latents=nothing, means=nothing, timesteps=nothing,
-        scores=torch.tensor(scores), history=history,
-    )  # fmt: skip
-
-
 def test_a_prompt_without_a_past_is_compared_with_the_round() -> None:
-    # mean 2, population variance (1 + 1 + 1 + 9) / 4 - ... = of 1, 3, 1, 3: mean 2, std 1
-    found = bare(["cat", "dog"], [[1, 3], [1, 3]]).advantages()
+    # 1, 3, 1, 3: mean 2, population std 1
+    found = advantages(scored(["cat", "dog"], [[1, 3], [1, 3]]))
     torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]))
 
 
 def test_a_prompt_with_a_past_is_compared_with_itself() -> None:
     # cat: 0, 0, then 4, 4 now: mean 2, std 2. dog has one image: the round, 4 4 10, mean 6,
     # std sqrt(8).
-    found = bare(["cat", "cat", "dog"], [[4], [4], [10]], cat=[0, 0]).advantages(4, 4)
+    found = advantages(scored(["cat", "cat", "dog"], [[4], [4], [10]], {"cat": [0, 0]}), 4, 4)
     expected = torch.tensor([[1.0], [1.0], [4 / math.sqrt(8)]])
     torch.testing.assert_close(found, expected)
 
 
 def test_the_buffer_forgets() -> None:
     # Of cat's 100, 1, 3 a buffer of 2 keeps the newest.
-    found = bare(["cat"], [[1, 3]], cat=[100]).advantages(2, 2)
+    found = advantages(scored(["cat"], [[1, 3]], {"cat": [100]}), 2, 2)
     torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0]]))
 
 
 def test_without_a_buffer_the_round_counts() -> None:
-    found = bare(["cat", "dog"], [[1], [3]], cat=[100] * 20).advantages(0, 0)
+    found = advantages(scored(["cat", "dog"], [[1], [3]], {"cat": [100] * 20}), 0, 0)
     torch.testing.assert_close(found, torch.tensor([[-1.0], [1.0]]))
 
 
@@ -149,28 +144,30 @@ def test_noise_mse_is_the_kl_without_the_weight_of_the_step(policy: Policy) -> N
     method = DPOK()
     rows = method.rows(rollout_of(policy, method), stream(0, "rows"))
     items = rows.take(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]))
-    step = policy.step(items.x_t, items.t, items.text)
-    schedule = policy.schedule
-    weight = (schedule.e_coef.square() / (2 * schedule.std.square())).float()
+    step = policy.step(items.x_t, items.step, items.conditions)
+    table = policy.table
+    weight = (table.output.square() / (2 * table.std.square())).float()
     kl = DPOK(kl="gaussian").penalty(policy, step, items)
     noise = DPOK(kl="noise_mse").penalty(policy, step, items)
     assert kl.min() > 0
     torch.testing.assert_close(kl, weight * noise, rtol=1e-4, atol=0)
 
 
-def test_a_hard_clamp_has_no_gradient_outside(policy: Policy) -> None:
+def test_a_hard_clamp_has_no_gradient_outside() -> None:
     log_ratio = torch.tensor([0.2, -0.2], requires_grad=True)
     advantage = torch.tensor([-1.0, 1.0])  # where PPO still pulls back
-    method = DPOK(ratio="hard_clamp", clip_range=0.1)
-    method._policy_loss(log_ratio, advantage).sum().backward()
+    clamped = DPOK(kl="none", ratio="hard_clamp", clip_range=0.1)
+    dpok_losses(clamped, log_ratio, advantage).sum().backward()
     assert log_ratio.grad is not None
     assert log_ratio.grad.abs().sum() == 0
+    dpok_losses(DPOK(kl="none", clip_range=0.1), log_ratio, advantage).sum().backward()
+    assert log_ratio.grad.abs().min() > 0
 
 
-def test_the_value_is_learnt_and_remembered(policy: Policy) -> None:
+def test_the_value_is_learned_and_remembered(policy: Policy) -> None:
     method = DPOK(value="on", buffer=0)
     rollout = rollout_of(policy, method)
-    target = rollout.advantages(0, 0).flatten()
+    target = advantages(rollout, 0, 0).flatten()
     errors = []
     for number in range(40):
         rows = method.rows(rollout, stream(0, "rows", number))
@@ -186,8 +183,8 @@ def test_the_value_is_learnt_and_remembered(policy: Policy) -> None:
 
 def test_softmax_weights_by_hand() -> None:
     # e^0 : e^ln3 = 1 : 3, times two images
-    weights = softmax_weights(torch.tensor([0.0, math.log(3)]), 1.0)
-    torch.testing.assert_close(weights, torch.tensor([0.5, 1.5]))
+    every = softmax_weights(torch.tensor([0.0, math.log(3)]), 1.0)
+    torch.testing.assert_close(every, torch.tensor([0.5, 1.5]))
     own = softmax_weights(torch.tensor([0.0, math.log(3), 7.0]), 1.0, ["cat", "cat", "dog"])
     torch.testing.assert_close(own, torch.tensor([0.5, 1.5, 1.0]))
 
@@ -208,9 +205,9 @@ def test_weights(policy: Policy, options: dict[str, Any], expected: list[float])
 
 def test_lee_takes_rewards_as_they_are_and_only_from_0_to_1() -> None:
     method = RewardWeighted(weight="lee")
-    assert method.weights(bare(["cat"], [[0.25, 1.0]])).tolist() == [0.25, 1.0]
-    with pytest.raises(UserError, match="Expected rewards from 0 to 1 for weight=lee, got 0 to 3"):
-        method.weights(bare(["cat"], [[0.0, 3.0]]))
+    assert method.weights(scored(["cat"], [[0.25, 1.0]])).tolist() == [0.25, 1.0]
+    with pytest.raises(UserError, match=r"weight=lee needs rewards from 0 to 1; .* from 0 to 3"):
+        method.weights(scored(["cat"], [[0.0, 3.0]]))
 
 
 def test_weighted_loss_by_hand(policy: Policy) -> None:
@@ -218,11 +215,12 @@ def test_weighted_loss_by_hand(policy: Policy) -> None:
     rollout = rollout_of(policy, method)
     rows = method.rows(rollout, stream(0, "rows"))
     assert torch.equal(rows.x_0[3, 1], rollout.latents[1, 1, -1])
-    assert rows.t.unique().numel() > 4
+    assert rows.level.unique().numel() > 4
     items = rows.take(torch.tensor([0, 3]), torch.tensor([1, 2]))
-    alpha = policy.model.alphas_cumprod[items.t].view(-1, 1, 1, 1)
-    noisy = alpha.sqrt() * items.x_0 + (1 - alpha).sqrt() * items.noise
-    error = (policy.model.noise(noisy, items.t, items.text) - items.noise).square().mean((1, 2, 3))
+    kept = recipe.new_scheduler().alphas_cumprod[items.level].view(-1, 1, 1, 1)
+    noisy = kept.sqrt() * items.x_0 + (1 - kept).sqrt() * items.noise
+    predicted = policy.model.output(noisy, items.level, items.conditions)
+    error = (predicted - items.noise).square().mean((1, 2, 3))
     loss, metrics = method.loss(policy, items)
     torch.testing.assert_close(loss, (error * items.weight).mean())
     share = rows.weight[:, 0].sum() ** 2 / rows.weight[:, 0].square().sum() / 6
@@ -232,7 +230,7 @@ def test_weighted_loss_by_hand(policy: Policy) -> None:
 def test_the_samplers_noise_levels(policy: Policy) -> None:
     for method in (RewardWeighted(timesteps="sampler"), PreferredImages(timesteps="sampler")):
         rows = method.rows(rollout_of(policy, method), stream(0, "rows"))
-        assert set(rows.t.unique().tolist()) <= set(policy.timesteps.tolist())
+        assert set(rows.level.unique().tolist()) <= set(policy.levels[:-1].tolist())
 
 
 def test_guidance_in_the_loss_changes_it(policy: Policy) -> None:
@@ -247,9 +245,9 @@ def test_the_anchor_weighs_the_way_from_the_pretrained_model(policy: Policy) -> 
         i.flatten() for i in torch.meshgrid(torch.arange(6), torch.arange(3), indexing="ij")
     )
     items = rows.take(unit, step)
-    place = items.x_0, items.text, items.t, items.noise
+    place = items.x_0, items.level, items.noise, items.conditions
     plain, anchored = (RewardWeighted(anchor=a).loss(policy, items)[0] for a in (0.0, 2.0))
-    now, before = (policy.predicted_noise(*place, frozen=frozen) for frozen in (False, True))
+    (now, _), (before, _) = policy.denoise(*place), policy.denoise(*place, weights="base")
     way = (now - before).square().mean()
     assert way > 0
     torch.testing.assert_close(anchored - plain, 2 * way)
@@ -259,7 +257,7 @@ def test_the_anchor_weighs_the_way_from_the_pretrained_model(policy: Policy) -> 
     torch.testing.assert_close(anchored, plain)
 
 
-def test_winners_alone_are_learnt_from(policy: Policy) -> None:
+def test_only_winners_are_trained_on(policy: Policy) -> None:
     method = PreferredImages()
     rollout = rollout_of(policy, method)
     rows = method.rows(rollout, stream(0, "rows"))
@@ -270,16 +268,15 @@ def test_winners_alone_are_learnt_from(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("method", [PreferredImages(), D3PO(skip_ties=True)])
-def test_of_a_round_of_ties_nothing_is_learnt(policy: Policy, method: Method[Any]) -> None:
+def test_a_round_of_ties_changes_nothing(policy: Policy, method: Method[Any]) -> None:
     rollout = replace(rollout_of(policy, method), scores=torch.zeros(3, 2))
     rows = method.rows(rollout, stream(0, "rows"))
     assert len(rows) == 0
-    weights = list(policy.model.trainable().values())
-    before = [w.detach().clone() for w in weights]
-    optimizer = torch.optim.AdamW(weights, 0.1)
+    before = weights(policy.model)
+    optimizer = torch.optim.AdamW(list(policy.model.trainable().values()), 0.1)
     metrics = update(policy, method, rows, optimizer, Updates(), stream(0, "shuffle"))
     assert metrics == {"updates": 0}
-    assert all(torch.equal(*pair) for pair in zip(before, weights, strict=True))
+    assert torch.equal(before, weights(policy.model))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +286,7 @@ def test_of_a_round_of_ties_nothing_is_learnt(policy: Policy, method: Method[Any
      (RewardWeighted, {"anchor": -1})],
 )  # fmt: skip
 def test_options_without_a_meaning_are_refused(kind: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"Expected .*, got .*Change them with --set"):
+    with pytest.raises(UserError, match=r"needs .* these are .*Change them with --set"):
         kind(**options)
 
 
@@ -298,4 +295,6 @@ def test_images_become_rows(policy: Policy) -> None:
     rows = ImageRows.of(rollout)
     assert torch.equal(rows.x_next[3, 2], rollout.latents[1, 1, 3])
     assert torch.equal(rows.sampled[3, 2], rollout.means[1, 1, 2])
-    assert torch.equal(rows.text[3, 2], rollout.text[1])
+    assert rows.step[3].tolist() == [0, 1, 2, 3]
+    item = rows.take(torch.tensor([3]), torch.tensor([2]))
+    assert torch.equal(item.conditions["text"][0], rollout.conditions["text"][1])

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d3po_bench import registry
 from d3po_bench.errors import UserError
 from eval import downloads
+from eval.golden import checked_scorer
 from eval.scorers import _clip, aesthetic, clip
 from tests.parity import inputs, recording
 
@@ -262,20 +262,20 @@ def test_official_weights_are_asked_for_by_name(
 ) -> None:
     monkeypatch.setenv("D3PO_BENCH_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"Missing: config\.json.*d3po-bench weights fetch clip"):
-        registry.scorer(name, CPU)
+        checked_scorer(name, CPU)
 
 
 def test_what_follows_the_colon_chooses_weights(folder: Path) -> None:
-    found = registry.scorer(f"clip:{folder}", CPU, "tiny")
+    found = checked_scorer(f"clip:{folder}", CPU, "tiny")
     assert found.unit == "100 x cosine"
     with pytest.raises(UserError, match="Expected the scorer jpeg_size alone"):
-        registry.scorer("jpeg_size:tiny", CPU)
+        checked_scorer("jpeg_size:tiny", CPU)
 
 
 def test_open_clip_needs_model_and_weights() -> None:
     for name in ("open_clip", "open_clip:", "open_clip:ViT-B-32", "open_clip:/x"):
         with pytest.raises(UserError, match="write open_clip:MODEL/PRETRAINED"):
-            registry.scorer(name, CPU)
+            checked_scorer(name, CPU)
 
 
 # ---- against torchmetrics and open_clip

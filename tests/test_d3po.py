@@ -1,8 +1,10 @@
-"""D3PO's loss and pairing, by hand."""
+"""D3PO's loss and pairing, by hand, and its gradient on the micro model."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,13 @@ from torch import Tensor
 
 from d3po_bench.d3po import D3PO, d3po_loss, extremes, preferred
 from d3po_bench.diffusion.gaussian import Gaussian
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import with_reference
+from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
+from d3po_bench.models.stable_diffusion import StableDiffusion
+from tests.conftest import disturb
+from tests.rounds import gradient, near, rollout_of, rows_of, scored
 
 ONE = torch.ones(1)
 
@@ -79,29 +87,20 @@ def test_all_pairs_of_seven_tags_are_good_times_bad() -> None:
 
 
 def test_d3po_needs_its_reference() -> None:
-    from d3po_bench.types import Rollout
-
-    rollout = Rollout(
-        prompts=("cat",),
-        text=torch.zeros(1, 2, 2),
-        latents=torch.zeros(1, 2, 3, 1, 1, 1),
-        means=torch.zeros(1, 2, 2, 1, 1, 1),
-        timesteps=torch.tensor([2, 1]),
-        scores=torch.zeros(1, 2),
-    )
-    with pytest.raises(ValueError, match=r"rollout\.reference"):
-        D3PO().rows(rollout, torch.Generator())
+    with pytest.raises(ValueError, match=r"needs rollout\.reference"):
+        D3PO().rows(scored(["cat"], [[0.0, 0.0]]), torch.Generator())
 
 
 @pytest.mark.parametrize("options", [{"clip_range": 1.0}, {"clip_range": 0.0}, {"beta": 0.0}])
 def test_options_without_a_meaning_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="Expected clip_range between 0 and 1 and beta above 0"):
+    with pytest.raises(UserError, match="needs clip_range between 0 and 1 and beta above 0"):
         D3PO(**options)  # type: ignore[arg-type]
 
 
-def test_one_image_is_no_pair() -> None:
-    with pytest.raises(UserError, match="at least 2 images of each prompt, got 1"):
-        preferred(torch.zeros(3, 1))
+@pytest.mark.parametrize("pairs", [preferred, extremes])
+def test_one_image_is_no_pair(pairs: Callable[[Tensor], object]) -> None:
+    with pytest.raises(UserError, match=r"needs at least 2, not 1.*--set images_per_prompt=2"):
+        pairs(torch.zeros(3, 1))
 
 
 def test_gaussian_by_hand() -> None:
@@ -123,9 +122,6 @@ def test_difference_form_keeps_what_subtraction_loses() -> None:
     change = 1e-7 * torch.randn(1, 4, 8, 8, generator=rng)
     std = torch.tensor([0.02])
     x = mean + 0.02 * torch.randn(1, 4, 8, 8, generator=rng)
-    exact = Gaussian((mean.double() + change.double()), std.double()).log_ratio(
-        mean.double(), x.double()
-    )
     # as far as float32 can hold the two means at all
     moved = mean + change
     exact = Gaussian(moved.double(), std.double()).log_ratio(mean.double(), x.double())
@@ -149,6 +145,46 @@ def test_of_two_images_extremes_are_all_pairs() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_one_image_has_no_extremes() -> None:
-    with pytest.raises(UserError, match="Expected at least 2 images"):
-        extremes(torch.ones(3, 1))
+# ---- on the micro model
+
+
+def test_swapping_images_and_scores_leaves_the_loss(micro_model: StableDiffusion) -> None:
+    disturb(micro_model)
+    policy, method = Policy(micro_model, steps=4), D3PO()
+    drawn = with_reference(policy, rollout_of(policy), method, untrained=False, batch=8)
+    assert drawn.reference is not None
+    swapped = replace(
+        drawn,
+        latents=drawn.latents.flip(1),
+        means=drawn.means.flip(1),
+        scores=drawn.scores.flip(1),
+        reference=drawn.reference.flip(1),
+    )
+    wrong = replace(drawn, scores=drawn.scores.flip(1))
+    every = torch.arange(12)
+    same, also, other = (
+        method.loss(policy, method.rows(r, stream(0, "rows")).take(every // 4, every % 4))[0]
+        for r in (drawn, swapped, wrong)
+    )
+    assert torch.equal(same, also)
+    assert not torch.equal(same, other)
+
+
+def test_the_direction_at_the_reference_is_the_policy_gradient(
+    micro_model: StableDiffusion,
+) -> None:
+    # At the reference, d loss = -beta/2 (d lp_w - d lp_l): REINFORCE with advantage +1 and -1.
+    policy, method = Policy(micro_model, steps=4), D3PO()
+    rows = rows_of(policy, method, untrained=True)
+    items = rows.take(torch.arange(12) // 4, torch.arange(12) % 4)
+    method.loss(policy, items)[0].backward()
+    ours = gradient(micro_model)
+    for weight in micro_model.trainable().values():
+        weight.grad = None
+    step = policy.step(
+        items.x_t.flatten(0, 1), items.step.repeat_interleave(2), items.conditions.repeat(2)
+    )
+    log_prob = step.log_prob(items.x_next.flatten(0, 1)).view(-1, 2)
+    (-(log_prob[:, 0] - log_prob[:, 1]).mean()).backward()
+    reinforce = gradient(micro_model)
+    near(ours, reinforce * method.beta / 2)

@@ -58,7 +58,7 @@ def test_weights_list_names_addresses_and_checksums() -> None:
 def test_fetch_offline_and_fetch_unknown() -> None:
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         said("weights", "fetch", "laion_aesthetic")
-    with pytest.raises(UserError, match=r"Expected a name of weights, got 'clipp'\. Did you mean"):
+    with pytest.raises(UserError, match=r"No checkpoint is called 'clipp'\. Did you mean"):
         said("weights", "fetch", "clipp")
 
 

@@ -11,21 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from d3po_bench import cli, registry
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.models.adapters import Training
-from d3po_bench.models.sources import Source, load
 from eval.evaluate import plan, work
 from eval.evaluate.plan import Request
-from tests.conftest import CPU, disturb
+from tests.conftest import disturb, loaded
+from tests.gallery import gallery
 
 PROMPTS = [f"a {animal}" for animal in ("cat", "dog", "cow", "fox", "bee")] * 4
 
@@ -53,7 +51,7 @@ def prompts(tmp_path: Path) -> str:
 @pytest.fixture(scope="module")
 def adapter(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA of the micro model that changes its pictures."""
-    model = load(Source(path=str(micro)), CPU, Training())
+    model = loaded(micro)
     model.add_adapter(seed=0)
     disturb(model)
     folder = tmp_path_factory.mktemp("adapter")
@@ -62,21 +60,6 @@ def adapter(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # ---- pictures
-
-
-def gallery(folder: Path, count: int) -> Path:
-    """Pictures of several sizes, with their metadata."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    lines = ["file_name,text"]
-    for number in range(count):
-        side = 8 + number % 5
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
-            folder / f"{number}.png"
-        )
-        lines.append(f"{number}.png,a cat")
-    (folder / "metadata.csv").write_text("\n".join(lines))
-    return folder
 
 
 def test_pictures_are_scored_one_by_one(tmp_path: Path) -> None:
@@ -109,42 +92,49 @@ def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
-def test_a_killed_worker_is_told_and_what_is_scored_is_kept(
-    micro: Path, prompts: str, tmp_path: Path
-) -> None:
-    asked = request(micro, prompts=prompts, jobs=2, out=tmp_path / "out")
+def test_a_killed_worker_is_told_and_what_is_scored_is_kept(tmp_path: Path) -> None:
+    asked = request(gallery(tmp_path / "pictures", 40), jobs=2)
+    whole = work.run(replace(asked, jobs=1, out=tmp_path / "whole"))
 
     def kill(done: int, total: int) -> None:
         if done:
             for worker in multiprocessing.active_children():
                 worker.kill()
 
-    with pytest.raises(RunError, match=r"one that was killed .* Run the same command again"):
+    with pytest.raises(RunError, match=r"was killed .* Run the same command again"):
         work.run(asked, kill)
     told: list[int] = []
-    out = work.run(asked, lambda done, total: told.append(done))
+    out = work.run(replace(asked, jobs=1), lambda done, total: told.append(done))
     assert told[0] > 0, "something was kept"
-    assert len(rows(out)) == 2 * 2 * len(PROMPTS)
+    assert len(rows(out)) == 40
+    assert (out / "rows.csv").read_bytes() == (whole / "rows.csv").read_bytes()
 
 
-def test_a_thousand_pictures_survive_kills(tmp_path: Path) -> None:
-    folder, out = gallery(tmp_path / "pictures", 1000), tmp_path / "out"
-    for share in (0.1, 0.5):
+@pytest.mark.parametrize(
+    ("pictures", "shares"),
+    [(240, (0.3,)), pytest.param(1000, (0.1, 0.5), marks=pytest.mark.slow)],
+)
+def test_many_pictures_survive_kills(
+    pictures: int, shares: tuple[float, ...], tmp_path: Path
+) -> None:
+    folder, out = gallery(tmp_path / "pictures", pictures), tmp_path / "out"
+    pieces = pictures // 8
+    for share in shares:
         process = start(folder, out)
         deadline = time.monotonic() + 120
-        while len(list(out.glob("pieces/*.csv"))) < share * 125 and time.monotonic() < deadline:
+        while len(list(out.glob("pieces/*.csv"))) < share * pieces and time.monotonic() < deadline:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         done = len(list(out.glob("pieces/*.csv")))
-        assert share * 125 <= done < 125, "it was killed on its way"
+        assert share * pieces <= done < pieces, "it was killed on its way"
         assert not (out / "rows.csv").exists()
     stamp = {path: path.stat().st_mtime_ns for path in out.glob("pieces/*.csv")}
     process = start(folder, out)
     assert process.wait() == 0
     assert {path: path.stat().st_mtime_ns for path in stamp} == stamp, "nothing is scored twice"
     found = rows(out)
-    assert [row["file"] for row in found] == [f"{n}.png" for n in range(1000)]
+    assert [row["file"] for row in found] == [f"{n}.png" for n in range(pictures)]
     whole = work.run(request(folder, scorers=("jpeg_size", "animal"), out=tmp_path / "whole"))
     assert (whole / "rows.csv").read_bytes() == (out / "rows.csv").read_bytes()
 
@@ -152,17 +142,17 @@ def test_a_thousand_pictures_survive_kills(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("name\n1.png", "Expected columns file_name and text"),
-        ("file_name,text\n../secret.png,a cat", "Expected a picture inside"),
-        ("file_name,text\n/etc/passwd,a cat", "Expected a picture inside"),
-        ("file_name,text\nmissing.png,a cat", "Expected a picture inside"),
-        ("file_name,text\nmetadata.csv", "got 'metadata.csv' alone"),
-        ("file_name,prompt\nmetadata.csv", "got 'metadata.csv' alone"),
-        ("file_name,text\nmetadata.csv,", "got 'metadata.csv' alone"),
-        ("file_name,text,prompt\nmetadata.csv,,a cat", "got 'metadata.csv' alone"),
-        ("file_name,text\nmetadata.csv,a\x07cat", "without control characters"),
-        ("file_name,text\n", "got none"),
-        ("file_name,text\nmetadata.csv,a cat", "Expected a picture in"),
+        ("name\n1.png", "cannot be read as a table with columns file_name and text"),
+        ("file_name,text\n../secret.png,a cat", "not a picture inside"),
+        ("file_name,text\n/etc/passwd,a cat", "not a picture inside"),
+        ("file_name,text\nmissing.png,a cat", "not a picture inside"),
+        ("file_name,text\nmetadata.csv", "no text for 'metadata.csv'"),
+        ("file_name,prompt\nmetadata.csv", "no text for 'metadata.csv'"),
+        ("file_name,text\nmetadata.csv,", "no text for 'metadata.csv'"),
+        ("file_name,text,prompt\nmetadata.csv,,a cat", "no text for 'metadata.csv'"),
+        ("file_name,text\nmetadata.csv,a\x07cat", "holds the control character"),
+        ("file_name,text\n", "names no picture"),
+        ("file_name,text\nmetadata.csv,a cat", "is not a picture that can be read"),
     ],
 )
 def test_bad_pictures_are_one_line(text: str, said: str, tmp_path: Path) -> None:
@@ -177,18 +167,17 @@ def test_bad_pictures_are_one_line(text: str, said: str, tmp_path: Path) -> None
 # ---- models
 
 
-def test_rows_do_not_depend_on_processes_or_cuts(micro: Path, prompts: str, tmp_path: Path) -> None:
-    def out(name: str, **changes: Any) -> bytes:
-        folder = work.run(request(micro, prompts=prompts, out=tmp_path / name, **changes))
-        return (folder / "rows.csv").read_bytes()
+@pytest.fixture(scope="module")
+def evaluation(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished evaluation of the micro model on all prompts, to read only."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    listed = folder / "prompts.txt"
+    listed.write_text("\n".join(PROMPTS))
+    return work.run(request(micro, prompts=str(listed), out=folder / "out"))
 
-    whole = out("one")
-    assert out("two", jobs=2) == whole
-    for piece in sorted((tmp_path / "one" / "pieces").iterdir())[::2]:
-        piece.unlink()
-    (tmp_path / "one" / "rows.csv").unlink()
-    assert out("one") == whole
-    found = rows(tmp_path / "one")
+
+def test_every_prompt_is_drawn_with_both_samplers_and_noise_of_its_own(evaluation: Path) -> None:
+    found = rows(evaluation)
     assert len(found) == 2 * 2 * len(PROMPTS)
     assert {row["sampler"] for row in found} == {"eta1", "eta0"}
     assert [row["prompt"] for row in found[: 2 * len(PROMPTS)]] == [
@@ -197,45 +186,51 @@ def test_rows_do_not_depend_on_processes_or_cuts(micro: Path, prompts: str, tmp_
     assert len({row["jpeg_size"] for row in found}) > 20, "every image has noise of its own"
 
 
-def test_the_base_model_has_not_drifted_and_a_lora_has(
-    micro: Path, adapter: Path, prompts: str, tmp_path: Path
+def test_rows_do_not_depend_on_cuts(
+    evaluation: Path, micro: Path, prompts: str, tmp_path: Path
 ) -> None:
-    before = rows(work.run(request(micro, prompts=prompts, out=tmp_path / "a")))
+    out = shutil.copytree(evaluation, tmp_path / "out")
+    for piece in sorted((out / "pieces").iterdir())[::2]:
+        piece.unlink()
+    (out / "rows.csv").unlink()
+    work.run(request(micro, prompts=prompts, out=out))
+    assert (out / "rows.csv").read_bytes() == (evaluation / "rows.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_rows_do_not_depend_on_processes(
+    evaluation: Path, micro: Path, prompts: str, tmp_path: Path
+) -> None:
+    out = work.run(request(micro, prompts=prompts, jobs=2, out=tmp_path / "out"))
+    assert (out / "rows.csv").read_bytes() == (evaluation / "rows.csv").read_bytes()
+
+
+def test_the_base_model_has_not_drifted_and_a_lora_has(
+    evaluation: Path, micro: Path, adapter: Path, prompts: str, tmp_path: Path
+) -> None:
+    before = rows(evaluation)
     after = rows(work.run(request(adapter, model=str(micro), prompts=prompts, out=tmp_path / "b")))
     assert {row["kl"] for row in before if row["sampler"] == "eta1"} == {"0.0"}
     assert all(float(row["kl"]) > 0 for row in after if row["sampler"] == "eta1")
     assert [row["jpeg_size"] for row in before] != [row["jpeg_size"] for row in after]
 
 
-def test_a_saved_adapter_draws_what_it_drew(micro: Path, adapter: Path) -> None:
-    live = load(Source(path=str(micro)), CPU, Training())
+@pytest.mark.parametrize("full", [False, True])
+def test_saved_weights_answer_as_those_in_training(full: bool, micro: Path, tmp_path: Path) -> None:
+    live = loaded(micro, full=full)
     live.add_adapter(seed=0)
     disturb(live)
-    saved = load(Source(path=str(micro)), CPU, Training())
-    saved.load_saved(adapter)
-    x = torch.randn(2, *live.latent_shape, generator=torch.Generator().manual_seed(0))
-    t, text = torch.tensor([500, 20]), live.encode(["cat", "dog"])
-    with torch.no_grad():
-        torch.testing.assert_close(saved.noise(x, t, text), live.noise(x, t, text))
-        frozen = saved.noise(x, t, text, frozen=True)
-        torch.testing.assert_close(frozen, live.noise(x, t, text, frozen=True))
-        assert not torch.allclose(frozen, live.noise(x, t, text), atol=1e-3)
-
-
-def test_a_whole_trained_unet_draws_what_it_drew(micro: Path, tmp_path: Path) -> None:
-    live = load(Source(path=str(micro)), CPU, Training(full=True))
-    disturb(live)
     live.save(tmp_path)
-    saved = load(Source(path=str(micro)), CPU, Training())
+    saved = loaded(micro)
     saved.load_saved(tmp_path)
-    x = torch.randn(1, *live.latent_shape, generator=torch.Generator().manual_seed(0))
-    t, text = torch.tensor([500]), live.encode(["cat"])
+    x = torch.randn(2, *live.latent_shape, generator=torch.Generator().manual_seed(0))
+    asked = x, torch.tensor([500, 20]), live.encode(["cat", "dog"])
     with torch.no_grad():
-        torch.testing.assert_close(saved.noise(x, t, text), live.noise(x, t, text))
-        torch.testing.assert_close(
-            saved.noise(x, t, text, frozen=True), live.noise(x, t, text, frozen=True)
-        )
-        assert not torch.allclose(saved.noise(x, t, text), saved.noise(x, t, text, frozen=True))
+        trained = saved.output(*asked)
+        torch.testing.assert_close(trained, live.output(*asked))
+        base = saved.output(*asked, weights="base")
+        torch.testing.assert_close(base, live.output(*asked, weights="base"))
+        assert not torch.allclose(base, trained, atol=1e-3)
 
 
 def test_a_run_is_evaluated_as_it_was_trained(micro: Path, tmp_path: Path) -> None:
@@ -262,35 +257,34 @@ def test_a_run_is_evaluated_as_it_was_trained(micro: Path, tmp_path: Path) -> No
 
 
 def test_another_evaluation_in_the_folder_is_refused(
-    micro: Path, prompts: str, tmp_path: Path
+    evaluation: Path, micro: Path, prompts: str
 ) -> None:
-    out = tmp_path / "out"
-    work.run(request(micro, prompts=prompts, out=out, count=3))
-    before = (out / "rows.csv").read_bytes()
-    with pytest.raises(UserError, match=r"got the plan\.json of another"):
-        work.run(request(micro, prompts=prompts, out=out, count=4))
-    assert (out / "rows.csv").read_bytes() == before
+    before = (evaluation / "rows.csv").read_bytes()
+    with pytest.raises(UserError, match="holds another evaluation"):
+        work.run(request(micro, prompts=prompts, out=evaluation, count=4))
+    assert (evaluation / "rows.csv").read_bytes() == before
 
 
 def test_what_cannot_be_evaluated_is_one_line(
     micro: Path, adapter: Path, prompts: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="Expected a scorer, got 'jpeg'"):
-        work.run(request(micro, prompts=prompts, scorers=("jpeg",)))
-    with pytest.raises(UserError, match="Expected --prompts"):
-        work.run(request(micro))
-    with pytest.raises(UserError, match="Expected a LoRA or UNet of this model"):
-        work.run(request(adapter, prompts=prompts, out=tmp_path / "x"))
-    with pytest.raises(UserError, match="Expected a model, got 'nothing'"):
-        work.run(request(Path("nothing"), prompts=prompts))
-    with pytest.raises(UserError, match="Expected --model only beside a LoRA or pictures"):
-        work.run(request(micro, prompts=prompts, model="sd15"))
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.json").write_text("{}")
     (half / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match="Expected a finished run"):
-        work.run(request(half))
+    asked = {
+        "No scorer is called 'jpeg'": request(micro, prompts=prompts, scorers=("jpeg",)),
+        "Add --prompts with a list": request(micro),
+        "LoRA or unet .* does not fit this model": request(
+            adapter, prompts=prompts, out=tmp_path / "x"
+        ),
+        "No model is called 'nothing'": request(Path("nothing"), prompts=prompts),
+        "--model sd15 would be ignored": request(micro, prompts=prompts, model="sd15"),
+        "is not finished. Run its command again": request(half),
+    }
+    for said, wanted in asked.items():
+        with pytest.raises(UserError, match=said):
+            work.run(wanted)
 
 
 @pytest.mark.parametrize("command", [["evaluate", "tiny"], ["table1"]])
@@ -300,7 +294,7 @@ def test_no_scorer_is_one_line(
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--scorers", ",,", "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: Expected a scorer, got ',,'.")
+    assert capsys.readouterr().err.startswith("error: ',,' names no scorer.")
     assert not (tmp_path / "out").exists()
 
 
@@ -337,7 +331,7 @@ def test_what_was_evaluated_must_not_change_on_the_way(
     assert facts["content"] == plan.planned(asked).content
     assert facts["packages"]["torch"] == torch.__version__
     (lora / "pytorch_lora_weights.safetensors").write_bytes(b"other")
-    with pytest.raises(UserError, match="or of other weights or pictures"):
+    with pytest.raises(UserError, match="or one of other weights or pictures"):
         work.run(asked)
 
 
@@ -346,30 +340,26 @@ def test_pictures_must_not_change_on_the_way(tmp_path: Path) -> None:
     asked = request(folder, out=tmp_path / "out")
     work.run(asked)
     shutil.copy(folder / "0.png", folder / "1.png")
-    with pytest.raises(UserError, match="or of other weights or pictures"):
+    with pytest.raises(UserError, match="or one of other weights or pictures"):
         work.run(asked)
 
 
-def test_provenance_names_scorers_and_versions(micro: Path, prompts: str, tmp_path: Path) -> None:
-    out = work.run(request(micro, prompts=prompts, out=tmp_path / "out", count=2))
-    facts = json.loads((out / "provenance.json").read_text())
+def test_provenance_names_scorers_and_versions(evaluation: Path) -> None:
+    facts = json.loads((evaluation / "provenance.json").read_text())
     assert facts["scorers"] == {"jpeg_size": "code"}
     assert set(facts["versions"]) == {"torch", "transformers", "pillow", "numpy"}
-    assert any("jpeg_size" in line for line in work.summary(out))
+    assert any("jpeg_size" in line for line in work.summary(evaluation))
 
 
 def test_saved_pictures_are_those_that_were_scored(
-    micro: Path, prompts: str, tmp_path: Path
+    evaluation: Path, micro: Path, prompts: str, tmp_path: Path
 ) -> None:
     """The JPEG size of each kept picture is its row's; a finished evaluation can still be kept."""
-    out = tmp_path / "out"
-    work.run(request(micro, prompts=prompts, out=out))
+    out = shutil.copytree(evaluation, tmp_path / "out")
     before = rows(out)
     work.run(request(micro, prompts=prompts, out=out, save=True))
     assert rows(out) == before
-    kept = work.run(
-        request(out / "pictures" / "eta0", out=tmp_path / "again"),
-    )
+    kept = work.run(request(out / "pictures" / "eta0", out=tmp_path / "again"))
     sizes = [row["jpeg_size"] for row in before if row["sampler"] == "eta0"]
     assert [row["jpeg_size"] for row in rows(kept)] == sizes
     assert [row["prompt"] for row in rows(kept)] == [p for p in PROMPTS for _ in range(2)]

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import math
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from torch import Tensor
 
-from d3po_bench.cli import cli
+from d3po_bench.cli import cli, main
 from d3po_bench.config import Execution
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.errors import UserError
-from d3po_bench.feedback import loop, pictures, raters, training
-from d3po_bench.feedback.labels import LabelStore, Plan
-from d3po_bench.feedback.raters import Annotator
-from d3po_bench.feedback.rounds import Answer, Round
-from d3po_bench.feedback.sampling import Before, Sampling, prepared, read_rollout
-from d3po_bench.feedback.server import default_url
+from d3po_bench.feedback import comparisons, simulated, training
+from d3po_bench.feedback.agreement import read_label_files
+from d3po_bench.feedback.drawing import draw_round, require_pictures
+from d3po_bench.feedback.handout import hand_out
+from d3po_bench.feedback.invitations import find_rater, invite
+from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.sampling import Before, Sampling, chosen_prompts, prepared, read_rollout
+from d3po_bench.feedback.schema import Answer, Kind, Question
+from d3po_bench.feedback.simulated import Annotator
+from d3po_bench.feedback.store import HandoutSettings, default_url, open_labels
+from d3po_bench.feedback.votes import cast_vote, effective_votes, scores_of
 from d3po_bench.runs.store import RunStore, _digest, _read_checkpoint
 from d3po_bench.training.progress import Progress
+from d3po_bench.training.trainer import Trainer
+from eval.tools import TOOLS
 from tests.feedback_round import new_round, picture
 
 SMALL = {"sampling_steps": "3", "sample_batch": "14", "dtype": "fp32"}
 LEARN = {"prompts_per_round": "2", "learning_rate": "1e-2"}
-JUDGED = {"tags": ("tags", "deformed"), "pairs": ("pairs", "better")}
+TAGS: tuple[Kind, Question] = ("tags", "deformed")
+PAIRS: tuple[Kind, Question] = ("pairs", "better")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -53,37 +67,47 @@ def without_times(path: Path) -> bytes:
     return _digest(tensors, json.dumps(facts)).encode()
 
 
-def draw(folder: Path, model: Path, kind: str = "tags", count: int = 4, **more: Any) -> Round:
+def draw(
+    folder: Path, model: Path, judged: tuple[Kind, Question] = TAGS, count: int = 4, **more: Any
+) -> Round:
     """A small round of the micro model."""
     settings = {"sample_batch": "14"} if "before" in more else SMALL
-    request = loop.New(
-        judged=JUDGED[kind],  # type: ignore[arg-type]
-        prompts="animals", count=count, model=str(model), preset="official_code",
+    return draw_round(
+        folder, judged, "animals", count=count, model=str(model), preset="official_code",
         settings=settings, device="cpu", **more,
     )  # fmt: skip
-    return loop.new(folder, request)
 
 
 def say(folder: Path, answers: Sequence[Answer | None], rater: str = "Ann") -> None:
     """Votes of one rater on the first items of a round; None is no vote."""
-    round_ = Round.read(folder)
-    place = {item.id: n for n, item in enumerate(round_.items)}
-    plan = Plan(votes_per_item=9, gold_every=0, repeat_every=0)
-    with LabelStore(default_url(folder), round_, plan) as store:
-        who = store.rater_of(store.invite(rater))
+    settings = HandoutSettings(votes_per_item=9, gold_every=0, repeat_every=0)
+    with open_labels(folder, None, settings, new=True) as store:
+        place = {item.id: n for n, item in enumerate(store.round.items)}
+        who = find_rater(store, token=invite(store, rater))
         assert who is not None
-        while hand := store.hand_out(who.id):
+        while hand := hand_out(store, who.id):
             number = place[hand.item.id]
             answer = answers[number] if number < len(answers) else None
-            store.vote(who.id, hand.id, answer, 5, hand.step)
+            cast_vote(store, who.id, hand.id, answer, 5, hand.step)
 
 
-def request(method: str = "d3po", passes: int = 1, **settings: str) -> training.Request:
+def learnable(folder: Path) -> training.Data:
+    """A round and its votes."""
+    return training.data_of(folder, scores_of(folder))
+
+
+def request(method: str = "d3po", passes: int = 1, **settings: str) -> training.TrainRequest:
     """A small training."""
-    return training.Request(
+    return training.TrainRequest(
         method=method, passes=passes, settings={**LEARN, **settings}, preset="official_code",
-        device="cpu",
+        device="cpu", tools=TOOLS,
     )  # fmt: skip
+
+
+def pixels(path: Path) -> Tensor:
+    """A picture, [3, h, w] uint8."""
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +123,7 @@ def drawn(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(drawn: Path) -> Path:
     """What D3PO learnt of it."""
     out = drawn / "trained" / "d3po"
-    training.train(loop.data(drawn, None, None), request(), out)
+    training.train(learnable(drawn), request(), out)
     return out
 
 
@@ -119,13 +143,13 @@ def test_a_round_holds_what_its_policy_did(drawn: Path) -> None:
     sampling = Sampling.read(drawn)
     model, policy = prepared(sampling, None, Execution(device="cpu"))
     kept = read_rollout(drawn, 1)
-    text = model.encode(sampling.prompts[2:4])
+    conditions = model.encode(sampling.prompts[2:4])
     for step in range(3):
         x = kept["latents"][:, 4, step]
-        found = policy.step(x, policy.timesteps[step].expand(2), text).mean
-        torch.testing.assert_close(found, kept["means"][:, 4, step], atol=1e-6, rtol=1e-5)
+        found = policy.step(x, torch.full((2,), step), conditions).mean
+        torch.testing.assert_close(found, kept["means"][:, 4, step], atol=1e-5, rtol=1e-5)
     image = model.decode(kept["latents"][1, 4, -1:])[0]
-    assert torch.equal(raters._read(drawn / "images" / "00003-4.png"), image)
+    assert torch.equal(pixels(drawn / "images" / "00003-4.png"), image)
 
 
 def test_a_second_call_changes_nothing_and_a_cut_one_goes_on_to_the_same_bytes(
@@ -142,8 +166,6 @@ def test_a_second_call_changes_nothing_and_a_cut_one_goes_on_to_the_same_bytes(
 
 
 def test_prompts_come_equally_often_and_in_another_order_in_another_round(micro: Path) -> None:
-    from d3po_bench.feedback.sampling import chosen_prompts
-
     known = ["a", "b", "c", "d"]
     drawn = [chosen_prompts(known, 10, 0, number) for number in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -153,11 +175,7 @@ def test_prompts_come_equally_often_and_in_another_order_in_another_round(micro:
 
 
 def test_a_safety_round_is_blurred(micro: Path, tmp_path: Path) -> None:
-    request_ = loop.New(
-        judged=("tags", "unsafe"), prompts="animals", count=1, model=str(micro), settings=SMALL,
-        preset="official_code", device="cpu",
-    )  # fmt: skip
-    assert loop.new(tmp_path / "round", request_).blurred
+    assert draw(tmp_path / "round", micro, ("tags", "unsafe"), count=1).blurred
 
 
 # ---- learning
@@ -179,7 +197,7 @@ def test_the_reference_costs_no_pass_of_the_network(trained: Path) -> None:
 
 
 def test_the_first_loss_is_log_2_and_winners_gain(drawn: Path, tmp_path: Path) -> None:
-    data = loop.data(drawn, None, None)
+    data = learnable(drawn)
     training.train(data, request(passes=6, units_per_update="16"), tmp_path / "run")
     lines = [line for line in RunStore(tmp_path / "run").metrics if "loss" in line]
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -197,24 +215,25 @@ def test_the_next_round_goes_on_from_what_was_learnt(
     changed = [w for n, w in before.weights.items() if "lora_B" in n and w.abs().max() > 0]
     assert changed
     say(tmp_path / "round-2", [(0,), (1,), (2,), (3,)])
-    data = loop.data(tmp_path / "round-2", None, None)
+    data = learnable(tmp_path / "round-2")
     config, execution = training.planned(data, request())
-    trainer = training.FeedbackTrainer(data, config, execution)
+    trainer = Trainer(config, execution, data.experience(config), torch.device("cpu"))
     for name, weight in trainer.model.trainable().items():
         assert torch.equal(weight, before.weights[name])
     policy: Policy = trainer.policy
     kept = read_rollout(tmp_path / "round-2", 0)
-    text = trainer.model.encode(second.prompts[:2])
-    x, t = kept["latents"][:, 0, 1], policy.timesteps[1].expand(2)
+    conditions = trainer.model.encode(second.prompts[:2])
+    x, number = kept["latents"][:, 0, 1], torch.ones(2, dtype=torch.int64)
     torch.testing.assert_close(
-        policy.step(x, t, text).mean, kept["means"][:, 0, 1], atol=1e-6, rtol=1e-5
+        policy.step(x, number, conditions).mean, kept["means"][:, 0, 1], atol=1e-5, rtol=1e-5
     )
-    assert not torch.allclose(policy.step(x, t, text, frozen=True).mean, kept["means"][:, 0, 1])
+    base = policy.step(x, number, conditions, weights="base").mean
+    assert not torch.allclose(base, kept["means"][:, 0, 1], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["preferred_images", "reward_weighted", "ddpo", "dpok"])
 def test_other_methods_learn_from_the_same_votes(method: str, drawn: Path, tmp_path: Path) -> None:
-    training.train(loop.data(drawn, None, None), request(method), tmp_path / "run")
+    training.train(learnable(drawn), request(method), tmp_path / "run")
     weights = RunStore(tmp_path / "run").load_checkpoint()
     assert weights is not None
     assert any(w.abs().max() > 0 for n, w in weights[0].items() if "lora_B" in n)
@@ -230,7 +249,7 @@ def test_a_cut_training_goes_on_to_the_same_bytes(
         if progress.done > 0.6:
             raise CutError
 
-    data = loop.data(drawn, None, None)
+    data = learnable(drawn)
     with pytest.raises(CutError):
         training.train(data, request(), tmp_path / "run", cut)
     training.train(data, request(), tmp_path / "run")
@@ -238,10 +257,10 @@ def test_a_cut_training_goes_on_to_the_same_bytes(
 
 
 def test_other_votes_are_another_training(drawn: Path, trained: Path) -> None:
-    data = loop.data(drawn, None, None)
+    data = learnable(drawn)
     other = training.Data(data.folder, data.sampling, -data.scores)
     before = files(trained)
-    with pytest.raises(UserError, match="Expected the votes that the training"):
+    with pytest.raises(UserError, match="began with other votes"):
         training.train(other, request(), trained)
     training.train(data, request(), trained)
     assert files(trained) == before
@@ -253,7 +272,7 @@ def test_label_files_of_the_published_code_train_as_the_same_votes_do(
     rows = [[-1, -1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, -1], [0] * 7]
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "ann.json").write_text(json.dumps(rows))
-    data = loop.data(drawn, None, tmp_path / "labels")
+    data = training.data_of(drawn, read_label_files(tmp_path / "labels"))
     training.train(data, request(), tmp_path / "run")
     name = "metrics.jsonl"
     assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
@@ -262,84 +281,72 @@ def test_label_files_of_the_published_code_train_as_the_same_votes_do(
 # ---- simulated raters
 
 
-def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A rule for tests: bright is good."""
-    return images.float().mean((1, 2, 3)) - 200
+def votes(
+    folder: Path, kind: Kind, pool: Sequence[Annotator], number: int = 8
+) -> tuple[dict[str, Tensor], list[tuple[str, str, Answer]]]:
+    """How good the images of a new round are, by item, and what a pool says of them."""
+    round_ = new_round(folder, kind, number, size=4)
+    worth = {
+        item.id: torch.randn(round_.images_per_item, generator=torch.manual_seed(n))
+        for n, item in enumerate(round_.items)
+    }
+    settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
+    with open_labels(folder, None, settings, new=True) as store:
+        expected = number * len(pool)
+        assert simulated.let_vote(store, worth, pool, seed=0) == expected
+        found = effective_votes(store)
+        assert simulated.let_vote(store, worth, pool, seed=0) == 0
+    assert len({(vote.rater, vote.item) for vote in found}) == len(found) == expected
+    return worth, sorted((vote.rater, vote.item, vote.answer) for vote in found)
 
 
-@pytest.fixture
-def bright(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every question is answered by `brightness`."""
-    monkeypatch.setattr(raters, "RULES", dict.fromkeys(raters.RULES, brightness))
+def right(worth: Tensor) -> Answer:
+    """What a rater without errors says."""
+    if len(worth) == 2:
+        return "a" if worth[0] > worth[1] else "b"
+    return tuple((worth <= 0).nonzero().squeeze(1).tolist())
 
 
-def votes(folder: Path, pool: Sequence[Annotator], seed: int = 0) -> list[Any]:
-    """What a pool says, by rater and item."""
-    loop.simulate(folder, None, pool, seed)
-    with loop.votes_of(folder, None) as store:
-        found = store.effective_votes()
-    return sorted((vote.rater, vote.item, vote.answer) for vote in found)
-
-
-@pytest.mark.usefixtures("bright")
 @pytest.mark.parametrize("kind", ["tags", "pairs"])
-def test_without_errors_raters_say_what_the_rule_says(kind: Any, tmp_path: Path) -> None:
-    round_ = new_round(tmp_path, kind, 8)
-    worth = raters.worths(tmp_path, round_, brightness)
-    for _, item, answer in votes(tmp_path, [Annotator()]):
-        if kind == "tags":
-            assert answer == tuple((worth[item] <= 0).nonzero().squeeze(1).tolist())
-        else:
-            assert answer == ("a" if worth[item][0] > worth[item][1] else "b")
+def test_without_errors_raters_say_what_the_rule_says_and_with_error_1_the_opposite(
+    kind: Kind, tmp_path: Path
+) -> None:
+    worth, found = votes(tmp_path / "right", kind, [Annotator()])
+    assert [said for _, _, said in found] == [right(worth[item]) for _, item, _ in found]
+    worth, found = votes(tmp_path / "wrong", kind, [Annotator(error=1.0)])
+    assert [said for _, _, said in found] == [right(-worth[item]) for _, item, _ in found]
 
 
-@pytest.mark.usefixtures("bright")
-@pytest.mark.parametrize("kind", ["tags", "pairs"])
-def test_with_error_1_they_say_the_opposite(kind: Any, tmp_path: Path) -> None:
-    for name in ("right", "wrong"):
-        new_round(tmp_path / name, kind, 8)
-    right = votes(tmp_path / "right", [Annotator()])
-    wrong = votes(tmp_path / "wrong", [Annotator(error=1.0)])
-    flipped = {"a": "b", "b": "a"}
-    for (_, _, one), (_, _, other) in zip(right, wrong, strict=True):
-        expected = flipped[one] if kind == "pairs" else tuple(set(range(7)) - set(one))
-        assert other == expected
-
-
-@pytest.mark.usefixtures("bright")
 def test_errors_come_as_often_as_stated_and_differ_between_raters(tmp_path: Path) -> None:
-    for name in ("right", "wrong"):
-        new_round(tmp_path / name, "tags", 60)
-    right = {item: set(said) for _, item, said in votes(tmp_path / "right", [Annotator()])}
-    found = votes(tmp_path / "wrong", [Annotator(error=0.2)] * 2)
-    wrong = [len(right[item] ^ set(said)) for _, item, said in found]
+    worth, found = votes(tmp_path, "tags", [Annotator(error=0.2)] * 2, number=60)
+    wrong = [len(set(right(worth[item])) ^ set(said)) for _, item, said in found]
     assert sum(wrong) / (2 * 60 * 7) == pytest.approx(0.2, abs=0.05)
     by_rater = [[said for who, _, said in found if who.endswith(n)] for n in ("1", "2")]
     assert by_rater[0] != by_rater[1]
 
 
-@pytest.mark.usefixtures("bright")
 def test_a_biased_rater_takes_the_left_one(tmp_path: Path) -> None:
-    new_round(tmp_path, "pairs", 20)
-    loop.simulate(tmp_path, None, [Annotator(first=1.0)], 0)
-    with loop.votes_of(tmp_path, None) as store:
-        for vote in store.effective_votes():
+    votes(tmp_path, "pairs", [Annotator(first=1.0)], number=20)
+    with open_labels(tmp_path, None) as store:
+        for vote in effective_votes(store):
             assert vote.answer == "ab"[vote.shown[0]]
 
 
-@pytest.mark.usefixtures("bright")
-def test_every_rater_judges_every_item_once_and_a_second_call_adds_nothing(tmp_path: Path) -> None:
-    new_round(tmp_path, "tags", 5)
-    pool = [Annotator(error=0.3)] * 3
-    first = votes(tmp_path, pool)
-    assert len(first) == len({(who, item) for who, item, _ in first}) == 15
-    assert votes(tmp_path, pool) == first
+def test_pictures_are_judged_by_the_rule_of_the_question(tmp_path: Path) -> None:
+    """Red is unsafe, here on the second picture of each pair."""
+    round_ = new_round(tmp_path, "pairs", 2, question="unsafe")
+    for item in round_.items:
+        for name, colour in zip(item.images, ("white", "red"), strict=True):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    assert simulated.simulate(tmp_path, None, [Annotator()], 0, TOOLS) == 2
+    with open_labels(tmp_path, None) as store:
+        assert [vote.answer for vote in effective_votes(store)] == ["a", "a"]
 
 
-@pytest.mark.parametrize("error", [-0.1, 1.5, math.nan])
-def test_what_is_no_probability_is_refused(error: float) -> None:
-    with pytest.raises(UserError, match="Expected error from 0 to 1"):
-        Annotator(error=error)
+def test_errors_are_probabilities() -> None:
+    for error in (-0.1, 1.5, math.nan):
+        with pytest.raises(UserError, match="error is a probability"):
+            Annotator(error=error)
 
 
 def test_red_pictures_are_called_unsafe() -> None:
@@ -347,7 +354,7 @@ def test_red_pictures_are_called_unsafe() -> None:
     images[0, 0, :2] = 200  # a fifth is red
     images[1, 0, :1] = 200  # a tenth
     images[2] = 255  # white is not red
-    worth = raters.harmless(images, [""] * 3)
+    worth = simulated.harmless(images, [""] * 3, TOOLS)
     assert (worth > 0).tolist() == [False, True, True]
 
 
@@ -367,28 +374,27 @@ def source(folder: Path, texts: Sequence[str], first: int = 0) -> Path:
 
 def test_four_folders_give_every_pair_of_them(tmp_path: Path) -> None:
     sources = [source(tmp_path / name, ["cat", "dog"], 10 * n) for n, name in enumerate("abcd")]
-    request_ = loop.New(judged=("pairs", "better"), prompts=None, pictures=sources, settings={})
-    round_ = loop.new(tmp_path / "round", request_)
+    round_ = comparisons.take(tmp_path / "round", sources, PAIRS)
     assert [item.id for item in round_.items[:6]] == [
         "00000-0-1", "00000-0-2", "00000-0-3", "00000-1-2", "00000-1-3", "00000-2-3",
     ]  # fmt: skip
     assert [item.prompt for item in round_.items] == ["cat"] * 6 + ["dog"] * 6
-    shown = raters._read(tmp_path / "round" / round_.items[-1].images[1])
-    assert torch.equal(shown, raters._read(sources[3] / "1.png"))
-    assert loop.checked(tmp_path / "round") == round_
+    shown = pixels(tmp_path / "round" / round_.items[-1].images[1])
+    assert torch.equal(shown, pixels(sources[3] / "1.png"))
+    require_pictures(tmp_path / "round")
+    assert Round.read(tmp_path / "round") == round_
 
 
 def test_first_choices_by_hand(tmp_path: Path) -> None:
     """Of three: Ann prefers the last in both its duels; Bob's wins go round, so all share."""
     sources = [source(tmp_path / name, ["cat", "dog"], 10 * n) for n, name in enumerate("abc")]
     folder = tmp_path / "round"
-    request_ = loop.New(judged=("pairs", "better"), prompts=None, pictures=sources, settings={})
-    loop.new(folder, request_)
+    comparisons.take(folder, sources, PAIRS)
     refused("feedback", "choices", folder, match="compared all pictures of a prompt")
     say(folder, ["a", "b", "b", "tie", "bad"], rater="Ann")  # the last pair of the dogs is skipped
     say(folder, ["a", "b", "a", "b", "b", "tie"], rater="Bob")
-    with loop.votes_of(folder, None) as store:
-        found = pictures.first_choices(store.round, store.effective_votes(), 3)
+    with open_labels(folder, None) as store:
+        found = comparisons.first_choices(effective_votes(store), 3)
     third = 1 / 3
     expected = {
         "00000": [(0 + third) / 2, (0 + third) / 2, (1 + third) / 2],
@@ -411,33 +417,30 @@ def test_first_choices_by_hand(tmp_path: Path) -> None:
     )
     assert {row["raters"] for row in rows} == {"people"}
     say(folder, [None] * 5 + ["a"], rater="simulated 2")
-    assert {s.raters for s in loop.choices(folder, None)} == {"simulated"}
+    with open_labels(folder, None) as store:
+        assert {s.raters for s in comparisons.choices(store, folder)} == {"simulated"}
 
 
-@pytest.mark.parametrize(
-    ("names", "pool"),
-    [(["Ann"], "people"), (["Ann", "simulated 12"], "simulated"), (["simulated Ann"], "people")],
-)
-def test_one_simulated_rater_makes_a_pool_simulated(names: list[str], pool: str) -> None:
-    assert raters.pool_of(names) == pool
+def test_one_simulated_rater_makes_a_pool_simulated() -> None:
+    assert simulated.pool_of(["Ann"]) == simulated.pool_of(["simulated Ann"]) == "people"
+    assert simulated.pool_of(["Ann", "simulated 12"]) == "simulated"
 
 
 def test_only_rounds_of_folders_in_pairs_have_first_choices(tmp_path: Path) -> None:
     sources = [source(tmp_path / name, ["cat", "dog"]) for name in "abc"]
-    tags = loop.New(judged=("tags", "deformed"), prompts=None, pictures=sources, settings={})
-    loop.new(tmp_path / "tags", tags)
+    comparisons.take(tmp_path / "tags", sources, TAGS)
     say(tmp_path / "tags", [(0,), ()])
-    refused("feedback", "choices", tmp_path / "tags", match="got a round of other items")
-    pairs = loop.New(judged=("pairs", "better"), prompts=None, pictures=sources, settings={})
-    loop.new(tmp_path / "pairs", pairs)
-    (tmp_path / "pairs" / pictures.SOURCES).write_text('["a", "b"]')
-    refused("feedback", "choices", tmp_path / "pairs", match="got a round of other items")
+    refused("feedback", "choices", tmp_path / "tags", match="does not compare every two of the 3")
+    comparisons.take(tmp_path / "pairs", sources, PAIRS)
+    (tmp_path / "pairs" / comparisons.SOURCES).write_text('["a", "b"]')
+    refused("feedback", "choices", tmp_path / "pairs", match="does not compare every two of the 2")
+    new_round(tmp_path / "plain", "pairs", 1)
+    refused("feedback", "choices", tmp_path / "plain", match="does not compare folders")
 
 
 def test_a_folder_alone_is_tagged_by_its_texts(tmp_path: Path) -> None:
     one = source(tmp_path / "a", ["cat", "cat", "dog", "dog"])
-    request_ = loop.New(judged=("tags", "deformed"), prompts=None, pictures=[one], settings={})
-    round_ = loop.new(tmp_path / "round", request_)
+    round_ = comparisons.take(tmp_path / "round", [one], TAGS)
     assert [(item.prompt, len(item.images)) for item in round_.items] == [("cat", 2), ("dog", 2)]
 
 
@@ -446,31 +449,17 @@ def test_a_folder_alone_is_tagged_by_its_texts(tmp_path: Path) -> None:
 
 def refused(*arguments: object, match: str) -> None:
     """The command ends in one line that says `match`."""
-    from d3po_bench import cli as module
-
-    runner = CliRunner()
-
-    def main(args: Sequence[str]) -> None:
-        module.main(args)
-
-    import click
-
-    @click.command(context_settings={"ignore_unknown_options": True})
-    @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-    def wrapped(args: Sequence[str]) -> None:
-        main(args)
-
-    result = runner.invoke(wrapped, [str(a) for a in arguments])
-    assert result.exit_code == 2, result.output
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert match in result.stderr
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    assert end.value.code == 2
+    assert errors.getvalue().count("\n") == 1, errors.getvalue()
+    assert match in errors.getvalue()
 
 
 @pytest.fixture
 def own(drawn: Path, tmp_path: Path) -> Path:
     """A copy of the round, to damage."""
-    import shutil
-
     shutil.copytree(drawn, tmp_path / "own", ignore=shutil.ignore_patterns("trained"))
     return tmp_path / "own"
 
@@ -481,56 +470,71 @@ def test_altered_or_missing_files_are_named(own: Path) -> None:
     image.write_bytes((own / "images" / "00001-3.png").read_bytes())
     commands = ("train", "export", "serve", "status", "simulate")
     for command in commands:
-        refused("feedback", command, own, match="00001-2.png as it was drawn, got another content")
+        refused("feedback", command, own, match="00001-2.png was changed")
     image.unlink()
     for command in commands:
         refused("feedback", command, own, match="00001-2.png")
     image.write_bytes(before)
     stored.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    refused("feedback", "train", own, match="00000.safetensors as it was drawn")
+    refused("feedback", "train", own, match="00000.safetensors was changed")
 
 
 def test_labels_that_do_not_belong_to_the_round_are_refused(own: Path, tmp_path: Path) -> None:
     new_round(tmp_path / "other", "tags", 3)
     say(tmp_path / "other", [()])
     url = default_url(tmp_path / "other")
-    refused("feedback", "train", own, "--labels", url, match="Expected the labels of this round")
+    refused("feedback", "train", own, "--labels", url, match="are not of this round")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "ann.json").write_text("[[0, -1]]")
-    refused("feedback", "train", own, "--label-files", tmp_path / "files", match="got 1 x 2")
+    refused(
+        "feedback", "train", own, "--label-files", tmp_path / "files", match="are of 1 x 2 images"
+    )
     (tmp_path / "files" / "ann.json").write_text(json.dumps([[0] * 7] * 9))
-    refused("feedback", "train", own, "--label-files", tmp_path / "files", match="got 9 x 7")
+    refused(
+        "feedback", "train", own, "--label-files", tmp_path / "files", match="are of 9 x 7 images"
+    )
 
 
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [("item", "99999"), ("answer", "garbage"), ("answer", "null"), ("answer", "[9]"),
-     ("answer", "[1, 1]"), ("shown", "[0]")],
-)  # fmt: skip
-def test_a_vote_on_something_else_is_refused(own: Path, column: str, value: str) -> None:
-    import sqlite3
+def test_votes_on_something_else_are_refused(own: Path) -> None:
+    faults = [
+        ("item", "99999"), ("answer", "garbage"), ("answer", "null"), ("answer", "[9]"),
+        ("answer", "[1, 1]"), ("answer", "[" * 100_000), ("shown", "[0]"), ("shown", "0"),
+        ("repeat", "x"), ("milliseconds", "x"), ("time", "x"),
+    ]  # fmt: skip
+    whole = (own / "labels.sqlite").read_bytes()
+    for column, value in faults:
+        (own / "labels.sqlite").write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(own / "labels.sqlite")) as connection:
+            connection.execute(f"update votes set {column} = ?", (value,))
+            connection.commit()
+        damaged = (own / "labels.sqlite").read_bytes()
+        for command in ("train", "export", "status"):
+            refused("feedback", command, own, match="does not fit this round")
+        assert (own / "labels.sqlite").read_bytes() == damaged
 
-    with sqlite3.connect(own / "labels.sqlite") as connection:
-        connection.execute(f"update votes set {column} = ?", (value,))
-        before = connection.execute("select * from votes").fetchall()
-    for command in ("train", "export", "status"):
-        refused("feedback", command, own, match="Expected votes on this round's items")
-    with sqlite3.connect(own / "labels.sqlite") as connection:
-        assert connection.execute("select * from votes").fetchall() == before
+
+def test_a_damaged_database_is_said_in_one_line(own: Path) -> None:
+    labels = own / "labels.sqlite"
+    whole = labels.read_bytes()
+    for start in range(4096, len(whole), 4096):  # all pages but the first, one at a time
+        labels.write_bytes(whole[:start] + b"\xff" * 4096 + whole[start + 4096 :])
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+            main(["feedback", "status", str(own)])
+        assert said.getvalue().count("\n") <= 1, said.getvalue()
+    labels.write_bytes(whole[: len(whole) // 2])
+    refused("feedback", "status", own, match="as a database: ")
 
 
 def test_a_database_of_a_newer_version_is_refused(own: Path) -> None:
-    import sqlite3
-
     with sqlite3.connect(own / "labels.sqlite") as connection:
         connection.execute("update facts set value = '99' where name = 'version'")
     for command in ("train", "export", "status"):
-        refused("feedback", command, own, match="got version 99")
+        refused("feedback", command, own, match="have version 99")
 
 
 def test_a_round_without_votes_cannot_be_learnt_from(own: Path) -> None:
     (own / "labels.sqlite").unlink()
-    refused("feedback", "train", own, match="Expected votes on the round")
+    refused("feedback", "train", own, match="Nobody has voted on the round")
 
 
 @pytest.mark.parametrize("method", ["d3po", "preferred_images", "reward_weighted", "ddpo"])
@@ -541,12 +545,13 @@ def test_ties_alone_teach_only_who_compares_with_the_round(
     (tmp_path / "ann.json").write_text(json.dumps([[0] * 7, [-1] * 7]))
     train = ("feedback", "train", own, "--method", method, "--label-files", tmp_path)
     if method in ("d3po", "preferred_images"):
-        refused(*train, match=f"got ties alone: {method} has nothing to learn")
+        refused(*train, match=f"are ties, from which {method} learns nothing")
     else:
-        training.train(loop.data(own, None, tmp_path), request(method=method), tmp_path / "run")
+        data = training.data_of(own, read_label_files(tmp_path))
+        training.train(data, request(method=method), tmp_path / "run")
         assert RunStore(tmp_path / "run").metrics[-1]["pairs"] > 0
     (tmp_path / "ann.json").write_text(json.dumps([[-1] * 7] * 2))
-    refused(*train, "--out", tmp_path / "other", match="got ties alone")
+    refused(*train, "--out", tmp_path / "other", match="are ties, from which")
 
 
 @pytest.mark.parametrize("command", ["status", "export", "train"])
@@ -554,7 +559,7 @@ def test_labels_that_are_not_there_are_refused_and_not_made(
     command: str, own: Path, tmp_path: Path
 ) -> None:
     url = f"sqlite:///{tmp_path / 'typo.sqlite'}"
-    refused("feedback", command, own, "--labels", url, match="typo.sqlite, got no such file")
+    refused("feedback", command, own, "--labels", url, match="There are no labels at")
     assert not (tmp_path / "typo.sqlite").exists()
 
 
@@ -565,7 +570,8 @@ def test_rows_that_not_all_label_files_have_are_left_out_and_said_so(
     (tmp_path / "ann.json").write_text(json.dumps(rows))
     (tmp_path / "bob.json").write_text(json.dumps(rows[:2]))
     said: list[str] = []
-    assert len(loop.data(own, None, tmp_path, said.append).prompts) == 2
+    data = training.data_of(own, read_label_files(tmp_path, said.append))
+    assert len(data.experience(data.sampling.config("d3po")).prompts) == 2
     left = f"Only the first 2 of up to 3 rows are in all files of {tmp_path}: the rest is left out."
     assert said == [left]
 
@@ -586,26 +592,23 @@ def test_without_its_extra_feedback_is_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Expected the extra `feedback` to be installed, got no")
+    assert done.stderr.startswith("error: The extra `feedback` is not installed: there is no")
     assert done.stderr.count("\n") == 1
 
 
 def test_an_empty_round_and_no_round_are_refused(own: Path, tmp_path: Path) -> None:
     whole = json.loads((own / "round.json").read_text())
     (own / "round.json").write_text(json.dumps({**whole, "items": []}))
-    refused("feedback", "status", own, match="at least one item")
+    refused("feedback", "status", own, match="at least 1 item")
     refused("feedback", "status", tmp_path / "nothing", match="no round.json")
 
 
 def test_a_folder_with_another_round_is_left_alone(own: Path, micro: Path) -> None:
     before = files(own)
-    with pytest.raises(UserError, match="one with other prompts"):
+    with pytest.raises(UserError, match="its prompts differ"):
         draw(own, micro, count=3)
     with pytest.raises(UserError, match="kind or question"):
-        loop.new(own, loop.New(
-            judged=("tags", "better"), prompts="animals", count=4, model=str(micro),
-            preset="official_code", settings=SMALL, device="cpu",
-        ))  # fmt: skip
+        draw(own, micro, ("tags", "better"))
     assert files(own) == before
 
 
@@ -622,38 +625,46 @@ def test_only_a_finished_training_can_draw_the_next_round(own: Path, trained: Pa
     refused(
         "feedback", "new", own / "next", *more, "--from", own, match="finished `feedback train`"
     )
-    refused("feedback", "new", own / "next", match="Expected --prompts")
+    refused("feedback", "new", own / "next", match="Give --prompts")
     refused(
-        "feedback", "new", own / "next", *more, "--kind", "pairs", "--images", "3", match="pairs"
+        "feedback",
+        "new",
+        own / "next",
+        *more,
+        "--kind",
+        "pairs",
+        "--images",
+        "3",
+        match="A pair has 2",
     )
 
 
-def test_pictures_are_not_learnt_from(tmp_path: Path) -> None:
+def test_pictures_from_elsewhere_are_not_trained_on(tmp_path: Path) -> None:
     new_round(tmp_path, "tags", 2)
     say(tmp_path, [(0,), ()])
-    refused("feedback", "train", tmp_path, match="judged, but not learnt from")
+    refused("feedback", "train", tmp_path, match="judged, but not trained on")
 
 
 def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
     one, two = source(tmp_path / "a", ["cat"]), source(tmp_path / "b", ["dog"])
     command = ("feedback", "new", tmp_path / "round", "--kind", "pairs", "--pictures")
-    refused(*command, one, "--pictures", two, match="the same texts")
+    refused(*command, one, "--pictures", two, match="in the same order")
     refused(*command, tmp_path, match="metadata.csv")
     (one / "metadata.csv").write_text("file_name,text\n../b/0.png,cat\n")
-    refused(*command, one, match="Expected a picture inside")
+    refused(*command, one, match="which is not a picture inside")
     (one / "metadata.csv").write_text("file_name,text\n0.png\n")
-    refused(*command, one, match="got '0.png' alone")
+    refused(*command, one, match="has no text for '0.png'")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\x1b[31m\n")
-    refused(*command, one, match="without control characters")
+    refused(*command, one, match="holds the control character")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\n")
     (one / "0.png").write_bytes(b"no picture")
-    refused(*command, one, "--pictures", one, match="Expected a picture in")
+    refused(*command, one, "--pictures", one, match="cannot be read as a picture")
     assert not (tmp_path / "round" / "round.json").exists()
 
 
 def test_votes_cannot_be_an_objective_of_a_run(tmp_path: Path) -> None:
     more = ("--method", "d3po", "--objective", "feedback", "--out", tmp_path)
-    refused("run", *more, match="Expected an objective")
+    refused("run", *more, match="No objective is called")
 
 
 def test_export_writes_every_vote(own: Path, tmp_path: Path) -> None:

@@ -19,19 +19,27 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx2 import Response
 from itsdangerous import URLSafeTimedSerializer
-from sqlalchemy.exc import OperationalError
 
 from d3po_bench.errors import UserError
-from d3po_bench.feedback import server
-from d3po_bench.feedback.labels import LabelStore, Plan
+from d3po_bench.feedback.handout import find_hand
+from d3po_bench.feedback.invitations import (
+    disable,
+    find_rater,
+    invite,
+    invite_admin,
+    raters,
+)
+from d3po_bench.feedback.page import server
+from d3po_bench.feedback.page.routes import QUESTIONS
+from d3po_bench.feedback.page.sessions import COOKIE, Limiter, Limits, Sessions, session_key
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.server import Limits
-from d3po_bench.feedback.sessions import COOKIE, Limiter, Sessions, session_key
+from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
+from d3po_bench.feedback.votes import effective_votes
 from tests import feedback_load
 from tests.feedback_round import new_round, picture
 
 KEY = b"k" * 32
-PLAIN = Plan(votes_per_item=2, gold_every=0, repeat_every=0)
+PLAIN = HandoutSettings(votes_per_item=2, gold_every=0, repeat_every=0)
 FORM = "application/x-www-form-urlencoded"
 
 
@@ -53,7 +61,7 @@ class Site:
         return client
 
     def rater(self, name: str = "Ann") -> TestClient:
-        return self.browser(self.store.invite(name))
+        return self.browser(invite(self.store, name))
 
     def votes(self) -> list[tuple[Any, ...]]:
         with sqlite3.connect(self.folder / "labels.sqlite") as connection:
@@ -64,7 +72,7 @@ class Site:
 
 def site(folder: Path, kind: Any = "tags", **options: Any) -> Iterator[Site]:
     round_ = new_round(folder, kind, options.pop("number", 4), size=4, **options)
-    with LabelStore(server.default_url(folder), round_, PLAIN) as store:
+    with LabelStore(default_url(folder), round_, PLAIN) as store:
         yield Site(folder, round_, store)
 
 
@@ -112,7 +120,7 @@ def test_without_a_session_there_is_only_the_way_in(tags: Site) -> None:
 
 
 def test_an_invitation_opens_a_session_in_a_guarded_cookie(tags: Site) -> None:
-    token = tags.store.invite("Ann")
+    token = invite(tags.store, "Ann")
     response = tags.browser().post("/join", data={"token": f" {token}\n"})
     assert (response.status_code, response.headers["location"]) == (303, "/")
     cookie = response.headers["set-cookie"]
@@ -134,10 +142,10 @@ def test_tags_are_stored_in_the_items_own_order(tags: Site) -> None:
     for key in ("1", "7", "Enter", "s", "u"):
         assert f'data-keys="{key}"' in page
     form = fields(ann)
-    hand = tags.store.hand(1, int(form["hand"]))
+    hand = find_hand(tags.store, 1, int(form["hand"]))
     response = ann.post("/vote", data={**form, "tag": ["0", "6"]})
     assert (response.status_code, response.headers["location"]) == (303, "/")
-    (vote,) = tags.store.effective_votes()
+    (vote,) = effective_votes(tags.store)
     assert vote.answer == tuple(sorted((hand.shown[0], hand.shown[6])))
     assert (vote.rater, vote.item, vote.milliseconds) == ("Ann", hand.item.id, 1200)
     assert "1 done" in ann.get("/").text
@@ -145,7 +153,7 @@ def test_tags_are_stored_in_the_items_own_order(tags: Site) -> None:
 
 def test_pictures_are_served_by_their_place(tags: Site) -> None:
     ann = tags.rater()
-    hand = tags.store.hand(1, int(fields(ann)["hand"]))
+    hand = find_hand(tags.store, 1, int(fields(ann)["hand"]))
     for place in (0, 6):
         response = ann.get(f"/image/{hand.id}/{place}")
         path = tags.folder / hand.item.images[hand.shown[place]]
@@ -159,9 +167,9 @@ def test_a_choice_is_of_the_picture_whatever_the_side(pairs: Site, place: int) -
     sides = set()
     for _ in range(4):
         form = fields(ann)
-        hand = pairs.store.hand(1, int(form["hand"]))
+        hand = find_hand(pairs.store, 1, int(form["hand"]))
         ann.post("/vote", data={**form, "answer": str(place)})
-        vote = pairs.store.effective_votes()[-1]
+        vote = effective_votes(pairs.store)[-1]
         assert vote.shown == hand.shown
         assert vote.answer == "ab"[hand.shown[place]]
         sides.add(vote.answer)
@@ -174,10 +182,10 @@ def test_tie_both_bad_skip_and_undo(pairs: Site) -> None:
     for answer in ("tie", "bad"):
         ann.post("/vote", data={**fields(ann), "answer": answer})
     ann.post("/skip", data=fields(ann))
-    assert [vote.answer for vote in pairs.store.effective_votes()] == ["tie", "bad"]
+    assert [vote.answer for vote in effective_votes(pairs.store)] == ["tie", "bad"]
     for _ in range(2):
         assert ann.post("/undo", data=undo(ann)).status_code == 303
-    assert [vote.answer for vote in pairs.store.effective_votes()] == ["tie"]
+    assert [vote.answer for vote in effective_votes(pairs.store)] == ["tie"]
     assert [kind for _, _, kind, _ in pairs.votes()] == ["vote", "vote", "skip", "undo", "undo"]
 
 
@@ -198,9 +206,9 @@ def test_unsafe_pictures_are_blurred_until_asked(tmp_path: Path) -> None:
 
 
 def test_every_kind_and_question_has_its_words(tmp_path: Path) -> None:
-    for n, (kind, question) in enumerate(server.QUESTIONS):
+    for n, (kind, question) in enumerate(QUESTIONS):
         for made in site(tmp_path / str(n), kind, question=question, number=1):
-            assert server.QUESTIONS[kind, question][0] in made.rater().get("/").text
+            assert QUESTIONS[kind, question][0] in made.rater().get("/").text
 
 
 def test_signing_out_ends_the_session_in_the_browser(tags: Site) -> None:
@@ -210,14 +218,14 @@ def test_signing_out_ends_the_session_in_the_browser(tags: Site) -> None:
     assert ann.get("/").headers["location"] == "/join"
 
 
-def test_a_new_invitation_and_keeping_out_end_a_session(tags: Site) -> None:
+def test_a_new_invitation_or_a_block_ends_a_session(tags: Site) -> None:
     ann, bob = tags.rater("Ann"), tags.rater("Bob")
     form = fields(ann)
-    tags.store.invite("Ann")
+    invite(tags.store, "Ann")
     refused(ann.get("/"), 401)
     refused(ann.post("/vote", data=form), 401)
     form = fields(bob)
-    tags.store.disable("Bob")
+    disable(tags.store, "Bob")
     refused(bob.post("/vote", data=form), 401)
     assert tags.votes() == []
 
@@ -233,13 +241,13 @@ def test_a_prompt_is_text_whatever_is_in_it(tmp_path: Path) -> None:
         assert "&lt;script&gt;alert" in page
         assert "<b onclick" not in page
         assert page.count("<img ") == 7
-        admin = made.browser(made.store.invite_admin()).get("/admin").text
+        admin = made.browser(invite_admin(made.store)).get("/admin").text
         assert "&lt;b onclick=" in admin
         assert "<b onclick" not in admin
 
 
 def test_every_answer_carries_the_headers_and_no_page_has_inline_script(tags: Site) -> None:
-    ann, admin = tags.rater(), tags.browser(tags.store.invite_admin())
+    ann, admin = tags.rater(), tags.browser(invite_admin(tags.store))
     answers = [
         ann.get("/"), ann.get("/join"), ann.get("/nothing"), ann.get("/static/page.js"),
         ann.get("/image/1/0"), ann.post("/vote"), admin.get("/admin"), ann.put("/vote"),
@@ -274,83 +282,81 @@ def test_a_vote_with_anothers_session_is_refused(tags: Site) -> None:
     assert tags.votes() == []
 
 
-@pytest.mark.parametrize("key", [b"k" * 31, b"x" * 32, b""])
-def test_a_session_signed_by_somebody_else_is_none(tags: Site, key: bytes) -> None:
+def test_a_forged_cookie_is_no_session(tags: Site) -> None:
+    """Signed by somebody else, signed by us but of another shape, or nonsense."""
     form = fields(tags.rater())
-    payload = {"role": "rater", "rater": 1, "mark": "", "nonce": "n"}
-    eve = tags.browser()
-    eve.cookies.set(COOKIE, str(URLSafeTimedSerializer(key, salt="session").dumps(payload)))
-    refused(eve.post("/vote", data=form), 401)
+    like_ours = {"role": "rater", "rater": 1, "mark": "", "nonce": "n"}
+    payloads: tuple[Any, ...] = ([], {"role": "rater"}, "x", None)
+    signed = [(key, like_ours) for key in (b"k" * 31, b"x" * 32, b"")]
+    signed += [(KEY, payload) for payload in payloads]
+    cookies = [str(URLSafeTimedSerializer(k, salt="session").dumps(p)) for k, p in signed]
+    for cookie in [*cookies, "", "x", "a.b.c", "." * 5000, "eyJ9.x.y"]:
+        eve = tags.browser()
+        eve.cookies.set(COOKIE, cookie)
+        assert eve.get("/").headers["location"] == "/join"
+        refused(eve.post("/vote", data=form), 401)
     assert tags.votes() == []
 
 
-@pytest.mark.parametrize("cookie", ["", "x", "a.b.c", "." * 5000, "eyJ9.x.y"])
-def test_a_cookie_of_nonsense_is_no_session(tags: Site, cookie: str) -> None:
+def test_a_session_of_another_invitation_is_refused(tags: Site) -> None:
+    form = fields(tags.rater())
     eve = tags.browser()
-    eve.cookies.set(COOKIE, cookie)
-    assert eve.get("/").headers["location"] == "/join"
+    eve.cookies.set(COOKIE, Sessions(KEY).begin("rater", 1, "another hash"))
+    refused(eve.post("/vote", data=form), 401)
 
 
-def test_a_signed_cookie_of_another_shape_is_no_session() -> None:
-    payloads: tuple[Any, ...] = ([], {"role": "rater"}, "x", None)
-    for payload in payloads:
-        cookie = str(URLSafeTimedSerializer(KEY, salt="session").dumps(payload))
-        assert Sessions(KEY).read(cookie) is None
-
-
-@pytest.mark.parametrize("csrf", ["", "x", "0" * 64, "é"])
-@pytest.mark.parametrize("path", ["/vote", "/skip", "/undo", "/leave"])
-def test_a_forged_csrf_token_is_refused(tags: Site, csrf: str, path: str) -> None:
+def test_a_forged_csrf_token_is_refused(tags: Site) -> None:
     ann = tags.rater()
     ann.post("/vote", data=fields(ann))
     before = tags.votes()
-    refused(ann.post(path, data={**fields(ann), "csrf": csrf}), 403)
+    for path in ("/vote", "/skip", "/undo", "/leave"):
+        for csrf in ("", "x", "0" * 64, "é"):
+            refused(ann.post(path, data={**fields(ann), "csrf": csrf}), 403)
     assert tags.votes() == before
 
 
 def test_the_csrf_token_of_another_session_of_the_same_rater_is_refused(tags: Site) -> None:
-    token = tags.store.invite("Ann")
+    token = invite(tags.store, "Ann")
     one, two = tags.browser(token), tags.browser(token)
     refused(one.post("/vote", data={**fields(one), "csrf": fields(two)["csrf"]}), 403)
     assert tags.votes() == []
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"},
-     {"origin": "http://testserver.evil.example"}, {"origin": "http://[x"}],
-)  # fmt: skip
-def test_what_another_site_sends_is_refused(tags: Site, headers: dict[str, str]) -> None:
-    ann = tags.rater()
-    refused(ann.post("/vote", data=fields(ann), headers=headers), 403)
-    token = tags.store.invite("Bob")
-    refused(tags.browser().post("/join", data={"token": token}, headers=headers), 403)
+def test_what_another_site_sends_is_refused(tags: Site) -> None:
+    ann, token = tags.rater(), invite(tags.store, "Bob")
+    foreign = [
+        {"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"},
+        {"origin": "http://testserver.evil.example"}, {"origin": "http://[x"},
+    ]  # fmt: skip
+    for headers in foreign:
+        refused(ann.post("/vote", data=fields(ann), headers=headers), 403)
+        refused(tags.browser().post("/join", data={"token": token}, headers=headers), 403)
     assert tags.votes() == []
     same = {"origin": "http://testserver", "sec-fetch-site": "same-origin"}
     assert ann.post("/vote", data=fields(ann), headers=same).status_code == 303
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/image/1/../../round.json", "/image/1/..%2f..%2fround.json", "/image/..%2f..%2f1/0",
-     "/image/%2e%2e/%2e%2e/round.json", "/image/1/-1", "/image/1/7", "/image/1/0.png",
-     "/image/1/%00", "/image/1/٣", "/image/99999999999999999999999/0", "/image/4294967297/0",
-     "/image/0/0", "/image/x/0", "/static/../server.py", "/static/..%2fserver.py",
-     "/static/%2e%2e/server.py", "/static/", "/labels.sqlite", "/round.json", "/.session-key",
-     "/docs", "/openapi.json"],
-)  # fmt: skip
-def test_no_path_leads_elsewhere(tags: Site, path: str) -> None:
+def test_no_path_leads_elsewhere(tags: Site) -> None:
     ann = tags.rater()
     assert fields(ann)["hand"] == "1"
-    response = ann.get(path)
-    assert 400 <= response.status_code < 500
-    assert "def " not in response.text
-    assert '"items"' not in response.text
+    paths = [
+        "/image/1/../../round.json", "/image/1/..%2f..%2fround.json", "/image/..%2f..%2f1/0",
+        "/image/%2e%2e/%2e%2e/round.json", "/image/1/-1", "/image/1/7", "/image/1/0.png",
+        "/image/1/%00", "/image/1/٣", "/image/99999999999999999999999/0", "/image/4294967297/0",
+        "/image/0/0", "/image/x/0", "/static/../server.py", "/static/..%2fserver.py",
+        "/static/%2e%2e/server.py", "/static/", "/labels.sqlite", "/round.json", "/.session-key",
+        "/docs", "/openapi.json",
+    ]  # fmt: skip
+    for path in paths:
+        response = ann.get(path)
+        assert 400 <= response.status_code < 500, path
+        assert "def " not in response.text
+        assert '"items"' not in response.text
 
 
 def test_a_picture_that_became_a_link_to_elsewhere_is_gone(tags: Site) -> None:
     ann = tags.rater()
-    hand = tags.store.hand(1, int(fields(ann)["hand"]))
+    hand = find_hand(tags.store, 1, int(fields(ann)["hand"]))
     (tags.folder.parent / "secret.png").write_bytes(picture(5))
     path = tags.folder / hand.item.images[hand.shown[0]]
     path.unlink()
@@ -392,29 +398,30 @@ def test_the_same_undo_twice_takes_one_vote_back(tags: Site) -> None:
     assert [kind for _, _, kind, _ in tags.votes()] == ["vote", "vote", "undo"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"tag": "7"}, {"tag": "-1"}, {"tag": "x"}, {"tag": ["0", "99"]}, {"milliseconds": "-1"},
-     {"milliseconds": "99999999999"}, {"milliseconds": "1e3"}, {"step": "x"}, {"step": ["0", "0"]},
-     {"hand": ["1", "1"]}, {"csrf": ["a", "b"]}],
-)  # fmt: skip
-def test_malformed_fields_are_refused(tags: Site, change: dict[str, Any]) -> None:
+def test_malformed_fields_are_refused(tags: Site) -> None:
     ann = tags.rater()
-    refused(ann.post("/vote", data={**fields(ann), **change}), 400)
+    changes: list[dict[str, Any]] = [
+        {"tag": "7"}, {"tag": "-1"}, {"tag": "x"}, {"tag": ["0", "99"]}, {"milliseconds": "-1"},
+        {"milliseconds": "99999999999"}, {"milliseconds": "1e3"}, {"step": "x"},
+        {"step": ["0", "0"]}, {"hand": ["1", "1"]}, {"csrf": ["a", "b"]},
+    ]  # fmt: skip
+    for change in changes:
+        refused(ann.post("/vote", data={**fields(ann), **change}), 400)
     assert tags.votes() == []
 
 
-@pytest.mark.parametrize("answer", ["2", "a", "", "left", "-1", ["0", "1"]])
-def test_malformed_choices_are_refused(pairs: Site, answer: Any) -> None:
+def test_malformed_choices_are_refused(pairs: Site) -> None:
     ann = pairs.rater()
-    refused(ann.post("/vote", data={**fields(ann), "answer": answer}), 400)
+    answers: list[Any] = ["2", "a", "", "left", "-1", ["0", "1"]]
+    for answer in answers:
+        refused(ann.post("/vote", data={**fields(ann), "answer": answer}), 400)
     refused(ann.post("/vote", data=fields(ann)), 400)
     assert pairs.votes() == []
 
 
-@pytest.mark.parametrize(
-    ("body", "kind", "status"),
-    [
+def test_bodies_that_are_not_small_forms_are_refused(tags: Site) -> None:
+    ann = tags.rater()
+    bodies = [
         (b"x" * 20_000, FORM, 413),
         (b"csrf=" + b"x" * 5_000_000, FORM, 413),
         (b"a=1&" * 100, FORM, 400),
@@ -424,14 +431,10 @@ def test_malformed_choices_are_refused(pairs: Site, answer: Any) -> None:
         (b"{}", "application/json", 415),
         (b"--b\r\n\r\n--b--", "multipart/form-data; boundary=b", 415),
         (b"x", "", 415),
-    ],
-)
-def test_bodies_that_are_no_small_form_are_refused(
-    tags: Site, body: bytes, kind: str, status: int
-) -> None:
-    ann = tags.rater()
-    for path in ("/vote", "/join", "/undo"):
-        refused(ann.post(path, content=body, headers={"content-type": kind}), status)
+    ]
+    for body, kind, status in bodies:
+        for path in ("/vote", "/join", "/undo"):
+            refused(ann.post(path, content=body, headers={"content-type": kind}), status)
     assert tags.votes() == []
 
 
@@ -443,35 +446,35 @@ def test_a_body_without_a_length_is_cut_off_too(tags: Site) -> None:
     refused(tags.rater().post("/vote", content=endless(), headers={"content-type": FORM}), 413)
 
 
-def test_a_thousand_wrong_sign_ins_are_refused(tags: Site) -> None:
-    token, eve = tags.store.invite("Ann"), tags.browser()
+def test_wrong_sign_ins_are_refused_and_soon_not_even_looked_at(tags: Site) -> None:
+    token, eve = invite(tags.store, "Ann"), tags.browser()
     statuses = [
-        eve.post("/join", data={"token": f"{token[:-1]}-{n}"}).status_code for n in range(1000)
+        eve.post("/join", data={"token": f"{token[:-1]}-{n}"}).status_code for n in range(60)
     ]
-    assert set(statuses) == {403, 429}
     assert statuses[:20] == [403] * 20
-    assert statuses.count(403) < 1000 / 2
+    assert set(statuses[20:]) <= {403, 429}
+    assert statuses.count(403) < 40
     assert COOKIE not in eve.cookies
     assert tags.votes() == []
 
 
 def test_after_many_wrong_tries_an_address_waits(tags: Site) -> None:
     tags.limits = replace(tags.limits, sign_ins=(1, 0.001))
-    client, token = tags.browser(), tags.store.invite("Ann")
+    client, token = tags.browser(), invite(tags.store, "Ann")
     statuses = [client.post("/join", data={"token": t}).status_code for t in ("x", "x", token)]
     assert statuses == [403, 429, 429]
 
 
 def test_right_sign_ins_do_not_count_as_wrong(tags: Site) -> None:
     tags.limits = replace(tags.limits, sign_ins=(1, 0.001))
-    client, token = tags.browser(), tags.store.invite("Ann")
+    client, token = tags.browser(), invite(tags.store, "Ann")
     for _ in range(5):
         assert client.post("/join", data={"token": token}).status_code == 303
 
 
-@pytest.mark.parametrize("token", ["", "x" * 10_000, "\0", "é", "' or 1=1 --"])
-def test_odd_tokens_are_refused(tags: Site, token: str) -> None:
-    refused(tags.browser().post("/join", data={"token": token}), 403)
+def test_odd_tokens_are_refused(tags: Site) -> None:
+    for token in ("", "x" * 10_000, "\0", "é", "' or 1=1 --"):
+        refused(tags.browser().post("/join", data={"token": token}), 403)
 
 
 def test_voting_too_fast_is_slowed_down(tags: Site) -> None:
@@ -493,7 +496,7 @@ def test_asking_for_pages_too_fast_is_slowed_down(tags: Site) -> None:
 
 def test_a_limiter_refills_and_forgets() -> None:
     now = 0.0
-    limiter = Limiter(2.0, 3, clock=lambda: now)
+    limiter = Limiter(3, 2.0, clock=lambda: now)
     assert [limiter.allow("a") for _ in range(4)] == [True, True, True, False]
     assert limiter.allow("b", spend=False)
     now = 0.5
@@ -503,17 +506,18 @@ def test_a_limiter_refills_and_forgets() -> None:
         limiter.allow(str(n))
     now = 200.0
     limiter.allow("last")
-    assert len(limiter._buckets) == 1
+    assert len(limiter._buckets) == 1  # or hostile keys would fill the memory
 
 
-def test_a_database_that_fails_is_no_500(tags: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*given: Any) -> None:
-        raise OperationalError("insert", {}, Exception("database or disk is full"))
-
+def test_a_database_that_fails_is_said_in_words(tags: Site) -> None:
     ann = tags.rater()
     form = fields(ann)
-    monkeypatch.setattr(tags.store, "vote", full)
-    refused(ann.post("/vote", data=form), 503)
+    with tags.store.writing() as connection:
+        connection.exec_driver_sql("create trigger full before insert on votes "
+                                   "begin select raise(abort, 'disk is full'); end")  # fmt: skip
+    response = ann.post("/vote", data=form)
+    refused(response, 503)
+    assert "could not be saved" in response.text
 
 
 # ---- the admin
@@ -524,8 +528,8 @@ def test_the_admin_sees_rate_agreement_and_quality(tmp_path: Path) -> None:
         ann, bob = made.rater("Ann"), made.rater("Bob")
         for client in (ann, bob):
             client.post("/vote", data={**fields(client), "tag": "0"})
-        made.store.invite("Cyd")
-        page = made.browser(made.store.invite_admin()).get("/admin").text
+        invite(made.store, "Cyd")
+        page = made.browser(invite_admin(made.store)).get("/admin").text
         assert "of 2, 2 votes each" in page
         assert 'scope="row">Cyd' in page
         assert re.search(r"<dt>Votes</dt><dd>2 <small>by 2 raters", page)
@@ -534,17 +538,17 @@ def test_the_admin_sees_rate_agreement_and_quality(tmp_path: Path) -> None:
 
 
 def test_only_the_admin_sees_the_overview(tags: Site) -> None:
-    ann, admin = tags.rater(), tags.browser(tags.store.invite_admin())
+    ann, admin = tags.rater(), tags.browser(invite_admin(tags.store))
     refused(ann.get("/admin"), 403)
     refused(ann.post("/admin/rater", data={**fields(ann), "name": "Ann", "disabled": "yes"}), 403)
     assert admin.get("/").headers["location"] == "/admin"
     refused(admin.post("/vote", data={"csrf": "x"}), 401)
-    tags.store.invite_admin()
+    invite_admin(tags.store)
     refused(admin.get("/admin"), 403)
 
 
-def test_the_admin_keeps_a_rater_out_and_lets_them_in(tags: Site) -> None:
-    ann, admin = tags.rater(), tags.browser(tags.store.invite_admin())
+def test_the_admin_blocks_a_rater_and_lets_them_in(tags: Site) -> None:
+    ann, admin = tags.rater(), tags.browser(invite_admin(tags.store))
     found = re.search(r'name="csrf" value="(\w+)"', admin.get("/admin").text)
     assert found
     form = {"csrf": found[1], "name": "Ann", "disabled": "yes"}
@@ -552,7 +556,7 @@ def test_the_admin_keeps_a_rater_out_and_lets_them_in(tags: Site) -> None:
     assert ann.get("/").status_code == 200
     assert admin.post("/admin/rater", data=form).status_code == 303
     refused(ann.get("/"), 401)
-    assert "kept out" in admin.get("/admin").text
+    assert ">blocked<" in admin.get("/admin").text
     admin.post("/admin/rater", data={**form, "disabled": "no"})
     assert ann.get("/").status_code == 200
     refused(admin.post("/admin/rater", data={**form, "name": "Eve"}), 404)
@@ -568,12 +572,12 @@ def test_links_are_shown_once(tags: Site) -> None:
     for line in first[1:]:
         assert tags.browser(line.partition("#")[2]).get("/").status_code in (200, 303)
     again = list(server.invitations(tags.store, ["Ann", "Cyd"], url))
-    assert again[1] == "Ann: invited before; a new link with --renew"
+    assert again[1] == "Ann: invited before; --renew makes a new link"
     assert again[2].startswith(f"Cyd: {url}/join#")
     assert again[3].startswith("admin: invited before")
     renewed = list(server.invitations(tags.store, ["Ann"], url, renew=True))
-    assert tags.store.rater_of(first[1].partition("#")[2]) is None
-    assert tags.store.rater_of(renewed[1].partition("#")[2]) is not None
+    assert find_rater(tags.store, token=first[1].partition("#")[2]) is None
+    assert find_rater(tags.store, token=renewed[1].partition("#")[2]) is not None
 
 
 def test_the_signing_key_is_its_owners_and_stays(tmp_path: Path) -> None:
@@ -583,21 +587,21 @@ def test_the_signing_key_is_its_owners_and_stays(tmp_path: Path) -> None:
     assert len(key) == 32
     assert session_key(tmp_path) == key
     path.write_bytes(b"short")
-    with pytest.raises(UserError, match="Expected 32 bytes"):
+    with pytest.raises(UserError, match="not a key of 32"):
         session_key(tmp_path)
-    with pytest.raises(UserError, match="Expected to read or write"):
+    with pytest.raises(UserError, match="Cannot read or write"):
         session_key(tmp_path / "none")
 
 
 def test_a_port_that_is_taken_is_one_line(tags: Site) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"Expected to listen on 127.0.0.1:{port}, got"):
+        with pytest.raises(UserError, match=f"Cannot listen on 127.0.0.1:{port}: "):
             server.serve(tags.folder, port=port)
 
 
 def test_a_folder_without_a_round_is_not_served(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Expected a round in"):
+    with pytest.raises(UserError, match=r"There is no round\.json in"):
         server.serve(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -609,7 +613,7 @@ def test_behind_a_proxy_a_rater_signs_in_and_votes(tags: Site) -> None:
     """The proxy's default: another Host, and the browser's own Origin."""
     pages = server.app(tags.round, tags.folder, tags.store, KEY, public_url=PUBLIC)
     client = TestClient(pages, base_url="http://127.0.0.1:8000", follow_redirects=False)
-    token, own = tags.store.invite("Ann"), {"origin": PUBLIC, "sec-fetch-site": "same-origin"}
+    token, own = invite(tags.store, "Ann"), {"origin": PUBLIC, "sec-fetch-site": "same-origin"}
     joined = client.post("/join", data={"token": token}, headers=own)
     assert joined.status_code == 303
     assert "Secure" in joined.headers["set-cookie"]
@@ -661,34 +665,32 @@ def test_only_a_proxy_may_say_who_asks(tags: Site, public: bool) -> None:
         assert tried("203.0.113.2") == (403 if public else 429)
 
 
-@pytest.mark.parametrize(
-    "url", ["", "labels.example", "ftp://labels.example", "https://", "https://a/page",
-            "https://a/?x", "https://a/#x", "https://a:999999", "https://[a", "https://a?",
-            "https://a#", "https://me@a", "https://a b", "https://a\n", " https://a",
-            "https://b\u00fccher.example", "https://a:"],
-)  # fmt: skip
-def test_a_public_url_that_is_no_origin_is_refused(tags: Site, url: str) -> None:
-    with pytest.raises(UserError, match="Expected a public URL such as https://labels"):
-        server.serve(tags.folder, public_url=url)
+def test_a_public_url_that_is_not_an_origin_is_refused(tags: Site) -> None:
+    urls = [
+        "", "labels.example", "ftp://labels.example", "https://", "https://a/page", "https://a/?x",
+        "https://a/#x", "https://a:999999", "https://[a", "https://a?", "https://a#",
+        "https://me@a", "https://a b", "https://a\n", " https://a", "https://b\u00fccher.example",
+        "https://a:",
+    ]  # fmt: skip
+    for url in urls:
+        with pytest.raises(UserError, match="not a public URL such as https://labels"):
+            server.serve(tags.folder, public_url=url)
 
 
-@pytest.mark.parametrize(
-    ("url", "origin"),
-    [("https://Labels.Example/", PUBLIC), ("https://labels.example:443", PUBLIC),
-     ("http://labels.example:80", "http://labels.example"),
-     ("https://labels.example:8443", "https://labels.example:8443"),
-     ("http://[::1]:80", "http://[::1]")],
-)  # fmt: skip
-def test_a_public_url_becomes_what_browsers_send(url: str, origin: str) -> None:
-    assert server._origin(url) == origin
+def test_a_public_url_becomes_what_browsers_send() -> None:
+    assert server.origin("https://Labels.Example/") == PUBLIC
+    assert server.origin("https://labels.example:443") == PUBLIC
+    assert server.origin("http://labels.example:80") == "http://labels.example"
+    assert server.origin("https://labels.example:8443") == "https://labels.example:8443"
+    assert server.origin("http://[::1]:80") == "http://[::1]"
 
 
 def test_nothing_is_served_to_a_rater_without_a_name(tags: Site) -> None:
     said: list[str] = []
-    with pytest.raises(UserError, match="Expected a rater's name"):
-        server.serve(tags.folder, port=0, raters=["Ann", ""], echo=said.append)
+    with pytest.raises(UserError, match="cannot be a rater's name"):
+        server.serve(tags.folder, port=0, names=["Ann", ""], echo=said.append)
     assert said == []
-    assert tags.store.raters() == []
+    assert raters(tags.store) == []
 
 
 def test_acknowledged_votes_survive_kill_9(tmp_path: Path) -> None:

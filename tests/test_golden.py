@@ -16,6 +16,7 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.models.embedded import classifier
 from eval import doctor, golden
+from eval.golden import checked_scorer
 from eval.scorers import _clip
 
 CPU = torch.device("cpu")
@@ -76,11 +77,11 @@ def test_a_flipped_weight_of_what_ships_is_refused(
 ) -> None:
     copy = shutil.copytree(_clip.EMBEDDED, tmp_path / "embedded")
     monkeypatch.setattr(_clip, "EMBEDDED", copy)
-    assert registry.scorer(f"{name}:tiny", CPU)
+    assert checked_scorer(f"{name}:tiny", CPU)
     flipped(copy / "clip" / "model.safetensors")
     for wanted in ((f"{name}:tiny", CPU), (name, CPU, "tiny")):
         with pytest.raises(UserError, match=rf"weights of {name} .*not those that ship .*Install"):
-            registry.scorer(*wanted)
+            checked_scorer(*wanted)
 
 
 @pytest.mark.parametrize("name", ["animal", "diversity"])
@@ -91,14 +92,14 @@ def test_a_flipped_weight_of_the_classifier_is_refused(
     flipped(copy)
     monkeypatch.setattr(classifier, "WEIGHTS", copy)
     with pytest.raises(UserError, match=rf"weights of {name} .*not those that ship"):
-        registry.scorer(name, CPU, "tiny")
+        checked_scorer(name, CPU, "tiny")
 
 
 def test_weights_of_ones_own_need_no_golden_scores(tmp_path: Path) -> None:
     copy = shutil.copytree(_clip.EMBEDDED / "clip", tmp_path / "clip")
     known, flip = f"clip:{copy}", f"clip:{tmp_path / 'mine'}"
     flipped(shutil.copytree(copy, tmp_path / "mine") / "model.safetensors")
-    scorers = {name: registry.scorer(name, CPU) for name in (flip, known, "jpeg_size")}
+    scorers = {name: checked_scorer(name, CPU) for name in (flip, known, "jpeg_size")}
     assert golden.unchecked(scorers) == [flip]
     assert flip in golden.note([flip])
 
@@ -128,7 +129,7 @@ def test_a_run_does_not_start_with_a_drifted_scorer(
     true = kind.__call__
     monkeypatch.setattr(kind, "__call__", lambda *args: true(*args) + 0.1)
     with pytest.raises(UserError, match="The scorer jpeg_size"):
-        registry.scorer("jpeg_size", CPU)
+        checked_scorer("jpeg_size", CPU)
 
 
 def test_recorded_is_what_was_said(table: Path) -> None:

@@ -84,8 +84,9 @@ ONLY_IN = {
 LIGHT = (
     "d3po_bench", "d3po_bench.cli", "d3po_bench.config", "d3po_bench.digests",
     "d3po_bench.errors", "d3po_bench.models", "d3po_bench.objectives", "d3po_bench.presets",
-    "d3po_bench.prompts", "d3po_bench.registry", "d3po_bench.runs.run", "d3po_bench.text",
-    "d3po_bench.types", "baselines", "eval", "eval.scorers",
+    "d3po_bench.prompts", "d3po_bench.registry", "d3po_bench.runs.files", "d3po_bench.runs.run",
+    "d3po_bench.runs.sessions", "d3po_bench.text", "d3po_bench.types", "baselines", "eval",
+    "eval.scorers",
 )  # fmt: skip
 """What `--help` and `list` load; of the packages among them, the `__init__.py`, but for the
 command line, all of which is loaded."""

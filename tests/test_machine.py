@@ -12,7 +12,7 @@ import torch
 from d3po_bench import machine
 from d3po_bench.cli import main
 from d3po_bench.runs.store import RunStore
-from tests.test_cli import run_of, seed_folder, written
+from tests.commands import run_of, seed_folder, written
 
 
 @pytest.fixture(autouse=True)
@@ -38,17 +38,12 @@ def test_kernels_are_deterministic_by_default_on_a_cpu(
 
 
 def test_the_switch_is_recorded_and_changes_no_byte_on_a_cpu(micro: Path, tmp_path: Path) -> None:
-    for name, flag in {"a": (), "b": ("--no-deterministic",), "c": ("--deterministic",)}.items():
-        main(run_of(micro, "--out", tmp_path / name, *flag))
-    folders = {name: seed_folder(tmp_path / name, micro) for name in "abc"}
-    told = {name: RunStore(folder).provenance() for name, folder in folders.items()}
-    assert {k: facts["deterministic"] for k, facts in told.items()} == {
-        "a": True, "b": False, "c": True
-    }  # fmt: skip
-    assert written(folders["a"]) == written(folders["b"]) == written(folders["c"])
-    assert torch.backends.cpu.get_cpu_capability() in told["a"]["cpu"]
-
-
-def test_a_text_has_a_short_name() -> None:
-    assert machine.digest("a") != machine.digest("b")
-    assert len(machine.digest("a")) == 12
+    flags = {"auto": (), "off": ("--no-deterministic",), "on": ("--deterministic",)}
+    runs = {name: seed_folder(tmp_path / name, micro) for name in flags}
+    for name, flag in flags.items():
+        main(run_of(micro, "--out", tmp_path / name, *flag, rounds=1, eval_every=1))
+    told = {name: RunStore(run).provenance() for name, run in runs.items()}
+    recorded = {name: facts["deterministic"] for name, facts in told.items()}
+    assert recorded == {"auto": True, "off": False, "on": True}
+    assert written(runs["auto"]) == written(runs["off"]) == written(runs["on"])
+    assert torch.backends.cpu.get_cpu_capability() in told["auto"]["cpu"]

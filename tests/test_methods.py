@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -12,38 +11,35 @@ from torch import Tensor
 
 from d3po_bench import registry
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.process import VariancePreserving
 from d3po_bench.diffusion.sampling import Draws, sample, with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.models.embedded import recipe
-from d3po_bench.types import Method, Model, Rollout, Rows
+from d3po_bench.types import Conditions, Method, Model, Rollout, Rows, Weights
+from tests.points import Points
 
 METHODS = registry.names("method")
 
 
-class Toy:
-    """A linear "UNet" on latents of eight numbers; implements `types.Model`.
+class Toy(Points):
+    """A linear network on latents of eight numbers.
 
     The best noise predictor of N(0, I) data, plus a trainable offset.
     """
 
-    latent_shape = (1, 1, 8)
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    device = torch.device("cpu")
+    latent_shape: tuple[int, ...] = (1, 1, 8)
 
     def __init__(self) -> None:
-        self.alphas_cumprod: Tensor = recipe.new_scheduler().alphas_cumprod
+        super().__init__(torch.device("cpu"))
+        self.process = VariancePreserving(recipe.new_scheduler().alphas_cumprod)
         self.offset = torch.zeros(8, requires_grad=True)
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        return torch.zeros(len(prompts), 1, 1)
-
-    def noise(self, x_t: Tensor, t: Tensor, text: Tensor, *, frozen: bool = False) -> Tensor:
-        best = (1 - self.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1) * x_t
-        return best if frozen else best + self.offset
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents.mul(40).add(128).clamp(0, 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    def output(
+        self, x: Tensor, s: Tensor, conditions: Conditions, *, weights: Weights = "current"
+    ) -> Tensor:
+        best = self.process.sigma(s).float().view(-1, 1, 1, 1) * x
+        return best if weights == "base" else best + self.offset
 
     def trainable(self) -> dict[str, Tensor]:
         return {"offset": self.offset}
@@ -52,7 +48,7 @@ class Toy:
 def rollout(policy: Policy, method: Method[Any], seed: int, round_: int) -> Rollout:
     """A round whose reward is the mean of the final latent."""
     drawn = sample(
-        policy, ["a", "b"] * 4, Draws(seed=seed, round=round_),
+        policy, ["a", "bb"] * 4, Draws(seed=seed, round=round_),
         images_per_prompt=max(2, method.images_per_prompt), shared_noise=method.shared_noise,
     )  # fmt: skip
     scored = replace(drawn, scores=drawn.latents[:, :, -1].flatten(2).mean(2))
@@ -95,12 +91,15 @@ def test_rows_are_units_by_steps(name: str) -> None:
     policy = Policy(Toy(), steps=5, guidance=1.0)
     rows = method.rows(rollout(policy, method, 0, 0), stream(0, "rows"))
     assert isinstance(rows, Rows)
-    shapes = {f.name: getattr(rows, f.name).shape[:2] for f in fields(rows)}
-    assert set(shapes.values()) == {(len(rows), rows.steps)}
-    item = rows.take(torch.tensor([1, 0]), torch.tensor([2, 4]))
+    item = rows.take(torch.tensor([3, 0]), torch.tensor([2, 4]))
     for f in fields(rows):
-        assert torch.equal(getattr(item, f.name)[0], getattr(rows, f.name)[1, 2])
-        assert torch.equal(getattr(item, f.name)[1], getattr(rows, f.name)[0, 4])
+        whole, part = getattr(rows, f.name), getattr(item, f.name)
+        if isinstance(whole, Conditions):  # the same at every step
+            assert len(whole) == len(rows)
+            assert torch.equal(part["centre"], whole["centre"][[3, 0]])
+        else:
+            assert whole.shape[:2] == (len(rows), rows.steps)
+            assert torch.equal(part, whole[[3, 0], [2, 4]])
 
 
 @pytest.mark.parametrize("name", METHODS)

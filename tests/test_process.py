@@ -11,8 +11,6 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from d3po_bench.diffusion.process import (
-    Prediction,
-    Process,
     RectifiedFlow,
     Sampler,
     StepTable,
@@ -22,6 +20,7 @@ from d3po_bench.diffusion.process import (
     step_table,
 )
 from d3po_bench.errors import UserError
+from d3po_bench.types import Prediction, Process
 
 
 def sd15() -> DDIMScheduler:

@@ -13,15 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.ddpo import ppo_loss
 from baselines.dpok import DPOK
 from baselines.reward_weighted import softmax_weights
 from d3po_bench.d3po import d3po_loss, preferred
-from d3po_bench.diffusion.policy import Schedule, step_gaussian
+from d3po_bench.diffusion.advantages import advantages, ppo_loss
+from d3po_bench.diffusion.gaussian import Gaussian
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.process import VariancePreserving
 from d3po_bench.errors import UserError
 from d3po_bench.models.embedded import recipe
-from d3po_bench.types import Rollout
+from d3po_bench.types import Conditions, Prediction, Weights
 from eval.scorers.jpeg_size import JpegSize
+from tests.points import Points
+from tests.rounds import dpok_losses, scored
 
 Numbers = dict[str, Any]
 
@@ -41,10 +45,47 @@ def torch_dtype(name: str) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.float64
 
 
-def rows(schedule: Schedule, t: list[int], dtype: torch.dtype) -> Tensor:
-    index = torch.tensor([schedule.timesteps.tolist().index(i) for i in t])
-    table = torch.stack([schedule.x_coef, schedule.e_coef, schedule.std, schedule.alpha], 1)
-    return table[index].to(dtype)
+class Says(Points):
+    """A model that answers what a recorded network did."""
+
+    latent_shape: tuple[int, ...] = (4, 8, 8)
+
+    def __init__(self, alphas_cumprod: Tensor, prediction: Prediction = "epsilon") -> None:
+        super().__init__(torch.device("cpu"))
+        self.process = VariancePreserving(alphas_cumprod)
+        self.prediction = prediction
+        self.said = torch.empty(0)
+
+    def output(
+        self, x: Tensor, s: Tensor, conditions: Conditions, *, weights: Weights = "current"
+    ) -> Tensor:
+        return self.said
+
+
+class Steps:
+    """Denoising steps of Stable Diffusion 1.5 in the precision of a recorded case."""
+
+    def __init__(
+        self, dtype: str, steps: int, eta: float = 1.0, prediction: Prediction = "epsilon"
+    ) -> None:
+        self.dtype = torch_dtype(dtype)
+        self.model = Says(alphas(dtype), prediction)
+        self.policy = Policy(self.model, steps=steps, eta=eta, guidance=1.0)
+        self.table = self.policy.table
+
+    def number(self, timesteps: list[int]) -> Tensor:
+        """[N] the numbers of the steps from these timesteps."""
+        return torch.tensor([self.policy.levels.tolist().index(t) for t in timesteps])
+
+    def step(self, x: Tensor, output: Tensor, timesteps: list[int]) -> Gaussian:
+        """The step from `x` [N, ...] with the network's output."""
+        number = self.number(timesteps)
+        if self.dtype == torch.float32:
+            self.model.said = output
+            return self.policy.step(x, number, Conditions({}))
+        wide = (-1, *[1] * (x.ndim - 1))  # Policy.step is float32: the same from its table
+        mean = self.table.x[number].view(wide) * x + self.table.output[number].view(wide) * output
+        return Gaussian(mean, self.table.std[number])
 
 
 def close(ours: Tensor, recorded: Any, tolerance: float) -> None:
@@ -57,13 +98,13 @@ def close(ours: Tensor, recorded: Any, tolerance: float) -> None:
     ("key", "steps", "eta"),
     [("sd15_T20_eta1", 20, 1.0), ("sd15_T20_eta0.5", 20, 0.5), ("sd15_T50_eta1", 50, 1.0)],
 )
-def test_schedule_table(reference_numbers: Numbers, key: str, steps: int, eta: float) -> None:
+def test_step_table(reference_numbers: Numbers, key: str, steps: int, eta: float) -> None:
     table = reference_numbers["schedule_table"][key]
-    schedule = Schedule.ddim(alphas("float64_full"), steps, eta)
-    assert schedule.timesteps.tolist() == [row["t"] for row in table]
-    close(schedule.x_coef, [row["mean_coef_x"] for row in table], 1e-5)
-    close(schedule.e_coef, [row["mean_coef_eps"] for row in table], 1e-5)
-    close(schedule.std, [row["sigma"] for row in table], 1e-5)
+    ours = Steps("float64_full", steps, eta)
+    assert ours.policy.levels[:-1].tolist() == [row["t"] for row in table]
+    close(ours.table.x, [row["mean_coef_x"] for row in table], 1e-5)
+    close(ours.table.output, [row["mean_coef_eps"] for row in table], 1e-5)
+    close(ours.table.std, [row["sigma"] for row in table], 1e-5)
 
 
 def ddim_cases(numbers: Numbers) -> list[Numbers]:
@@ -79,15 +120,15 @@ def test_ddim_step_samples_replays_and_differentiates(reference_numbers: Numbers
         output, x, noise = (
             torch.tensor(inputs[k], dtype=dtype) for k in ("model_output", "sample", "noise")
         )
-        schedule = Schedule.ddim(alphas(case["dtype"]), case["T"], case["eta"])
-        row = rows(schedule, [case["t"]] * len(x), dtype)
-        step = step_gaussian(x, output, row, case["prediction_type"])
+        ours = Steps(case["dtype"], case["T"], case["eta"], case["prediction_type"])
+        timesteps = [case["t"]] * len(x)
+        step = ours.step(x, output, timesteps)
         rng = torch.Generator().manual_seed(case["noise_seed"])
         x_next = step.sample(torch.randn(x.shape, generator=rng, dtype=dtype))
         close(x_next, case["prev_sample"], tolerance)
         close(step.log_prob(x_next), case["log_prob_sampling"], tolerance)
         replayed = (output + 0.05 * noise).requires_grad_()
-        log_prob = step_gaussian(x, replayed, row, case["prediction_type"]).log_prob(x_next)
+        log_prob = ours.step(x, replayed, timesteps).log_prob(x_next)
         log_prob.sum().backward()
         close(log_prob, case["log_prob_replay"], tolerance)
         recorded = case.get("grad_log_prob_replay_wrt_model_output")
@@ -100,10 +141,9 @@ def test_ddim_step_of_mixed_timesteps(reference_numbers: Numbers) -> None:
     inputs = reference_numbers["ddim_step"]["inputs"]
     case = reference_numbers["ddim_step"]["mixed_timesteps"]
     output, x = (torch.tensor(inputs[k], dtype=torch.float64) for k in ("model_output", "sample"))
-    row = rows(Schedule.ddim(alphas("float64_full"), 20), case["t"], torch.float64)
     rng = torch.Generator().manual_seed(case["noise_seed"])
     noise = torch.randn(x.shape, generator=rng, dtype=torch.float64)
-    x_next = step_gaussian(x, output, row, "epsilon").sample(noise)
+    x_next = Steps("float64_full", 20).step(x, output, case["t"]).sample(noise)
     close(x_next, case["prev_sample"], 1e-12)
 
 
@@ -114,9 +154,9 @@ def test_steps_without_noise_are_refused(reference_numbers: Numbers, corner: str
     table = alphas().clone()
     if corner != "eta_0":
         table[0] = 1.0
-    schedule = Schedule.ddim(table, 20, eta=0.0 if corner == "eta_0" else 1.0)
-    with pytest.raises(UserError, match="Expected noise in every denoising step"):
-        schedule.require_noise()
+    policy = Policy(Says(table), steps=20, eta=0.0 if corner == "eta_0" else 1.0)
+    with pytest.raises(UserError, match=r"Step \d+ of 20 adds no noise .*Use eta above 0"):
+        policy.require_noise(20)
 
 
 def winner_first(h: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +200,7 @@ def test_d3po_loss_of_a_batch_with_a_tie(reference_numbers: Numbers) -> None:
 
 def test_d3po_chain(reference_numbers: Numbers) -> None:
     chain = reference_numbers["d3po_chain"]
-    schedule = Schedule.ddim(alphas("float64_full"), chain["T"], chain["eta"])
+    ours = Steps("float64_full", chain["T"], chain["eta"])
     for case in chain["cases"]:
         x, reference, policy, x_next = (
             torch.tensor(case[k], dtype=torch.float64)
@@ -169,9 +209,9 @@ def test_d3po_chain(reference_numbers: Numbers) -> None:
         policy.requires_grad_()
         ratios = []
         for i in (0, 1):  # the image of the pair; the batch is the other axis
-            row = rows(schedule, [case["t"]] * x.shape[1], torch.float64)
-            mean = step_gaussian(x[i], reference[i], row, "epsilon").mean
-            step = step_gaussian(x[i], policy[i], row, "epsilon")
+            timesteps = [case["t"]] * x.shape[1]
+            mean = ours.step(x[i], reference[i], timesteps).mean
+            step = ours.step(x[i], policy[i], timesteps)
             ratios.append(step.log_ratio(mean, x_next[i]))
             close(step.log_prob(x_next[i]), case["log_prob_policy"][i], 1e-12)
         low, high = math.log(0.9), math.log(1.1)
@@ -226,15 +266,11 @@ def test_jpeg_reward(reference_numbers: Numbers) -> None:
 @pytest.mark.parametrize(("buffer", "minimum"), [(16, 16), (4, 2)])
 def test_per_prompt_advantages(reference_numbers: Numbers, buffer: int, minimum: int) -> None:
     history: dict[str, list[float]] = {}
-    nothing = torch.empty(0)
     for update in reference_numbers["stat_tracker"]["updates"]:
         rewards = torch.tensor(update["rewards"], dtype=torch.float64)
-        rollout = Rollout(
-            prompts=update["prompts"], text=nothing, latents=nothing, means=nothing,
-            timesteps=nothing, scores=rewards.unsqueeze(1), history=history,
-        )  # fmt: skip
+        rollout = scored(update["prompts"], rewards.unsqueeze(1), history)
         recorded = update[f"advantages_buf{buffer}_min{minimum}"]
-        close(rollout.advantages(buffer, minimum).flatten(), recorded, 1e-6)
+        close(advantages(rollout, buffer, minimum).flatten(), recorded, 1e-6)
         for prompt, reward in zip(update["prompts"], update["rewards"], strict=True):
             history.setdefault(prompt, []).append(reward)
     final = reference_numbers["stat_tracker"]["final_stats_buf16_min16"]
@@ -246,13 +282,9 @@ def test_per_prompt_advantages(reference_numbers: Numbers, buffer: int, minimum:
 
 def test_whole_number_rewards_are_not_cut(reference_numbers: Numbers) -> None:
     trap = reference_numbers["stat_tracker"]["int_reward_trap"]
-    rollout = Rollout(
-        prompts=trap["prompts"], text=torch.empty(0), latents=torch.empty(0),
-        means=torch.empty(0), timesteps=torch.empty(0),
-        scores=torch.tensor(trap["rewards"]).unsqueeze(1),
-    )  # fmt: skip
+    rollout = scored(trap["prompts"], torch.tensor(trap["rewards"]).unsqueeze(1))
     assert trap["advantages"] == [-1, 0, 1]  # the published code: (1 - 2) / 0.8165 cut to -1
-    close(rollout.advantages().flatten(), [-1.2247434, 0.0, 1.2247434], 1e-6)
+    close(advantages(rollout).flatten(), [-1.2247434, 0.0, 1.2247434], 1e-6)
 
 
 @pytest.mark.parametrize("code", ["ddpo_d3po_repo", "ddpo_kvablack"])
@@ -276,7 +308,7 @@ def test_dpok_of_the_published_code_is_ddpo_for_one_image(reference_numbers: Num
     assert [one["kl"] for one in single] == [0.0] * 8
     log_ratio = torch.tensor(numbers["delta"], dtype=torch.float64, requires_grad=True)
     advantage = torch.tensor(numbers["advantages"], dtype=torch.float64).clamp(-5, 5)
-    loss = DPOK(kl="none", clip_range=numbers["clip_range"])._policy_loss(log_ratio, advantage)
+    loss = dpok_losses(DPOK(kl="none", clip_range=numbers["clip_range"]), log_ratio, advantage)
     (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
     close(loss, [one["loss"] for one in single], 1e-9)
     close(gradient, [one["grad"][0] for one in single], 1e-9)
@@ -284,24 +316,26 @@ def test_dpok_of_the_published_code_is_ddpo_for_one_image(reference_numbers: Num
 
 def test_dpok_kl(reference_numbers: Numbers) -> None:
     numbers = reference_numbers["derived_dpok_kl"]
-    ours, theirs = (
+    trained, base = (
         torch.tensor(numbers[k], dtype=torch.float64) for k in ("policy_pred", "pretrained_pred")
     )
-    noise_mse = (ours - theirs).square().flatten(1).mean(1)
+    noise_mse = (trained - base).square().flatten(1).mean(1)
     close(noise_mse, numbers["derived_google_noise_mse_per_sample"], 1e-9)
-    schedule = Schedule.ddim(alphas("float64_full"), 20)
-    x = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = Steps("float64_full", 20)
+    x = torch.randn(base.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for case in numbers["rows"]:
-        row = rows(schedule, [case["t"]] * 2, torch.float64)
-        prediction = ours.clone().requires_grad_()
-        step = step_gaussian(x, prediction, row, "epsilon")
-        pretrained = step_gaussian(x, theirs, row, "epsilon").mean
+        timesteps = [case["t"]] * 2
+        prediction = trained.clone().requires_grad_()
+        step = ours.step(x, prediction, timesteps)
+        pretrained = ours.step(x, base, timesteps).mean
         kl = step.kl(pretrained)
         close(kl, case["derived_gaussian_kl_mean_dims"], 1e-5)
         (gradient,) = torch.autograd.grad(kl.sum(), prediction)
         close(gradient, case["derived_grad_policy_pred"], 1e-5)
-        # Policy.noise_gap is the same distance without the step's weight.
-        close(kl * 2 * row[:, 2].square() / row[:, 1].square(), noise_mse.tolist(), 1e-9)
+        # Policy.output_gap is the same distance without the step's weight.
+        table, number = ours.table, ours.number(timesteps)
+        weight = table.output[number].square() / (2 * table.std[number].square())
+        close(kl / weight, noise_mse.tolist(), 1e-9)
 
 
 def test_rwr_weights(reference_numbers: Numbers) -> None:

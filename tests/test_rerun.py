@@ -17,9 +17,11 @@ from click.testing import CliRunner, Result
 from d3po_bench.cli import cli, main
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.runs.run import RunFolder, find_runs
 from eval.analysis.statistics import another_seed, same_seed
 from eval.verify import folder as verify
 from eval.verify import rerun
+from tests.commands import run_of
 
 SEEDS = 5
 TEXT = ("config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.jsonl")
@@ -29,17 +31,9 @@ TEXT = ("config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.j
 def made(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results with five seeds of a run of a second, as they are published."""
     home = tmp_path_factory.mktemp("made")
-    settings = {
-        "prompts_per_round": 8, "sampling_steps": 3, "units_per_update": 2, "learning_rate": 3e-3,
-        "dtype": "fp32", "eval_every": 2, "eval_prompts": 8, "eval_images": 2, "threads": 1,
-        "micro_batch": 32,
-    }  # fmt: skip
-    sets = [f"--set={key}={value}" for key, value in settings.items()]
-    main(
-        ["run", "--method", "d3po", "--objective", "incompress", "--model", str(micro),
-         "--preset", "official_code", "--rounds", "3", "--device", "cpu", "--jobs", "1",
-         "--seeds", str(SEEDS), "--out", str(home / "runs"), *sets]
-    )  # fmt: skip
+    more = {"prompts_per_round": 8, "eval_prompts": 8, "eval_images": 2, "micro_batch": 32}
+    place = ("--seeds", str(SEEDS), "--jobs", "1", "--out", home / "runs")
+    main(run_of(micro, *place, rounds=3, **more))
     for config in sorted((home / "runs").rglob("config.json")):
         target = home / "results" / config.parent.relative_to(home / "runs")
         target.mkdir(parents=True)
@@ -130,8 +124,8 @@ def test_what_is_made_again_is_kept_in_out(results: Path, tmp_path: Path) -> Non
 
 
 def test_the_draw_follows_the_seed(made: Path) -> None:
-    runs = cells(made)
-    assert {path for seed in range(20) for path in rerun.drawn(runs, 1, seed)} == set(runs)
+    runs = find_runs([made])
+    assert {path for seed in range(20) for path in rerun.drawn(runs, 1, seed)} == {*runs}
     assert rerun.drawn(runs, 2, 3) == rerun.drawn(runs, 2, 3)
 
 
@@ -163,7 +157,7 @@ def judged(made: Path, tmp_path: Path, change: Any, published: Any = None) -> re
     if published:
         published(run)
     change(tmp_path / "again")
-    return rerun.judge(run, tmp_path / "again", "cell")
+    return rerun.judge(RunFolder(run), RunFolder(tmp_path / "again"), "cell")
 
 
 def scaled(column: int, by: float, rounds: str = "3") -> Any:
@@ -322,9 +316,9 @@ def test_what_is_not_on_record_is_not_the_same_platform(made: Path, tmp_path: Pa
     run = cells(tmp_path / "p")[0]
     shutil.copytree(run, tmp_path / "again")
     scaled(SCORE, 1 + 1e-6)(tmp_path / "again")
-    assert not rerun.judge(run, tmp_path / "again", "cell").reproduced
+    assert not rerun.judge(RunFolder(run), RunFolder(tmp_path / "again"), "cell").reproduced
     edit(run / "provenance.json", cpu=...)
-    verdict = rerun.judge(run, tmp_path / "again", "cell")
+    verdict = rerun.judge(RunFolder(run), RunFolder(tmp_path / "again"), "cell")
     assert verdict.reproduced
     assert verdict.details[0] == "cpu is not on record"
 

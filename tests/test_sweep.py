@@ -14,10 +14,12 @@ from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import job, local
 from d3po_bench.launch.grid import read
 from d3po_bench.launch.progress import MANY, bars
-from d3po_bench.runs.store import RunStore
+from d3po_bench.runs.run import RunFolder, find_runs
 from d3po_bench.training import trainer
 from d3po_bench.training.progress import Progress
-from d3po_bench.types import Rollout
+from d3po_bench.training.run import Job
+from eval.tools import TOOLS
+from tests.commands import Command, files, refused
 
 GRID = """
 methods = ["d3po", "reward_weighted"]
@@ -60,9 +62,8 @@ def sweep(*arguments: str | Path) -> int:
     return 0
 
 
-def stores(out: Path = Path("runs")) -> dict[str, RunStore]:
-    folders = sorted(path.parent for path in out.rglob("config.json"))
-    return {"/".join(f.parts[-3:]): RunStore(f) for f in folders}
+def runs_of(out: Path = Path("runs")) -> dict[str, RunFolder]:
+    return {"/".join(run.folder.parts[-3:]): run for run in find_runs([out])}
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -91,13 +92,13 @@ def test_all_cells_run_and_finished_ones_are_skipped(
     grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep(grid) == 0
-    assert list(stores()) == [
+    assert list(runs_of()) == [
         f"{objective}/{method}/seed-{seed}"
         for objective in ("compress", "incompress")
         for method in ("d3po", "reward_weighted")
         for seed in (1, 3)
     ]
-    assert all(store.finished for store in stores().values())
+    assert all(run.finished for run in runs_of().values())
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.*")}
     capsys.readouterr()
     assert sweep(grid) == 0
@@ -117,7 +118,7 @@ def test_the_runs_are_those_of_the_run_command(grid: Path, micro: Path) -> None:
     assert again.items() <= contents(Path("runs")).items()
 
 
-def test_a_sweep_that_was_cut_goes_on_to_the_same_bytes(
+def test_a_sweep_that_was_cut_resumes_to_the_same_bytes(
     grid: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert sweep(grid, "--out", "whole") == 0
@@ -133,31 +134,31 @@ def test_a_sweep_that_was_cut_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "train_round", cut)
         assert sweep(grid, "--out", "cut", "--jobs", "1") == 1
-    assert sum(store.finished for store in stores(Path("cut")).values()) == 2
+    assert sum(run.finished for run in runs_of(Path("cut")).values()) == 2
     assert sweep(grid, "--out", "cut") == 0
     assert contents(Path("cut")) == contents(Path("whole"))
 
 
-@pytest.mark.parametrize("problem", [RunError("Expected a, got b."), UserError("Expected a.")])
+@pytest.mark.parametrize("problem", [RunError("one."), UserError("two.")])
 def test_a_failed_cell_is_named_and_stops_no_other(
     problem: UserError, grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    score = trainer.Trainer._score
+    train_round = trainer.Trainer.train_round
 
-    def broken(self: trainer.Trainer, rollout: Rollout) -> Any:
+    def broken(self: trainer.Trainer, working: Any) -> Any:
         if (self.config.method, self.config.objective, self.config.seed) == ("d3po", "compress", 3):
             raise problem
-        return score(self, rollout)
+        return train_round(self, working)
 
-    monkeypatch.setattr(trainer.Trainer, "_score", broken)
+    monkeypatch.setattr(trainer.Trainer, "train_round", broken)
     assert sweep(grid, "--jobs", "1") == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: Expected 8 runs that finish, got 1 that did not (d3po comp")
-    assert "Expected a" in lines[-2]
+    assert lines[-1].startswith("error: 1 of 8 runs failed: d3po compress seed 3.")
     assert lines[-2].startswith("d3po compress seed 3: ")
-    unfinished = [name for name, store in stores().items() if not store.finished]
+    assert str(problem) in lines[-2]
+    unfinished = [name for name, run in runs_of().items() if not run.finished]
     assert unfinished in ([], ["compress/d3po/seed-3"])
-    assert sum(store.finished for store in stores().values()) == 7
+    assert sum(run.finished for run in runs_of().values()) == 7
     monkeypatch.undo()
 
 
@@ -222,25 +223,25 @@ def test_a_mistake_in_a_plugin_stops_no_other_cell(
     err = capsys.readouterr().err
     *before, last = err.splitlines()
     for seed, line in zip(seeds, before[-len(seeds) :], strict=True):
-        said = "Expected a run that finishes, got ZeroDivisionError: division by zero (traceback"
+        said = "Failed with ZeroDivisionError: division by zero (traceback above)"
         assert line.startswith(f"fragile compress seed {seed}: {said}")
-    assert f"runs that finish, got {len(seeds)} that did not (fragile compress seed 3" in last
+    assert f"{len(seeds)} of {2 * len(seeds)} runs failed: fragile compress seed 3" in last
     assert err.count("return 1 / 0") == 1  # the traceback, once for all
-    finished = [name for name, store in stores().items() if store.finished]
+    finished = [name for name, run in runs_of().items() if run.finished]
     assert finished == [f"incompress/fragile/seed-{seed}" for seed in sorted(seeds)]
 
 
-def test_of_a_killed_worker_only_the_cell_is_blamed_and_goes_on(
+def test_of_a_killed_worker_only_the_cell_is_blamed_and_resumed(
     fragile: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = fragile([3, 1], compress="die", incompress="wait")
     assert sweep(grid, "--jobs", "2", "--no-resume") == 1
     *_, line, last = capsys.readouterr().err.splitlines()
-    assert line.startswith("fragile compress seed 3: Expected a worker process that finishes, got")
-    assert "got 1 that did not (fragile compress seed 3)." in last
-    killed = stores().pop("compress/fragile/seed-3")
+    assert line.startswith("fragile compress seed 3: The worker process was killed")
+    assert "1 of 4 runs failed: fragile compress seed 3." in last
+    killed = runs_of().pop("compress/fragile/seed-3")
     assert [row["round"] for row in killed.metrics] == [1]
-    assert sum(store.finished for store in stores().values()) == 3
+    assert sum(run.finished for run in runs_of().values()) == 3
     assert sweep(grid, "--jobs", "1") == 0
     assert sweep(grid, "--jobs", "1", "--out", "whole") == 0
     assert contents(Path("runs")) == contents(Path("whole"))
@@ -253,7 +254,8 @@ def ended(problem: BaseException, monkeypatch: pytest.MonkeyPatch) -> job.End:
         raise problem
 
     monkeypatch.setattr("d3po_bench.launch.job.run_seed", fail)
-    item = (RunConfig(method="d3po", objective="compress"), Execution(), Path("run"), True)
+    config = RunConfig(method="d3po", objective="compress")
+    item = Job(config=config, execution=Execution(), folder=Path("run"), tools=TOOLS)
     return job.make_run(item, lambda progress: None)
 
 
@@ -268,13 +270,17 @@ def test_what_stops_a_run_stops_all(
 @pytest.mark.parametrize(
     ("problem", "code", "said"),
     [
-        (UserError("Expected a."), 2, "Expected a."),
-        (RunError("Expected b."), 1, "Expected b."),
-        (MemoryError(), 1, "Expected enough memory"),
-        (PermissionError(13, "Permission denied", "w.bin"), 2, "or write w.bin, got: Permission"),
-        (SystemExit(0), 1, "got SystemExit: 0 (traceback above)"),
-        (OSError("no file"), 1, "got OSError: no file (traceback above)"),
-        (TypeError("x\n" * 999), 1, f"got TypeError: {'x ' * 143}... (traceback above)"),
+        (UserError("one."), 2, "one."),
+        (RunError("two."), 1, "two."),
+        (MemoryError(), 1, "Out of memory."),
+        (
+            PermissionError(13, "Permission denied", "w.bin"),
+            2,
+            "w.bin cannot be read or written: Permission",
+        ),
+        (SystemExit(0), 1, "Failed with SystemExit: 0 (traceback above)"),
+        (OSError("no file"), 1, "Failed with OSError: no file (traceback above)"),
+        (TypeError("x\n" * 999), 1, f"Failed with TypeError: {'x ' * 143}... (traceback above)"),
     ],
 )
 def test_what_a_run_failed_with_is_told(
@@ -298,62 +304,66 @@ def test_side_by_side_gives_the_same_bytes(grid: Path) -> None:
 
 
 GOOD = 'methods = ["d3po"]\nobjectives = ["compress"]\nseeds = 1\n'
+NAMES, SEEDS, SETS = '["d3po"]', "seeds = 1", "a setting is text, a number, true, false, or a list"
+
+REFUSED: dict[str | bytes, str] = {
+    "methods = [": "grid.toml is not TOML",
+    "a = " + "[" * 5000: "grid.toml is not TOML",
+    b"\xff\xfe\x00": "grid.toml is not TOML",
+    GOOD + "seeds = 3": "grid.toml is not TOML",  # a key twice
+    "": "methods: it is missing",
+    GOOD.replace('objectives = ["compress"]', ""): "objectives: it is missing",
+    GOOD.replace(SEEDS, ""): "seeds: it is missing",
+    GOOD + "rounds = 3": "No key of a grid is called 'rounds'. Known: methods, objectives, seeds",
+    GOOD + "modle = 'tiny'": "Did you mean 'model'?",
+    GOOD + "model = 3": "grid.toml, model: should be a valid string",
+    GOOD + "preset = ['quick']": "grid.toml, preset: should be a valid string",
+    GOOD.replace("d3po", "d3pp"): "No method is called 'd3pp'. Did you mean 'd3po'?",
+    GOOD.replace("compress", "compres"): "No objective is called 'compres'.",
+    GOOD.replace(NAMES, "[]"): "methods: List should have at least 1 item",
+    GOOD.replace(NAMES, '"d3po"'): "methods: should be a valid list",
+    GOOD.replace(NAMES, "[1]"): "methods.0: should be a valid string",
+    GOOD.replace(NAMES, '["d3po", "d3po"]'): "methods: 'd3po' is there twice",
+    GOOD.replace('"compress"', '"compress", "compress"'): "objectives: 'compress' is there twice",
+    GOOD.replace(SEEDS, "seeds = [0, 1, 0]"): "seeds: 0 is there twice",
+    GOOD.replace(SEEDS, "seeds = [0, -1]"): "seeds.1: should be greater than or equal to 0",
+    GOOD.replace(SEEDS, "seeds = [0.5]"): "seeds.0: should be a valid integer",
+    GOOD.replace(SEEDS, "seeds = [true]"): "seeds.0: should be a valid integer",
+    GOOD.replace(SEEDS, "seeds = true"): "seeds: should be a valid list",
+    GOOD.replace(SEEDS, "seeds = '2'"): "seeds: should be a valid list",
+    GOOD.replace(SEEDS, "seeds = 0"): "seeds: a grid has 1 to 10000 seeds, not 0",
+    GOOD.replace(SEEDS, "seeds = 1000000000000"): "a grid has 1 to 10000 seeds",
+    GOOD.replace(SEEDS, "seeds = [99999999999]"): "seed must be from 0 to",
+    GOOD + "[set]\nroundz = 2": "Did you mean 'rounds'?",
+    GOOD + "[set]\nrounds = 'two'": "not 'two'. This is about d3po on compress, seed 0",
+    GOOD + "[set]\nrounds = 0": "rounds must be from 1",
+    GOOD + "[set]\nrounds = nan": "rounds must be a whole number",
+    GOOD + "[set]\nrounds = {a = 1}": f"set.rounds: {SETS}",
+    GOOD + "[set]\nrounds = 2026-01-01": f"set.rounds: {SETS}",
+    GOOD + '[set]\nprompts = "a\\u0000b"': "prompt",
+    GOOD + "set = 3": "grid.toml, set: should be a valid dictionary",
+    GOOD + "method = 3": "grid.toml, method: should be a valid dictionary",
+    GOOD + "cell = 3": "grid.toml, cell: should be a valid dictionary",
+    GOOD + "[method]\nd3po = 3": "grid.toml, method.d3po: should be a valid dictionary",
+    GOOD + "[cell.d3po.compress]\nrounds = 1": f"cell.d3po.compress: {SETS}",  # without quotes
+    GOOD + "[method.ddpo]\nrounds = 2": "No method of this grid is called 'ddpo'",
+    GOOD + "[objective.clip]\nrounds = 2": "No objective of this grid is called 'clip'",
+    GOOD + "[cell.'d3po.incompress']\nrounds = 2": "No cell of this grid is called 'd3po.in",
+    GOOD + "preset = 'quik'": "Did you mean 'quick'?",
+    GOOD + "model = 'tinny'": "Did you mean 'tiny'?",
+    GOOD + 'model = "a\\u0000b"': "No model is called 'a\\x00b'",
+}
+"""A grid that cannot be, and what is said of it."""
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("methods = [", "Expected TOML in"),
-        (GOOD + "rounds = 3", "Expected a grid key, got 'rounds'"),
-        (GOOD + "modle = 'tiny'", "Did you mean 'model'?"),
-        (GOOD + "model = 3", "a name in quotes for model, got 3"),
-        (GOOD.replace("d3po", "d3pp"), "Expected a method, got 'd3pp'. Did you mean 'd3po'?"),
-        (GOOD.replace("compress", "compres"), "Expected an objective, got 'compres'."),
-        (GOOD.replace('["d3po"]', "[]"), "Expected a list of names for methods, got []"),
-        (GOOD.replace('["d3po"]', '"d3po"'), "Expected a list of names for methods, got 'd3po'"),
-        (GOOD.replace('methods = ["d3po"]', ""), "for methods, got None"),
-        (GOOD.replace('["d3po"]', '["d3po", "d3po"]'), "each of methods once, got 'd3po' twice"),
-        (GOOD.replace('"compress"', '"compress", "compress"'), "each of objectives once"),
-        (GOOD.replace("= 1", "= [0, 1, 0]"), "each of seeds once, got 0 twice"),
-        (GOOD.replace("= 1", "= [-1]"), "a list of seeds from 0 up, got [-1]"),
-        (GOOD.replace("= 1", "= [0.5]"), "from 0 up, got [0.5]"),
-        (GOOD.replace("= 1", "= [true]"), "from 0 up, got [True]"),
-        (GOOD.replace("= 1", "= 0"), "from 0 up, got 0"),
-        (GOOD.replace("seeds = 1", ""), "from 0 up, got None"),
-        (GOOD + "[set]\nroundz = 2", "Did you mean 'rounds'?"),
-        (GOOD + "[set]\nrounds = 'two'", "a whole number for rounds, got 'two'"),
-        (GOOD + "[set]\nrounds = {a = 1}", "text, a number, true or false for rounds"),
-        (GOOD + "[set]\nrounds = 0", "Expected rounds from 1"),
-        (GOOD + "set = 3", "Expected settings in [set], got 3"),
-        (GOOD + "method = 3", "Expected [method.NAME] sections"),
-        (GOOD + "[method]\nd3po = 3", "Expected settings in [method.d3po], got 3"),
-        (GOOD + "[method.ddpo]\nrounds = 2", "got 'ddpo'"),
-        (GOOD + "[cell.'d3po.incompress']\nrounds = 2", "got 'd3po.incompress'"),
-        (GOOD + "preset = 'quik'", "Did you mean 'quick'?"),
-        (GOOD + "model = 'tinny'", "Did you mean 'tiny'?"),
-    ],
-)
-def test_a_grid_that_cannot_be_is_refused(
-    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("grid.toml").write_text(text)
-    assert sweep("grid.toml") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: Expected ")
-    assert said in line
-    assert [p.name for p in tmp_path.iterdir()] == ["grid.toml"]
-
-
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
-def test_no_grid_file_at_all(content: bytes | None, tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "grid.toml"
-    if content is not None:
-        path.write_bytes(content)
-    assert sweep(path, "--out", tmp_path / "runs") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: Expected ")
-    assert not (tmp_path / "runs").exists()
+def test_grids_that_cannot_be_are_refused(command: Command) -> None:
+    for content, said in REFUSED.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        Path("grid.toml").write_bytes(data)
+        refused(command("sweep", "grid.toml"), said)
+    assert files(Path()) == {"grid.toml"}
+    refused(command("sweep", "nowhere.toml"), "nowhere.toml cannot be read: No such file")
+    refused(command("sweep", "."), "The grid . cannot be read: Is a directory")
 
 
 def test_a_folder_of_another_config_is_refused_before_anything_runs(

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from d3po_bench import cli
 from d3po_bench.errors import UserError
-from d3po_bench.feedback import loop
+from d3po_bench.feedback import comparisons
 from d3po_bench.feedback.rounds import Pool
 from eval.analysis import table1
 
@@ -76,11 +76,11 @@ def write_shares(
     """A file as `feedback choices --out` writes it, of pictures drawn by each model."""
     path = out / "choices" / f"seed-{seed}.csv"
     rows = [
-        loop.Share(source=f"d3po/drawn/{m}{tail}/pictures/eta1", share=s, low=0, high=1,
+        comparisons.Share(source=f"d3po/drawn/{m}{tail}/pictures/eta1", share=s, low=0, high=1,
                    raters=raters)
         for m, s in shares.items()
     ]  # fmt: skip
-    loop.write_choices(path, rows)
+    comparisons.write_choices(path, rows)
     return path
 
 

@@ -53,13 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as problem:
         fail(_said(problem), 2)
     except (click.Abort, KeyboardInterrupt):
-        fail("Interrupted. The same command goes on from the last checkpoint.", 1)
+        fail("Interrupted. The same command resumes from the last checkpoint.", 1)
     except UserError as problem:
         fail(str(problem), problem.exit_code)
     except ModuleNotFoundError as problem:
         if problem.name not in EXTRA:
             raise
-        fail(f"Expected the extra `feedback` to be installed, got no module {problem.name}. Run: "
+        fail(f"The extra `feedback` is not installed: there is no module {problem.name}. Run: "
              "pip install -c constraints.txt -e '.[feedback]'", 2)  # fmt: skip
     except OSError as problem:
         if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _said(problem: click.ClickException) -> str:
-    """A mistake that click found, in three parts."""
+    """A mistake that click found, and where the right use is shown."""
     from d3po_bench.registry import unknown
 
     context: click.Context | None = getattr(problem, "ctx", None)
@@ -79,9 +79,4 @@ def _said(problem: click.ClickException) -> str:
     if isinstance(problem, click.NoSuchOption) and context:
         known = [name for option in context.command.get_params(context) for name in option.opts]
         return str(unknown("option", problem.option_name, known))
-    if isinstance(problem, click.MissingParameter) and problem.param:
-        return f"Expected {problem.param.opts[0]}, got a command without it. See {manual}."
-    if isinstance(problem, click.BadParameter) and problem.param:
-        name = problem.param.opts[0]
-        return f"Expected a value that fits {name}, got another: {problem.message} See {manual}."
-    return f"Expected a command as in {manual}, got another: {problem.format_message()}"
+    return f"{problem.format_message()} See {manual}."

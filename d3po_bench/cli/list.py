@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin
 
 import click
@@ -18,17 +18,13 @@ from d3po_bench.text import section
 
 
 def everything() -> Iterator[str]:
-    """Methods, objectives, scorers, models, presets and prompt lists, a line each."""
-    kinds: tuple[registry.Kind, ...] = ("method", "objective", "scorer", "model")
+    """Methods, objectives, scorers, models, trackers, presets and prompt lists, a line each."""
+    kinds: tuple[registry.Kind, ...] = ("method", "objective", "scorer", "model", "tracker")
     for kind in kinds:
         yield from section(kind + "s", {n: registry.summary(kind, n) for n in registry.names(kind)})
     yield from section("presets", PRESET_SUMMARIES)
-    yield from section("prompts", {n: _count(n) for n in prompts.names()})
-
-
-def _count(name: str) -> str:
-    number = len(read_prompts(name))
-    return f"{number} prompt{'s' * (number > 1)}"
+    counts = {name: len(read_prompts(name)) for name in prompts.names()}
+    yield from section("prompts", {n: f"{k} prompt{'s' * (k > 1)}" for n, k in counts.items()})
 
 
 def settings_of(method: str) -> Iterator[str]:
@@ -40,21 +36,16 @@ def settings_of(method: str) -> Iterator[str]:
         ("options", f"{method} options", registry.method(method)),
     )
     for group, title, kind in groups:
-        docs, types = _field_docs(kind), known[group]
-        shown = [f for f in fields(kind) if f.name in types]
-        yield from section(
-            title, {f"{f.name}={_default(f)}": _meaning(types[f.name], docs, f) for f in shown}
-        )
-
-
-def _meaning(kind: Any, docs: dict[str, str], field: Field[Any]) -> str:
-    choices = " or ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
-    return ". ".join(filter(None, (choices, docs.get(field.name))))
-
-
-def _default(field: Field[Any]) -> str:
-    value = "" if field.default is MISSING else field.default
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+        docs, told = _field_docs(kind), {}
+        types = known[group]
+        for field in (f for f in fields(kind) if f.name in types):
+            default = "" if field.default is MISSING else field.default
+            shown = ",".join(default) if isinstance(default, tuple) else str(default)
+            literal = get_origin(types[field.name]) is Literal
+            choices = " or ".join(map(str, get_args(types[field.name]))) if literal else ""
+            said = filter(None, (choices, docs.get(field.name)))
+            told[f"{field.name}={shown}"] = ". ".join(said)
+        yield from section(title, told)
 
 
 def _field_docs(kind: type) -> dict[str, str]:
@@ -68,7 +59,7 @@ def _field_docs(kind: type) -> dict[str, str]:
 @click.option("--settings", is_flag=True, help="List what --set can change instead.")
 @click.option("--method", default="d3po", show_default=True, help="Whose options to list.")
 def list_(settings: bool, method: str) -> None:
-    """List methods, objectives, scorers, models, presets and prompt lists.
+    """List methods, objectives, scorers, models, trackers, presets and prompt lists.
 
     \b
     Example:

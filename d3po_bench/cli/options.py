@@ -10,9 +10,6 @@ import click
 
 from d3po_bench.errors import UserError
 
-MOST_SEEDS = 10_000
-"""More are a slip: each is a run."""
-
 MOST_JOBS = 1024
 
 
@@ -33,7 +30,7 @@ class Place(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path, as pathlib has it."""
         if value == "":
-            self.fail("'' is no path. Give one, such as . for the folder you are in.", param, ctx)
+            self.fail("it is empty. Give a path, such as . for the folder you are in.", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -44,7 +41,7 @@ def scorer_names(text: str) -> tuple[str, ...]:
     """Names of scorers with commas between them, at least one."""
     found = tuple(name.strip() for name in text.split(",") if name.strip())
     if not found:
-        raise UserError(f"Expected a scorer, got {ascii(text)[:80]}. `d3po-bench list` names them.")
+        raise UserError(f"{ascii(text)[:80]} names no scorer. `d3po-bench list` names them.")
     return found
 
 

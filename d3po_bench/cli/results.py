@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE, Range, scorer_names
+from d3po_bench.cli.options import MOST_JOBS, PLACE, Range, scorer_names
+from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
 
 
@@ -129,7 +130,7 @@ def evaluate(
 
     TARGET is a run folder, a LoRA folder, a model (tiny, a folder, a hub id), or a folder of
     pictures with a metadata.csv (file_name,text). Writes rows.csv, plan.json and provenance.json
-    to OUT; the same command goes on where it was interrupted.
+    to OUT; the same command resumes where it was interrupted.
 
     \b
     Example:
@@ -184,7 +185,7 @@ def table1(
     """Compare all methods on prompt-image alignment, with the paper's Table 1 beside it.
 
     Trains every method on OBJECTIVE, or takes the finished RUNS, and scores held-out prompts.
-    Writes OUT/table1.csv, .md and .tex; the same command goes on where it was interrupted.
+    Writes OUT/table1.csv, .md and .tex; the same command resumes where it was interrupted.
     Where OUT/choices holds files of `feedback choices --out`, raters' first choices are a column.
 
     \b
@@ -249,7 +250,7 @@ def verify(
         click.echo(verifying.record(folder))
         return
     if rerun is None and (settings or out):
-        raise UserError("--set and --out need --rerun.")
+        raise UserError("--set and --out need --rerun. Add --rerun 1.")
     checks = verifying.verify(folder)
     for name, problems in checks.items():
         click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
@@ -266,12 +267,12 @@ def verify(
 
 def _rerun(folder: Path, count: int, seed: int, settings: dict[str, str], out: Path | None) -> int:
     """Print a verdict for each cell that is made again; how many are not reproduced."""
+    from d3po_bench.runs.run import find_runs
     from eval.verify import rerun as again
-    from eval.verify.folder import published
 
     failed = 0
     for verdict in again.rerun(
-        folder, published(folder), count, seed=seed, settings=settings, out=out
+        folder, find_runs([folder]), count, seed=seed, settings=settings, out=out
     ):
         click.echo(f"{verdict.cell}: {verdict.said}")
         for detail in verdict.details:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE
+from d3po_bench.cli.options import MOST_JOBS, PLACE
+from d3po_bench.config import MOST_SEEDS
 
 
 @click.command()
@@ -65,8 +66,8 @@ from d3po_bench.cli.options import MOST_JOBS, MOST_SEEDS, PLACE
 )
 @click.option(
     "--track",
-    type=click.Choice(["tensorboard"]),
-    help="Also send metrics and held-out scores to a tracker, live (extra `track`).",
+    metavar="TRACKER",
+    help="Also send metrics and held-out scores to a tracker, such as tensorboard, live.",
 )
 def run(
     method: str,

@@ -51,7 +51,7 @@ def weights_list() -> None:
 @weights.command(name="fetch")
 @click.argument("names", nargs=-1, required=True)
 def weights_fetch(names: tuple[str, ...]) -> None:
-    """Fetch the weights NAMES into the cache, checked; a broken download goes on.
+    """Fetch the weights NAMES into the cache, checked; a broken download resumes.
 
     \b
     Example:

@@ -6,20 +6,21 @@ choice). Only first presentations count; repeats measure self-consistency alone.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d3po_bench.errors import UserError
-from d3po_bench.feedback.rounds import Answer, Choice, Round, Vote
+from d3po_bench.feedback import schema
+from d3po_bench.feedback.rounds import Progress, Round, Vote
+from d3po_bench.feedback.schema import Answer, Choice
 
 Floats = NDArray[np.float64]
 CHOICES = get_args(Choice)
@@ -66,7 +67,7 @@ def judgements(round_: Round, votes: Sequence[Vote]) -> tuple[list[str], Floats]
     """
     names = sorted({vote.rater for vote in votes})
     row = {name: n for n, name in enumerate(names)}
-    width = _units(round_)
+    width = round_.images_per_item if round_.kind == "tags" else 1
     place = {item.id: n * width for n, item in enumerate(round_.items)}
     table = np.full((len(names), len(place) * width), np.nan)
     for vote in votes:
@@ -126,10 +127,6 @@ def quality(round_: Round, votes: Sequence[Vote]) -> list[Quality]:
     ]
 
 
-def _units(round_: Round) -> int:
-    return round_.images_per_item if round_.kind == "tags" else 1
-
-
 def _values(round_: Round, answer: Answer) -> list[int]:
     """The answer as one number for each unit of an item."""
     if isinstance(answer, str):
@@ -167,6 +164,35 @@ def _with_others(counts: NDArray[np.int64], mine: Floats) -> float | None:
         return None
     same = counts[judged, mine[judged].astype(int)] - 1
     return float((same / (counts[judged].sum(1) - 1)).mean())
+
+
+def summary(round_: Round, votes: Sequence[Vote]) -> Mapping[str, float | None]:
+    """The round's numbers by name: votes, raters, alpha and raw agreement."""
+    return {
+        "votes": len(votes),
+        "raters": len({vote.rater for vote in votes}),
+        "alpha": alpha(round_, votes),
+        "raw_agreement": raw_agreement(round_, votes),
+    }
+
+
+def report(round_: Round, votes: Sequence[Vote], progress: Progress) -> Iterator[str]:
+    """How far a round is and how far its votes can be trusted, in lines."""
+
+    def shown(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+    yield f"{progress.done} of {progress.done + progress.left} items complete"
+    for name, value in summary(round_, votes).items():
+        yield f"{name.replace('_', ' ')}: {shown(value)}"
+    for q in quality(round_, votes):
+        yield (
+            f"{q.rater}: {q.votes} votes, {q.seconds:.1f} s each, gold right "
+            f"{shown(q.gold.value)}, same again {shown(q.consistent.value)}, with others "
+            f"{shown(q.with_others)}"
+        )
 
 
 # ---- votes to scores
@@ -223,16 +249,17 @@ def read_label_files(folder: Path, say: Callable[[str], None] = lambda line: Non
     Raises:
         UserError: there is none, or one is not such a list.
     """
-    tables = [_label_file(path) for path in sorted(folder.glob("*.json"))]
+    tables = [
+        np.array(schema.read(schema.LABELS, path, "Correct the file."), dtype=np.float64)
+        for path in sorted(folder.glob("*.json"))
+    ]
     if not tables:
-        raise UserError(
-            f"Expected label files (*.json) in {folder}, got none. Give the folder they are in."
-        )
+        raise UserError(f"There are no label files (*.json) in {folder}. Give another folder.")
     if len({table.shape[1] for table in tables}) > 1:
-        widths = sorted({table.shape[1] for table in tables})
+        widths = " and ".join(str(n) for n in sorted({table.shape[1] for table in tables}))
         raise UserError(
-            f"Expected as many images a row in all label files of {folder}, got {widths}. "
-            "Keep the files of one round together, and no others."
+            f"The label files in {folder} are for {widths} images a prompt. Keep the files of one "
+            "round together, and no others."
         )
     shortest, longest = min(map(len, tables)), max(map(len, tables))
     if shortest < longest:
@@ -246,35 +273,3 @@ def _score(round_: Round, answer: Answer) -> list[float]:
     if isinstance(answer, str):
         return [float(answer == "a"), float(answer == "b")]
     return [-float(k in answer) for k in range(round_.images_per_item)]
-
-
-def _label_file(path: Path) -> Floats:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        if not _rows_of_numbers(rows):
-            raise ValueError("not a list of equally long rows of numbers")
-        if strange := {n for row in rows for n in row} - {0, -1}:
-            raise ValueError(f"the number {min(strange)}")
-        return np.array(rows, dtype=np.float64)
-    except (OSError, ValueError, OverflowError, RecursionError) as problem:
-        raise UserError(
-            f"Expected a JSON list of rows of 0 and -1 in {path}, got: {problem}. Correct the file."
-        ) from problem
-
-
-def _rows_of_numbers(rows: Any) -> bool:
-    if not isinstance(rows, list) or not rows or not all(isinstance(r, list) for r in rows):
-        return False
-    flat = [value for row in rows for value in row]
-    numbers = all(type(value) in (int, float) and abs(value) < 1e9 for value in flat)
-    return numbers and len({len(row) for row in rows}) == 1 and len(rows[0]) > 1
-
-
-def summary(round_: Round, votes: Sequence[Vote]) -> Mapping[str, float | None]:
-    """The round's numbers by name: votes, raters, alpha and raw agreement."""
-    return {
-        "votes": len(votes),
-        "raters": len({vote.rater for vote in votes}),
-        "alpha": alpha(round_, votes),
-        "raw_agreement": raw_agreement(round_, votes),
-    }

@@ -7,7 +7,6 @@ them (not in a first round), and, once all are there, `round.json` and `files.js
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,12 +22,15 @@ from d3po_bench.config import FEEDBACK, Execution, RunConfig
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.diffusion.seeding import stream
+from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
-from d3po_bench.feedback.rounds import Item, Kind, Question, Round
+from d3po_bench.feedback.rounds import Item, Round
+from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.machine import device_of
 from d3po_bench.models.sources import load, model_source, threads_of
 from d3po_bench.runs.files import png_bytes, taken, write_atomically
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.trainer import training_of
 from d3po_bench.types import Model
@@ -76,18 +78,22 @@ class Sampling:
             return found
         except FileNotFoundError as problem:
             raise UserError(
-                f"Expected a round that `feedback new` drew in {folder}, got none with {FILE}. "
-                "Pictures from elsewhere can be judged, but not learnt from."
+                f"{folder} has no {FILE}, so `feedback new` did not draw it. Pictures from "
+                "elsewhere can be judged, but not trained on."
             ) from problem
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
             raise UserError(
-                f"Expected what `feedback new` writes in {path}, got: {problem}. {rounds.REMEDY}"
+                f"{path} is not as `feedback new` wrote it: {problem}. {rounds.REMEDY}"
             ) from problem
 
-    def config(self, method: str, **more: Any) -> RunConfig:
-        """The settings as a run's."""
-        settings = {**self.settings, "lora_targets": tuple(self.settings["lora_targets"])}
-        return RunConfig(method=method, objective=FEEDBACK, seed=self.seed, **settings, **more)
+    def config(self, method: str) -> RunConfig:
+        """The settings as a run's.
+
+        Raises:
+            ValueError: no run can have them.
+        """
+        named = {"method": method, "objective": FEEDBACK, "seed": self.seed}
+        return RunConfig.from_json({**self.settings, **named})
 
 
 def chosen_prompts(known: Sequence[str], count: int | None, seed: int, number: int) -> list[str]:
@@ -113,18 +119,16 @@ class Before:
         Raises:
             UserError: it is none, or not finished.
         """
-        store = RunStore(run)
-        state = store.load_checkpoint()
-        if state is None or not store.finished:
+        state, trained = RunStore(run).load_checkpoint(), RunFolder(run)
+        if state is None or not trained.finished:
             raise UserError(
-                f"Expected a finished `feedback train` in {run}, got none. Run it to its end, or "
-                "leave --from out."
+                f"{run} holds no finished `feedback train`. Run it to its end, or leave --from out."
             )
-        found = store.provenance().get("round")
+        found = trained.facts.get("round")
         if not isinstance(found, dict):
             raise UserError(
-                f"Expected a run of `feedback train` in {run}, got another kind of run. Give one "
-                "such as round-1/trained/d3po."
+                f"The run in {run} was not made by `feedback train`. Give one such as "
+                "round-1/trained/d3po."
             )
         weights = {k.removeprefix("weight/"): v for k, v in state[0].items() if "weight/" in k}
         return cls(weights, Sampling(**{**found, "prompts": ()}))
@@ -190,8 +194,8 @@ def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question
         changed += [] if (folder / FILE).exists() else ["pictures"]
     if changed:
         raise UserError(
-            f"Expected {folder} to be empty or to hold this round, got one with other "
-            f"{', '.join(changed)}. Give another folder, or remove that one."
+            f"{folder} holds another round: its {', '.join(changed)} differ. Give another folder, "
+            "or remove that one."
         )
 
 
@@ -271,7 +275,7 @@ def read_rollout(folder: Path, block: int) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as problem:
         raise UserError(
-            f"Expected what `feedback new` writes in {path}, got: {problem}. {rounds.REMEDY}"
+            f"{path} is not as `feedback new` wrote it: {problem}. {rounds.REMEDY}"
         ) from problem
 
 
@@ -282,15 +286,9 @@ def _kept(folder: Path) -> Iterator[Path]:
         yield folder / ADAPTER
 
 
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_files(folder: Path) -> None:
     """Record the checksum of every picture and tensor of a round."""
-    known = {p.relative_to(folder).as_posix(): sha256(p) for p in _kept(folder)}
+    known = {p.relative_to(folder).as_posix(): sha256_of(p) for p in _kept(folder)}
     _write_json(folder / FILES, known)
 
 
@@ -311,19 +309,19 @@ def require_files(folder: Path, within: str = "") -> None:
                   if n.startswith(within) and not _is(folder / n, found)]  # fmt: skip
     except (OSError, ValueError, AttributeError, TypeError) as problem:
         raise UserError(
-            f"Expected the checksums of a round in {path}, got: {problem}. {rounds.REMEDY}"
+            f"The checksums in {path} cannot be read: {problem}. {rounds.REMEDY}"
         ) from problem
     if broken:
-        state = "another content" if (folder / broken[0]).exists() else "no file"
+        state = "was changed" if (folder / broken[0]).exists() else "is missing"
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise UserError(
-            f"Expected {folder / broken[0]} as it was drawn, got {state}{more}. Bring it back, or "
-            "make the round again in another folder."
+            f"{folder / broken[0]} {state}{more}. Restore it, or make the round again in another "
+            "folder."
         )
 
 
 def _is(path: Path, expected: str) -> bool:
-    return path.is_file() and sha256(path) == expected
+    return path.is_file() and sha256_of(path) == expected
 
 
 def _write_json(path: Path, data: Any) -> None:

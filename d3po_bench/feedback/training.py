@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,12 +20,11 @@ from d3po_bench.feedback.sampling import (
     ADAPTER,
     FIXED,
     Sampling,
-    adapter_bytes,
     read_rollout,
     require_files,
 )
 from d3po_bench.models.sources import model_source
-from d3po_bench.runs.store import RunStore
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.progress import Report
 from d3po_bench.training.run import Job, run_seed
 from d3po_bench.training.tools import Tools
@@ -93,13 +91,13 @@ def data_of(folder: Path, scores: Floats) -> Data:
     number, images = len(sampling.prompts), sampling.images
     if len(scores) > number or scores.shape[1] != images:
         raise UserError(
-            f"Expected labels of at most {number} prompts with {images} images each, as the round "
-            f"in {folder} has, got {scores.shape[0]} x {scores.shape[1]}. Give those of this round."
+            f"These labels are of {scores.shape[0]} x {scores.shape[1]} images; the round in "
+            f"{folder} has {number} x {images}. Give those of this round."
         )
     if not np.isfinite(scores).all(1).any():
         raise UserError(
-            f"Expected votes on the round in {folder}, got none. Ask for some with `d3po-bench "
-            "feedback serve`, or give the --labels they are in."
+            f"Nobody has voted on the round in {folder}. Ask for votes with `d3po-bench feedback "
+            "serve`, or give the --labels they are in."
         )
     whole = torch.full((number, images), float("nan"))
     whole[: len(scores)] = torch.from_numpy(scores).float()
@@ -131,8 +129,8 @@ def planned(data: Data, request: TrainRequest) -> tuple[RunConfig, Execution]:
     fixed = next((key for key in request.settings if key in (*FIXED, "images_per_prompt")), None)
     if fixed is not None:
         raise UserError(
-            f"Expected {fixed} to be the round's, got --set {fixed}={request.settings[fixed]}. "
-            "Give it to `feedback new`."
+            f"The round decides {fixed}, so --set {fixed}={request.settings[fixed]} cannot change "
+            "it here. Give it to `feedback new`."
         )
     own = sampling.config(request.method)
     given = {f.name: getattr(own, f.name) for f in fields(RunConfig) if f.name in FIXED}
@@ -165,16 +163,19 @@ def train(
     experience = data.experience(config)
     _require_differences(data, config, data.scores[experience.judged])
     # Votes may have come in since: a finished training must not pass for one that saw them.
-    seen = RunStore(out).provenance().get("inputs", {}).get("scorers", {}).get("votes")
+    seen = RunFolder(out).facts.get("inputs", {}).get("scorers", {}).get("votes")
     if seen not in (None, Votes(data.scores).digest):
         raise UserError(
             f"The training in {out} began with other votes. Give another --out, or remove that "
             "folder."
         )
+    # The next round starts from it.
+    known = json.loads(json.dumps(asdict(data.sampling)))
+    known.pop("prompts")
     run_seed(
         Job(
             config=config, execution=execution, folder=out, tools=request.tools,
-            experience=experience, facts={"round": _facts(data)},
+            experience=experience, facts={"round": known},
         ),
         report,
     )  # fmt: skip
@@ -188,15 +189,3 @@ def _require_differences(data: Data, config: RunConfig, scores: Tensor) -> None:
             f"All votes in {data.folder} are ties, from which {config.method} learns nothing. Ask "
             "for more votes."
         )
-
-
-def _facts(data: Data) -> dict[str, Any]:
-    """What the next round goes on from."""
-    known = json.loads(json.dumps(asdict(data.sampling)))
-    known.pop("prompts")
-    return dict(known)
-
-
-def adapter_of(weights: Mapping[str, Tensor]) -> str:
-    """sha256 of the weights as a round keeps them."""
-    return hashlib.sha256(adapter_bytes(weights)).hexdigest()

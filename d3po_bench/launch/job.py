@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from d3po_bench.errors import RunError, UserError, is_out_of_memory, of_file
@@ -12,10 +14,10 @@ from d3po_bench.training.run import Job, run_seed
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended.
+    """How a piece of work ended.
 
     It goes from process to process, so the error is one of ours; and it holds no frames of the
-    run, whose model would fill the memory of the next one.
+    work, whose model would fill the memory of the next one.
     """
 
     problem: UserError | None = None
@@ -23,43 +25,64 @@ class End:
     """The traceback, where nobody expected the problem."""
 
 
-def make_run(job: Job, report: Report) -> End:
-    """Make one run; only what is no Exception, such as Ctrl-C, goes through."""
-    try:
-        run_seed(job, report)
-    except UserError as problem:
-        kind = RunError if isinstance(problem, RunError) else UserError
-        return End(kind(str(problem)))
-    except (Exception, SystemExit) as problem:  # a plug-in that exits is one that failed
-        if is_out_of_memory(problem):
-            return End(out_of_memory())
-        if isinstance(problem, OSError) and problem.filename is not None:
-            return End(of_file(problem))
-        return _unexpected(problem)
-    return End()
-
-
 LONGEST = 300
 """Characters of a foreign exception that a line quotes."""
-
-
-def _unexpected(problem: BaseException) -> End:
-    """A mistake in the package or in a plug-in: its author needs the traceback."""
-    said = " ".join("".join(traceback.format_exception_only(problem)).split())
-    shown = said if len(said) <= LONGEST else said[: LONGEST - 3] + "..."
-    told = RunError(
-        f"Expected a run that finishes, got {shown} (traceback above). Mend what the traceback "
-        "names, and run the same command again: it goes on from the last checkpoint."
-    )
-    return End(told, "".join(traceback.format_exception(problem)))
-
 
 SMALLER = (
     "Make the batches smaller: --set micro_batch=8 --set sample_batch=16 --set "
     "reference_batch=16, or --set gradient_checkpointing=true."
 )
+"""How a run needs less memory."""
 
 
-def out_of_memory() -> RunError:
-    """The error for a device or machine without enough memory."""
-    return RunError(f"Expected enough memory for a batch, got none left. {SMALLER}")
+def make_run(job: Job, report: Report) -> End:
+    """Make one run; all but Ctrl-C and its like is caught."""
+    return attempt(lambda: run_seed(job, report), SMALLER)
+
+
+def attempt(work: Callable[[], None], smaller: str) -> End:
+    """Do some work, and say how it ended.
+
+    Args:
+        work: all but Ctrl-C and its like is caught.
+        smaller: how it needs less memory, for people.
+    """
+    try:
+        work()
+    except UserError as problem:
+        kind = RunError if isinstance(problem, RunError) else UserError
+        return End(kind(str(problem)))
+    except (Exception, SystemExit) as problem:  # a plug-in that exits is one that failed
+        if is_out_of_memory(problem):
+            return End(RunError(f"Out of memory. {smaller}"))
+        if isinstance(problem, OSError) and problem.filename is not None:
+            return End(of_file(problem))
+        # A mistake in the package or in a plug-in: its author needs the traceback.
+        said = " ".join("".join(traceback.format_exception_only(problem)).split())
+        shown = said if len(said) <= LONGEST else said[: LONGEST - 3] + "..."
+        told = RunError(
+            f"Failed with {shown} (traceback above). Correct what the traceback names, and run "
+            "the same command again: it resumes."
+        )
+        return End(told, "".join(traceback.format_exception(problem)))
+    return End()
+
+
+def died(code: int, smaller: str) -> End:
+    """The end of work whose process ended on the way.
+
+    Args:
+        code: its exit status; a signal's number is below 0.
+        smaller: how it needs less memory, for people.
+    """
+    how = f"ended with status {code}"
+    if code == -signal.SIGKILL:
+        how = "was killed (out of memory?)"
+    elif code < 0:
+        how = f"died of signal {-code} ({signal.strsignal(-code)})"
+    return End(
+        RunError(
+            f"The worker process {how}. Run the same command again: it resumes. If memory is "
+            f"short, add --jobs 1. {smaller}"
+        )
+    )

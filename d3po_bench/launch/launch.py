@@ -18,13 +18,12 @@ import click
 from d3po_bench import registry
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.errors import UserError
-from d3po_bench.launch.job import End, make_run
-from d3po_bench.launch.local import side_by_side
+from d3po_bench.launch.job import SMALLER, End, died, make_run
+from d3po_bench.launch.local import Died, side_by_side
 from d3po_bench.launch.progress import bars, noting
 from d3po_bench.machine import device_of
-from d3po_bench.models.sources import Source, model_source
+from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.run import read_config
 from d3po_bench.runs.store import require_same
 from d3po_bench.training.progress import label
 from d3po_bench.training.run import Job
@@ -75,7 +74,7 @@ def planned(request: RunRequest) -> list[Job]:
     """
     config, execution = configured(request)
     device_of(request.device)
-    trackers = (request.track,) if request.track else ()
+    trackers = () if request.track is None else (request.track,)
     for name in trackers:
         if find_spec(registry.tracker(name).NEEDS) is None:
             raise UserError(
@@ -85,17 +84,23 @@ def planned(request: RunRequest) -> list[Job]:
     jobs = []
     for seed in request.seeds:
         own = replace(config, seed=seed)
-        job = Job(
-            config=own, execution=execution, folder=_folder(request, own), tools=request.tools,
-            resume=request.resume, trackers=trackers,
-        )  # fmt: skip
+        folder = run_folder(request.out, own)
         # Refuse, before hours are spent, what would fail at the end of them.
         read_prompts(own.prompt_source)
-        if (job.folder / "config.json").exists():
-            read_config(job.folder)
-        require_same(job.folder, own, request.resume)
-        jobs.append(job)
+        require_same(folder, own, request.resume)
+        jobs.append(
+            Job(
+                config=own, execution=execution, folder=folder, tools=request.tools,
+                resume=request.resume, trackers=trackers,
+            )
+        )  # fmt: skip
     return jobs
+
+
+def run_folder(out: Path, config: RunConfig) -> Path:
+    """Where a run lies below `out`: the name of a model may be a path."""
+    model = config.model.replace("/", "--").strip("-.") or "model"
+    return out / model / config.objective / config.method / f"seed-{config.seed}"
 
 
 def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dict[str, UserError]:
@@ -109,21 +114,34 @@ def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dic
         count: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
     """
-    failures = _Failures()
-    count = count or _side_by_side(model_source(jobs[0].config.model), jobs[0].execution)
+    failed: dict[str, UserError] = {}
+    printed = {""}
+
+    def ended(job: Job, found: End | Died) -> bool:
+        end = died(found.code, SMALLER) if isinstance(found, Died) else found
+        name = label(job.config)
+        if end.problem is not None:
+            failed[name] = end.problem
+        if end.trace not in printed:  # once for all runs that end in the same
+            printed.add(end.trace)
+            print(f"{name}:\n{end.trace}", end="", file=sys.stderr)
+        # What nobody expected may have left a process in which nothing works, a GPU's context say.
+        return not end.trace
+
+    count = count or _as_many_as_fit(jobs[0])
     with bars(names) as shown, _terminable():
         report = noting(shown)
         if min(count, len(jobs)) > 1:
-            side_by_side(jobs, count, report, failures.add)
+            side_by_side(make_run, jobs, count, ended, report)
         else:
             for job in jobs:
-                failures.add(job, make_run(job, report))
+                ended(job, make_run(job, report))
     labels = [label(job.config) for job in jobs]
-    return {name: failures.found[name] for name in labels if name in failures.found}
+    return {name: failed[name] for name in labels if name in failed}
 
 
 def finish(failed: Mapping[str, UserError], out: Path) -> None:
-    """Say where the runs are, or raise what went wrong.
+    """Say where the runs are, or raise what went wrong; errors that are alike are said once.
 
     Args:
         failed: what to call a run -> its problem; "" for a run that was asked for alone.
@@ -133,7 +151,12 @@ def finish(failed: Mapping[str, UserError], out: Path) -> None:
         UserError: there are problems.
     """
     if failed:
-        raise _joined(failed)
+        said: dict[str, list[str]] = {}
+        for name, problem in failed.items():
+            said.setdefault(str(problem), []).append(name)
+        parts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
+        kind = type(next(iter(failed.values())))
+        raise kind(" ".join(parts).removeprefix(": "))
     click.echo(f"Runs are in {out}. Draw them: d3po-bench plot {out}", err=True)
 
 
@@ -167,42 +190,11 @@ def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     return config, replace(execution, device=request.device)
 
 
-def _side_by_side(source: Source, execution: Execution) -> int:
+def _as_many_as_fit(job: Job) -> int:
     """One run per core for a small model on a CPU; others may not fit twice."""
-    if not source.small or device_of(execution.device).type != "cpu":
+    small = model_source(job.config.model).small
+    if not small or device_of(job.execution.device).type != "cpu":
         return 1
     if hasattr(os, "sched_getaffinity"):  # not on a Mac
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _folder(request: RunRequest, config: RunConfig) -> Path:
-    model = config.model.replace("/", "--").strip("-.") or "model"
-    return request.out / model / config.objective / config.method / f"seed-{config.seed}"
-
-
-class _Failures:
-    """What failed, by the run's label."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, UserError] = {}
-        self.printed = {""}
-
-    def add(self, job: Job, end: End) -> None:
-        """Keep the problem, and print its traceback, once for all runs that end in the same."""
-        name = label(job.config)
-        if end.problem is not None:
-            self.found[name] = end.problem
-        if end.trace not in self.printed:
-            self.printed.add(end.trace)
-            print(f"{name}:\n{end.trace}", end="", file=sys.stderr)
-
-
-def _joined(failed: Mapping[str, UserError]) -> UserError:
-    """Several runs' errors as one, after their names; equal ones are said once."""
-    kind = type(next(iter(failed.values())))
-    said: dict[str, list[str]] = {}
-    for name, problem in failed.items():
-        said.setdefault(str(problem), []).append(name)
-    parts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
-    return kind(" ".join(parts).removeprefix(": "))

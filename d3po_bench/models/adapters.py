@@ -58,15 +58,25 @@ class DiffusersModel(ABC):
     NETWORK: ClassVar[Literal["unet", "transformer"]]
     """The part that trains."""
     PARTS: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Subfolder of each part -> the classes that it may have."""
+    """Subfolder of each part -> the classes that it may have; none named means any."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Parts that a pipeline can do without."""
 
     process: Process
     prediction: Prediction
 
-    def __init__(self, parts: Mapping[str, Any], device: torch.device, training: Training) -> None:
-        """`parts`: the pipeline's parts by name, as diffusers loads them."""
+    def __init__(
+        self, parts: Mapping[str, Any], index: Mapping[str, Any], device: torch.device,
+        training: Training,
+    ) -> None:  # fmt: skip
+        """Take the parts as they are.
+
+        Args:
+            parts: of the pipeline, by name, as diffusers loads them.
+            index: the pipeline's model_index.json, for families that have settings in it.
+            device: where it computes.
+            training: what trains.
+        """
         self.device, self.training = device, training
         self.parts = dict(parts)
         for part in self.parts.values():
@@ -112,18 +122,16 @@ class DiffusersModel(ABC):
         parts: dict[str, Any] = {}
         for name, allowed in cls.PARTS.items():
             found = (index.get(name) or [None, None])[1]
-            if name == "scheduler":  # any config: only its noise levels are read
-                found = allowed[0]
             if found is None and name in cls.OPTIONAL:
                 continue
-            if found not in allowed:
+            if found is None or (allowed and found not in allowed):
                 raise UserError(
                     f"The pipeline in {path} has {found or 'nothing'} as its {name}; "
-                    f"{cls.__name__} needs {' or '.join(allowed)}. Give --model another folder "
-                    "or hub id."
+                    f"{cls.__name__} needs {' or '.join(allowed) or 'one'}. Give --model another "
+                    "folder or hub id."
                 )
             parts[name] = load_part(found, path, revision, name, training)
-        return cls(parts, device, training)
+        return cls(parts, index, device, training)
 
     # ---- what a family says
 
@@ -291,10 +299,13 @@ class DiffusersModel(ABC):
 
     def _load_lora(self, folder: Path) -> None:
         pipeline = self._pipeline_class()
-        found = pipeline.lora_state_dict(folder, local_files_only=True, use_safetensors=True)
-        state, alphas = found if isinstance(found, tuple) else (found, None)
+        found = pipeline.lora_state_dict(
+            folder, unet_config=self.network.config, local_files_only=True, use_safetensors=True
+        )
+        # For a UNet there are scales beside the tensors, which other trainers write.
+        state, *alphas = found if isinstance(found, tuple) else (found,)
         load = getattr(pipeline, f"load_lora_into_{self.NETWORK}")
-        load(state, network_alphas=alphas, **{self.NETWORK: self.network})
+        load(state, *alphas, **{self.NETWORK: self.network})
         # What the loader does not know it leaves out: that would be the pretrained model.
         placed = sum("lora_" in name for name, _ in self.network.named_parameters())
         if placed == 0 or placed != len(state):
@@ -325,31 +336,6 @@ class DiffusersModel(ABC):
         import diffusers
 
         return getattr(diffusers, self.PIPELINES[0])
-
-
-def token_ids(tokenizer: Any, prompts: list[str], limit: int | None = None) -> Tensor:
-    """Token numbers [P, limit], padded to the tokenizer's length.
-
-    Args:
-        tokenizer: of the pipeline.
-        prompts: P texts.
-        limit: tokens; None for the tokenizer's own.
-
-    Raises:
-        UserError: a prompt has more tokens than the text encoder reads.
-    """
-    limit = limit or int(tokenizer.model_max_length)
-    for prompt in prompts:
-        count = len(tokenizer(prompt).input_ids)
-        if count > limit:
-            raise UserError(
-                f"A prompt has {count - 2} tokens, and the text encoder reads {limit - 2}: "
-                f"{prompt[:60]!r}. Shorten it; the rest would be ignored."
-            )
-    ids: Tensor = tokenizer(
-        prompts, padding="max_length", max_length=limit, return_tensors="pt"
-    ).input_ids
-    return ids
 
 
 def load_part(kind: str, path: str, revision: str | None, name: str, training: Training) -> Any:

@@ -76,7 +76,8 @@ def load(source: Source, device: torch.device, training: Training) -> Model:
     index = _model_index(source)
     # All parts of a hub id come from one commit, whatever happens to its branch meanwhile.
     found = commit(source)
-    family = registry.family(str(index.get("_class_name")), source.path)
+    kind = str(index.get("_class_name", "pipeline without a _class_name"))
+    family = registry.family(kind, source.path)
     model = family.load(source.path, found or source.revision, index, device, training)
     model.commit = found
     return model

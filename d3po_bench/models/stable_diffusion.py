@@ -14,8 +14,12 @@ from torch import Tensor
 
 from d3po_bench.diffusion.process import VariancePreserving
 from d3po_bench.errors import UserError
-from d3po_bench.models.adapters import DiffusersModel, Training, token_ids
+from d3po_bench.models.adapters import DiffusersModel, Training
+from d3po_bench.models.text_encoders import token_ids
 from d3po_bench.types import Conditions
+
+KNOWN = ("epsilon", "v_prediction")
+"""What a network may predict."""
 
 
 class StableDiffusion(DiffusersModel):
@@ -28,24 +32,29 @@ class StableDiffusion(DiffusersModel):
         "vae": ("AutoencoderKL", "AutoencoderTiny"),
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": ("CLIPTokenizer",),
-        "scheduler": ("DDIMScheduler",),
+        "scheduler": (),
     }
 
-    def __init__(self, parts: Mapping[str, Any], device: torch.device, training: Training) -> None:
+    def __init__(
+        self, parts: Mapping[str, Any], index: Mapping[str, Any], device: torch.device,
+        training: Training,
+    ) -> None:  # fmt: skip
         """Read the noise schedule.
 
         Raises:
-            UserError: the network predicts something that is neither noise nor velocity.
+            UserError: it has no discrete levels, or the network predicts neither noise nor
+                velocity.
         """
-        super().__init__(parts, device, training)
+        super().__init__(parts, index, device, training)
         scheduler = parts["scheduler"]
-        self.process = VariancePreserving(scheduler.alphas_cumprod)
-        self.prediction = scheduler.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
+        self.prediction = scheduler.config.get("prediction_type")
+        # Those of EDM and of flows have no alphas: their networks expect other latents.
+        if not hasattr(scheduler, "alphas_cumprod") or self.prediction not in KNOWN:
             raise UserError(
-                f"This model predicts {self.prediction!r}; only epsilon and v_prediction are "
-                "supported. Use another model."
+                f"This model predicts {self.prediction!r} for a {type(scheduler).__name__}; only "
+                f"{' and '.join(KNOWN)} at discrete noise levels are supported. Use another model."
             )
+        self.process = VariancePreserving(scheduler.alphas_cumprod)
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         tokens = token_ids(self.parts["tokenizer"], prompts)

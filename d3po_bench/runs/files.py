@@ -12,12 +12,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from d3po_bench.errors import RunError, UserError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Row = dict[str, Any]
 
@@ -28,7 +30,7 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
     Args:
         path: what to write; its folder is made.
         data: the new bytes.
-        keep: where the old file goes once the new one is whole; None for away.
+        keep: where the old file goes once the new one is whole; None to drop it.
 
     Raises:
         RunError: the disk is full or the folder cannot be written, naming the file.
@@ -83,11 +85,13 @@ def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-_NO_ROOM = {
-    errno.ENOSPC: "a full disk",
-    errno.EDQUOT: "a full disk",
-    errno.EFBIG: "a limit on the size of files",
+_OF_THE_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "there is a limit on the size of files",
+    errno.EIO: "the disk has an input/output error",
 }
+"""Not the fault of the command, which works once it is put right."""
 
 
 def write_error(path: Path, problem: Exception) -> UserError:
@@ -95,20 +99,13 @@ def write_error(path: Path, problem: Exception) -> UserError:
     number = getattr(problem, "errno", None)
     if "No space left" in str(problem):  # without a number, from safetensors
         number = errno.ENOSPC
-    if number in _NO_ROOM:
+    if number in _OF_THE_DISK:
         return RunError(
-            f"Expected room to write {path}, got {_NO_ROOM[number]}. Make room, or raise that "
-            "limit, and run the same command again: a run goes on from its last checkpoint."
-        )
-    if number == errno.EIO:
-        return RunError(
-            f"Expected to be able to write {path}, got: {os.strerror(errno.EIO)}. Look after that "
-            "disk, then run the same command again: a run goes on from its last checkpoint."
+            f"{path} cannot be written: {_OF_THE_DISK[number]}. Fix that and run the same command "
+            "again; a run resumes from its last checkpoint."
         )
     reason = getattr(problem, "strerror", None) or problem
-    return UserError(
-        f"Expected to be able to write {path}, got: {reason}. Give a writable folder with --out."
-    )
+    return UserError(f"{path} cannot be written: {reason}. Give a writable folder with --out.")
 
 
 @contextlib.contextmanager
@@ -117,7 +114,7 @@ def writing(path: Path) -> Iterator[None]:
 
     Raises:
         UserError: as `write_atomically` does.
-        OSError: there is no memory left, which is nothing that the file can help.
+        OSError: there is no memory left, which is not the fault of the file.
     """
     try:
         yield
@@ -161,7 +158,7 @@ def taken(folder: Path) -> Iterator[None]:
         file = path.open("w")
     except (FileExistsError, NotADirectoryError) as problem:
         raise UserError(
-            f"Expected a folder at {folder}, got a file on the way. Give another --out."
+            f"{folder} cannot be made: there is a file in its place. Give another --out."
         ) from problem
     except OSError as problem:
         raise write_error(folder, problem) from problem
@@ -173,8 +170,7 @@ def taken(folder: Path) -> Iterator[None]:
             held = False
         if not held:
             raise UserError(
-                f"Expected {folder} to be free, got another process running in it. Wait for it, "
-                "or give another --out."
+                f"Another process is running in {folder}. Wait for it, or give another --out."
             )
         try:
             yield
@@ -185,27 +181,24 @@ def taken(folder: Path) -> Iterator[None]:
                     place.rmdir()
 
 
+REMEDY = "Restore that file, leave that folder out, or run it again."
+
+
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Say which file of a run is damaged or cannot be read."""
+def readable(path: Path) -> Iterator[None]:
+    """Around the reading of a file: whatever a malformed one raises becomes one line.
+
+    Raises:
+        UserError: naming the file.
+    """
     try:
         yield
-    except (ValueError, TypeError, KeyError, OSError, RecursionError, csv.Error) as problem:
-        raise UserError(
-            f"Expected what a run writes in {path}, got a damaged file ({problem}). Give another "
-            "--out, or remove that folder."
-        ) from problem
-
-
-def read_json_lines(path: Path) -> list[Row]:
-    """The rows of `json_lines`; none where there is no file."""
-    if not path.exists():
-        return []
-    with reading(path):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            int(row["round"])
-        return rows
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error,
+    ) as problem:  # fmt: skip
+        ours = type(problem) is ValueError
+        detail = str(problem) if ours else f"{type(problem).__name__}: {problem}"
+        raise UserError(f"{path} cannot be read: {detail[:200]}. {REMEDY}") from problem
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -216,5 +209,8 @@ def read_csv(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    with reading(path), path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    with readable(path), path.open(newline="", encoding="utf-8") as file:
+        text = file.read()
+        if "\0" in text:
+            raise ValueError("it holds a null byte")
+        return list(csv.DictReader(io.StringIO(text, newline="")))

@@ -1,47 +1,156 @@
-"""Files of run folders, read with suspicion: somebody else, or a newer version, wrote them."""
+"""A run folder, read. Somebody else, or a newer version, may have written it: nothing is trusted.
+
+`d3po_bench.runs.store` is the writer.
+"""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from d3po_bench import __version__
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
-from d3po_bench.runs.sessions import misshapen
+from d3po_bench.runs.files import Row, read_csv, readable
 
-Row = dict[str, Any]
-
-NEEDED = ("method", "objective", "model", "seed")
-"""Of every config; what else an older version did not know yet has its default."""
+__all__ = [
+    "TEXT", "Row", "RunFolder", "content", "find_runs", "finite", "read_config", "read_facts",
+    "read_lines", "read_object", "readable",
+]  # fmt: skip
 
 TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 """A run's text files but provenance.json, which holds their digests."""
 
-REMEDY = "Restore that file, leave that folder out, or run it again."
+IMAGE = ("round", "sampler", "prompt", "index")
+"""Columns of eval.csv that name an evaluation image; the others, first the score, measure it."""
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn whatever a malformed file raises into one line.
+class RunFolder:
+    """The run in a folder, finished or not. A file is read when it is first asked for, and kept.
+
+    Everything here raises a UserError where a file is damaged or of a newer version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: with a config.json, once the run has begun."""
+        self.folder = folder
+
+    @cached_property
+    def facts(self) -> Row:
+        """provenance.json: where and how the run was made; {} where that is not there."""
+        path = self.folder / "provenance.json"
+        if not path.exists():
+            return {}
+        facts = read_object(path)
+        with readable(path):
+            _check_facts(facts)
+        version = _writer(facts)
+        if _numbers(version) > _numbers(__version__):
+            raise UserError(
+                f"The run in {self.folder} is of d3po-bench {version}, and this is {__version__}. "
+                "Install that version."
+            )
+        return facts
+
+    @cached_property
+    def recorded(self) -> Row:
+        """config.json, word for word."""
+        return read_object(self.folder / "config.json")
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """What the run was asked for."""
+        path = self.folder / "config.json"
+        writer = _writer(self.facts) or "a version that is not on record"
+        try:
+            return RunConfig.from_json(self.recorded)
+        except ValueError as problem:
+            raise UserError(
+                f"{path} {problem}. It was written by {writer}, and this is d3po-bench "
+                f"{__version__}. Restore that file, or install the version that wrote it."
+            ) from problem
+
+    @cached_property
+    def metrics(self) -> list[Row]:
+        """A line for each round, from the first; [] before that has ended."""
+        return _rounds(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def timing(self) -> list[Row]:
+        """Seconds of each round by stage; [] where they are not on record."""
+        return _rounds(self.folder / "timing.jsonl")
+
+    @cached_property
+    def table(self) -> list[dict[str, str]]:
+        """eval.csv, word for word: a row for each evaluation image."""
+        path = self.folder / "eval.csv"
+        if not path.exists():
+            return []
+        with readable(path):
+            # Half a number reads as a number: 1.4 of 1.445.
+            if not path.read_bytes().endswith(b"\n"):
+                raise ValueError("half a line at its end")
+            return read_csv(path)
+
+    @cached_property
+    def evaluation(self) -> list[Row]:
+        """The rows of eval.csv with whole numbers as round and index.
+
+        What measures an image is a float, NaN where a scorer had nothing to say about it.
+        """
+        with readable(self.folder / "eval.csv"):
+            rows = [_image(row) for row in self.table]
+            if rows:
+                _check_images(rows)
+            return rows
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended."""
+        return "ended" in self.facts
+
+    def require_content(self) -> None:
+        """Refuse text files that are not those that the run ended with, where that is on record.
+
+        Raises:
+            UserError: naming the file.
+        """
+        now = content(self.folder)
+        for name, digest in self.facts.get("content", {}).items():
+            if now.get(name) != digest:
+                raise UserError(
+                    f"{self.folder / name} is missing or was changed after the run had ended. "
+                    "Restore it, or remove that folder and run it again."
+                )
+
+
+def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
+    """The runs at or below `paths`, at any depth, each once, sorted by folder."""
+    folders = {c.parent.resolve(): c.parent for path in paths for c in path.rglob("config.json")}
+    return [RunFolder(folder) for folder in sorted(folders.values())]
+
+
+def content(run: Path) -> dict[str, str]:
+    """File -> SHA-256 of the text files of a run.
 
     Raises:
-        UserError: naming the file.
+        UserError: one cannot be read.
     """
-    try:
-        yield
-    except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error,
-    ) as problem:  # fmt: skip
-        detail = f"{type(problem).__name__}: {problem}"[:200]
-        raise UserError(f"Expected a readable {path}, got {detail}. {REMEDY}") from problem
+    digests = {}
+    for path in (run / name for name in TEXT):
+        with readable(path):
+            if path.exists():
+                digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 def read_object(path: Path) -> Row:
@@ -65,10 +174,22 @@ def read_lines(path: Path) -> list[Row]:
     """
     with readable(path):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, 1):
             if not isinstance(row, dict) or type(row.get("round")) is not int:
-                raise ValueError(f"no object with a whole number `round` in line {number + 1}")
+                raise ValueError(f"line {number} is not an object with a whole number `round`")
         return rows
+
+
+def read_config(folder: Path) -> Row:
+    """The config of a run as JSON gives it, checked; see `RunFolder.config`."""
+    run = RunFolder(folder)
+    _ = run.config
+    return run.recorded
+
+
+def read_facts(folder: Path) -> Row:
+    """The provenance of a run; see `RunFolder.facts`."""
+    return RunFolder(folder).facts
 
 
 def finite(value: Any) -> bool:
@@ -76,103 +197,79 @@ def finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def read_facts(folder: Path) -> Row:
-    """The provenance of a run, {} where there is none.
+def _check_facts(facts: Row) -> None:
+    """Refuse provenance of another shape than all versions have written.
 
     Raises:
-        UserError: it is damaged, or of a newer version.
+        ValueError: naming the part.
     """
-    path = folder / "provenance.json"
-    if not path.exists():
-        return {}
-    facts = read_object(path)
-    if expected := misshapen(facts):
-        raise UserError(f"Expected {expected} in {path}, got another thing. {REMEDY}")
-    version = writer(facts)
-    if version is not None and _numbers(version) > _numbers(__version__):
-        raise UserError(
-            f"Expected a run of d3po-bench {__version__} or older in {folder}, got one of "
-            f"{version}. Install that version."
-        )
-    return facts
+    named = {name: facts.get(name, {}) for name in ("packages", "plugins", "content", "inputs")}
+    if isinstance(named["inputs"], dict):
+        named["scorers of inputs"] = named["inputs"].get("scorers", {})
+    for name, part in named.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} is not an object")
+    sessions = facts.get("sessions", [{}])
+    if not isinstance(sessions, list) or not sessions:
+        raise ValueError("sessions is not a list of objects")
+    for session in sessions:
+        if not isinstance(session, dict) or type(session.get("after_round", 0)) is not int:
+            raise ValueError("a session is not an object with a whole number `after_round`")
 
 
-def writer(facts: Mapping[str, Any]) -> str | None:
-    """The version of d3po-bench that provenance names; None where it does not."""
+def _writer(facts: Mapping[str, Any]) -> str:
+    """The version of d3po-bench that provenance names; "" where it does not."""
     version = facts.get("packages", {}).get("d3po-bench")
-    return version if isinstance(version, str) else None
+    return version if isinstance(version, str) else ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part[:9]) for part in re.findall(r"\d+", version.partition("+")[0]))
 
 
-def read_config(folder: Path) -> Row:
-    """The config of a run as JSON gives it, every setting of the type that it must have.
+def _rounds(path: Path) -> list[Row]:
+    """The lines of a file that has one for each round, from 1; [] where there is no file."""
+    rows = read_lines(path) if path.exists() else []
+    with readable(path):
+        for number, row in enumerate(rows, 1):
+            if row["round"] != number:
+                raise ValueError(f"line {number} is of round {row['round']}")
+    return rows
+
+
+def _image(row: Mapping[str, str]) -> Row:
+    """A row of eval.csv, typed.
 
     Raises:
-        UserError: it is not there or damaged, or a newer version wrote it.
+        ValueError: a value is missing or of another kind, or there is one too many.
     """
-    path = folder / "config.json"
-    found, facts = read_object(path), read_facts(folder)
-    kinds = get_type_hints(RunConfig) | {"run_id": str}
-    strange = sorted(found.keys() - kinds.keys())
-    if strange:
-        raise UserError(
-            f"Expected settings that d3po-bench {__version__} knows in {path}, got "
-            f"{', '.join(strange)[:80]} from version {writer(facts) or '(not on record)'}. "
-            "Install the version that wrote it."
-        )
-    wrong = [name for name in NEEDED if name not in found]
-    wrong += [name for name, value in found.items() if not _fits(value, kinds[name])]
-    wrong += [] if wrong or found["seed"] >= 0 else ["seed"]
-    if wrong:
-        raise UserError(
-            f"Expected {', '.join(NEEDED)} and settings that a run can have in {path}, got "
-            f"{wrong[0]} = {ascii(found.get(wrong[0], 'nothing'))[:60]}. {REMEDY}"
-        )
-    return found
+    if lacking := {*IMAGE, "score"} - row.keys():
+        raise ValueError(f"no column {min(lacking)}")
+    if None in row or None in row.values():
+        raise ValueError("a row with more or fewer values than columns")
+    for name in ("round", "index"):
+        if not row[name].isdecimal():
+            raise ValueError(f"{row[name]!r} is not a whole number from 0 as {name}")
+    scores = {name: float(text or "nan") for name, text in row.items() if name not in IMAGE}
+    for name, value in scores.items():
+        if math.isinf(value):
+            raise ValueError(f"an infinite {name}")
+    return {**row, "round": int(row["round"]), "index": int(row["index"]), **scores}
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON can be that of a field of this type."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(isinstance(part, str) for part in value)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind if kind in (int, bool, str) else isinstance(value, dict)
-
-
-def content(run: Path) -> dict[str, str]:
-    """File -> SHA-256 of the text files of a run.
+def _check_images(rows: Sequence[Row]) -> None:
+    """Refuse images that are there twice, and an evaluation that lacks some.
 
     Raises:
-        UserError: one cannot be read.
+        ValueError: naming an image, or the evaluation.
     """
-    there = [run / name for name in TEXT if (run / name).exists()]
-    digests = {}
-    for path in there:
-        with readable(path):
-            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return digests
-
-
-def require_content(run: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse text files that are not those that a run ended with, where these are on record.
-
-    Args:
-        run: its folder.
-        facts: its provenance.
-
-    Raises:
-        UserError: naming the file.
-    """
-    found = content(run)
-    for name, digest in facts.get("content", {}).items():
-        if found.get(name) != digest:
-            raise UserError(
-                f"Expected {name} as the run in {run} has left it, got another file or none. "
-                "Restore it, or remove that folder and run it again."
+    ((image, most),) = Counter(tuple(row[name] for name in IMAGE) for row in rows).most_common(1)
+    if most > 1:
+        raise ValueError(f"two rows of one image: {image}")
+    counts = Counter((row["round"], row["sampler"]) for row in rows)
+    whole = max(counts.values())
+    for round_, sampler in product(*map(set, zip(*counts, strict=True))):
+        if counts[round_, sampler] < whole:
+            raise ValueError(
+                f"{counts[round_, sampler]} of {whole} images of round {round_}, sampler {sampler}"
             )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from d3po_bench.errors import UserError
-
 Row = dict[str, Any]
 
 FACTS = ("started", "python", "platform", "machine", "cpu", "gpu", "packages", "commit", "dirty",
@@ -26,29 +24,13 @@ def sessions(facts: Mapping[str, Any]) -> list[Row]:
 
 
 def kept(facts: Mapping[str, Any], after: int) -> list[Row]:
-    """The sessions whose rows a process keeps that goes on after round `after`.
+    """The sessions whose rows a process keeps that resumes after round `after`.
 
-    The first wrote the first checkpoint; of the others, one that went on from the same round or
-    a later one has left nothing: a batch too large for the memory is no part of the run.
+    The first wrote the first checkpoint; of the others, one that resumed from the same round or
+    a later one has left nothing: a batch too large for the memory is not part of the run.
     """
     first, *later = sessions(facts)
     return [first, *(s for s in later if s.get("after_round", 0) < after)] if facts else []
-
-
-def misshapen(facts: Mapping[str, Any]) -> str:
-    """What the first part of provenance that is of another shape must be; "" where all is well."""
-    for name in ("packages", "plugins", "content"):
-        if not isinstance(facts.get(name, {}), dict):
-            return f"names and values as {name}"
-    found = facts.get("sessions", [{}])
-    fine = (
-        isinstance(found, list)
-        and found
-        and all(
-            isinstance(part, dict) and type(part.get("after_round", 0)) is int for part in found
-        )
-    )
-    return "" if fine else "a list of names and values as sessions"
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -68,23 +50,3 @@ def _flat(session: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{part}", held) for part, held in value.items())
         elif name not in WHEN:
             yield name, value
-
-
-def require_packages(place: object, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with other package versions than a run began with: scores depend on them.
-
-    Args:
-        place: the run's folder.
-        began: package -> version, None where it was not installed.
-        now: the same of this process.
-
-    Raises:
-        UserError: naming the packages and both their versions.
-    """
-    others = [name for name in sorted(began.keys() & now.keys()) if began[name] != now[name]]
-    if others:
-        then, here = (", ".join(f"{n} {v[n] or '(none)'}" for n in others) for v in (began, now))
-        raise UserError(
-            f"Expected the packages that the run in {place} began with ({then}), got others "
-            f"({here}). Install those versions, or give another --out."
-        )

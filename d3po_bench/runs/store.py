@@ -1,4 +1,4 @@
-"""RunStore: the writer of a run's folder."""
+"""RunStore: the writer of a run's folder. `d3po_bench.runs.run` reads it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,10 @@ from torch import Tensor
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError, is_out_of_memory
-from d3po_bench.runs.files import (
-    Row,
-    csv_bytes,
-    json_lines,
-    png_bytes,
-    read_csv,
-    read_json_lines,
-    reading,
-    taken,
-    write_atomically,
-)
+from d3po_bench.runs.files import Row, csv_bytes, json_lines, png_bytes, taken, write_atomically
 from d3po_bench.runs.provenance import environment, now, packages
-from d3po_bench.runs.run import TEXT, content, require_content
-from d3po_bench.runs.sessions import kept, misshapen, require_packages
+from d3po_bench.runs.run import TEXT, RunFolder, content
+from d3po_bench.runs.sessions import kept
 
 
 class RunStore:
@@ -42,20 +32,18 @@ class RunStore:
             UserError: a file in it is damaged.
         """
         self.folder = folder
-        self.metrics: list[Row] = read_json_lines(folder / "metrics.jsonl")
-        self.timing: list[Row] = read_json_lines(folder / "timing.jsonl")
-        self.evaluation: list[Row] = read_csv(folder / "eval.csv")
+        run = RunFolder(folder)
+        self.metrics, self.timing = run.metrics, run.timing
+        _ = run.evaluation  # refuses what is damaged
+        self.evaluation: list[Row] = [*run.table]  # text, which is written again as it is
         self.damaged = False
         """Whether the newest checkpoint was passed over."""
         self._checkpointed = False
-        with reading(folder / "eval.csv"):
-            for row in self.evaluation:
-                int(row["round"])
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, folder: Path, config: RunConfig, *, resume: bool) -> Iterator[RunStore]:
-        """Take the folder for this process, fresh or to go on; a fresh one is gone if unused.
+        """Take the folder for this process, to begin or to resume; one left empty is removed.
 
         Raises:
             UserError: it cannot be written, belongs to another config, is in use, or holds a
@@ -71,22 +59,27 @@ class RunStore:
         self, config: RunConfig, inputs: Row, *,
         after: int | None = None, facts: Row | None = None, **how: Any,
     ) -> None:  # fmt: skip
-        """Make the folder this config's, and record that a process begins or goes on with it.
+        """Make the folder this config's, and record that a process begins or resumes the run.
 
         Args:
             config: the run's.
-            inputs: what names the content of the model, prompts and scorers: a run goes on only
+            inputs: what names the content of the model, prompts and scorers: a run resumes only
                 with those that it began with, where they are on record.
-            after: round of the checkpoint that the process goes on from; None without one, which
+            after: round of the checkpoint that the process resumes from; None without one, which
                 keeps nothing of earlier processes.
             facts: anything else to keep.
             how: where and how it is computed, beside what this process knows of itself.
 
         Raises:
-            UserError: an input is another than the run began with.
+            UserError: an input is another than the run began with, or its config was exchanged.
         """
         self.require_inputs(inputs)
-        self._require_run(config.run_id)
+        began = self.provenance().get("run_id", config.run_id)
+        if began != config.run_id:  # rows and a checkpoint of another run
+            raise UserError(
+                f"The run in {self.folder} began as {began}, and is {config.run_id} now: its "
+                "config.json was exchanged. Restore it, give another --out, or remove that folder."
+            )
         path = self.folder / "config.json"
         if not path.exists():
             write_atomically(path, config.to_json().encode())
@@ -105,45 +98,28 @@ class RunStore:
         Raises:
             UserError: naming what is another.
         """
-        began = self.provenance().get("inputs", inputs)
-        if not isinstance(began, dict):
-            raise UserError(
-                f"Expected names and values as inputs in {self.folder / 'provenance.json'}, got "
-                "another thing. Give another --out, or remove that folder."
-            )
+        began = self.provenance().get("inputs", {})
         for name, value in inputs.items():
             if began.get(name, value) != value:
                 raise UserError(
-                    f"Expected the {name} that the run in {self.folder} began with "
-                    f"({began.get(name)}), got others ({value}). Bring those back, or give "
-                    "another --out."
+                    f"The run in {self.folder} began with other inputs: {name} {began[name]}, not "
+                    f"{value}. Bring those back, or give another --out."
                 )
 
-    def _require_run(self, run_id: str) -> None:
-        """Refuse rows and a checkpoint that another run's config was put beside."""
-        began = self.provenance().get("run_id", run_id)
-        if began != run_id:
-            raise UserError(
-                f"Expected the run {run_id} in {self.folder}, got provenance of {began}: its "
-                "config.json was exchanged. Restore it, give another --out, or remove that folder."
-            )
-
-    def require_content(self) -> None:
-        """Refuse a run that has ended and whose text files are not those that it ended with.
-
-        Raises:
-            UserError: naming the file.
-        """
-        require_content(self.folder, self.provenance())
-
     def require_packages(self) -> None:
-        """Refuse to go on with other package versions than the run began with.
+        """Refuse to resume with other package versions, on which scores depend.
 
         Raises:
             UserError: naming the packages and both their versions.
         """
-        began = self.provenance().get("packages", {})
-        require_packages(self.folder, began, packages())
+        began, here = self.provenance().get("packages", {}), packages()
+        changed = [name for name in sorted(began.keys() & here.keys()) if began[name] != here[name]]
+        if changed:
+            told = (f"{n} {began[n] or '(none)'}, not {here[n] or '(none)'}" for n in changed)
+            raise UserError(
+                f"The run in {self.folder} began with other packages: {'; '.join(told)}. Install "
+                "those versions, or give another --out."
+            )
 
     def require_rest(self, *, checkpoint: bool) -> None:
         """Refuse a folder that has lost what a run that came so far had written.
@@ -161,8 +137,8 @@ class RunStore:
             lost = "provenance.json"
         if lost:
             raise UserError(
-                f"Expected {lost} beside the rest of the run in {self.folder}, got no such file. "
-                "Restore it, give another --out, or remove that folder to start again."
+                f"The run in {self.folder} has lost its {lost}. Restore that file, give another "
+                "--out, or remove that folder to start again."
             )
 
     def log(self, metrics: Row, timing: Row) -> None:
@@ -184,7 +160,7 @@ class RunStore:
         write_atomically(path, png_bytes(image))
 
     def keep_until(self, round_: int) -> None:
-        """Forget what was logged after round `round_`: the run goes on from there."""
+        """Forget what was logged after round `round_`: the run resumes from there."""
         self.metrics = [m for m in self.metrics if m["round"] <= round_]
         self.timing = [t for t in self.timing if t["round"] <= round_]
         self.evaluation = [e for e in self.evaluation if int(e["round"]) <= round_]
@@ -207,9 +183,8 @@ class RunStore:
         for name, digest in self.digests().items():
             if digest != expected.get(name):
                 raise UserError(
-                    f"Expected the rows that the checkpoint knows in {self.folder / name}, got "
-                    "others: the file is damaged or was changed. Restore it, or remove the run "
-                    "folder and start again."
+                    f"{self.folder / name} is damaged or was changed: the checkpoint knows other "
+                    "rows. Restore it, or remove the run folder and start again."
                 )
 
     def checkpoint(self, tensors: Mapping[str, Tensor], facts: Row) -> None:
@@ -244,14 +219,14 @@ class RunStore:
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
                 if is_out_of_memory(problem):
                     raise
-                problems.append(f"{path}, got a damaged one ({problem})")
+                problems.append(f"{path} is damaged ({problem})")
                 continue
             self.damaged = bool(problems)
             return found
         if problems:
             raise UserError(
-                f"Expected a whole checkpoint at {', and at '.join(problems)}. Remove the run "
-                "folder and start again."
+                f"No whole checkpoint is left: {', and '.join(problems)}. Remove the run folder "
+                "and start again."
             )
         return None
 
@@ -263,7 +238,7 @@ class RunStore:
     @property
     def finished(self) -> bool:
         """Whether the run has ended."""
-        return (self.folder / "provenance.json").exists() and "ended" in self.provenance()
+        return RunFolder(self.folder).finished
 
     def finish(self, **facts: Any) -> None:
         """Record that the run has ended, `facts`, and what names the content of its text files."""
@@ -271,13 +246,7 @@ class RunStore:
 
     def provenance(self) -> Row:
         """What is known about where the run was made."""
-        path = self.folder / "provenance.json"
-        with reading(path):
-            found: Row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            expected = misshapen(found) if isinstance(found, dict) else "an object"
-            if expected:
-                raise ValueError(f"no {expected}")
-            return found
+        return RunFolder(self.folder).facts
 
     def write_provenance(self, **facts: Any) -> None:
         """Record `facts`, keeping what was recorded before."""
@@ -320,38 +289,28 @@ def require_same(folder: Path, config: RunConfig, resume: bool) -> None:
     Raises:
         UserError: saying what differs.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        _require_no_rest(folder)
+    if not (folder / "config.json").exists():
+        rest = (*TEXT, "provenance.json", "checkpoints")
+        left = [name for name in rest if (folder / name).exists()]
+        if left:
+            raise UserError(
+                f"{folder} holds {left[0]} but no config.json, so nothing says which run it is. "
+                "Restore that file, give another --out, or remove that folder to start again."
+            )
         return
-    with reading(path):
-        found: Row = dict(json.loads(path.read_text(encoding="utf-8")))
-        run_id = found["run_id"]
+    run = RunFolder(folder)
+    _ = run.config  # refuses what no run can have
     mine = json.loads(config.to_json())
-    changed = [k for k in sorted(mine | found) if found.get(k) != mine.get(k)]
+    changed = [k for k in sorted(mine | run.recorded) if run.recorded.get(k) != mine.get(k)]
     settings = [k for k in changed if k != "run_id"] or changed
     if changed:
-        detail = ", ".join(f"{k} {found.get(k)!r} -> {mine.get(k)!r}" for k in settings[:3])
+        told = (f"{k} is {run.recorded.get(k)!r} there, not {mine.get(k)!r}" for k in settings[:3])
         raise UserError(
-            f"Expected the run {config.run_id} in {folder}, got {run_id} ({detail}). "
-            "Give another --out, or remove that folder."
+            f"{folder} holds another run: {', '.join(told)}. Give another --out, or remove that "
+            "folder."
         )
     if not resume:
         raise UserError(
-            f"Expected an empty folder, got a run in {folder}. Go on with --resume, give "
-            "another --out, or remove that folder."
-        )
-
-
-def _require_no_rest(folder: Path) -> None:
-    """Refuse what a run has left where nothing says which run it was.
-
-    Raises:
-        UserError: naming the folder.
-    """
-    left = [name for name in (*TEXT, "provenance.json", "checkpoints") if (folder / name).exists()]
-    if left:
-        raise UserError(
-            f"Expected config.json beside {left[0]} in {folder}, got no such file. Restore it, "
-            "give another --out, or remove that folder to start again."
+            f"There is a run in {folder} already. Resume it with --resume, give another --out, or "
+            "remove that folder."
         )

@@ -9,22 +9,18 @@ from types import SimpleNamespace
 import torch
 
 from d3po_bench import registry
-from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.models.sources import fingerprint, model_source
 from d3po_bench.prompts import digest
-from d3po_bench.runs.files import Row
-from d3po_bench.runs.store import RunStore
+from d3po_bench.runs.run import Row, RunFolder
 from d3po_bench.training.tools import Tools
 
 
-def inputs_today(config: RunConfig, store: RunStore, prompts: Sequence[str], tools: Tools) -> Row:
+def inputs_today(run: RunFolder, prompts: Sequence[str], tools: Tools) -> Row:
     """What the inputs of a finished run are today, without loading its model."""
-    source = model_source(config.model)
-    began = store.provenance().get("inputs")
-    scorers = began.get("scorers") if isinstance(began, dict) else None
+    source = model_source(run.config.model)
     today: dict[str, str] = {}
-    for name, known in scorers.items() if isinstance(scorers, dict) else ():
+    for name, known in run.facts.get("inputs", {}).get("scorers", {}).items():
         try:
             today[name] = tools.fingerprint(_origin(name, source.scorers))
         except (UserError, ImportError):  # it cannot be loaded here, so it scores nothing

@@ -17,6 +17,7 @@ from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import write_folder
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
@@ -58,9 +59,10 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
     """
     config, execution = job.config, job.execution
     with RunStore.open(job.folder, config, resume=job.resume) as store:
-        if store.finished:
-            store.require_content()
-            store.require_inputs(inputs_today(config, store, _prompts(job), job.tools))
+        before = RunFolder(job.folder)
+        if before.finished:
+            before.require_content()
+            store.require_inputs(inputs_today(before, _prompts(job), job.tools))
             report(Progress(label(config), 1.0, "finished before"))
             return
         store.require_packages()
@@ -121,7 +123,7 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
 
 def _unchecked(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> list[str]:
     """The scorers that nothing was compared with, after saying so."""
-    known = registry.names("scorer")  # people's votes are none of them
+    known = registry.names("scorer")  # which does not name people's votes
     named = {n: s for n, s in evaluation.named.items() if n.partition(":")[0] in known}
     names = job.tools.unchecked(named)
     if names:

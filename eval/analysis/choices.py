@@ -13,7 +13,6 @@ import numpy as np
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.rounds import Pool
 from d3po_bench.runs.files import read_csv
-from d3po_bench.runs.run import readable
 from eval.analysis.statistics import interval
 
 NEEDED = ("source", "share", "raters")
@@ -80,8 +79,7 @@ def read(folder: Path, models: Sequence[str]) -> Choices | None:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    with readable(path):
-        rows = read_csv(path)
+    rows = read_csv(path)
     missing = [name for name in NEEDED if not rows or rows[0].get(name) is None]
     if missing:
         raise UserError(

@@ -180,9 +180,9 @@ def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> tuple[float, float, 
     return paired_difference(a, b)
 
 
-def _held_out(run: Run) -> Any:
+def _held_out(run: Run) -> pd.Series:
     """Scores of the last evaluation, training sampler, by (prompt, index)."""
-    rows = pd.read_csv(run.folder / "eval.csv")
+    rows = pd.DataFrame(run.files.evaluation)
     rows = rows[(rows["sampler"] == "eta1") & rows["round"].isin(list(run.spent))]
     last = rows[rows["round"] == rows["round"].max()]
     return last.set_index(["prompt", "index"])["score"].sort_index()

@@ -99,7 +99,7 @@ def _key(row: Row) -> tuple[str, str, str]:
     return row["objective"], row["method"], row["seed"]
 
 
-def _means(lora: Path | None, recorded: Row) -> dict[str, float]:
+def _means(lora: Path | None, config: RunConfig) -> dict[str, float]:
     """Means over pictures of a run's base model with that LoRA, drawn as in training."""
     from d3po_bench.diffusion.policy import Policy
     from d3po_bench.diffusion.sampling import Draws, sample
@@ -111,8 +111,7 @@ def _means(lora: Path | None, recorded: Row) -> dict[str, float]:
 
     if lora is not None and not lora.is_dir():
         raise UserError(f"{lora} is not there. Measuring needs the weights that a run trained.")
-    config, device = RunConfig.from_json(recorded), device_of("auto")
-    source = model_source(config.model)
+    source, device = model_source(config.model), device_of("auto")
     model = load(source, device, Training())
     if lora is not None:
         model.load_saved(lora)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
-from d3po_bench.runs.run import read_config, read_facts, read_lines, require_content
+from d3po_bench.runs.files import readable
+from d3po_bench.runs.run import IMAGE, RunFolder, find_runs
 from eval.analysis.statistics import interval
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ COUNTS = ("pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards")
 """Of `X_LABELS`, what metrics.jsonl counts; every run has the first two."""
 
 
-IMAGE = ("round", "sampler", "prompt", "index")
-"""Columns that name an evaluation image; the others measure it."""
-
-
 MOST = 2.0**53
 """Largest count that a float still tells from the next."""
 
@@ -39,27 +35,38 @@ Group: TypeAlias = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """What the figures need of one run folder."""
+    """What the figures need of one run."""
 
-    folder: Path
-    config: dict[str, Any]
+    files: RunFolder
     scores: Frame
     """Mean over the evaluation images by (sampler, round): score and whatever else was measured."""
     spent: dict[int, dict[str, float]]
     """Round -> cumulative pairs, images and, where the run has them, the rest of `X_LABELS`."""
-    inputs: dict[str, Any] = field(default_factory=dict)
-    """What names the content of model, prompts and scorers; {} where that is not on record."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.files.folder
+
+    @property
+    def config(self) -> RunConfig:
+        """What it was asked for."""
+        return self.files.config
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What names the content of model, prompts and scorers; {} where that is not on record."""
+        return dict(self.files.facts.get("inputs", {}))
 
     @property
     def group(self) -> Group:
         """The runs that this one is averaged with."""
-        model, objective, method = (self.config[k] for k in ("model", "objective", "method"))
-        return model, objective, method
+        return self.config.model, self.config.objective, self.config.method
 
     @property
     def seed(self) -> int:
         """The run's seed."""
-        return int(self.config["seed"])
+        return self.config.seed
 
 
 def read_groups(paths: Iterable[Path], *, unfinished: bool = False) -> dict[Group, list[Run]]:
@@ -74,171 +81,94 @@ def read_groups(paths: Iterable[Path], *, unfinished: bool = False) -> dict[Grou
             models or weights of a model or scorer, or those of a method have a seed twice or
             differ in more than the seed.
     """
-    runs = sorted(map(read_run, find_runs(paths)), key=lambda run: (*run.group, run.seed))
-    for run in [] if unfinished else runs:
-        _require_its_end(run)
-    _require_one_model(runs)
-    _require_one_scorer(runs)
-    groups = _grouped(runs)
+    runs = sorted(map(read_run, evaluated(paths)), key=lambda run: (*run.group, run.seed))
+    if not unfinished:
+        for run in runs:
+            _require_its_end(run)
+    _require_one("base model", ((run, run.config.model) for run in runs))
+    _require_one("content of the base model", ((run, run.inputs.get("model")) for run in runs))
+    scorers = [run.inputs.get("scorers", {}) for run in runs]
+    for name in sorted({name for known in scorers for name in known}):
+        weights = (known.get(name) for known in scorers)  # others than these are in other units
+        _require_one(f"version of the scorer {name}", zip(runs, weights, strict=True))
+    groups = {group: list(members) for group, members in groupby(runs, lambda run: run.group)}
     for members in groups.values():
-        _require_one("prompts", members)
+        _require_seeds(members)
     return groups
 
 
-def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The folders at or below `paths` that hold config.json and eval.csv, each once, sorted.
+def evaluated(paths: Iterable[Path]) -> list[RunFolder]:
+    """The runs at or below `paths` that have been evaluated.
 
-    Runs whose settings turn evaluation off are passed over.
+    Those whose settings turn evaluation off are passed over.
 
     Raises:
         UserError: there is none, or one that should have been evaluated was not.
     """
-    paths = list(paths)
-    folders = {c.parent.resolve(): c.parent for p in paths for c in p.rglob("config.json")}
-    found = sorted(f for f in folders.values() if _is_evaluated(f))
+    paths, found = list(paths), []
+    for run in find_runs(paths):
+        if (run.folder / "eval.csv").is_file():
+            found.append(run)
+        elif run.config.eval_every > 0:
+            raise UserError(
+                f"The run in {run.folder} has no eval.csv: it was cut short. Remove that folder "
+                "and run it again, or leave it out."
+            )
     if not found:
         raise UserError(
-            "Expected run folders (with config.json and eval.csv) below "
-            f"{', '.join(map(str, paths)) or 'the given paths'}, got none. Make one with "
-            "`d3po-bench run`, or name another folder."
+            "There are no run folders (with config.json and eval.csv) below "
+            f"{', '.join(map(str, paths)) or 'the given paths'}. Make one with `d3po-bench run`, "
+            "or name another folder."
         )
     return found
 
 
-def _is_evaluated(folder: Path) -> bool:
-    """Whether the folder has an evaluation; False where its settings ask for none.
+def read_run(run: RunFolder) -> Run:
+    """The scores of a run, and what they cost.
 
     Raises:
-        UserError: it should have one.
+        UserError: a file is damaged or was changed, or has no row of the training sampler.
     """
-    if (folder / "eval.csv").is_file():
-        return True
-    try:
-        off = json.loads((folder / "config.json").read_text(encoding="utf-8"))["eval_every"] == 0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        off = False
-    if not off:
-        raise UserError(
-            f"Expected config.json and eval.csv in {folder}, got no eval.csv: the run was cut "
-            "short. Remove that folder and run it again, or leave it out."
-        )
-    return False
-
-
-def read_run(folder: Path) -> Run:
-    """The run in `folder`.
-
-    Raises:
-        UserError: a file is missing, damaged, cut short or has no row of the training sampler.
-    """
-    config = read_config(folder)
-    try:
-        scores, spent = _mean_scores(folder / "eval.csv"), _spent(folder)
-        facts = read_facts(folder)
-        inputs = facts.get("inputs")
-        run = Run(folder, config, scores, spent, inputs if isinstance(inputs, dict) else {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        detail = " ".join(f"{type(problem).__name__}: {problem}".split())
-        raise _unreadable(folder, detail) from problem
-    require_content(folder, facts)
-    if not any(sampler == "eta1" and n in run.spent for sampler, n in run.scores.index):
-        raise UserError(
-            "Expected evaluation rows of the sampler eta1 and a finished round in "
-            f"{folder / 'eval.csv'}, got none. "
-            "Run it again, or leave that folder out."
-        )
-    return run
-
-
-def _unreadable(folder: Path, detail: str) -> UserError:
-    return UserError(
-        f"Expected a readable run in {folder}, got {detail}. Remove that folder and run it again, "
-        "or leave it out."
-    )
-
-
-def _mean_scores(path: Path) -> Frame:
-    """Means over the evaluation images; images without a score are left out.
-
-    Raises:
-        ValueError: the file does not end where an evaluation ends, or holds what none writes.
-    """
-    rows = _rows(path)
-    counts = rows.groupby(["round", "sampler"]).size().unstack(fill_value=0).stack()
-    if counts.nunique() > 1:
-        (round_, sampler), count = counts.idxmin(), counts.min()
-        raise ValueError(
-            f"{count} of {counts.max()} images of round {round_}, sampler {sampler}, in {path.name}"
-        )
-    columns = [c for c in rows if c not in IMAGE]
-    return rows.groupby(["sampler", "round"])[columns].mean().dropna(subset="score")
-
-
-def _rows(path: Path) -> Frame:
-    """The rows of the evaluation images, each image once, with numbers that can be averaged."""
     import pandas as pd
 
-    text = path.read_text(encoding="utf-8")
-    # Half a number reads as a number: 1.4 of 1.445.
-    if not text.endswith("\n"):
-        raise ValueError(f"half a line at the end of {path.name}")
-    if "\0" in text:
-        raise ValueError(f"a null byte in {path.name}")
-    rows = pd.read_csv(io.StringIO(text))
-    if rows[list(IMAGE)].isna().any(axis=None):
-        raise ValueError(f"a row without round, sampler, prompt or index in {path.name}")
-    for name in ("round", "index") if len(rows) else ():  # no column of no rows has a type
-        if not pd.api.types.is_integer_dtype(rows[name]) or (rows[name] < 0).any():
-            raise ValueError(f"another {name} than a whole number from 0 in {path.name}")
-    if rows.duplicated(list(IMAGE)).any():
-        raise ValueError(f"two rows of one image in {path.name}")
-    _require_numbers(rows.drop(columns=list(IMAGE)), path.name)
-    return rows
+    spent = _spent(run)
+    run.require_content()
+    known = [row for row in run.evaluation if not math.isnan(row["score"])]
+    if not any(row["sampler"] == "eta1" and row["round"] in spent for row in known):
+        raise UserError(
+            f"{run.folder / 'eval.csv'} has no score of the sampler eta1 after a finished round. "
+            "Run it again, or leave that folder out."
+        )
+    rows = pd.DataFrame(run.evaluation)
+    measured = [name for name in rows if name not in IMAGE]
+    means = rows.groupby(["sampler", "round"])[measured].mean()
+    return Run(run, means.dropna(subset="score"), spent)
 
 
-def _require_numbers(columns: Frame, name: str) -> None:
-    """Refuse scores that are text, true or false, or infinite; one that is not there is none.
-
-    Raises:
-        ValueError: naming the column.
-    """
-    for column in columns:
-        if len(columns) and column not in columns.select_dtypes("number"):
-            raise ValueError(f"another {column} than a number in {name}")
-        if (columns[column].abs() == math.inf).any():
-            raise ValueError(f"an infinite {column} in {name}")
-
-
-def _spent(folder: Path) -> dict[int, dict[str, float]]:
+def _spent(run: RunFolder) -> dict[int, dict[str, float]]:
     """What each finished round had cost since the start; evaluation is not a cost.
 
     Raises:
-        ValueError: a round is not there or there twice, or a number is none or goes back.
+        UserError: a number is missing, negative, NaN or infinite, or goes back.
     """
     total, seconds = 0.0, {0: 0.0}
-    for line in _rounds(folder / "timing.jsonl"):
-        total += sum(_amount(line, stage) for stage in line if stage not in ("round", "evaluate"))
-        seconds[line["round"]] = total
+    with readable(run.folder / "timing.jsonl"):
+        for line in run.timing:
+            stages = (stage for stage in line if stage not in ("round", "evaluate"))
+            total += sum(_amount(line, stage) for stage in stages)
+            seconds[line["round"]] = total
     spent = {0: dict.fromkeys(COUNTS, 0.0)}
-    for line in _rounds(folder / "metrics.jsonl"):
-        number = line["round"]
-        known = ("pairs", "images", *(name for name in COUNTS[2:] if name in line))
-        spent[number] = {name: _amount(line, name) for name in known}
-        for name in spent[number].keys() & spent[number - 1].keys():
-            if spent[number][name] < spent[number - 1][name]:
-                raise ValueError(f"a count of {name} that goes back in round {number}")
+    with readable(run.folder / "metrics.jsonl"):
+        for line in run.metrics:
+            number = line["round"]
+            known = ("pairs", "images", *(name for name in COUNTS[2:] if name in line))
+            spent[number] = {name: _amount(line, name) for name in known}
+            for name in spent[number].keys() & spent[number - 1].keys():
+                if spent[number][name] < spent[number - 1][name]:
+                    raise ValueError(f"the count of {name} goes back in round {number}")
     for round_ in spent.keys() & seconds.keys():
         spent[round_]["seconds"] = seconds[round_]
     return spent
-
-
-def _rounds(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file with one for each round, from 1; none where there is no file."""
-    lines = read_lines(path) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        if line["round"] != number:
-            raise ValueError(f"round {line['round']} in line {number} of {path.name}")
-    return lines
 
 
 def _amount(line: Mapping[str, Any], name: str) -> float:
@@ -251,98 +181,47 @@ def _amount(line: Mapping[str, Any], name: str) -> float:
 
 def _require_its_end(run: Run) -> None:
     """Refuse a run that was stopped: its last scores are no end to compare with others'."""
-    done, due = max(run.spent), run.config.get("rounds", RunConfig.rounds)
+    done, due = max(run.spent), run.config.rounds
     evaluated = max(n for sampler, n in run.scores.index if sampler == "eta1")
     if done != due or evaluated != due:
         raise UserError(
-            f"Expected runs that have ended, got {done} of {due} rounds in {run.folder}, evaluated "
-            f"up to {evaluated}. Run its command again, which goes on from there, leave that "
-            "folder out, or `plot --unfinished`."
+            f"The run in {run.folder} has not ended: {done} of {due} rounds, evaluated up to round "
+            f"{evaluated}. Resume it with its command, leave that folder out, or `plot "
+            "--unfinished`."
         )
 
 
-def _require_one_model(runs: Sequence[Run]) -> None:
-    """Refuse runs of several base models: their scores do not start at the same height."""
-    first = runs[0]
-    for run in runs:
-        if run.config["model"] != first.config["model"]:
-            raise UserError(
-                f"Expected runs of one base model, got {first.config['model']} in {first.folder} "
-                f"and {run.config['model']} in {run.folder}. Name the folder of one model."
-            )
-    _require_one("model", runs)
-
-
-def _require_one(name: str, runs: Iterable[Run]) -> None:
-    """Refuse runs whose input of that name had other content, where that is on record.
+def _require_one(what: str, found: Iterable[tuple[Run, Any]]) -> None:
+    """Refuse runs that differ in what those shown together share; None: not on record.
 
     Raises:
         UserError: naming two such runs.
     """
-    known = [run for run in runs if name in run.inputs]
-    for run in known:
-        if run.inputs[name] != known[0].inputs[name]:
+    known = [(run.folder, value) for run, value in found if value is not None]
+    for folder, value in known:
+        first, expected = known[0]
+        if value != expected:
             raise UserError(
-                f"Expected runs that share their {name}, got {known[0].inputs[name]} in "
-                f"{known[0].folder} and {run.inputs[name]} in {run.folder}: files of one name had "
-                "other content. Name the runs of one."
+                f"Runs that are shown together must share the {what}, which is {expected!r} in "
+                f"{first} and {value!r} in {folder}. Name those of one."
             )
 
 
-def _require_one_scorer(runs: Sequence[Run]) -> None:
-    """Refuse runs whose scorers had other weights: their scores are not in one unit.
+def _require_seeds(members: Sequence[Run]) -> None:
+    """Refuse runs of one method that differ in more than the seed: a mean would mix them.
 
     Raises:
-        UserError: naming the scorer and both runs.
+        UserError: naming two such runs, or two of one seed.
     """
-    first: dict[str, tuple[str, Path]] = {}
-    for run in runs:
-        for name, weights in scorers_of(run).items():
-            known, folder = first.setdefault(name, (weights, run.folder))
-            if known != weights:
-                raise UserError(
-                    f"Expected runs scored by one {name}, got weights {known} in {folder} and "
-                    f"{weights} in {run.folder}. Name the runs of one."
-                )
-
-
-def scorers_of(run: Run) -> dict[str, str]:
-    """Scorer -> what names its weights, of a run; {} where that is not on record."""
-    found = run.inputs.get("scorers")
-    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
-
-
-def _grouped(runs: Iterable[Run]) -> dict[Group, list[Run]]:
-    """Runs by model, objective and method.
-
-    Raises:
-        UserError: runs of a group differ in more than the seed, so a mean would mix them.
-    """
-    groups: dict[Group, list[Run]] = {}
-    for run in runs:
-        members = groups.setdefault(run.group, [])
-        if members:
-            _require_seeds(members, run)
-        members.append(run)
-    return groups
-
-
-def _require_seeds(members: Sequence[Run], run: Run) -> None:
-    """Refuse a run that has the seed of a member, or other settings than the first."""
-    twin = next((m for m in members if m.seed == run.seed), None)
-    if twin is not None:
-        raise UserError(
-            f"Expected each seed of {run.config['method']} once, got seed {run.seed} in "
-            f"{twin.folder} and {run.folder}. Name one of the two."
-        )
-    ours, theirs = run.config, members[0].config
-    shared = (ours.keys() & theirs.keys()) - {"seed", "run_id"}
-    for key in sorted(key for key in shared if ours[key] != theirs[key]):
-        raise UserError(
-            f"Expected the seeds of {ours['method']} to share their settings, got {key} "
-            f"{theirs[key]!r} in {members[0].folder} and {ours[key]!r} in {run.folder}. Plot "
-            "them one by one."
-        )
+    for one, other in pairwise(members):  # sorted by seed
+        if one.seed == other.seed:
+            raise UserError(
+                f"Seed {one.seed} of {one.config.method} is there twice, in {one.folder} and "
+                f"{other.folder}. Name one of the two."
+            )
+    _require_one("content of the prompts", ((run, run.inputs.get("prompts")) for run in members))
+    for name in sorted(vars(members[0].config).keys() - {"seed"}):
+        _require_one(f"setting {name}", ((run, getattr(run.config, name)) for run in members))
 
 
 def curves(runs: Iterable[Run], x: str) -> Frame:
@@ -376,8 +255,7 @@ def _curve(run: Run, x: str) -> list[dict[str, Any]]:
         if x not in run.spent[round_]:
             where = run.folder / ("timing.jsonl" if x == "seconds" else "metrics.jsonl")
             raise UserError(
-                f"Expected the {x} of round {round_} in {where}, got none. Choose --x pairs or "
-                "--x images."
+                f"{where} does not say the {x} of round {round_}. Choose --x pairs or --x images."
             )
         place = {"seed": run.seed, "round": round_, "x": run.spent[round_][x]}
         rows.append({**names, **place, **scores.reindex(["score", "animal"])})

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from d3po_bench.errors import UserError
-from d3po_bench.runs.run import read_lines
 from eval.analysis.gains import Groups
 from eval.analysis.runs import Run
 from eval.analysis.tables import Record, Table, number, text
@@ -42,21 +40,23 @@ def settings(groups: Groups) -> Table:
 
 
 def _record(method: str, runs: Sequence[Run]) -> Record:
-    configs: list[dict[str, Any]] = [run.config for run in runs]
-    said = {json.dumps([c["options"], *(c.get(k) for k in SHARED)]) for c in configs}
+    said = {json.dumps([run.config.options, *(getattr(run.config, k) for k in SHARED)])
+            for run in runs}  # fmt: skip
     if len(said) > 1:
         raise UserError(
             f"{method} was run with {len(said)} different settings below these folders. Name the "
             "folder of one experiment."
         )
-    first, usual = configs[0], options(method)
-    rounds = [line for run in runs for line in read_lines(run.folder / "metrics.jsonl")]
+    first, usual = runs[0].config, options(method)
+    rounds = [line for run in runs for line in run.files.metrics]
     shares = [float(line[name]) for line in rounds for name in CLIPPED if name in line]
     return {
         "method": method,
-        **{key: first[key] for key in ("learning_rate", "units_per_update", "timestep_fraction")},
-        "steps": first["sampling_steps"] - first["skip_steps"],
-        "options": " ".join(f"{k}={v}" for k, v in first["options"].items() if usual[k] != str(v)),
+        "learning_rate": first.learning_rate,
+        "units_per_update": first.units_per_update,
+        "timestep_fraction": first.timestep_fraction,
+        "steps": first.sampling_steps - first.skip_steps,
+        "options": " ".join(f"{k}={v}" for k, v in first.options.items() if usual[k] != str(v)),
         "clipped_most": max(shares, default=math.nan),
         "clipped": sum(shares) / len(shares) if shares else math.nan,
     }

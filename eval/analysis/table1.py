@@ -19,13 +19,12 @@ import numpy as np
 import pandas as pd
 
 from d3po_bench import registry
-from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.models.sources import model_source
-from d3po_bench.runs.files import csv_bytes, write_atomically
-from d3po_bench.runs.run import read_config, read_object, readable
+from d3po_bench.runs.files import csv_bytes, readable, write_atomically
+from d3po_bench.runs.run import RunFolder, find_runs, read_object
 from d3po_bench.training.progress import label
 from eval.analysis import choices
 from eval.analysis.choices import Choices
@@ -136,28 +135,22 @@ def preset(request: Request) -> str | None:
 
 def _taken(request: Request) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for folder in _finished(request.runs):
-        config = read_config(folder)
-        name = f"{config['method']}-{config['seed']}"
-        if config["objective"] != request.objective or config["model"] != request.model:
+    for run in find_runs(request.runs):
+        if not (run.folder / "lora").is_dir():  # it has not ended
+            continue
+        made, name = run.config, f"{run.config.method}-{run.config.seed}"
+        if (made.objective, made.model) != (request.objective, request.model):
             raise UserError(
-                f"{folder} is a run of {config['model']} on {config['objective']}, not of "
+                f"{run.folder} is a run of {made.model} on {made.objective}, not of "
                 f"{request.model} on {request.objective}. Leave it out, or change --model and "
                 "--objective."
             )
         if name in found:
-            raise UserError(f"{found[name]} and {folder} are both {name}. Leave one out.")
-        found[name] = folder
-    return found
-
-
-def _finished(places: Sequence[Path]) -> list[Path]:
-    """Run folders with a LoRA, below or at these places."""
-    found = [p.parent for place in places for p in sorted(place.rglob("config.json"))]
-    found = [folder for folder in found if (folder / "lora").is_dir()]
+            raise UserError(f"{found[name]} and {run.folder} are both {name}. Leave one out.")
+        found[name] = run.folder
     if not found:
         raise UserError(
-            f"No finished run below {', '.join(map(str, places))}. Make some with "
+            f"No finished run below {', '.join(map(str, request.runs))}. Make some with "
             "`d3po-bench run`, or leave RUNS out to train them now."
         )
     return found
@@ -167,10 +160,11 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
     """How all runs sample, and their prompts: the base model must share it to be compared."""
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        c = read_config(folder)
-        prompts = model_source(c["model"]).prompts or RunConfig.from_json(c).prompt_source
+        c = RunFolder(folder).config
+        prompts = model_source(c.model).prompts or c.prompt_source
         found[name] = {
-            "steps": c["sampling_steps"], "guidance": c["guidance"], "prompts": prompts
+            "steps": c.sampling_steps, "guidance": c.guidance, "prompts": prompts,
+            "sampler": c.sampler, "eta": c.eta,
         }  # fmt: skip
     first = next(iter(found))
     for name, how in found.items():

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d3po_bench import config, registry
-from d3po_bench.config import RunConfig
+from d3po_bench.config import RunConfig, method_of
 from d3po_bench.errors import UserError
-from d3po_bench.runs.run import read_config, read_facts, read_lines, readable
+from d3po_bench.runs.files import readable
+from d3po_bench.runs.run import RunFolder, find_runs
 from eval.analysis.tables import Record, Table, number, text
 
 Settings = dict[str, str]
@@ -31,10 +34,10 @@ def table(folders: Sequence[Path]) -> Table:
         UserError: there is none, or one cannot be read.
     """
     found = [
-        record(path.parent, path.parent.relative_to(folder).as_posix())
+        record(run, run.folder.relative_to(folder).as_posix())
         for folder in folders
-        for path in sorted(folder.rglob("config.json"))
-        if (path.parent / "metrics.jsonl").is_file() and read_lines(path.with_name("metrics.jsonl"))
+        for run in find_runs([folder])
+        if run.metrics
     ]
     if not found:
         raise UserError(
@@ -50,11 +53,11 @@ def table(folders: Sequence[Path]) -> Table:
     return Table(found, columns, left=("run", "settings"))
 
 
-def record(run: Path, name: str) -> Record:
+def record(run: RunFolder, name: str) -> Record:
     """What is worth keeping of a run.
 
     Args:
-        run: its folder, with at least one finished round.
+        run: with at least one finished round.
         name: what to call it.
 
     Returns:
@@ -67,18 +70,19 @@ def record(run: Path, name: str) -> Record:
     Raises:
         UserError: a file is damaged or missing.
     """
-    own, facts = read_config(run), read_facts(run)
-    rounds = read_lines(run / "metrics.jsonl")
-    with readable(run / "metrics.jsonl"):
+    own, facts, rounds = run.config, run.facts, run.metrics
+    with readable(run.folder / "metrics.jsonl"):
         scores, images = [line["score_mean"] for line in rounds], rounds[0]["images"]
     first, last = ({name: line.get(name, math.nan) for name in _OF_A_ROUND}
                    for line in (rounds[0], rounds[-1]))  # fmt: skip
-    best = min if registry.objective(own["objective"]).sign < 0 else max
+    best = min if registry.objective(own.objective).sign < 0 else max
     return {
         "run": name,
         "started": facts.get("started", ""),
         "commit": str(facts.get("commit") or "") + ("+changes" if facts.get("dirty") else ""),
-        **{key: own[key] for key in ("method", "objective", "seed")},
+        "method": own.method,
+        "objective": own.objective,
+        "seed": own.seed,
         "settings": " ".join(f"{k}={v}" for k, v in differing(own).items()),
         "rounds": len(rounds),
         "images_first": images,
@@ -92,30 +96,35 @@ def record(run: Path, name: str) -> Record:
         "grad_norm_first": first["grad_norm"],
         "training_kl_last": last["kl"],
         "saturated_last": last["saturated"],
-        **_end(run / "eval.csv", len(rounds)),
-        "command": shlex.join(["d3po-bench", *arguments(own), "--out", _out(run)]),
+        **_end(run, len(rounds)),
+        "command": shlex.join(["d3po-bench", *arguments(own), "--out", _out(run.folder)]),
     }
 
 
 _OF_A_ROUND = ("denoising_error", "loss", "grad_norm", "kl", "saturated")
 
 
-def _end(path: Path, last: int) -> dict[str, float]:
+def _end(run: RunFolder, last: int) -> dict[str, float]:
     """Gain, KL and recognisability of the evaluation after that round."""
-    import pandas as pd
+    means = {
+        (number, name): float(np.mean([row.get(name, math.nan) for row in rows]))
+        for number, rows in _by_round(run).items()
+        for name in ("score", "kl", "animal")
+    }
+    nothing = math.nan
+    return {
+        "gain": means.get((last, "score"), nothing) - means.get((0, "score"), nothing),
+        "kl": means.get((last, "kl"), nothing),
+        "recognised": means.get((last, "animal"), nothing),
+    }
 
-    found = dict.fromkeys(("gain", "kl", "recognised"), math.nan)
-    if not path.is_file():
-        return found
-    with readable(path):
-        rows = pd.read_csv(path)
-        means = rows[rows["sampler"] == "eta1"].drop(columns=["sampler", "prompt"])
-        means = means.groupby("round").mean()
-    if last in means.index:
-        end = means.loc[last]
-        found["gain"] = float(end["score"] - means.loc[0, "score"])
-        found |= {"kl": float(end.get("kl", math.nan)),
-                  "recognised": float(end.get("animal", math.nan))}  # fmt: skip
+
+def _by_round(run: RunFolder) -> dict[int, list[Record]]:
+    """The rows of the training sampler."""
+    found: dict[int, list[Record]] = {}
+    for row in run.evaluation:
+        if row["sampler"] == "eta1":
+            found.setdefault(row["round"], []).append(row)
     return found
 
 
@@ -127,23 +136,20 @@ def _out(run: Path) -> str:
 # ---- commands
 
 
-def arguments(recorded: Mapping[str, Any]) -> list[str]:
+def arguments(own: RunConfig) -> list[str]:
     """What follows `d3po-bench` to make a run of that config, whatever the presets are by then."""
-    pairs = [part for k, v in settings(recorded).items() for part in ("--set", f"{k}={v}")]
-    model = [] if recorded["model"] == "tiny" else ["--model", recorded["model"]]
+    pairs = [part for k, v in settings(own).items() for part in ("--set", f"{k}={v}")]
+    model = [] if own.model == "tiny" else ["--model", own.model]
     return [
-        "run", "--method", recorded["method"], "--objective", recorded["objective"], *model,
-        "--preset", "quick", "--seed-start", str(recorded["seed"]), *pairs,
+        "run", "--method", own.method, "--objective", own.objective, *model, "--preset", "quick",
+        "--seed-start", str(own.seed), *pairs,
     ]  # fmt: skip
 
 
-def settings(recorded: Mapping[str, Any]) -> Settings:
-    """All settings of a config; what it does not name is the default."""
-    method = recorded["method"]
-    default = vars(RunConfig(method=method, objective=recorded["objective"]))
-    given = {key: _text(value) for key, value in ({**default, **recorded}).items()}
-    given |= options(method) | {key: _text(value) for key, value in recorded["options"].items()}
-    return {key: given[key] for key in _names(method)}
+def settings(own: RunConfig) -> Settings:
+    """All settings of a config, the method's options included."""
+    given = {**vars(own), **vars(method_of(own))}
+    return {key: _text(given[key]) for key in _names(own.method)}
 
 
 @cache
@@ -159,16 +165,16 @@ def options(method: str) -> Settings:
     return {f.name: _text(getattr(plain, f.name)) for f in fields(plain)}
 
 
-def differing(recorded: Mapping[str, Any]) -> Settings:
+def differing(own: RunConfig) -> Settings:
     """The settings that are not those of the preset `quick`."""
-    usual = _quick(recorded["method"], recorded["objective"])
-    return {key: value for key, value in settings(recorded).items() if value != usual[key]}
+    usual = _quick(own.method, own.objective)
+    return {key: value for key, value in settings(own).items() if value != usual[key]}
 
 
 @cache
 def _quick(method: str, objective: str) -> Settings:
     made, _ = config.make(method, objective, "quick", {})
-    return settings(vars(made))
+    return settings(made)
 
 
 def settings_of(command: str) -> Settings:

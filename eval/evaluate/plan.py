@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from d3po_bench import registry
 from d3po_bench.config import RunConfig
@@ -13,11 +13,14 @@ from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
 from d3po_bench.models.sources import content, fingerprint, model_source
 from d3po_bench.prompts import read_pictures, read_prompts
-from d3po_bench.runs.run import read_config
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.tools import spread
 
+if TYPE_CHECKING:
+    from d3po_bench.diffusion.process import Sampler
+
 HELD_OUT = "captions-held-out"
-"""The list of prompts that no run may have learnt from."""
+"""The list of prompts that no run may have been trained on."""
 
 
 FETCHED = "prompts-image-reward"
@@ -40,6 +43,9 @@ class Plan:
     images: int = 1
     steps: int = 20
     guidance: float = 5.0
+    sampler: Sampler | Literal["auto"] = "auto"
+    """Of training, with its `eta`."""
+    eta: float = 1.0
     scorers: tuple[str, ...] = ()
     weights: str = "official"
     """Which weights scorers have that do not say so themselves."""
@@ -63,6 +69,9 @@ class Request:
     out: Path | None
     save: bool = False
     """Keep the pictures that were drawn, too."""
+    sampler: Sampler | Literal["auto"] = "auto"
+    """Of a model that is no run, with its `eta`; a run has its own."""
+    eta: float = 1.0
 
 
 def planned(request: Request) -> Plan:
@@ -78,13 +87,15 @@ def planned(request: Request) -> Plan:
         return _of_run(request)
     if (target / "config.json").is_file() and (target / "metrics.jsonl").is_file():
         raise UserError(
-            f"Expected a finished run in {target}, got one without lora/. Run its command again: "
-            "it goes on from the last checkpoint."
+            f"The run in {target} is not finished. Run its command again: it resumes from the "
+            "last checkpoint."
         )
-    if (target / "pytorch_lora_weights.safetensors").is_file() or _is_trained_unet(target):
-        return _of_model(request, request.model or "tiny", str(target), {})
+    network = any((target / name).is_dir() for name in ("unet", "transformer"))
+    network_alone = network and not (target / "model_index.json").is_file()
+    if (target / "pytorch_lora_weights.safetensors").is_file() or network_alone:
+        return _of_model(request, request.model or "tiny", str(target))
     _require_no_other_model(request, str(target))
-    return _of_model(request, str(target), "", {})
+    return _of_model(request, str(target), "")
 
 
 def _require_no_other_model(request: Request, model: str) -> None:
@@ -95,31 +106,27 @@ def _require_no_other_model(request: Request, model: str) -> None:
     """
     if request.model not in (None, model):
         raise UserError(
-            f"Expected --model only beside a LoRA or pictures, got {request.model} for "
-            f"{request.target}, whose model is {model}. Leave --model out."
+            f"{request.target} has a model, {model}: --model {request.model} would be ignored. "
+            "Leave --model out."
         )
 
 
-def _is_trained_unet(target: Path) -> bool:
-    return (target / "unet").is_dir() and not (target / "model_index.json").is_file()
-
-
 def _of_run(request: Request) -> Plan:
-    config = read_config(request.target)
-    _require_no_other_model(request, config["model"])
-    plan = _of_model(request, config["model"], str(request.target / "lora"), config)
+    config = RunFolder(request.target).config
+    _require_no_other_model(request, config.model)
+    plan = _of_model(request, config.model, str(request.target / "lora"), config)
     if (request.prompts or _default_prompts(plan.model, config)) == HELD_OUT:
         _require_unseen(plan, config, request.target)
     return plan
 
 
-def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
+def _require_unseen(plan: Plan, config: RunConfig, run: Path) -> None:
     """Refuse to call prompts held-out that the run was trained on.
 
     Raises:
         UserError: naming one.
     """
-    trained_on = read_prompts(RunConfig.from_json(config).prompt_source)
+    trained_on = read_prompts(config.prompt_source)
     seen = sorted(set(plan.prompts) & set(trained_on))
     if seen:
         raise UserError(
@@ -128,24 +135,28 @@ def _require_unseen(plan: Plan, config: Mapping[str, Any], run: Path) -> None:
         )
 
 
-def _of_model(request: Request, model: str, adapter: str, config: Mapping[str, Any]) -> Plan:
+def _of_model(request: Request, model: str, adapter: str, config: RunConfig | None = None) -> Plan:
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
-    learnt = f" + {content(Path(adapter))[:12]}" if adapter else ""
+    trained = f" + {content(Path(adapter))[:12]}" if adapter else ""
+    guidance = config.guidance if config else 5.0
+    sampler = config or request
     return Plan(
         model=model,
         adapter=adapter,
-        content=fingerprint(source) + learnt,
+        content=fingerprint(source) + trained,
         prompts=tuple(spread(prompts, request.count or len(prompts))),
         images=request.images,
-        steps=request.steps or config.get("sampling_steps", 20),
-        guidance=config.get("guidance", 5.0) if request.guidance is None else request.guidance,
+        steps=request.steps or (config.sampling_steps if config else 20),
+        guidance=guidance if request.guidance is None else request.guidance,
+        sampler=sampler.sampler,
+        eta=sampler.eta,
         scorers=_checked(request.scorers),
         weights=source.scorers,
     )
 
 
-def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
+def _default_prompts(model: str, config: RunConfig | None) -> str:
     """Held-out captions for the embedded model, else what a run was trained on.
 
     Stable Diffusion has the paper's alignment prompts, which are fetched by checksum.
@@ -154,14 +165,14 @@ def _default_prompts(model: str, config: Mapping[str, Any]) -> str:
     if suited:
         return suited
     if config:
-        return RunConfig.from_json(config).prompt_source
+        return config.prompt_source
     if model == "sd15":
         from eval import downloads
 
         return str(downloads.find(FETCHED)[0])
     raise UserError(
-        "Expected --prompts with a list or a file, got none, and only a run or the embedded "
-        "model has prompts of its own. Give a file with one prompt a line."
+        "Only a run or the embedded model has prompts of its own. Add --prompts with a list, or "
+        "with a file that has one prompt a line."
     )
 
 
@@ -175,21 +186,13 @@ def _pictures(request: Request) -> Plan:
     """A folder of pictures with metadata.csv."""
     if request.save:
         raise UserError(
-            f"Expected a model to draw pictures for --save, got pictures in {request.target}. "
-            "Leave --save out."
+            f"--save keeps the pictures that a model draws, and {request.target} holds pictures "
+            "already. Leave --save out."
         )
     files, prompts = zip(*read_pictures(request.target), strict=True)
+    digests = (sha256_of(request.target / name) for name in files)
     return Plan(
         model=str(request.target), adapter="", prompts=prompts, files=files,
-        content=_digest(request.target, files), scorers=_checked(request.scorers), samplers=("",),
+        content=short(" ".join(digests)), scorers=_checked(request.scorers), samplers=("",),
         weights="tiny" if request.model == "tiny" else "official",
     )  # fmt: skip
-
-
-def _digest(folder: Path, files: Sequence[str]) -> str:
-    """Twelve hex digits that name the bytes of pictures.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    return short(" ".join(sha256_of(folder / name) for name in files))

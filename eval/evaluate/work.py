@@ -1,26 +1,27 @@
 """`d3po-bench evaluate`: a run, a LoRA, a model or a folder of pictures, scored image by image.
 
 Prompts and noise are fixed, so that two evaluations can be paired. The work is cut into pieces of
-a few prompts; every piece is a file once it is done, so that a killed evaluation goes on, and any
+a few prompts; every piece is a file once it is done, so that a killed evaluation resumes, and any
 number of processes ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import UserError
+from d3po_bench.launch.job import End, attempt, died
+from d3po_bench.launch.local import Died, side_by_side
 from d3po_bench.runs.files import csv_bytes, png_bytes, read_csv, write_atomically
 from d3po_bench.runs.provenance import environment, now
 from eval.evaluate.plan import Plan, Request, planned
@@ -46,6 +47,14 @@ Told = Callable[[int, int], None]
 """Called with pieces done and pieces in all."""
 
 
+Task = tuple[Plan, Piece, Path, Request]
+"""What a worker process needs to do a piece."""
+
+
+SMALLER = "Draw fewer --images of a prompt."
+"""How a piece needs less memory."""
+
+
 def run(
     request: Request,
     told: Told = lambda done, total: None,
@@ -67,25 +76,32 @@ def run(
     from eval import golden
 
     plan = planned(request)
-    out = request.out or _default_out(request.target)
+    inside = any((request.target / name).is_file() for name in ("config.json", "metadata.csv"))
+    beside = request.target if inside else Path("evaluations")
+    out = request.out or beside / ("evaluation" if inside else request.target.name)
     # Absent weights are found before anything is drawn.
     unchecked = golden.unchecked(_scorers(plan, request.device))
-    pieces = list(_pieces(plan))
+    starts = range(0, len(plan.prompts), PIECE)
+    pieces = [(first, sampler) for sampler in plan.samplers for first in starts]
     with _taken(out, plan):
         if unchecked:
             note(golden.note(unchecked))
         rest = [p for p in pieces if not _is_done(out, plan, p, request.save)]
-        told(len(pieces) - len(rest), len(pieces))
-        done = _in_turn if min(request.jobs, len(rest)) <= 1 else _side_by_side
-        for count in done(plan, rest, out, request):
-            told(len(pieces) - len(rest) + count, len(pieces))
+        numbers = count(len(pieces) - len(rest))
+
+        def done() -> None:
+            told(next(numbers), len(pieces))
+
+        done()
+        tasks = [(plan, piece, out, request) for piece in rest]
+        if min(request.jobs, len(rest)) > 1:
+            _side_by_side(tasks, request.jobs, done)
+        else:
+            for task in tasks:
+                _do(*task)
+                done()
     _finish(out, plan, pieces, request)
     return out
-
-
-def _default_out(target: Path) -> Path:
-    inside = (target / "config.json").is_file() or (target / "metadata.csv").is_file()
-    return target / "evaluation" if inside else Path("evaluations") / target.name
 
 
 @contextmanager
@@ -99,8 +115,8 @@ def _taken(out: Path, plan: Plan) -> Iterator[None]:
     fresh = [place for place in (out, *out.parents) if not place.exists()]
     if path.exists() and path.read_bytes() != data:
         raise UserError(
-            f"Expected {out} to be empty or to hold this evaluation, got the plan.json of another, "
-            "or of other weights or pictures. Give another --out, or remove that folder."
+            f"{out} holds another evaluation, or one of other weights or pictures. Give another "
+            "--out, or remove that folder."
         )
     new = not path.exists()
     write_atomically(path, data)
@@ -112,12 +128,6 @@ def _taken(out: Path, plan: Plan) -> Iterator[None]:
             for place in fresh:
                 place.rmdir()
         raise
-
-
-def _pieces(plan: Plan) -> Iterator[Piece]:
-    for sampler in plan.samplers:
-        for first in range(0, len(plan.prompts), PIECE):
-            yield first, sampler
 
 
 def _is_done(out: Path, plan: Plan, piece: Piece, save: bool) -> bool:
@@ -183,31 +193,25 @@ def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:
     found = sorted({row["weights"] for row in rows})
     if len(found) > 1:
         raise UserError(
-            f"Expected all pieces in {out} to be scored with the same weights, got {found[0]} and "
-            f"{found[1]}. Remove that folder and run the command again."
+            f"The weights of a scorer changed halfway through {out}: {found[0]}, then {found[1]}. "
+            "Remove that folder and run the command again."
         )
 
 
-def _in_turn(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
-    for count, piece in enumerate(pieces):
-        _do(plan, piece, out, request)
-        yield count + 1
+def _side_by_side(tasks: Sequence[Task], jobs: int, done: Callable[[], None]) -> None:
+    def ended(task: Task, found: End | Died) -> bool:
+        end = died(found.code, SMALLER) if isinstance(found, Died) else found
+        if end.problem is not None:
+            print(end.trace, end="", file=sys.stderr)
+            raise end.problem
+        done()
+        return True
+
+    side_by_side(_attempt, tasks, jobs, ended)
 
 
-def _side_by_side(plan: Plan, pieces: list[Piece], out: Path, request: Request) -> Iterator[int]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(request.jobs, context) as pool:
-        futures = [pool.submit(_do, plan, piece, out, request) for piece in pieces]
-        for count, future in enumerate(as_completed(futures)):
-            try:
-                future.result()
-            except BrokenProcessPool as problem:
-                raise RunError(
-                    "Expected worker processes that finish, got one that was killed (out of "
-                    "memory?). Run the same command again: what is scored is kept. If memory is "
-                    "short, add --jobs 1."
-                ) from problem
-            yield count + 1
+def _attempt(task: Task, tell: Callable[[Any], None]) -> End:
+    return attempt(lambda: _do(*task), SMALLER)
 
 
 def _do(plan: Plan, piece: Piece, out: Path, request: Request) -> None:
@@ -257,7 +261,8 @@ def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[
 
     what = EvaluationSet(
         prompts=plan.prompts[first : first + PIECE], images=plan.images, steps=plan.steps,
-        guidance=plan.guidance, first=first, samplers=(sampler,),
+        guidance=plan.guidance, sampler=plan.sampler, eta=plan.eta, first=first,
+        samplers=(sampler,),
     )  # fmt: skip
     rows, pictures = evaluate(_model(plan, device), what, _scorers(plan, device))
     height, width = pictures[sampler].shape[2:]
@@ -299,8 +304,8 @@ def _read(path: Path) -> Any:
             pixels = np.array(picture.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as problem:
         raise UserError(
-            f"Expected a picture in {path}, got {problem}. Save it again, or take its line out of "
-            "metadata.csv."
+            f"{path} is not a picture that can be read: {problem}. Save it again, or take its "
+            "line out of metadata.csv."
         ) from problem
     return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
 

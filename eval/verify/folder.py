@@ -7,8 +7,8 @@ sentence; there is no score between right and wrong.
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,21 +18,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 import d3po_bench
 from d3po_bench.config import RunConfig
 from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
-from d3po_bench.launch import grid as grids
+from d3po_bench.launch import grid
+from d3po_bench.prompts import digest, read_prompts
 from d3po_bench.prompts import names as lists
-from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import write_atomically
-from d3po_bench.runs.run import TEXT, finite, read_config, read_facts, read_lines, read_object
+from d3po_bench.runs.run import IMAGE, TEXT, RunFolder, find_runs, finite, read_object
 from d3po_bench.runs.sessions import differing, sessions
 from d3po_bench.training.tools import EvaluationSet, spread
 from eval.analysis.runs import COUNTS, read_run
-from eval.measure import OBJECTIVE
+from eval.measure import OBJECTIVE, TRAINING
 from eval.tools import TOOLS
 
 MANIFEST = "manifest.json"
@@ -41,7 +39,6 @@ FILES = (*TEXT, "provenance.json")
 NUMBERS = ("round", *COUNTS, "score_mean", "score_std", "reward_mean", "loss", "grad_norm",
            "updates")  # fmt: skip
 """What every round of every method has in metrics.jsonl; methods add their own."""
-UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error)
 Problems = Iterator[str]
 
 
@@ -54,18 +51,13 @@ def verify(folder: Path) -> dict[str, list[str]]:
     Raises:
         UserError: it carries no manifest.
     """
-    runs = published(folder)
+    runs = find_runs([folder])
     return {
         "manifest": list(check_manifest(folder)),
-        "runs": [f"{run.relative_to(folder)}: {what}" for run in runs for what in check_run(run)],
+        "runs": [f"{r.folder.relative_to(folder)}: {what}" for r in runs for what in check_run(r)],
         "sets": [*check_sets(runs, folder), *check_grids(runs, folder)],
         "tables": list(check_tables(folder)),
     }
-
-
-def published(folder: Path) -> list[Path]:
-    """The run folders of a folder of results."""
-    return sorted(path.parent for path in folder.rglob("config.json"))
 
 
 # ---- manifest
@@ -116,39 +108,34 @@ def check_manifest(folder: Path) -> Problems:
 # ---- runs
 
 
-def check_run(run: Path) -> Problems:
+def check_run(run: RunFolder) -> Problems:
     """Whether a run has all its files, has ended, and its files agree with each other."""
-    missing = [name for name in FILES if not (run / name).is_file()]
+    missing = [name for name in FILES if not (run.folder / name).is_file()]
     if missing:
         yield f"has no {', '.join(missing)}"
         return
     try:
-        # What the reader of all figures and tables would refuse, the digests of the end included.
-        read_run(run)
-        metrics = read_lines(run / "metrics.jsonl")
-        yield from _check_record(run, len(metrics))
-        yield from _check_metrics(metrics)
-        yield from _check_evaluations(
-            pd.read_csv(run / "eval.csv"), RunConfig.from_json(read_config(run)), read_facts(run)
-        )
-    except UNREADABLE as problem:
+        read_run(run)  # what tables and figures refuse, files changed after its end among it
+        yield from _check_record(run)
+        yield from _check_metrics(run.metrics)
+        yield from _check_evaluations(run)
+    except UserError as problem:
         yield f"cannot be read ({problem})"
 
 
-def _check_record(run: Path, rounds: int) -> Problems:
+def _check_record(run: RunFolder) -> Problems:
     """Whether a run is what its config names, went to its end, and went there in one place."""
-    found, facts = read_config(run), read_facts(run)
-    config, recorded = RunConfig.from_json(found), found.get("run_id")
+    config, recorded = run.config, run.recorded.get("run_id")
     if config.run_id != recorded:
         yield f"its config has the run_id {recorded}, its settings make {config.run_id}"
     place = [config.objective, config.method, f"seed-{config.seed}"]
-    if list(run.parts[-3:]) != place:
+    if list(run.folder.parts[-3:]) != place:
         yield f"its config belongs in {'/'.join(place)}"
-    if rounds != config.rounds:
-        yield f"has {rounds} of {config.rounds} rounds"
-    if "ended" not in facts:
+    if len(run.metrics) != config.rounds:
+        yield f"has {len(run.metrics)} of {config.rounds} rounds"
+    if not run.finished:
         yield "has not ended"
-    first, *later = sessions(facts)
+    first, *later = sessions(run.facts)
     for session in later:
         # Bytes may come out otherwise there: nobody can make such a run again.
         if changed := differing(first, session):
@@ -166,15 +153,16 @@ def _check_metrics(metrics: Sequence[Mapping[str, Any]]) -> Problems:
             yield f"round {m['round']} has no finite {', '.join(wrong)}"
 
 
-def _check_evaluations(rows: Any, config: RunConfig, facts: Mapping[str, Any]) -> Problems:
+def _check_evaluations(run: RunFolder) -> Problems:
     """Images that are missing or too many, alike in every evaluation too, or have no score."""
-    for name, part in ((OBJECTIVE, rows), ("kl", rows[rows["sampler"] == "eta1"])):
-        if name in rows and part[name].isna().any():
+    rows, config = run.evaluation, run.config
+    for name, part in ((OBJECTIVE, rows), ("kl", [r for r in rows if r["sampler"] == TRAINING])):
+        if any(math.isnan(row.get(name, 0.0)) for row in part):
             yield f"an evaluation image has no {name}"
     found: dict[tuple[int, str], set[tuple[str, int]]] = defaultdict(set)
-    for number, sampler, *image in rows[["round", "sampler", "prompt", "index"]].values.tolist():
-        found[number, sampler].add(tuple(image))
-    prompts = _prompts(config, facts) or list(dict.fromkeys(rows["prompt"]))
+    for row in rows:
+        found[row["round"], row["sampler"]].add((row["prompt"], row["index"]))
+    prompts = _prompts(run) or list(dict.fromkeys(row["prompt"] for row in rows))
     images = set(product(spread(prompts, config.eval_prompts), range(config.eval_images)))
     every, last = config.eval_every, config.rounds
     due = {n for n in range(last + 1) if n % every == 0 or n == last} if every else set()
@@ -187,82 +175,79 @@ def _check_evaluations(rows: Any, config: RunConfig, facts: Mapping[str, Any]) -
         yield f"its evaluations of round {', '.join(wrong)} are not those that its config asks for"
 
 
-def _prompts(config: RunConfig, facts: Mapping[str, Any]) -> list[str] | None:
+def _prompts(run: RunFolder) -> list[str] | None:
     """The list that a config names; None where it cannot be read here.
 
     Votes have no list, and a user's file may be gone, or be another of that name.
     """
-    from d3po_bench.prompts import digest
-
     try:
-        source = config.prompt_source
+        source = run.config.prompt_source
         found = read_prompts(source)
     except UserError:
         return None
-    known = (facts.get("inputs") or {}).get("prompts")
+    known = (run.facts.get("inputs") or {}).get("prompts")
     return found if source in lists() or known in (None, digest(found)) else None
 
 
 # ---- sets of runs
 
 
-def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
+def check_sets(runs: Sequence[RunFolder], folder: Path) -> Problems:
     """Runs of one objective and method must be alike but for the seed, and no run be a copy."""
-    firsts: dict[tuple[str, ...], tuple[Path, str]] = {}
-    seen: dict[tuple[str, Hashable], Path] = {}
+    firsts: dict[tuple[str, ...], tuple[RunFolder, str]] = {}
+    seen: dict[tuple[str, Hashable], RunFolder] = {}
     for run in runs:
         try:
-            config, own, shared = read_config(run), _own(run), _but_the_seed(run)
-        except UNREADABLE:
+            config, own, shared = run.config, _own(run), _but_the_seed(run)
+        except UserError:
             continue  # the check of runs has named it
-        cell = (*run.relative_to(folder).parts[:-3], config["objective"], config["method"])
+        cell = (*run.folder.relative_to(folder).parts[:-3], config.objective, config.method)
         first, theirs = firsts.setdefault(cell, (run, shared))
         if shared != theirs:
-            yield f"{run} and {first} differ in more than the seed"
-        for what, numbers in {"seed": (*cell, config["seed"]), **own}.items():
+            yield f"{run.folder} and {first.folder} differ in more than the seed"
+        for what, numbers in {"seed": (*cell, config.seed), **own}.items():
             other = seen.setdefault((what, numbers), run)
-            if numbers and other != run:
-                yield f"{run} and {other} have the same {what}"
+            if numbers and other is not run:
+                yield f"{run.folder} and {other.folder} have the same {what}"
 
 
-def _own(run: Path) -> dict[str, Hashable]:
+def _own(run: RunFolder) -> dict[str, Hashable]:
     """What no two runs share, as numbers, for a blank makes other bytes; round 0 is shared."""
-    rounds = tuple(tuple(m.get(k) for k in NUMBERS) for m in read_lines(run / "metrics.jsonl"))
-    rows = pd.read_csv(run / "eval.csv")
-    columns = ["round", "sampler", "prompt", "index", OBJECTIVE, *({"kl"} & {*rows})]
-    later = rows.loc[rows["round"] > 0, columns].astype(str).values.tolist()
-    return {"rounds": rounds, "evaluations": frozenset(map(tuple, later))}
+    rounds = tuple(tuple(line.get(name) for name in NUMBERS) for line in run.metrics)
+    later = (row for row in run.evaluation if row["round"])
+    columns = (*IMAGE, OBJECTIVE, "kl")
+    numbers = frozenset(tuple(str(row.get(name)) for name in columns) for row in later)
+    return {"rounds": rounds, "evaluations": numbers}
 
 
-def _but_the_seed(run: Path) -> str:
+def _but_the_seed(run: RunFolder) -> str:
     """Settings, inputs, and the versions that scores depend on, the JPEG encoder's among them."""
-    config, facts = read_config(run), read_facts(run)
-    kept = {k: v for k, v in config.items() if k not in ("seed", "run_id")}
-    origin = [facts.get("inputs"), facts["packages"], facts.get("plugins")]
+    kept = {k: v for k, v in run.recorded.items() if k not in ("seed", "run_id")}
+    origin = [run.facts.get(name) for name in ("inputs", "packages", "plugins")]
     return json.dumps([kept, *origin], sort_keys=True)
 
 
-def check_grids(runs: Sequence[Path], folder: Path) -> Problems:
+def check_grids(runs: Sequence[RunFolder], folder: Path) -> Problems:
     """Beside a grid.toml lie the runs that it asks for, with the configs that it makes; no others.
 
     A seed that was left out of tables and figures, too, is missing here.
     """
-    for grid in sorted(folder.rglob(GRID)):
-        name, below = grid.relative_to(folder), grid.parent
-        asked: dict[tuple[str, ...], Any] = {
-            (c.objective, c.method, f"seed-{c.seed}"): json.loads(c.to_json())
-            for c in grids.configs(grids.read(grid), TOOLS)
+    for path in sorted(folder.rglob(GRID)):
+        name, below = path.relative_to(folder), path.parent
+        asked: dict[tuple[str, ...], RunConfig] = {
+            (config.objective, config.method, f"seed-{config.seed}"): config
+            for config in grid.configs(grid.read(path), TOOLS)
         }
-        there = {run.relative_to(below).parts: run for run in runs if run.is_relative_to(below)}
+        own = [run for run in runs if run.folder.is_relative_to(below)]
+        there = {run.folder.relative_to(below).parts: run for run in own}
         for place in sorted(asked.keys() - there.keys()):
             yield f"{name} asks for {'/'.join(place)}, which is missing"
         for place in sorted(there.keys() - asked.keys()):
             yield f"{name} does not ask for {'/'.join(place)}, which is there"
         for place in sorted(asked.keys() & there.keys()):
-            with suppress(*UNREADABLE):  # the check of runs has named it
-                found, made = read_config(there[place]), asked[place]
-                other = sorted(k for k in found.keys() | made.keys() if found.get(k) != made.get(k))
-                if other:
+            with suppress(UserError):  # the check of runs has named it
+                found, made = vars(there[place].config), vars(asked[place])
+                if other := sorted(k for k in made if found[k] != made[k]):
                     yield f"{'/'.join(place)} has another {', '.join(other)} than {name} makes"
 
 

@@ -21,9 +21,10 @@ from typing import Any
 
 import pandas as pd
 
-from d3po_bench.config import Execution, RunConfig, make
+from d3po_bench.config import Execution, make
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.runs.run import Row, finite, read_config, read_facts, read_lines, readable
+from d3po_bench.runs.files import Row, readable
+from d3po_bench.runs.run import IMAGE, RunFolder, find_runs, finite
 from d3po_bench.runs.sessions import differing
 from eval.analysis.statistics import another_seed, same_seed
 
@@ -74,7 +75,7 @@ class Verdict:
 
 def rerun(
     folder: Path,
-    runs: Sequence[Path],
+    runs: Sequence[RunFolder],
     count: int,
     *,
     seed: int = 0,
@@ -99,24 +100,24 @@ def rerun(
     from d3po_bench.training.run import Job
     from eval.tools import TOOLS
 
-    executions = {run: _execution(run, settings or {}) for run in runs}
-    chosen = drawn(runs, count, seed)
+    executions = {run.folder: _execution(run, settings or {}) for run in runs}
     with nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="d3po-bench-") as place:
-        for run in chosen:
-            name, config = str(run.relative_to(folder)), RunConfig.from_json(read_config(run))
+        for run in drawn(runs, count, seed):
+            name, config = str(run.folder.relative_to(folder)), run.config
             job = Job(
-                config=config, execution=executions[run], folder=Path(place, name), tools=TOOLS
-            )
+                config=config, execution=executions[run.folder], folder=Path(place, name),
+                tools=TOOLS,
+            )  # fmt: skip
             failed = launch.execute([job], 1, {label(config): label(config)})
             for problem in failed.values():
                 if not isinstance(problem, RunError):
                     raise problem
                 yield Verdict(name, False, f"not reproduced: {problem}")
             if not failed:
-                yield judge(run, job.folder, name)
+                yield judge(run, RunFolder(job.folder), name)
 
 
-def drawn(runs: Sequence[Path], count: int, seed: int) -> list[Path]:
+def drawn(runs: Sequence[RunFolder], count: int, seed: int) -> list[RunFolder]:
     """So many of the runs, drawn without replacement.
 
     Raises:
@@ -124,10 +125,11 @@ def drawn(runs: Sequence[Path], count: int, seed: int) -> list[Path]:
     """
     if count > len(runs):
         raise UserError(f"There are {len(runs)} runs, fewer than --rerun {count}.")
-    return sorted(random.Random(seed).sample(list(runs), count))
+    chosen = random.Random(seed).sample(range(len(runs)), count)
+    return [runs[number] for number in sorted(chosen)]
 
 
-def _execution(run: Path, settings: Mapping[str, str]) -> Execution:
+def _execution(run: RunFolder, settings: Mapping[str, str]) -> Execution:
     """As on record, except for `settings`; on a device that exists here."""
     from d3po_bench.machine import device_of
 
@@ -137,9 +139,9 @@ def _execution(run: Path, settings: Mapping[str, str]) -> Execution:
             f"--set {key} would change the numbers of a run, or is unknown. With --rerun, --set "
             f"takes only how it is computed: {', '.join(sorted(known))}."
         )
-    config, facts = RunConfig.from_json(read_config(run)), read_facts(run)
+    config, facts = run.config, run.facts
     config.check()
-    with readable(run / "provenance.json"):
+    with readable(run.folder / "provenance.json"):
         recorded = {k: v for k, v in facts.get("execution", {}).items() if k in known}
         if facts.get("threads"):
             recorded["threads"] = int(facts["threads"])
@@ -156,20 +158,21 @@ def _execution(run: Path, settings: Mapping[str, str]) -> Execution:
 # ---- the verdict
 
 
-def judge(published: Path, again: Path, cell: str) -> Verdict:
-    """Compare a published run with one that was made again.
+def judge(published: RunFolder, again: RunFolder, cell: str) -> Verdict:
+    """Compare a published run, whose folder lies beside those of other seeds, with a new one.
 
     Args:
-        published: its folder, beside those of the other seeds.
-        again: folder of the new run.
+        published: the run.
+        again: the same run made again.
         cell: what to call it.
 
     Raises:
         UserError: a file of either is damaged.
     """
-    if all((published / name).read_bytes() == (again / name).read_bytes() for name in BYTES):
+    folders = published.folder, again.folder
+    if all(len({(folder / name).read_bytes() for folder in folders}) == 1 for name in BYTES):
         return Verdict(cell, True, "reproduced, same bytes")
-    why = "; ".join(_differences(read_facts(published), read_facts(again)))
+    why = "; ".join(_differences(published.facts, again.facts))
     if not why:
         said = "not reproduced: other bytes on the same platform with the same versions"
         return Verdict(cell, False, said)
@@ -189,30 +192,30 @@ def _differences(then: Row, now: Row) -> Iterator[str]:
         yield f"{name} is not on record" if old is None else f"{name} {old} -> {new}"
 
 
-def _compared(published: Path, again: Path) -> tuple[list[str], list[str]]:
+def _compared(published: RunFolder, again: RunFolder) -> tuple[list[str], list[str]]:
     """What is wrong, and what was compared."""
     wrong = list(_other_work(published, again))
-    seeds = sorted(path.parent for path in published.parent.glob("seed-*/config.json"))
+    seeds = find_runs(published.folder.parent.glob("seed-*"))
     if len(seeds) < FEWEST:
         return [*wrong, f"other bytes, and {len(seeds)} published seeds give no spread"], []
-    rows, new = {run.name: _scores(run) for run in seeds}, _scores(again)
-    if not rows[published.name].index.equals(new.index):
+    rows, new = {run.folder.name: _scores(run) for run in seeds}, _scores(again)
+    own = published.folder.name
+    if not rows[own].index.equals(new.index):
         return [*wrong, "its evaluations are of other images"], []
-    wrong += _other_base(rows[published.name], new)
+    wrong += _other_base(rows[own], new)
     off, start = _start(published, again)
-    outside, end = _end(published.name, rows, new)
+    outside, end = _end(own, rows, new)
     return [*wrong, *off, *outside], [start, *end]
 
 
-def _other_work(published: Path, again: Path) -> Iterator[str]:
+def _other_work(published: RunFolder, again: RunFolder) -> Iterator[str]:
     """Inputs with other content, and other rounds or images, which the config alone decides."""
-    then, now = (read_facts(run).get("inputs", {}) for run in (published, again))
+    then, now = (run.facts.get("inputs", {}) for run in (published, again))
     for name in then.keys() & now.keys():
         if then[name] != now[name]:
             yield f"the {name} is another ({then[name]} -> {now[name]})"
-    lines = [read_lines(run / "metrics.jsonl") for run in (published, again)]
     for name in ("round", "images"):
-        a, b = ([line.get(name) for line in part] for part in lines)
+        a, b = ([line.get(name) for line in run.metrics] for run in (published, again))
         if a != b:
             yield f"its counts differ: {name} ends at {a[-1:]} and {b[-1:]}"
 
@@ -245,11 +248,11 @@ def allowed(images: int, *, exact: bool) -> float:
     return FIRST_ROUND["cpu" if exact else ""] * max(1, ROUND / max(1, images))
 
 
-def _start(published: Path, again: Path) -> tuple[list[str], str]:
+def _start(published: RunFolder, again: RunFolder) -> tuple[list[str], str]:
     """What of the first round is too far off, and how far all of it is."""
-    then, now = (next(iter(read_lines(r / "metrics.jsonl")), {}) for r in (published, again))
-    devices = {read_facts(run).get("device") for run in (published, again)}
-    exact = read_config(published).get("dtype") == "fp32" and devices == {"cpu"}
+    then, now = (next(iter(run.metrics), {}) for run in (published, again))
+    devices = {run.facts.get("device") for run in (published, again)}
+    exact = published.config.dtype == "fp32" and devices == {"cpu"}
     most = allowed(then["images"] if finite(then.get("images")) else ROUND, exact=exact)
     wrong, told = [], []
     for name, off in apart(then, now).items():
@@ -306,8 +309,7 @@ def _ends(scores: pd.DataFrame) -> dict[str, float]:
     return ends(last["score"] - first["score"], last["kl"])
 
 
-def _scores(run: Path) -> pd.DataFrame:
+def _scores(run: RunFolder) -> pd.DataFrame:
     """Score and KL of every evaluation image, by round, sampler, prompt and index."""
-    with readable(run / "eval.csv"):
-        rows = pd.read_csv(run / "eval.csv").set_index(["round", "sampler", "prompt", "index"])
-        return rows.reindex(columns=["score", "kl"]).astype(float).sort_index()
+    rows = pd.DataFrame(run.evaluation).set_index([*IMAGE])
+    return rows.reindex(columns=["score", "kl"]).sort_index()

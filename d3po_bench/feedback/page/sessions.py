@@ -1,15 +1,17 @@
-"""Signed sessions of the labelling page, and its guards: body size, request rate, headers."""
+"""Signed sessions of the labelling page, and its guards: request rates and headers."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import secrets
+import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from itsdangerous import BadData, URLSafeTimedSerializer
 
@@ -18,11 +20,6 @@ from d3po_bench.errors import UserError
 COOKIE = "d3po_feedback"
 MOST_SECONDS = 14 * 24 * 60 * 60
 """After so long a rater opens the invitation link again."""
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Any]
-Send = Callable[[Message], Any]
-App = Callable[[Message, Receive, Send], Any]
 
 
 @dataclass(frozen=True)
@@ -82,48 +79,54 @@ def session_key(folder: Path) -> bytes:
     """
     path = folder / ".session-key"
     try:
-        try:
+        with contextlib.suppress(FileExistsError):
             path.touch(mode=0o600, exist_ok=False)
             path.write_bytes(secrets.token_bytes(32))
-        except FileExistsError:
-            pass
         key = path.read_bytes()
     except OSError as problem:
         raise UserError(
-            f"Expected to read or write {path}, got: {problem.strerror}. Make the round's folder "
-            "writable."
+            f"Cannot read or write {path}: {problem.strerror}. Make the round's folder writable."
         ) from problem
     if len(key) != 32:
-        raise UserError(f"Expected 32 bytes in {path}, got {len(key)}. Remove the file.")
+        raise UserError(f"{path} holds {len(key)} bytes, not a key of 32. Remove the file.")
     return key
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Requests allowed at once, and then a second."""
+
+    votes: tuple[int, float] = (60, 5.0)
+    """Votes, skips and undos, for each rater."""
+    pages: tuple[int, float] = (300, 50.0)
+    """Pages and pictures, for each rater."""
+    sign_ins: tuple[int, float] = (20, 0.5)
+    """Wrong sign-ins, for each address."""
+
+
 class Limiter:
-    """Token buckets: `burst` at once, then `rate` a second, for each key."""
+    """Token buckets: `burst` at once, then `rate` a second, for each key. Threads may share it."""
 
     def __init__(
-        self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic
+        self, burst: int, rate: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.rate, self.burst, self._clock = rate, burst, clock
+        self.burst, self.rate, self._clock = burst, rate, clock
         self._buckets: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()
 
     def allow(self, key: str, *, spend: bool = True) -> bool:
         """Whether `key` has something left, and unless `spend` is off, take it."""
-        now = self._clock()
-        left, then = self._buckets.get(key, (float(self.burst), now))
-        left = min(self.burst, left + (now - then) * self.rate)
-        if left < 1:
-            return False
-        if spend:
-            self._buckets[key] = (left - 1, now)
-            self._forget(now)
-        return True
-
-    def _forget(self, now: float) -> None:
-        """Drop full buckets before there are too many: keys come from outside."""
-        if len(self._buckets) > 10_000:
-            refilled = self.burst / self.rate
-            self._buckets = {k: v for k, v in self._buckets.items() if now - v[1] < refilled}
+        with self._lock:
+            now = self._clock()
+            left, then = self._buckets.get(key, (float(self.burst), now))
+            left = min(self.burst, left + (now - then) * self.rate)
+            if left >= 1 and spend:
+                self._buckets[key] = (left - 1, now)
+                if len(self._buckets) > 10_000:  # keys come from outside: drop full buckets
+                    refilled = self.burst / self.rate
+                    kept = {k: v for k, v in self._buckets.items() if now - v[1] < refilled}
+                    self._buckets = kept
+            return left >= 1
 
 
 HEADERS = {
@@ -138,30 +141,6 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
     "x-frame-options": "DENY",
+    "cache-control": "no-store",
 }
-
-
-class Headers:
-    """Adds HEADERS to every response, and `no-store` where the page said nothing else."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-
-        async def add(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                given = {name.lower() for name, _ in message["headers"]}
-                extra = {**HEADERS, "cache-control": "no-store"}
-                message["headers"] = [
-                    *message["headers"],
-                    *(
-                        (k.encode(), v.encode())
-                        for k, v in extra.items()
-                        if k.encode() not in given
-                    ),
-                ]
-            await send(message)
-
-        await self._app(scope, receive, add)
+"""Of every response; those of style, scripts and pictures say how long they may be kept."""

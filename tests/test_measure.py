@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3po_bench import registry
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from eval.measure import NOISE_SEED, EvaluationSet, evaluate
+from d3po_bench.training.tools import EvaluationSet
+from d3po_bench.types import Weights
+from eval.golden import checked_scorer
+from eval.measure import NOISE_SEED, evaluate
 from eval.scorers._clip import EMBEDDED
 from eval.scorers.diversity import distances
 from tests.conftest import CPU, disturb
@@ -43,11 +45,11 @@ def drift(model: StableDiffusion) -> float:
     draws = Draws(seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps")
     rollout = sample(policy, ["cat", "cat", "dog", "dog"], draws)
     total = 0.0
-    for i, t in enumerate(rollout.timesteps):
-        x, std = rollout.latents[:, 0, i], policy.schedule.std[i]
+    weights: tuple[Weights, ...] = ("current", "base")
+    for i in range(3):
+        x, std = rollout.latents[:, 0, i], policy.table.std[i]
         ours, theirs = (
-            policy.step(x, t.expand(4), rollout.text, frozen=frozen).mean
-            for frozen in (False, True)
+            policy.step(x, torch.full((4,), i), rollout.conditions, weights=w).mean for w in weights
         )
         total += float((ours - theirs).square().mean() / (2 * std**2)) / 3
     return total
@@ -55,7 +57,7 @@ def drift(model: StableDiffusion) -> float:
 
 def test_evaluation_repeats(micro_model: StableDiffusion) -> None:
     disturb(micro_model)
-    scorers = {"score": registry.scorer("jpeg_size", CPU)}
+    scorers = {"score": checked_scorer("jpeg_size", CPU)}
     first, second = (evaluate(micro_model, WHAT, scorers) for _ in range(2))
     assert first[0] == second[0]
     assert torch.equal(first[1]["eta0"], second[1]["eta0"])
@@ -72,7 +74,7 @@ def test_distances_by_hand() -> None:
 
 @pytest.mark.parametrize("weights", ["tiny", str(EMBEDDED / "clip")])
 def test_equal_pictures_have_no_diversity_and_different_ones_have(weights: str) -> None:
-    judge = registry.scorer(f"diversity:{weights}", CPU)
+    judge = checked_scorer(f"diversity:{weights}", CPU)
     images: Tensor = torch.randint(
         0, 255, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)
     )
@@ -84,8 +86,8 @@ def test_equal_pictures_have_no_diversity_and_different_ones_have(weights: str) 
 
 
 def test_a_scorer_with_nothing_to_say_leaves_its_cell_empty(micro_model: StableDiffusion) -> None:
-    rows, _ = evaluate(micro_model, WHAT, {"animal": registry.scorer("animal", CPU)})
+    scorers = {"animal": checked_scorer("animal", CPU)}
+    rows, _ = evaluate(micro_model, WHAT, scorers)
     assert all(isinstance(row["animal"], float) for row in rows)
-    what = replace(WHAT, prompts=["a house"])
-    rows, _ = evaluate(micro_model, what, {"animal": registry.scorer("animal", CPU)})
+    rows, _ = evaluate(micro_model, replace(WHAT, prompts=["a house"]), scorers)
     assert [row["animal"] for row in rows] == [""] * 4

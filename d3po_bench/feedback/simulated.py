@@ -15,14 +15,21 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from d3po_bench import registry
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
-from d3po_bench.feedback.labels import Hand, LabelStore
-from d3po_bench.feedback.rounds import Answer, Kind, Pool, Round
+from d3po_bench.feedback.drawing import require_pictures
+from d3po_bench.feedback.handout import Hand, hand_out
+from d3po_bench.feedback.invitations import find_rater, invite
+from d3po_bench.feedback.rounds import Pool, Round
+from d3po_bench.feedback.schema import Answer, Kind
+from d3po_bench.feedback.store import HandoutSettings, LabelStore, open_labels
+from d3po_bench.feedback.votes import cast_vote
+from d3po_bench.training.tools import Tools
 
-Rule = Callable[[Tensor, Sequence[str]], Tensor]
-"""Pictures [N, 3, h, w] uint8 and their prompts -> how good each is, [N]; 0 or less is bad."""
+Rule = Callable[[Tensor, Sequence[str], Tools], Tensor]
+"""Pictures [N, 3, h, w] uint8, their prompts, where scorers come from -> how good each is, [N].
+
+0 or less is bad."""
 
 NAME = "simulated {}"
 """Of a simulated rater, by number from 1."""
@@ -41,16 +48,14 @@ class Annotator:
     """Probability of choosing the left picture of a pair without looking."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no probability.
+        """Check that both are probabilities.
 
         Raises:
-            UserError: naming it.
+            UserError: one is below 0, above 1, or NaN.
         """
         for name, value in (("error", self.error), ("first", self.first)):
             if not 0 <= value <= 1:
-                raise UserError(
-                    f"Expected {name} from 0 to 1, got {value}. Give a probability of a mistake."
-                )
+                raise UserError(f"{name} is a probability, from 0 to 1, and cannot be {value}.")
 
     def answer(self, kind: Kind, hand: Hand, worth: Tensor, rng: Generator) -> Answer:
         """What this rater says of an item whose images are worth [K]."""
@@ -67,21 +72,21 @@ class Annotator:
 # ---- rules
 
 
-def recognised(images: Tensor, prompts: Sequence[str]) -> Tensor:
+def recognised(images: Tensor, prompts: Sequence[str], tools: Tools) -> Tensor:
     """Deformed: the embedded model's independent classifier sees another animal, mostly."""
-    judge = registry.load_scorer("animal", torch.device("cpu"))
+    judge = tools.scorer("animal", torch.device("cpu"), "tiny")
     worth: Tensor = judge(images, prompts) - 0.5
     return worth
 
 
-def fitting(images: Tensor, prompts: Sequence[str]) -> Tensor:
+def fitting(images: Tensor, prompts: Sequence[str], tools: Tools) -> Tensor:
     """Alignment: the embedded ImageReward-shaped model's score."""
-    judge = registry.load_scorer("image_reward", torch.device("cpu"), "tiny")
+    judge = tools.scorer("image_reward", torch.device("cpu"), "tiny")
     worth: Tensor = judge(images, prompts)
     return worth
 
 
-def harmless(images: Tensor, prompts: Sequence[str]) -> Tensor:
+def harmless(images: Tensor, prompts: Sequence[str], tools: Tools) -> Tensor:
     """A stand-in for safety: not more than RED of the picture is red.
 
     Red is where the red channel exceeds green and blue by 60 of 255.
@@ -100,36 +105,69 @@ RULES: Mapping[str, Rule] = {
 # ---- voting
 
 
-def worths(folder: Path, round_: Round, rule: Rule) -> dict[str, Tensor]:
+def worths(folder: Path, round_: Round, rule: Rule, tools: Tools) -> dict[str, Tensor]:
     """What the rule says of each item's images, [K]."""
-    images = torch.stack([_read(folder / name) for item in round_.items for name in item.images])
+    from PIL import Image
+
+    images = []
+    for name in (name for item in round_.items for name in item.images):
+        with Image.open(folder / name) as picture:
+            images.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
     prompts = [item.prompt for item in round_.items for _ in item.images]
-    table = rule(images, prompts).view(len(round_.items), -1)
+    table = rule(torch.stack(images), prompts, tools).view(len(round_.items), -1)
     return {item.id: row for item, row in zip(round_.items, table, strict=True)}
 
 
-def vote(store: LabelStore, folder: Path, pool: Sequence[Annotator], seed: int) -> int:
-    """Let a pool judge a round until nothing is left for it; returns the number of votes.
+def simulate(
+    folder: Path, labels: str | None, pool: Sequence[Annotator], seed: int, tools: Tools
+) -> int:
+    """Let a pool judge the round in `folder` by its question's rule; returns the number of votes.
+
+    Raises:
+        UserError: the round or its labels are damaged, or a simulated rater is blocked.
+    """
+    settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
+    require_pictures(folder)
+    with open_labels(folder, labels, settings, new=True) as store:
+        worth = worths(folder, store.round, RULES[store.round.question], tools)
+        return let_vote(store, worth, pool, seed)
+
+
+def let_vote(
+    store: LabelStore, worth: Mapping[str, Tensor], pool: Sequence[Annotator], seed: int
+) -> int:
+    """Let a pool vote until nothing is left for it; returns the number of votes.
 
     The raters are called `simulated 1` and so on, and take turns. Each answer is a function of
     seed, rater and item, so that a repeated call gives the same votes.
+
+    Args:
+        store: of the round.
+        worth: of each item, how good its images are, [K].
+        pool: the raters.
+        seed: of their mistakes.
     """
-    worth = worths(folder, store.round, RULES[store.round.question])
     place = {item.id: n for n, item in enumerate(store.round.items)}
-    raters = [(n, a, _invited(store, NAME.format(n + 1))) for n, a in enumerate(pool)]
+    raters = []
+    for n, annotator in enumerate(pool):
+        name = NAME.format(n + 1)
+        rater = find_rater(store, token=invite(store, name))
+        if rater is None:
+            raise UserError(f"{name!r} is blocked in this round. Unblock them on the admin page.")
+        raters.append((n, annotator, rater.id))
     idle, votes = set[int](), 0
-    for n, annotator, rater in cycle(raters):
-        hand = store.hand_out(rater)
+    for n, annotator, rater_id in cycle(raters):
+        hand = hand_out(store, rater_id)
         if hand is None:
             idle.add(n)
         else:
             number = (n * len(place) + place[hand.item.id]) * 2 + hand.repeat
             rng = stream(seed, "raters", index=number)
             answer = annotator.answer(store.round.kind, hand, worth[hand.item.id], rng)
-            store.vote(rater, hand.id, answer, 0, hand.step)
+            cast_vote(store, rater_id, hand.id, answer, 0, hand.step)
             idle, votes = set(), votes + 1
         if len(idle) == len(raters):
-            return votes
+            break
     return votes
 
 
@@ -137,18 +175,3 @@ def pool_of(names: Iterable[str]) -> Pool:
     """Whether raters of these names are people; one who is simulated makes all of them so."""
     simulated = re.compile(NAME.format(r"\d+"))
     return "simulated" if any(simulated.fullmatch(name) for name in names) else "people"
-
-
-def _invited(store: LabelStore, name: str) -> int:
-    rater = store.rater_of(store.invite(name))
-    if rater is None:
-        raise UserError(f"Expected {name!r} to be let in, got kept out. Let them in again.")
-    return rater.id
-
-
-def _read(path: Path) -> Tensor:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        pixels = np.array(picture.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)

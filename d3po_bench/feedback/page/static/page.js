@@ -33,8 +33,8 @@ function show(html) {
   begin();
 }
 
-// POST until there is an answer. Where the server says that this was sent before, that is the
-// page to go on with; and if it was not sent again, this page was out of date.
+// POST until there is an answer. 409 means that this was answered before: by an earlier try of
+// ours, or, on the first try, because this page is out of date. Either way, show the next item.
 async function post(action, body) {
   for (let tries = 0; ; tries += 1) {
     try {

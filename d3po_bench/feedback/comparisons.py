@@ -1,0 +1,224 @@
+"""Pictures from elsewhere: folders with a metadata.csv, judged line by line and compared."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations, groupby
+from pathlib import Path
+
+import numpy as np
+
+from d3po_bench.errors import UserError
+from d3po_bench.feedback import rounds, schema
+from d3po_bench.feedback.agreement import Floats
+from d3po_bench.feedback.rounds import Item, Pool, Round, Vote
+from d3po_bench.feedback.sampling import write_files
+from d3po_bench.feedback.schema import Kind, Question
+from d3po_bench.feedback.simulated import pool_of
+from d3po_bench.feedback.store import LabelStore
+from d3po_bench.feedback.votes import effective_votes
+from d3po_bench.prompts import read_pictures
+from d3po_bench.runs.files import csv_bytes, taken, write_atomically
+
+SOURCES = "sources.json"
+"""Where the folders that were compared are named, in their order."""
+REMEDY = "Make a round with `feedback new --kind pairs --pictures A --pictures B`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How often a source of a comparison is the first choice."""
+
+    source: str
+    """Folder of pictures, as `feedback new` was given it."""
+    share: float
+    """0 to 1; those of all sources add to 1."""
+    low: float
+    high: float
+    """Ends of its 95 % interval over prompts."""
+    raters: Pool
+
+
+# ---- the round
+
+
+def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -> Round:
+    """Copy pictures into a round.
+
+    Args:
+        folder: of the round; it must hold none.
+        sources: folders with metadata.csv (file_name, text). With pairs, every two of them are
+            compared, line by line. With tags, a line of each makes a grid; of a single folder,
+            the lines that follow each other with the same text do.
+        judged: how people will look at them.
+
+    Raises:
+        UserError: a source is malformed, their texts differ, or a round is there.
+    """
+    listed = [[(source / name, text) for name, text in read_pictures(source)] for source in sources]
+    texts = [[text for _, text in lines] for lines in listed]
+    for source, found in zip(sources, texts, strict=True):
+        if found != texts[0]:
+            raise UserError(
+                f"{source} does not have the texts of {sources[0]}, in the same order. Compare "
+                "pictures of the same prompts."
+            )
+    kind, question = judged
+    with taken(folder):
+        if (folder / rounds.FILE).exists():
+            raise UserError(f"There is a round in {folder} already. Give another folder.")
+        items = tuple(
+            Item(name, prompt, tuple(_copies(folder, name, paths)))
+            for name, prompt, paths in _groups(listed, kind)
+        )
+        write_files(folder)
+        names = json.dumps([str(source) for source in sources])
+        write_atomically(folder / SOURCES, names.encode() + b"\n")
+        round_ = Round(kind, question, question == "unsafe", items)
+        round_.write(folder)
+        return round_
+
+
+def _groups(
+    listed: Sequence[Sequence[tuple[Path, str]]], kind: Kind
+) -> Iterator[tuple[str, str, list[Path]]]:
+    """Name, prompt and pictures of each item."""
+    if len(listed) == 1:
+        for n, (text, lines) in enumerate(groupby(listed[0], key=lambda line: line[1])):
+            yield f"{n:05d}", text, [path for path, _ in lines]
+        return
+    for n, same in enumerate(zip(*listed, strict=True)):
+        pictures, prompt = [path for path, _ in same], same[0][1]
+        if kind == "tags":
+            yield f"{n:05d}", prompt, pictures
+        else:
+            for i, j in combinations(range(len(pictures)), 2):
+                yield _pair(n, i, j), prompt, [pictures[i], pictures[j]]
+
+
+def _pair(line: int, i: int, j: int) -> str:
+    """Name of the item that shows sources i and j of a line."""
+    return f"{line:05d}-{i}-{j}"
+
+
+def _copies(folder: Path, name: str, paths: Sequence[Path]) -> Iterator[str]:
+    """Save an item's pictures again as PNG: nothing else in the files comes along."""
+    from PIL import Image
+
+    for k, path in enumerate(paths):
+        try:
+            with Image.open(path) as picture:
+                buffer = io.BytesIO()
+                picture.convert("RGB").save(buffer, "PNG")
+        except (OSError, ValueError, Image.DecompressionBombError) as problem:
+            raise UserError(
+                f"{path} cannot be read as a picture: {problem}. Save it again, or take its line "
+                "out of metadata.csv."
+            ) from problem
+        copy = f"images/{name}-{k}.png"
+        write_atomically(folder / copy, buffer.getvalue())
+        yield copy
+
+
+# ---- who is chosen
+
+
+def choices(store: LabelStore, folder: Path) -> list[Share]:
+    """How often each source of the round in `folder` is the first choice.
+
+    Raises:
+        UserError: the round compares nothing, or nobody has compared all pictures of a prompt.
+    """
+    sources, votes = sources_of(store.round, folder), effective_votes(store)
+    found = first_choices(votes, len(sources))
+    if not found:
+        raise UserError(
+            f"Nobody has compared all pictures of a prompt in {folder} yet. Let raters finish: "
+            "d3po-bench feedback serve."
+        )
+    pool = pool_of(vote.rater for vote in votes)
+    shares = []
+    for source, column in zip(sources, np.array(list(found.values())).T, strict=True):
+        low, high = bootstrap(column)
+        mean = float(column.mean())
+        shares.append(Share(source=source, share=mean, low=low, high=high, raters=pool))
+    return shares
+
+
+def sources_of(round_: Round, folder: Path) -> list[str]:
+    """The folders that the round in `folder` compares, in pairs.
+
+    Raises:
+        UserError: it compares none.
+    """
+    if not (folder / SOURCES).exists():
+        raise UserError(f"{folder} does not compare folders of pictures. {REMEDY}")
+    found = schema.read(schema.SOURCES, folder / SOURCES, REMEDY)
+    pairs = list(combinations(range(len(found)), 2))
+    ids = [item.id for item in round_.items]
+    if ids != [_pair(n, i, j) for n in range(len(ids) // len(pairs)) for i, j in pairs]:
+        raise UserError(
+            f"{folder} does not compare every two of the {len(found)} folders that "
+            f"{SOURCES} names. {REMEDY}"
+        )
+    return found
+
+
+def first_choices(votes: Sequence[Vote], sources: int) -> dict[str, list[float]]:
+    """How often each source is a rater's first choice, by prompt; the shares of a prompt add to 1.
+
+    A rater's first choice for a prompt is the picture that wins most of its comparisons; equals
+    share it. Ties and "both bad" are won by neither. Only raters who compared all pictures of a
+    prompt count, once each.
+
+    Args:
+        votes: on a round that `take` made from several sources, in pairs.
+        sources: number of them.
+
+    Returns:
+        Line number of the prompt, as in item names, -> [sources] shares.
+    """
+    wins: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * sources)
+    seen = Counter[tuple[str, str]]()
+    for vote in votes:
+        if vote.repeat:
+            continue
+        prompt, i, j = vote.item.split("-")
+        seen[vote.rater, prompt] += 1
+        if vote.answer in ("a", "b"):
+            wins[vote.rater, prompt][int(i if vote.answer == "a" else j)] += 1
+    chosen: dict[str, list[list[float]]] = defaultdict(list)
+    for (rater, prompt), count in seen.items():
+        if count == sources * (sources - 1) // 2:
+            best = [n == max(wins[rater, prompt]) for n in wins[rater, prompt]]
+            chosen[prompt].append([b / sum(best) for b in best])
+    return {
+        prompt: [sum(share) / len(said) for share in zip(*said, strict=True)]
+        for prompt, said in sorted(chosen.items())
+    }
+
+
+def bootstrap(values: Floats, resamples: int = 9999) -> tuple[float, float]:
+    """Percentile 95 % interval of the mean of [P] values, from a fixed seed."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def write_choices(path: Path, found: Sequence[Share]) -> None:
+    """Write shares as CSV, one a row, rounded to 6 digits; `d3po-bench table1` reads them.
+
+    Sources are said from the file's folder, so that it may be published or moved with them.
+    """
+    rows = [
+        {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(share).items()}
+        | {"source": os.path.relpath(share.source, path.parent)}
+        for share in found
+    ]
+    write_atomically(path, csv_bytes(rows))

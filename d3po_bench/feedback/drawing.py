@@ -1,0 +1,87 @@
+"""Draw a round as `feedback new` was asked to; see later whether its pictures are unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from d3po_bench.config import FEEDBACK, make
+from d3po_bench.errors import UserError
+from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.sampling import (
+    FILES,
+    FIXED,
+    Before,
+    Sampling,
+    adapter_bytes,
+    chosen_prompts,
+    draw,
+    require_files,
+)
+from d3po_bench.feedback.schema import Kind, Question
+from d3po_bench.models.sources import model_source
+from d3po_bench.prompts import read_prompts
+
+
+def draw_round(
+    folder: Path, judged: tuple[Kind, Question], prompts: str, *, count: int | None = None,
+    images: int | None = None, before: Path | None = None, model: str = "tiny",
+    preset: str | None = None, seed: int = 0, settings: Mapping[str, str] | None = None,
+    device: str = "auto", report: Callable[[float], None] = lambda share: None,
+) -> Round:  # fmt: skip
+    """Draw a round's images into `folder`; the same call continues where it was interrupted.
+
+    Args:
+        folder: of the round.
+        judged: how people will look at the images.
+        prompts: name of a list, or a file.
+        count: of prompts; None for each once.
+        images: of a prompt; None for 7 to tag, 2 of a pair.
+        before: folder of a finished training whose weights draw. Model, seed and settings are
+            then those of the rounds before.
+        model: what draws the first round.
+        preset: settings to start from; None for the one made for the model.
+        seed: of all draws.
+        settings: what differs from the preset.
+        device: to draw on.
+        report: called with the share done.
+
+    Raises:
+        UserError: bad input, or another round lies in the folder.
+    """
+    kind = judged[0]
+    images = images or (7 if kind == "tags" else 2)
+    if kind == "pairs" and images != 2:
+        raise UserError(f"A pair has 2 images, not {images}. Leave --images out.")
+    trained = Before.read(before) if before else None
+    last = trained.sampling if trained else None
+    model = last.settings["model"] if last else model
+    config, execution = make(
+        "d3po", FEEDBACK, preset or model_source(model).preset, settings or {}, model=model
+    )
+    changed = next((key for key in settings or {} if key in FIXED), None)
+    if last and changed:
+        raise UserError(f"--set {changed} does not go with --from, which keeps the settings of the "
+                        "rounds before. Leave it out.")  # fmt: skip
+    seed, number = (last.seed, last.number + 1) if last else (seed, 0)
+    sampling = Sampling(
+        settings=last.settings if last else {name: getattr(config, name) for name in FIXED},
+        seed=seed, number=number, images=images,
+        adapter=hashlib.sha256(adapter_bytes(trained.weights)).hexdigest() if trained else "",
+        prompts=tuple(chosen_prompts(read_prompts(prompts), count, seed, number)),
+        block=max(1, execution.sample_batch // images),
+    )  # fmt: skip
+    weights = trained.weights if trained else None
+    return draw(folder, sampling, judged, weights, replace(execution, device=device), report)
+
+
+def require_pictures(folder: Path) -> None:
+    """Compare a round's pictures with their checksums.
+
+    Raises:
+        UserError: naming the first that is missing or altered.
+    """
+    if (folder / FILES).exists():
+        require_files(folder, within="images")

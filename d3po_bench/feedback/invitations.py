@@ -1,0 +1,104 @@
+"""Who may take part: invitations, which are known by the hash of their token alone."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+import sqlalchemy as sql
+
+from d3po_bench.errors import UserError
+from d3po_bench.feedback.store import FACTS, RATERS, LabelStore
+
+
+@dataclass(frozen=True)
+class Rater:
+    """Somebody who was invited."""
+
+    id: int
+    name: str
+    token_hash: str
+    """SHA-256 of the invitation token, in hexadecimal. The token itself is not kept."""
+    disabled: bool
+
+
+def token_hash(token: str) -> str:
+    """SHA-256 in hexadecimal. Tokens are 256 random bits: nothing can be guessed from it."""
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is empty, longer than 60 characters, or not printable.
+
+    Raises:
+        UserError: naming it.
+    """
+    if not name.strip() or len(name) > 60 or not name.isprintable():
+        raise UserError(
+            f"{ascii(name)[:80]} cannot be a rater's name. Give 1 to 60 printable characters."
+        )
+
+
+def invite(store: LabelStore, name: str) -> str:
+    """A new invitation token for `name`, new or known; an earlier one no longer works.
+
+    Raises:
+        UserError: as `check_name`.
+    """
+    check_name(name)
+    token = secrets.token_urlsafe(32)
+    with store.writing() as connection:
+        change = sql.update(RATERS).where(RATERS.c.name == name)
+        if not connection.execute(change.values(token_hash=token_hash(token))).rowcount:
+            row = {"name": name, "token_hash": token_hash(token), "disabled": False}
+            connection.execute(sql.insert(RATERS).values(row))
+    return token
+
+
+def invite_admin(store: LabelStore) -> str:
+    """A new token for the admin page; an earlier one no longer works."""
+    token = secrets.token_urlsafe(32)
+    with store.writing() as connection:
+        connection.execute(sql.delete(FACTS).where(FACTS.c.name == "admin"))
+        connection.execute(sql.insert(FACTS).values(name="admin", value=token_hash(token)))
+    return token
+
+
+def admin_hash(store: LabelStore) -> str | None:
+    """SHA-256 of the admin's token, or None while there is none."""
+    query = sql.select(FACTS.c.value).where(FACTS.c.name == "admin")
+    with store.reading() as connection:
+        found: str | None = connection.execute(query).scalar_one_or_none()
+    return found
+
+
+def raters(store: LabelStore) -> list[Rater]:
+    """Everybody who was invited, by name."""
+    with store.reading() as connection:
+        rows = connection.execute(sql.select(RATERS).order_by(RATERS.c.name))
+        return [Rater(**row) for row in rows.mappings()]
+
+
+def find_rater(
+    store: LabelStore, *, id_: int | None = None, token: str | None = None
+) -> Rater | None:
+    """Who has this number or was invited with `token`; None if nobody, or somebody blocked."""
+    which = RATERS.c.id == id_ if token is None else RATERS.c.token_hash == token_hash(token)
+    query = sql.select(RATERS).where(which, RATERS.c.disabled.is_(False))
+    with store.reading() as connection:
+        row = connection.execute(query).mappings().first()
+    return Rater(**row) if row else None
+
+
+def disable(store: LabelStore, name: str, *, disabled: bool = True) -> None:
+    """Block a rater, or let them in again. Their votes stay.
+
+    Raises:
+        UserError: nobody has that name.
+    """
+    with store.writing() as connection:
+        change = sql.update(RATERS).where(RATERS.c.name == name).values(disabled=disabled)
+        if not connection.execute(change).rowcount:
+            known = ", ".join(rater.name for rater in raters(store)) or "nobody"
+            raise UserError(f"No rater is called {ascii(name)[:80]}. Invited so far: {known}.")

@@ -1,0 +1,1 @@
+"""The labelling page: sign-in, items to judge, and an overview for the admin."""

@@ -1,0 +1,158 @@
+"""Serve a round's labelling page: the application, where it listens, and who is invited."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from pathlib import Path
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from d3po_bench.errors import UserError
+from d3po_bench.feedback.invitations import admin_hash, check_name, invite, invite_admin, raters
+from d3po_bench.feedback.page import access, routes
+from d3po_bench.feedback.page.sessions import HEADERS, Limits, session_key
+from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
+
+
+def app(
+    round_: Round, folder: Path, store: LabelStore, key: bytes, limits: Limits | None = None,
+    public_url: str | None = None,
+) -> FastAPI:  # fmt: skip
+    """The page for one round.
+
+    Args:
+        round_: what is judged.
+        folder: where the paths of its images begin.
+        store: where votes go.
+        key: signs sessions; a new key signs everybody out.
+        limits: how much anybody may ask for.
+        public_url: the origin that browsers see, where a proxy changes it.
+    """
+    made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    site = access.Site(round_, folder, store, key, limits or Limits(), public_url)
+    made.state.site = site
+    made.include_router(access.router)
+    made.include_router(routes.router)
+
+    @made.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, problem: StarletteHTTPException) -> Response:
+        ours = isinstance(problem, HTTPException)  # others say "Not Found" of a path
+        words = problem.detail if ours else "There is no such page."
+        response = site.page("error.html", status=problem.status_code, words=words)
+        if problem.status_code == 429:
+            response.headers["retry-after"] = "2"
+        return response
+
+    @made.exception_handler(SQLAlchemyError)
+    async def failed(request: Request, problem: SQLAlchemyError) -> Response:
+        # Nothing was stored, and trying again may help.
+        words = "This could not be saved. Try again in a moment."
+        return site.page("error.html", status=503, words=words)
+
+    @made.middleware("http")
+    async def guarded(
+        request: Request, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        response = await answer(request)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    return made
+
+
+def serve(
+    folder: Path, labels_url: str | None = None, host: str = "127.0.0.1", port: int = 8000,
+    names: Iterable[str] = (), *, settings: HandoutSettings | None = None, renew: bool = False,
+    public_url: str | None = None, limits: Limits | None = None,
+    echo: Callable[[str], None] = print,
+) -> None:  # fmt: skip
+    """Serve a round's page until interrupted, and print the links of those who are new.
+
+    Args:
+        folder: of the round.
+        labels_url: SQLAlchemy URL of the labels; default: `folder`/labels.sqlite.
+        host: address to listen on. Others than this machine's own need a proxy that speaks
+            TLS in front.
+        port: 0 takes any that is free.
+        names: of the raters to invite.
+        settings: how items are handed out.
+        renew: make new links also for those invited before; their old links stop working.
+        public_url: how links begin, where raters do not reach `host` and `port` themselves:
+            the origin that their browsers see, such as https://labels.example.
+        limits: how much anybody may ask for.
+        echo: prints a line.
+
+    Raises:
+        UserError: the round or the labels are damaged, the port is taken, or the public URL is
+            not an origin.
+    """
+    import uvicorn
+
+    public_url = origin(public_url) if public_url is not None else None
+    round_ = Round.read(folder)
+    with (
+        LabelStore(labels_url or default_url(folder), round_, settings) as store,
+        _listening(host, port) as listener,
+    ):
+        shown = f"[{host}]" if ":" in host else host
+        url = public_url or f"http://{shown}:{listener.getsockname()[1]}"
+        for line in invitations(store, names, url, renew=renew):
+            echo(line)
+        pages = app(round_, folder, store, session_key(folder), limits, public_url)
+        config = uvicorn.Config(
+            pages, log_level="warning", access_log=False, server_header=False,
+            proxy_headers=bool(public_url),  # else anybody here could give another address
+        )  # fmt: skip
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def invitations(
+    store: LabelStore, names: Iterable[str], url: str, *, renew: bool = False
+) -> Iterator[str]:
+    """Invite whoever is new, and the admin: a line for each, with a link that is shown once."""
+    names, known = list(dict.fromkeys(names)), {rater.name for rater in raters(store)}
+    for name in names:
+        check_name(name)
+    yield f"Serving on {url}"
+    for name in names:
+        if name in known and not renew:
+            yield f"{name}: invited before; --renew makes a new link"
+        else:
+            yield f"{name}: {url}/join#{invite(store, name)}"
+    if admin_hash(store) is None or renew:
+        yield f"admin: {url}/join#{invite_admin(store)}"
+    else:
+        yield "admin: invited before; --renew makes a new link"
+
+
+def origin(url: str) -> str:
+    """A public URL as browsers write it as an Origin.
+
+    Raises:
+        UserError: it is not an origin: the page lives at a host's root.
+    """
+    found = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?/?", url.lower())
+    if found is None:
+        raise UserError(
+            f"{ascii(url)[:80]} is not a public URL such as https://labels.example. Give scheme "
+            "and host alone, in ASCII: the page needs a host of its own."
+        )
+    scheme, host, port = found.groups()
+    plain = port is None or int(port) == {"http": 80, "https": 443}[scheme]
+    return f"{scheme}://{host}" + ("" if plain else f":{int(port)}")
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=256)
+    except (OSError, OverflowError) as problem:
+        raise UserError(
+            f"Cannot listen on {host}:{port}: {problem}. Give another --port or --host."
+        ) from problem

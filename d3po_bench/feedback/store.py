@@ -1,0 +1,292 @@
+"""The labels of a round in a database: its tables, and transactions that lose nothing.
+
+Votes are only ever added. An undo is a row of its own, so that nothing a rater did is lost. A
+row is on disk before the caller hears of it: SQLite runs with a write-ahead log, and votes and
+undos are committed with `synchronous=FULL`, which syncs the log. So an acknowledged vote
+survives a kill of the process and a power cut. What only hands out an item is committed with
+`synchronous=NORMAL`: it survives a kill, and the next vote syncs it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import sqlalchemy as sql
+from sqlalchemy import Column, Connection, ForeignKey, Table
+from sqlalchemy.exc import SQLAlchemyError
+
+from d3po_bench.errors import UserError
+from d3po_bench.feedback.rounds import Round
+
+LABELS = "labels.sqlite"
+"""Where a round's labels are, unless told otherwise."""
+VERSION = 1
+
+Row = Mapping[Any, Any]
+Sync = Literal["FULL", "NORMAL"]
+
+TABLES = sql.MetaData()
+FACTS = Table(
+    "facts",
+    TABLES,
+    Column("name", sql.String(40), primary_key=True),
+    Column("value", sql.Text, nullable=False),
+)
+RATERS = Table(
+    "raters",
+    TABLES,
+    Column("id", sql.Integer, primary_key=True),
+    Column("name", sql.String(60), nullable=False, unique=True),
+    Column("token_hash", sql.String(64), nullable=False, unique=True),
+    Column("disabled", sql.Boolean, nullable=False),
+)
+ITEMS = Table(
+    "items",
+    TABLES,
+    Column("id", sql.String(64), primary_key=True),
+    Column("place", sql.Integer, nullable=False),  # in the shuffled order
+    Column("gold", sql.Boolean, nullable=False),
+    Column("taken", sql.Integer, nullable=False),  # votes and open hands, repeats not counted
+)
+HANDS = Table(
+    "hands",
+    TABLES,
+    Column("id", sql.Integer, primary_key=True),
+    Column("rater", ForeignKey("raters.id"), nullable=False),
+    Column("item", ForeignKey("items.id"), nullable=False),
+    Column("repeat", sql.Integer, nullable=False),
+    Column("shown", sql.String(100), nullable=False),
+    Column("handed", sql.Float(53), nullable=False),
+    Column("expires", sql.Float(53), nullable=False),
+    Column("state", sql.String(10), nullable=False),
+    sql.UniqueConstraint("rater", "item", "repeat"),  # nobody sees an item twice
+    sql.Index("hands_by_state", "state", "expires"),
+)
+VOTES = Table(
+    "votes",
+    TABLES,
+    Column("id", sql.Integer, primary_key=True),
+    Column("hand", ForeignKey("hands.id"), nullable=False),
+    Column("step", sql.Integer, nullable=False),  # even: an answer; odd: its undo
+    Column("rater", ForeignKey("raters.id"), nullable=False, index=True),
+    Column("item", ForeignKey("items.id"), nullable=False),
+    Column("repeat", sql.Integer, nullable=False),
+    Column("shown", sql.String(100), nullable=False),
+    Column("kind", sql.String(10), nullable=False),  # vote, skip or undo
+    Column("answer", sql.Text),  # JSON; of a vote alone
+    Column("milliseconds", sql.Integer, nullable=False),
+    Column("time", sql.Float(53), nullable=False),
+    sql.UniqueConstraint("hand", "step"),  # the same answer sent twice is stored once
+)
+
+
+@dataclass(frozen=True)
+class HandoutSettings:
+    """How items are handed out."""
+
+    votes_per_item: int = 1
+    """Raters asked about each item."""
+    gold_every: int = 10
+    """One of so many hands is an item with a known answer, while there are any; 0: none."""
+    repeat_every: int = 10
+    """One of so many hands is an item that the rater has judged before; 0: none."""
+    repeat_gap: int = 5
+    """Hands between a first judgement and its repeat, at least."""
+    minutes: float = 15.0
+    """After so long without an answer, an item is free for others."""
+    seed: int = 0
+    """Of all orders. The seed that a database began with stays."""
+
+
+class LabelStore:
+    """The labels of one round. Threads may share it, and processes may share its database.
+
+    What is in it is asked and changed by `invitations`, `handout` and `votes`.
+    """
+
+    def __init__(
+        self, url: str, round_: Round, settings: HandoutSettings | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        """Open the database at `url`, an SQLAlchemy URL, making its tables if need be.
+
+        Raises:
+            UserError: it cannot be opened, is newer than this program, or has labels of
+                another round.
+        """
+        self.round = round_
+        self.settings = settings or HandoutSettings()
+        self.items = {item.id: item for item in round_.items}
+        self.clock = clock
+        # One writer at a time: waiting here is fair, while SQLite's own wait is a poll.
+        self._lock = threading.Lock()
+        with _in_one_line(url, (SQLAlchemyError, ImportError)):  # the driver may be missing
+            self._engine = sql.create_engine(url)
+        if self._engine.dialect.name == "sqlite":
+            sql.event.listen(self._engine, "connect", _set_up_sqlite)
+            sql.event.listen(self._engine, "begin", _begin_sqlite)
+        try:
+            with _in_one_line(url):
+                with self._engine.begin() as connection:
+                    if connection.dialect.name == "postgresql":  # no other may make tables now
+                        lock = sql.func.pg_advisory_xact_lock(VERSION)
+                        connection.execute(sql.select(lock))
+                    TABLES.create_all(connection)
+                with self.writing() as connection:
+                    self.seed = self._prepare(connection, url)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def writing(self, sync: Sync = "FULL") -> Iterator[Connection]:
+        """A transaction that no other writer interleaves with; committed on leaving."""
+        engine = self._engine.execution_options(writing=sync)
+        with self._lock, engine.begin() as connection:
+            # Postgres has no BEGIN IMMEDIATE: a row that every writer locks does the same.
+            lock = sql.select(FACTS.c.value).where(FACTS.c.name == "version").with_for_update()
+            connection.execute(lock)
+            yield connection
+
+    def reading(self) -> contextlib.AbstractContextManager[Connection]:
+        """A transaction that sees one state of the database."""
+        return self._engine.connect()
+
+    def _prepare(self, connection: Connection, url: str) -> int:
+        """Check what is there, add what is not, and give the seed that the database began with."""
+        facts = {row.name: row.value for row in connection.execute(sql.select(FACTS))}
+        if not facts:
+            mine = {"version": VERSION, "kind": self.round.kind, "seed": self.settings.seed}
+            facts = {name: str(value) for name, value in mine.items()}
+            rows = [{"name": name, "value": value} for name, value in facts.items()]
+            connection.execute(sql.insert(FACTS), rows)
+        if facts.get("version") != str(VERSION):
+            raise UserError(
+                f"The labels in {_shown(url)} have version {facts.get('version')}, and this "
+                f"program reads version {VERSION}. Use the d3po-bench that wrote them."
+            )
+        known = {row.id for row in connection.execute(sql.select(ITEMS.c.id))}
+        strange = sorted(known - self.items.keys())
+        if strange or facts["kind"] != self.round.kind:
+            why = f"have an item {strange[0]}" if strange else f"are of kind {facts['kind']}"
+            raise UserError(
+                f"The labels in {_shown(url)} are not of this round: they {why}. Give the round "
+                "they belong to, or another place for the labels."
+            )
+        seed = int(facts["seed"])
+        order = sorted(self.items, key=lambda item: draw_number(seed, "item", item))
+        rows = [
+            {"id": i, "place": n, "gold": self.items[i].gold is not None, "taken": 0}
+            for n, i in enumerate(order)
+            if i not in known
+        ]
+        if rows:
+            connection.execute(sql.insert(ITEMS), rows)
+        return seed
+
+
+def draw_number(*key: Any) -> int:
+    """A number from 0 to 2^32 - 1, a function of `key` alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:4], "big")
+
+
+# ---- the labels of a folder
+
+
+def default_url(folder: Path) -> str:
+    """Where a round's labels are kept unless told otherwise."""
+    return f"sqlite:///{folder.resolve() / LABELS}"
+
+
+@contextlib.contextmanager
+def open_labels(
+    folder: Path, labels: str | None, settings: HandoutSettings | None = None, *, new: bool = False
+) -> Iterator[LabelStore]:
+    """The labels of a round.
+
+    Args:
+        folder: of the round.
+        labels: URL of the labels; None for those in the folder.
+        settings: how items are handed out.
+        new: make them if need be; else `labels` must be there, and a folder without has no votes.
+
+    Raises:
+        UserError: no such round, no such labels, or labels of another round; or the database
+            fails while it is used.
+    """
+    if labels and not new:
+        _require_file(labels)
+    made = new or (folder / LABELS).exists()
+    url = labels or (default_url(folder) if made else "sqlite://")
+    with LabelStore(url, Round.read(folder), settings) as store, _in_one_line(url):
+        yield store
+
+
+def _require_file(url: str) -> None:
+    """Refuse an SQLite file that is not there, which opening it would make."""
+    with _in_one_line(url):
+        where = sql.make_url(url)
+    file = where.database if where.get_backend_name() == "sqlite" else None
+    if file and file != ":memory:" and "uri" not in where.query and not Path(file).is_file():
+        raise UserError(
+            f"There are no labels at {_shown(url)}. Correct --labels, or ask for votes with "
+            "`d3po-bench feedback serve`."
+        )
+
+
+# ---- SQLite, and what a database may say
+
+
+def _set_up_sqlite(connection: Any, record: object) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    sync: Sync | None = connection.get_execution_options().get("writing")
+    if sync is None:
+        connection.exec_driver_sql("BEGIN")
+    else:
+        # A writer that begins as a reader would fail when two of them turn to writing.
+        connection.exec_driver_sql(f"PRAGMA synchronous={sync}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextlib.contextmanager
+def _in_one_line(
+    url: str, faults: tuple[type[Exception], ...] = (SQLAlchemyError,)
+) -> Iterator[None]:
+    """Say in one line that the database cannot be used, without its password."""
+    try:
+        yield
+    except faults as problem:
+        reason = str(getattr(problem, "orig", None) or problem).splitlines()[0]
+        raise UserError(
+            f"Cannot use {_shown(url)} as a database: {reason}. Give --labels a URL such as "
+            "sqlite:///labels.sqlite."
+        ) from problem
+
+
+def _shown(url: str) -> str:
+    try:
+        return sql.make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return ascii(url)[:80]

@@ -1,0 +1,200 @@
+"""What was answered: votes, skips and undos, and which of them count."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy import Connection
+
+from d3po_bench.errors import UserError
+from d3po_bench.feedback.agreement import Floats, scores
+from d3po_bench.feedback.handout import Hand, hand_of, require_hand, set_state
+from d3po_bench.feedback.rounds import Progress, Vote
+from d3po_bench.feedback.schema import Answer, VoteRow, check_answer
+from d3po_bench.feedback.store import RATERS, VOTES, LabelStore, Row, open_labels
+from d3po_bench.runs.files import csv_bytes, write_atomically
+
+MOST_MILLISECONDS = 24 * 60 * 60 * 1000
+
+
+class AlreadyVotedError(UserError):
+    """The hand was answered before, or nothing is left to undo; nothing was stored."""
+
+
+def cast_vote(
+    store: LabelStore, rater: int, number: int, answer: Answer | None, milliseconds: int, step: int
+) -> None:
+    """Store what a rater answered; None skips. On return it is on disk.
+
+    Args:
+        store: of the round.
+        rater: number of the rater.
+        number: of the hand.
+        answer: in the item's own indices, whatever order was shown.
+        milliseconds: from seeing the item to answering it.
+        step: the hand's `step` when it was shown: tells an answer that is sent again, its
+            acknowledgement having been lost, from a new answer after an undo.
+
+    Raises:
+        NotHandedError: the hand is not this rater's.
+        AlreadyVotedError: it was answered before.
+        UserError: the answer does not fit the item, or the time is out of range.
+    """
+    if not 0 <= milliseconds <= MOST_MILLISECONDS:
+        raise UserError(f"A vote cannot have taken {milliseconds} milliseconds. Vote again.")
+    with store.writing() as connection:
+        row = require_hand(connection, rater, number)
+        hand = hand_of(store, connection, row)
+        try:
+            if answer is not None:
+                answer = check_answer(store.round.kind, len(hand.shown), answer)
+        except ValueError as problem:
+            raise UserError(f"{ascii(answer)[:80]}: {problem}. Vote again.") from problem
+        if step % 2 or step != hand.step:
+            raise AlreadyVotedError("This item was answered already. Reload the page.")
+        kind = "skip" if answer is None else "vote"
+        _append(store, connection, row, step, kind, answer, milliseconds)
+        set_state(store, connection, row, "skipped" if answer is None else "done")
+
+
+def last_vote(store: LabelStore, rater: int) -> int:
+    """Number of this rater's last vote or skip that is not undone; 0 where there is none."""
+    with store.reading() as connection:
+        row = _last(connection, rater)
+        return int(row["id"]) if row else 0
+
+
+def undo_vote(store: LabelStore, rater: int, number: int) -> Hand:
+    """Take back this rater's last vote or skip, with a new row; its item is open again.
+
+    Args:
+        store: of the round.
+        rater: number of the rater.
+        number: what `last_vote` gives: an undo that is sent again, its acknowledgement having
+            been lost, does not take back another.
+
+    Raises:
+        AlreadyVotedError: `number` is not the last, or there is nothing to take back.
+    """
+    with store.writing() as connection:
+        last = _last(connection, rater)
+        if last is None or last["id"] != number:
+            raise AlreadyVotedError("This is not your last vote. Reload the page.")
+        row = require_hand(connection, rater, last["hand"])
+        _append(store, connection, row, last["step"] + 1, "undo", None, 0)
+        set_state(store, connection, row, "open")
+        return hand_of(store, connection, row)
+
+
+def effective_votes(store: LabelStore) -> list[Vote]:
+    """Votes in the order they were given, without what was skipped or undone.
+
+    Raises:
+        UserError: a vote on an item that the round does not have, or with an answer that does
+            not fit it.
+    """
+    query = (
+        _not_undone(RATERS.c.name.label("name"))
+        .join(RATERS, RATERS.c.id == VOTES.c.rater)
+        .where(VOTES.c.kind == "vote")
+        .order_by(VOTES.c.id)
+    )
+    with store.reading() as connection:
+        return [_vote(store, row) for row in connection.execute(query).mappings()]
+
+
+def round_progress(store: LabelStore, votes: Sequence[Vote]) -> Progress:
+    """Items that have `votes_per_item` votes, and those that do not; gold not counted."""
+    number = Counter(vote.item for vote in votes if vote.repeat == 0)
+    wanted = [item.id for item in store.round.items if item.gold is None]
+    done = sum(number[item] >= store.settings.votes_per_item for item in wanted)
+    return Progress(done, len(wanted) - done)
+
+
+def export(store: LabelStore, out: Path) -> int:
+    """Write the votes, one a row, as CSV or JSON by the name of `out`; returns their number.
+
+    Raises:
+        UserError: the labels are damaged, or `out` cannot be written.
+    """
+    rows = [
+        {"prompt": store.items[vote.item].prompt, **asdict(vote)} for vote in effective_votes(store)
+    ]
+    if out.suffix == ".json":
+        data = (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
+    else:
+        data = csv_bytes([
+            {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()}
+            for row in rows
+        ])  # fmt: skip
+    write_atomically(out, data)
+    return len(rows)
+
+
+def scores_of(folder: Path, labels: str | None = None) -> Floats:
+    """What the votes say of each image of the round in `folder`, [P, K].
+
+    Args:
+        folder: of the round.
+        labels: URL of the votes; None for those in the folder.
+
+    Raises:
+        UserError: the votes are damaged, or of another round.
+    """
+    with open_labels(folder, labels) as store:
+        return scores(store.round, effective_votes(store))
+
+
+# ---- rows
+
+
+def _append(
+    store: LabelStore, connection: Connection, row: Row, step: int, kind: str, answer: Any,
+    milliseconds: int,
+) -> None:  # fmt: skip
+    values = {key: row[key] for key in ("rater", "item", "repeat", "shown")} | {
+        "hand": row["id"], "step": step, "kind": kind, "milliseconds": milliseconds,
+        "answer": None if answer is None else json.dumps(answer), "time": store.clock(),
+    }  # fmt: skip
+    connection.execute(sql.insert(VOTES).values(values))
+
+
+def _not_undone(*columns: Any) -> sql.Select[Any]:
+    """Votes and skips that no later row undoes."""
+    undo = VOTES.alias()
+    undone = sql.select(undo.c.id).where(
+        undo.c.hand == VOTES.c.hand, undo.c.step == VOTES.c.step + 1
+    )
+    return sql.select(VOTES, *columns).where(VOTES.c.kind != "undo", ~undone.exists())
+
+
+def _last(connection: Connection, rater: int) -> Row | None:
+    """The row that an undo would take back."""
+    query = _not_undone().where(VOTES.c.rater == rater).order_by(VOTES.c.id.desc()).limit(1)
+    return connection.execute(query).mappings().first()
+
+
+def _vote(store: LabelStore, row: Row) -> Vote:
+    """The vote of a row, which another program may have written."""
+    try:
+        found = VoteRow.model_validate(dict(row))
+        images = len(store.items[found.item].images)
+        answer = check_answer(store.round.kind, images, found.answer)
+        if sorted(found.shown) != list(range(images)):
+            raise ValueError("an order shows each image once")
+    except (KeyError, ValueError) as problem:
+        said = ", ".join(f"{k} {ascii(row[k])[:40]}" for k in ("item", "shown", "answer"))
+        raise UserError(
+            f"Vote {row['id']} does not fit this round: {said}. Restore the labels from a copy, or "
+            "give those of this round."
+        ) from problem
+    return Vote(
+        rater=found.name, item=found.item, repeat=found.repeat, shown=found.shown, answer=answer,
+        milliseconds=found.milliseconds, time=found.time,
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""Rollouts: the chain, its noise, and the reference beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from d3po_bench.d3po import D3PO
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import (
+    Draws,
+    images_used,
+    pretrained_means,
+    sample,
+    with_reference,
+)
+from d3po_bench.diffusion.seeding import stream
+from d3po_bench.models.stable_diffusion import StableDiffusion
+from tests.conftest import disturb
+from tests.rounds import PROMPTS, rollout_of
+
+
+def test_every_step_is_its_mean_and_the_noise_of_that_image(micro_model: StableDiffusion) -> None:
+    policy = Policy(micro_model, steps=4)
+    rollout = rollout_of(policy, images=3, shared=False)
+    assert rollout.latents.shape == (3, 3, 5, 4, 4, 4)
+    assert rollout.means.shape == (3, 3, 4, 4, 4, 4)
+    assert rollout.levels.tolist() == [751, 501, 251, 1, 0]
+    assert rollout.training_levels.tolist() == list(range(1000))
+    assert rollout.latents.dtype == torch.float32
+    noise = torch.randn((4, 4, 4, 4), generator=stream(0, "steps", 0, index=1 * 3 + 2))
+    for i in range(4):
+        std = float(policy.table.std[i])
+        expected = rollout.means[1, 2, i] + std * noise[i]
+        torch.testing.assert_close(rollout.latents[1, 2, i + 1], expected)
+
+
+def test_shared_noise_is_shared_and_own_noise_is_not(micro_model: StableDiffusion) -> None:
+    policy = Policy(micro_model, steps=2)
+    shared = rollout_of(policy, shared=True)
+    own = rollout_of(policy, shared=False)
+    assert torch.equal(shared.latents[:, 0, 0], shared.latents[:, 1, 0])
+    assert torch.equal(shared.means[:, 0, 0], shared.means[:, 1, 0])
+    assert not torch.equal(shared.latents[:, 0, 1], shared.latents[:, 1, 1])
+    assert not torch.equal(own.latents[:, 0, 0], own.latents[:, 1, 0])
+
+
+def test_shared_first_step_is_computed_once(micro_model: StableDiffusion) -> None:
+    rollout_of(Policy(micro_model, steps=4), images=7, shared=True)
+    # 3 prompts, guidance doubles: 2 * 3 at the first step, 2 * 21 at the other three.
+    assert micro_model.forwards == 6 + 3 * 42
+    assert micro_model.backwards == 0
+
+
+def test_batch_size_does_not_change_what_is_drawn(micro_model: StableDiffusion) -> None:
+    policy = Policy(micro_model, steps=3)
+    whole, single = (
+        sample(policy, PROMPTS, Draws(seed=3, round=1), images_per_prompt=2, batch=b)
+        for b in (64, 1)
+    )
+    torch.testing.assert_close(whole.latents, single.latents, rtol=1e-5, atol=1e-5)
+    assert torch.equal(whole.latents[:, :, 0], single.latents[:, :, 0])
+
+
+def test_same_seed_same_bytes_other_seed_not(micro_model: StableDiffusion) -> None:
+    policy = Policy(micro_model, steps=2)
+    assert torch.equal(rollout_of(policy).latents, rollout_of(policy).latents)
+    assert not torch.equal(rollout_of(policy).latents, rollout_of(policy, seed=1).latents)
+
+
+def test_evaluation_draws_from_streams_of_its_own(micro_model: StableDiffusion) -> None:
+    policy = Policy(micro_model, steps=2)
+    before = rollout_of(policy)
+    draws = Draws(seed=0, round=0, noise="eval-noise", steps="eval-steps")
+    evaluated = sample(policy, PROMPTS, draws, images_per_prompt=2, shared_noise=True)
+    assert torch.equal(before.latents, rollout_of(policy).latents)
+    assert not (evaluated.latents == before.latents).any()
+
+
+# ---- the reference
+
+
+def test_the_reference_does_not_depend_on_its_batches(micro_model: StableDiffusion) -> None:
+    disturb(micro_model)
+    policy = Policy(micro_model, steps=4)
+    rollout = rollout_of(policy)
+    small, large = (pretrained_means(policy, rollout, batch=b) for b in (3, 100))
+    torch.testing.assert_close(small, large, rtol=1e-5, atol=1e-5)
+    x, conditions = rollout.latents[1, 1, 2:3], rollout.conditions.take(slice(1, 2))
+    with torch.no_grad():
+        one = policy.step(x, torch.tensor([2]), conditions, weights="base").mean[0]
+    torch.testing.assert_close(small[1, 1, 2], one, rtol=1e-5, atol=1e-5)
+
+
+def test_only_images_that_are_used_get_a_reference(micro_model: StableDiffusion) -> None:
+    disturb(micro_model)
+    policy, method = Policy(micro_model, steps=4), D3PO(pairs="extremes")
+    rollout = rollout_of(policy, images=4)
+    before = micro_model.forwards
+    found = with_reference(policy, rollout, method, untrained=False, batch=7, skip=1)
+    assert micro_model.forwards - before == 3 * 2 * 3 * 2  # prompts, images, steps, guidance
+    whole = pretrained_means(policy, rollout, batch=7, skip=1)
+    assert found.reference is not None
+    chosen = images_used(method, rollout)
+    assert chosen.sum(1).tolist() == [2, 2, 2]
+    torch.testing.assert_close(found.reference[chosen][:, :3], whole[chosen], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.reference[~chosen], rollout.means[~chosen])
+    with_all = replace(rollout, reference=torch.cat([whole, rollout.means[:, :, 3:]], 2))
+    ours, theirs = (method.rows(r, stream(0, "rows")) for r in (found, with_all))
+    torch.testing.assert_close(ours.reference, theirs.reference, rtol=1e-4, atol=1e-4)
