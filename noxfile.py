@@ -50,12 +50,12 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Run the published grid again, 1.5 hours on two cores; an interrupted call goes on."""
+    """Run the published grid again, 1.5 hours on two cores; an interrupted call resumes."""
     _install(session)
     session.run("d3po-bench", "sweep", "results/tiny/grid.toml", "--out", "runs/reproduce")
-    session.run("python", "results/diversity.py", "runs/reproduce/tiny")
-    session.run("python", "results/publish.py", "runs/reproduce/tiny", "results/tiny")
-    session.run("python", "results/summary.py", "results/tiny")
+    session.run("d3po-bench", "report", "runs/reproduce/tiny", "--measure")
+    session.run("python", "results/measure.py", "publish", "runs/reproduce/tiny", "results/tiny")
+    session.run("python", "results/make.py")
     session.run("d3po-bench", "verify", "results", "--record")
 
 

@@ -259,35 +259,6 @@ HEADERS: dict[str, Change] = {
 
 # ---- results, tables, pictures
 
-CLAIMS: dict[str, Change] = {
-    **BROKEN,
-    "tables of a number": edited(tables=3),
-    "a table of text": edited(tables=["README.md"]),
-    "a table without command": edited(tables=[{"document": "README.md"}]),
-    "a command of text": edited(tables=[{"document": "README.md", "command": "rm -r ."}]),
-    "a command of a number": edited(tables=[{"document": 3, "command": 5}]),
-    "a document that is not there": edited(tables=[{"document": "no.md", "command": ["-c", "1"]}]),
-    "a figure that is not there": edited(curves=[{"figure": "x.svg", "runs": "x", "x": "pairs"}]),
-    "an unknown axis": edited(curves=[{"figure": "README.md", "runs": "results", "x": "hours"}]),
-    "tries of a number": edited(tries=3),
-    "grids of a number": edited(grids=3),
-    "a grid of a number": edited(grids=[{"grid": 3, "runs": 5}]),
-    "a grid that is none": edited(grids=[{"grid": "README.md", "runs": "results"}]),
-    "figures of a number": edited(figures=[{"figures": 3, "command": ["-c", "1"]}]),
-    "figures of numbers": edited(figures=[{"figures": [3], "command": ["-c", "1"]}]),
-    "no reason": edited(unchecked=[{"figures": ["x.png"]}]),
-    "a figure without a name": edited(curves=[{"figure": "", "runs": "", "x": "pairs"}]),
-    "numbers of nothing": edited(numbers=[{}]),
-    "a number of no cell": edited(
-        numbers=[{"document": "README.md", "text": "Nothing.", "cells": [["|"]]}]
-    ),
-    "a number without end": edited(
-        numbers=[{"document": "README.md", "text": "1e999999999", "cells": [["|", "x"]]}]
-    ),
-}
-"""No number is no list: BROKEN's empty list is an object without claims for nobody."""
-
-
 TABLE1: dict[str, Change] = {
     "half": cut(0.5),
     "empty": holds(""),

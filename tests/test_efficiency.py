@@ -3,52 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from d3po_bench.errors import UserError
-from tests.test_report import write_run
-from tests.test_results import ROOT, add_columns, loaded
-
-Cells = dict[str, str]
-
-
-@pytest.fixture(scope="module")
-def efficiency() -> ModuleType:
-    return loaded(ROOT / "results" / "efficiency.py")
+from eval.analysis.efficiency import efficiency
+from eval.analysis.runs import read_groups
+from tests.made_up import add_columns, write_run
 
 
-def rows(text: str) -> dict[str, Cells]:
-    """Method -> heading -> cell, of one objective's table."""
-    title, _, *table = text.splitlines()
-    assert title == "`incompress`:" or title == "`compress`:"
-    names, _, *lines = ([c.strip() for c in line.split("|")[1:-1]] for line in table)
-    return {line[0]: dict(zip(names[1:], line[1:], strict=True)) for line in lines}
+def rows(folder: Path) -> dict[str, dict[str, str]]:
+    """Method -> heading -> cell, of the only objective."""
+    (table,) = efficiency(read_groups([folder]))
+    assert table.markdown().startswith(f"`{table.records[0]['objective']}`:\n\n| method |")
+    shown = [{name: show(r) for name, show in table.columns.items()} for r in table.records]
+    return {cells.pop("method"): cells for cells in shown}
 
 
 @pytest.fixture
 def two_methods(tmp_path: Path) -> Path:
     """D3PO with 100 UNet passes a round, DDPO with 200."""
     for seed in range(3):
-        folder = write_run(tmp_path, seed=seed)
-        add_columns(folder, {"unet_forwards": 100})
-        drifting(folder, 0.1)
+        add_columns(write_run(tmp_path, seed=seed), {"unet_forwards": 100}, drift=0.1)
         folder = write_run(tmp_path, method="ddpo", seed=seed, gain=0.06 * seed)
-        add_columns(folder, {"unet_forwards": 200})
-        drifting(folder, 0.02)
+        add_columns(folder, {"unet_forwards": 200}, drift=0.02)
     return tmp_path
 
 
-def drifting(folder: Path, by: float) -> None:
-    """A column kl, `by` more in every round."""
-    head, *body = (folder / "eval.csv").read_text().splitlines()
-    rows = [f"{row},{by * int(row.partition(',')[0])}" for row in body]
-    (folder / "eval.csv").write_text("\n".join([f"{head},kl", *rows]) + "\n")
-
-
-def test_equal_budgets_by_hand(efficiency: ModuleType, two_methods: Path) -> None:
-    found = rows(efficiency.tables([two_methods]))
+def test_equal_budgets_by_hand(two_methods: Path) -> None:
+    found = rows(two_methods)
     # D3PO gains 0.1 in every round; DDPO 0, 0.06 and 0.12, and has half its rounds at 1,000 passes.
     assert found["d3po"] == {
         "gain after 320 pairs or single images": "+1.000 (+1.000 to +1.000)",
@@ -71,26 +54,26 @@ def test_equal_budgets_by_hand(efficiency: ModuleType, two_methods: Path) -> Non
     assert ddpo["probability to end better than d3po"] == "0.33 (0.00 to 1.00)"
 
 
-def test_where_smaller_is_better(efficiency: ModuleType, tmp_path: Path) -> None:
+def test_where_smaller_is_better(tmp_path: Path) -> None:
     for seed in range(2):
         for method, gain in (("d3po", -0.1), ("ddpo", -0.2)):
             folder = write_run(tmp_path, "compress", method, seed, gain=gain)
             add_columns(folder, {"unet_forwards": 100})
-    found = rows(efficiency.tables([tmp_path]))["ddpo"]
+    found = rows(tmp_path)["ddpo"]
     assert found["gain after 640 images"] == "-2.000 (-2.000 to -2.000)"
     assert found["images to half of d3po's gain"] == "160"
     assert found["probability to end better than d3po"] == "1.00 (1.00 to 1.00)"
 
 
-def test_without_the_rival(efficiency: ModuleType, tmp_path: Path) -> None:
+def test_without_the_rival(tmp_path: Path) -> None:
     add_columns(write_run(tmp_path, method="ddpo"), {"unet_forwards": 100})
-    found = rows(efficiency.tables([tmp_path]))["ddpo"]
+    found = rows(tmp_path)["ddpo"]
     # one seed: no interval
     assert found["gain after 640 images"] == "+1.000"
     assert found["images to half of d3po's gain"] == ""
 
 
-def test_runs_that_did_not_count_passes(efficiency: ModuleType, tmp_path: Path) -> None:
+def test_runs_that_did_not_count_passes(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
-    with pytest.raises(UserError, match=f"unet_forwards of round .* in {folder}/metrics.jsonl"):
-        efficiency.tables([tmp_path])
+    with pytest.raises(UserError, match=rf"{folder}/metrics.jsonl .*unet_forwards of round"):
+        rows(tmp_path)

@@ -28,7 +28,7 @@ from eval.scorers import _clip
 from eval.scorers.jpeg_size import JpegSize
 from tests.commands import run_of
 from tests.gallery import gallery
-from tests.test_report import write_run
+from tests.made_up import write_run
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "results" / "tiny" / "incompress" / "d3po" / "seed-0"

@@ -75,7 +75,6 @@ RESUMED: dict[str, Fault] = {
 
 RESULTS: dict[str, Fault] = {
     **each("results/manifest.json", BROKEN),
-    **each("results/claims.json", malformed.CLAIMS),
     "unknown method": {f"results/{malformed.RUN}/config.json": edited(method="nonsense")},
     "no run_id": {f"results/{malformed.RUN}/config.json": edited(run_id=...)},
     "seed of text": {f"results/{malformed.RUN}/config.json": edited(seed="0")},
@@ -218,7 +217,6 @@ def bases(finished: Path, micro: Path, tmp_path_factory: pytest.TempPathFactory)
     shutil.copytree(finished / "lora", home / "lora" / "lora")
     shutil.copytree(PUBLISHED, home / "results" / "results" / malformed.RUN)
     (home / "results" / "README.md").write_text("Nothing.\n")
-    (home / "results" / "results" / "claims.json").write_text("{}")
     verify.record(home / "results" / "results")
     write_table1(home / "table1" / "table1")
     (home / "pictures" / "pictures").mkdir(parents=True)

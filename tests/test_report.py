@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.runs.run import RunFolder
 from eval.analysis.runs import Run, averages, curves, evaluated, read_groups
@@ -27,52 +26,7 @@ from eval.analysis.runs import read_run as read
 from eval.analysis.statistics import interval
 from eval.figures import curves as figure_of
 from eval.figures import sheets, style
-
-ROUNDS = (0, 5, 10)
-PAIRS, IMAGES = 32, 64
-"""Of one round."""
-
-
-def write_run(
-    root: Path,
-    objective: str = "incompress",
-    method: str = "d3po",
-    seed: int = 0,
-    *,
-    model: str = "tiny",
-    rounds: Sequence[int] = ROUNDS,
-    gain: float = 0.1,
-    animal: bool = True,
-    **settings: Any,
-) -> Path:
-    """A run with held-out score 7 + seed / 10 + gain * round (eta1) and 1 kB more with eta0."""
-    folder = root / model / objective / method / f"seed-{seed}"
-    folder.mkdir(parents=True)
-    config = RunConfig(
-        method=method, objective=objective, model=model, seed=seed,
-        **{"rounds": max(rounds), **settings},
-    )  # fmt: skip
-    (folder / "config.json").write_text(config.to_json())
-    write_evaluation(folder, rounds, 7 + seed / 10, gain, animal)
-    metrics, timing = [], []
-    for n in range(1, max(rounds) + 1):
-        metrics.append({"round": n, "pairs": n * PAIRS, "images": n * IMAGES, "kl": 0.1})
-        timing.append({"round": n, "sample": 2.0, "update": 1.0, "evaluate": 100.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    (folder / "timing.jsonl").write_text("".join(json.dumps(t) + "\n" for t in timing))
-    return folder
-
-
-def write_evaluation(
-    folder: Path, rounds: Sequence[int], base: float, gain: float, animal: bool
-) -> None:
-    """Two prompts and two images of each, half a kB to both sides of the mean."""
-    lines = ["round,sampler,prompt,index,score" + ",animal" * animal]
-    for n, sampler in itertools.product(rounds, ("eta1", "eta0")):
-        for i, prompt in itertools.product((0, 1), ("cat", "sea horse")):
-            score = base + gain * n + (sampler == "eta0") + i - 0.5
-            lines.append(f"{n},{sampler},{prompt},{i},{score:.6f}" + ",0.8" * animal)
-    (folder / "eval.csv").write_text("\n".join(lines) + "\n")
+from tests.made_up import ROUNDS, write_run
 
 
 def write_samples(folder: Path, rounds: Sequence[int] = ROUNDS, side: int = 64) -> None:

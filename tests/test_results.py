@@ -1,252 +1,504 @@
-"""What README and docs claim is what the committed rows say."""
+"""Tables of made-up runs by hand, `report`, and what make.py writes into documents."""
 
 from __future__ import annotations
 
-import importlib.util
+import csv
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
-from d3po_bench import registry
-from d3po_bench.config import make
+from d3po_bench import config
+from d3po_bench.cli import cli
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
-from d3po_bench.launch import grid as sweep
-from tests.test_report import write_run
+from d3po_bench.runs.run import RunFolder
+from eval.analysis import documents, tries
+from eval.analysis.gains import cost, flat_size, gains
+from eval.analysis.pictures import crossed, measure
+from eval.analysis.report import report
+from eval.analysis.runs import Run, read_groups
+from eval.analysis.settings import settings
+from eval.analysis.tables import Table
+from eval.verify.folder import FILES
+from results import make, search
+from results import measure as measuring
+from tests.made_up import add_columns, write_run
 
 ROOT = Path(__file__).parent.parent
-CLAIMS = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))
+DIFFERENCE = "difference to d3po (95 % interval)"
+
+Cells = dict[str, str]
 
 
-def loaded(path: Path) -> ModuleType:
-    """A committed script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cells(table: Table) -> dict[str, Cells]:
+    """Heading -> cell of every row, by the words on its left."""
+    found = [{name: show(r) for name, show in table.columns.items()} for r in table.records]
+    return {" ".join(row.pop(name) for name in table.left): row for row in found}
 
 
-@pytest.fixture(scope="module")
-def summary() -> ModuleType:
-    return loaded(ROOT / "results" / "summary.py")
+def gained(folder: Path) -> dict[str, Cells]:
+    return cells(gains(read_groups([folder])))
 
 
-def printed(*command: str) -> list[str]:
-    """Lines that a committed script prints."""
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip().splitlines()
-
-
-@pytest.mark.parametrize(
-    ("document", "script"),
-    [(claim["document"], tuple(claim["command"])) for claim in CLAIMS["tables"]],
-)
-def test_tables_are_what_the_rows_say(document: str, script: tuple[str, ...]) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8").splitlines()
-    lines = printed(*script)
-    assert len(lines) > 2
-    assert [line for line in lines if line not in text] == []
-
-
-def test_commands_of_tries_give_their_configs() -> None:
-    searched = ROOT / "results" / "search"
-    commands = loaded(searched / "commands.py")
-    tries = sorted(searched.rglob("config.json"))
-    assert len(tries) > 50
-    for path in tries:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        arguments = commands.command(recorded)
-        changes = dict(a.split("=", 1) for a in arguments if "=" in a)
-        run, _ = make(
-            recorded["method"], recorded["objective"], "quick", changes, seed=recorded["seed"]
-        )
-        made = {**vars(run), **registry.method(run.method)(**run.options).__dict__}
-        for key, value in {**recorded, **recorded["options"]}.items():
-            if key not in ("options", "run_id"):
-                assert made[key] == (tuple(value) if isinstance(value, list) else value), path
-
-
-def test_the_grid_makes_the_published_configs() -> None:
-    published = ROOT / "results" / "tiny"
-    grid = sweep.read(published / "grid.toml")
-    cells = set(product(grid.methods, grid.objectives, grid.seeds))
-    for path in published.rglob("config.json"):
-        recorded = path.read_text(encoding="utf-8")
-        found = json.loads(recorded)
-        cell = found["method"], found["objective"], found["seed"]
-        cells.remove(cell)
-        changes = grid.settings_of(*cell[:2])
-        run, _ = make(*cell[:2], "quick", changes, model=grid.model, seed=cell[2])
-        assert run.to_json() == recorded
-    assert cells == set()
-
-
-# ---- the summary, of made-up runs: `write_run` has score 7 + seed / 10 + gain * round
-
-
-def rows(text: str) -> list[dict[str, dict[str, str]]]:
-    """The cells of each table by "objective method" and heading."""
-    found = []
-    for part in text.split("\n\n")[1::2]:
-        names, _, *lines = ([c.strip() for c in ln.split("|")[1:-1]] for ln in part.splitlines())
-        cells = [dict(zip(names, line, strict=True)) for line in lines]
-        found.append({f"{c.pop('objective')} {c.pop('method')}": c for c in cells})
-    return found
-
-
-def add_columns(folder: Path, costs: dict[str, Any], **columns: str) -> None:
-    """Further columns of eval.csv, the same in all rows, and of metrics.jsonl, by round."""
-    head, *body = (folder / "eval.csv").read_text().splitlines()
-    text = [",".join([head, *columns]), *(",".join([row, *columns.values()]) for row in body)]
-    (folder / "eval.csv").write_text("\n".join(text) + "\n")
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    logged = [json.dumps(m | {k: v * m["round"] for k, v in costs.items()}) for m in metrics]
-    (folder / "metrics.jsonl").write_text("\n".join(logged) + "\n")
+def paid(folder: Path) -> dict[str, Cells]:
+    return cells(cost(read_groups([folder])))
 
 
 @pytest.fixture
 def two_methods(tmp_path: Path) -> Path:
+    """D3PO that gains 0.1 in every round, and DDPO that gains 0, 0.05 and 0.1."""
     for seed in range(3):
         write_run(tmp_path, seed=seed)
         write_run(tmp_path, method="ddpo", seed=seed, gain=0.05 * seed)
     return tmp_path
 
 
-def test_gains_by_hand(summary: ModuleType, two_methods: Path) -> None:
-    learnt, _ = rows(summary.tables([two_methods]))
+# ---- gains and cost: `write_run` has score 7 + seed / 10 + gain * round
+
+
+def test_gains_by_hand(two_methods: Path) -> None:
+    found = gained(two_methods)
     # d3po: 7.0, 7.1, 7.2 at first and 0.1 * 10 = 1 more at the end, with both samplers
-    assert learnt["incompress d3po"] == {
+    assert found["incompress d3po"] == {
         "seeds": "3",
         "base": "7.100",
         "end": "8.100",
         "gain (95 % interval)": "+1.000 (+1.000 to +1.000)",
         "worst seed": "+1.000",
-        "share of excess": f"{1 / (7.1 - summary.flat_size(32)):+.0%}",
+        "share of excess": f"{1 / (7.1 - flat_size(32)):+.0%}",
         "IQM of the gain (95 % interval)": "+1.000 (+1.000 to +1.000)",
-        "difference to d3po (95 % interval)": "",
+        DIFFERENCE: "",
         "gain, eta 0": "+1.000",
     }
-    ddpo = learnt["incompress ddpo"]
+    ddpo = found["incompress ddpo"]
     assert ddpo["gain (95 % interval)"] == "+0.500 (+0.000 to +1.000)"
     assert ddpo["worst seed"] == "+0.000"
-
-
-def test_difference_to_d3po_by_hand(summary: ModuleType, two_methods: Path) -> None:
-    learnt, _ = rows(summary.tables([two_methods]))
-    found = learnt["incompress ddpo"]["difference to d3po (95 % interval)"]
     # ends 7.0, 7.6, 8.2 against 8.0, 8.1, 8.2; the interval lies within the extremes of both
-    difference, low, _, high = found.replace("(", "").replace(")", "").split()
+    difference, low, _, high = ddpo[DIFFERENCE].replace("(", "").replace(")", "").split()
     assert difference == "-0.500"
     assert 7.0 - 8.2 < float(low) < -0.9
     assert -0.1 < float(high) < 8.2 - 8.0
 
 
-def test_difference_is_of_the_training_sampler(summary: ModuleType, two_methods: Path) -> None:
-    before, _ = rows(summary.tables([two_methods]))
+def test_the_difference_is_of_the_training_sampler_and_of_scored_images(two_methods: Path) -> None:
+    before = gained(two_methods)["incompress ddpo"]
     for path in two_methods.glob("*/*/ddpo/*/eval.csv"):
         path.write_text(re.sub(r"(eta0,.*),[\d.]+,", r"\1,99,", path.read_text()))
-    after, _ = rows(summary.tables([two_methods]))
-    name = "difference to d3po (95 % interval)"
-    assert after["incompress ddpo"][name] == before["incompress ddpo"][name]
-    assert after["incompress ddpo"]["gain, eta 0"] == "+0.000"
+    path = two_methods / "tiny" / "incompress" / "ddpo" / "seed-0" / "eval.csv"
+    path.write_text(path.read_text().replace("10,eta1,cat,0,6.500000", "10,eta1,cat,0,"))
+    after = gained(two_methods)["incompress ddpo"]
+    assert after[DIFFERENCE] == before[DIFFERENCE]
+    assert after["gain, eta 0"] == "+0.000"
 
 
-def test_costs_by_hand(summary: ModuleType, two_methods: Path) -> None:
-    _, cost = rows(summary.tables([two_methods]))
-    # 10 rounds of 32 pairs, 64 images and 3 s; UNet passes, KL and diversity are not there
-    assert cost["incompress ddpo"] == {
-        "recognised": "0.80 -> 0.80",
-        "diversity": "",
-        "KL at the end": "",
-        "pairs (or single images)": "320",
-        "images": "640",
-        "UNet passes": "",
-        "backward passes": "",
-        "seconds a seed": "30",
-    }
+def test_methods_judged_on_other_images_are_not_compared(two_methods: Path) -> None:
+    for path in two_methods.glob("*/*/ddpo/*/eval.csv"):
+        path.write_text(path.read_text().replace("sea horse", "dog"))
+    with pytest.raises(UserError, match=r"ddpo.* and .*d3po.* not evaluated on the same images"):
+        gained(two_methods)
 
 
-def test_summary_of_what_newer_runs_measure(summary: ModuleType, tmp_path: Path) -> None:
-    add_columns(write_run(tmp_path), {"unet_forwards": 200}, kl="0.25", diversity="0.5")
-    learnt, cost = rows(summary.tables([tmp_path]))
-    found = cost["incompress d3po"]
-    assert found["KL at the end"] == "0.250"
-    assert found["diversity"] == "0.50 -> 0.50"
-    assert found["UNet passes"] == "2,000"
+def test_other_models_and_objectives_that_want_less(tmp_path: Path) -> None:
+    for seed, gain in enumerate((-0.1, 0.02, -0.3)):
+        write_run(tmp_path / "a", "compress", seed=seed, gain=gain)
+    assert gained(tmp_path / "a")["compress d3po"]["worst seed"] == "+0.200"
+    write_run(tmp_path / "b", model="hub/other")
+    found = gained(tmp_path / "b")["incompress d3po"]
+    assert found["share of excess"] == ""
     # one seed: no interval
-    assert learnt["incompress d3po"]["gain (95 % interval)"] == "+1.000"
+    assert found["gain (95 % interval)"] == "+1.000"
 
 
-def test_diversity_that_was_measured_beside_the_runs(summary: ModuleType, tmp_path: Path) -> None:
-    for seed in (0, 1):
-        write_run(tmp_path, seed=seed)
-    beside = tmp_path / "tiny" / "diversity.csv"
-    lines = ["objective,method,seed,diversity", "incompress,d3po,0,0.2", "incompress,d3po,1,0.3"]
-    beside.write_text("\n".join([*lines, "incompress,no-fine-tune,,0.5"]) + "\n")
-    assert rows(summary.tables([tmp_path]))[1]["incompress d3po"]["diversity"] == "0.50 -> 0.25"
-    # one run was not measured: no mean over the others
-    write_run(tmp_path, seed=2)
-    assert rows(summary.tables([tmp_path]))[1]["incompress d3po"]["diversity"] == ""
-
-
-def test_summary_of_empty_columns(summary: ModuleType, tmp_path: Path) -> None:
-    folder = write_run(tmp_path, animal=False)
-    add_columns(folder, {}, kl="", diversity="")
+def test_costs_by_hand(two_methods: Path, tmp_path: Path) -> None:
+    # 10 rounds of 32 pairs, 64 images and 3 s; UNet passes, KL and diversity are not there
+    ddpo = paid(two_methods)["incompress ddpo"]
+    assert ddpo == {
+        "recognised": "0.80 -> 0.80", "diversity": "", "KL at the end": "",
+        "pairs (or single images)": "320", "images": "640", "UNet passes": "",
+        "backward passes": "", "seconds a seed": "30",
+    }  # fmt: skip
+    folder = write_run(tmp_path / "more", animal=False)
+    add_columns(folder, {"unet_forwards": 200}, drift=0.025, diversity="0.5")
     (folder / "timing.jsonl").unlink()
-    _, cost = rows(summary.tables([tmp_path]))
-    empty = {k for k, cell in cost["incompress d3po"].items() if cell == ""}
-    assert empty == {
-        "recognised", "diversity", "KL at the end", "UNet passes", "backward passes",
-        "seconds a seed",
+    assert paid(tmp_path / "more")["incompress d3po"] == {
+        "recognised": "", "diversity": "0.50 -> 0.50", "KL at the end": "0.250",
+        "pairs (or single images)": "320", "images": "640", "UNet passes": "2,000",
+        "backward passes": "", "seconds a seed": "",
     }  # fmt: skip
 
 
-def test_worst_seed_of_an_objective_that_wants_less(summary: ModuleType, tmp_path: Path) -> None:
-    for seed, gain in enumerate((-0.1, 0.02, -0.3)):
-        write_run(tmp_path, "compress", seed=seed, gain=gain)
-    learnt, _ = rows(summary.tables([tmp_path]))
-    assert learnt["compress d3po"]["worst seed"] == "+0.200"
+# ---- what models draw, beside their objective
+
+BESIDE = """objective,method,seed,diversity,aesthetic,jpeg_size
+incompress,d3po,0,0.2,5.5,1.2
+incompress,d3po,1,0.3,5.9,1.4
+incompress,no-fine-tune,,0.5,5.0,1.0
+"""
 
 
-def test_share_of_excess_of_an_unknown_model_is_empty(summary: ModuleType, tmp_path: Path) -> None:
-    write_run(tmp_path, model="hub/other")
-    learnt, _ = rows(summary.tables([tmp_path]))
-    assert learnt["incompress d3po"]["share of excess"] == ""
+def test_diversity_and_other_scores_by_hand(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, seed=seed)
+    with pytest.raises(UserError, match=r"no .*diversity.csv.* --measure"):
+        crossed(read_groups([tmp_path]))
+    (tmp_path / "tiny" / "diversity.csv").write_text(BESIDE)
+    # The folder of one method is enough: the file lies beside its objective.
+    folder = tmp_path / "tiny" / "incompress" / "d3po"
+    assert paid(folder)["incompress d3po"]["diversity"] == "0.50 -> 0.25"
+    assert cells(crossed(read_groups([folder]))) == {
+        "d3po incompress": {
+            "seeds": "2",
+            "JPEG size, kB": "+0.300 (+0.200 to +0.400)",
+            "aesthetic score, points": "+0.700 (+0.500 to +0.900)",
+        }
+    }
+    # one run was not measured: no mean over the others
+    write_run(tmp_path, seed=2)
+    assert paid(folder)["incompress d3po"]["diversity"] == ""
 
 
-def test_images_without_a_score_are_not_compared(summary: ModuleType, two_methods: Path) -> None:
-    before, _ = rows(summary.tables([two_methods]))
-    path = two_methods / "tiny" / "incompress" / "ddpo" / "seed-0" / "eval.csv"
-    path.write_text(path.read_text().replace("10,eta1,cat,0,6.500000", "10,eta1,cat,0,"))
-    after, _ = rows(summary.tables([two_methods]))
-    name = "difference to d3po (95 % interval)"
-    assert after["incompress ddpo"][name] == before["incompress ddpo"][name]
+@pytest.mark.parametrize("prompts", [2, pytest.param(45, marks=pytest.mark.slow)])
+def test_models_are_measured_once(prompts: int, tmp_path: Path) -> None:
+    """With all prompts, the base model as it was published, but for another machine's rounding."""
+    run = tmp_path / "tiny" / "incompress" / "d3po" / "seed-0"
+    published = ROOT / "results" / "tiny"
+    shutil.copytree(published / "incompress" / "d3po" / "seed-0", run)
+    edit(run / "config.json", '"eval_prompts": 45', f'"eval_prompts": {prompts}')
+    runs = [Run(RunFolder(run), pd.DataFrame(), {})]
+    with pytest.raises(UserError, match="lora is not there"):
+        measure(runs)
+    beside, told = tmp_path / "tiny" / "diversity.csv", list[str]()
+    head, *rows = (published / "diversity.csv").read_text().splitlines()
+    own, base = (next(r for r in rows if r.startswith(f"incompress,{name},")) for name in NAMES)
+    beside.write_text(f"{head}\n{own}\n")
+    measure(runs, told.append)
+    assert len(told) == 1
+    lines = beside.read_text().splitlines()
+    assert lines[:2] == [head, own]
+    now, then = (np.array(line.split(",")[3:], float) for line in (lines[2], base))
+    assert np.abs(now / then - 1).max() < (2e-4 if prompts == 45 else 0.5)
+    measure(runs, told.append)
+    assert len(told) == 1, "what is there is not measured again"
 
 
-def test_methods_judged_on_other_images_are_not_compared(
-    summary: ModuleType, two_methods: Path
+NAMES = ("d3po", "no-fine-tune")
+
+
+# ---- settings, and a row for each run
+
+
+def test_settings_by_hand(tmp_path: Path) -> None:
+    for seed, most in enumerate((0.2, 0.4)):
+        folder = write_run(
+            tmp_path, seed=seed, timestep_fraction=0.8, skip_steps=5, learning_rate=0.0025,
+            options={"clip_range": 0.2, "pairs": "all"},
+        )  # fmt: skip
+        add_columns(folder, {"saturated": most / 10})
+    # D3PO compares all pairs unless told otherwise; of ten rounds the mean is 5.5 tenths
+    assert cells(settings(read_groups([tmp_path]))) == {
+        "d3po `clip_range=0.2`": {
+            "learning rate": "0.0025", "pairs or images an update": "1",
+            "steps trained on": "80% of 15",
+            "ratios clipped, most in a round (mean)": "40.0% (16.5%)",
+        }
+    }  # fmt: skip
+    write_run(tmp_path, "compress", learning_rate=0.1)
+    with pytest.raises(UserError, match="d3po was run with 2 different settings"):
+        settings(read_groups([tmp_path]))
+
+
+def test_a_row_of_a_run_by_hand(tmp_path: Path) -> None:
+    """Stopped after ten of twelve rounds, the last evaluation being that of round ten."""
+    folder = write_run(tmp_path, "compress", gain=-0.1, learning_rate=0.001)
+    add_columns(folder, {"score_mean": -0.5, "loss": 2.0, "grad_norm": 1.0}, drift=0.02)
+    (row,) = tries.table([tmp_path]).records
+    numbers = {
+        "rounds": 10, "images_first": 64, "score_first": -0.5, "score_best": -5.0,
+        "score_last": -5.0, "score_last_three": -4.5, "loss_first": 2.0, "grad_norm_first": 1.0,
+        "training_kl_last": 0.1, "gain": -1.0, "kl": 0.2, "recognised": 0.8,
+    }  # fmt: skip
+    assert {name: row[name] for name in numbers} == pytest.approx(numbers)
+    assert np.isnan(row["denoising_error_first"])
+    assert row["run"] == "tiny/compress/d3po/seed-0"
+    assert "learning_rate=0.001" in row["settings"].split()
+    assert row["command"].endswith(f"--out {tmp_path}")
+    given = tries.settings_of(row["command"])
+    made, _ = config.make("d3po", "compress", "paper", given, seed=0, model="tiny")
+    recorded = RunConfig.from_json(json.loads((folder / "config.json").read_text()))
+    assert tries.settings(made) == tries.settings(recorded) == given
+
+
+def test_runs_that_have_no_row(tmp_path: Path) -> None:
+    (write_run(tmp_path) / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has finished a round"):
+        tries.table([tmp_path])
+
+
+def test_tries_that_were_kept_have_commands_that_make_them() -> None:
+    groups = {name: search.rows(name) for name in ("d3po", "methods", "alignment", "fidelity")}
+    assert {name: len(found) for name, found in groups.items()} == {
+        "d3po": 84, "methods": 58, "alignment": 42, "fidelity": 48,
+    }  # fmt: skip
+    for found in groups.values():
+        for row in found[::15]:
+            made, _ = config.make(row["method"], row["objective"], "paper", row["set"])
+            usual = tries.settings(made)
+            assert row["set"].items() <= usual.items()
+            words = f"run --method {row['method']} --objective {row['objective']} --preset quick "
+            assert row["command"].startswith(f"d3po-bench {words}--seed-start {row['seed']:g} ")
+
+
+# ---- the command
+
+
+def called(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(cli, ["report", *map(str, arguments)])
+
+
+def test_report_prints_gains_and_cost(two_methods: Path, tmp_path: Path) -> None:
+    groups = read_groups([two_methods])
+    done = called(two_methods)
+    assert done.output == f"{gains(groups).markdown()}\n\n{cost(groups).markdown()}\n"
+    assert called(two_methods, "--out", tmp_path / "a" / "report.md").output == ""
+    assert (tmp_path / "a" / "report.md").read_text() == done.output
+
+
+def test_report_as_csv_and_json_has_every_number(two_methods: Path) -> None:
+    (d3po, ddpo) = csv.DictReader(io.StringIO(called(two_methods, "--format", "csv").output))
+    assert float(ddpo["gain"]) == pytest.approx(0.5)
+    assert float(ddpo["low"]) == pytest.approx(0.0, abs=1e-9)
+    assert (d3po["images"], d3po["kl"], d3po["difference"]) == ("640.0", "", "")
+    found = json.loads(called(two_methods, "--format", "json", "--table", "cost").output)
+    assert [row["method"] for row in found["cost"]] == ["d3po", "ddpo"]
+    assert found["cost"][0]["kl"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere"),
+        ([".", "--table", "gains", "--table", "settings", "--format", "csv"], "holds one table"),
+        ([".", "--table", "crossed"], "no .*diversity.csv"),
+    ],
+)
+def test_report_says_what_is_wrong(
+    arguments: list[str], said: str, two_methods: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in two_methods.glob("*/*/ddpo/*/eval.csv"):
-        path.write_text(path.read_text().replace("sea horse", "dog"))
-    with pytest.raises(UserError, match=r"same evaluation images in .*ddpo.* and .*d3po"):
-        summary.tables([two_methods])
+    monkeypatch.chdir(two_methods)
+    with pytest.raises(UserError, match=said):
+        raise called(*arguments).exception
 
 
-def test_summary_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "results/summary.py", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+def test_report_of_unfinished_runs_and_of_several_tables(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, rounds=(0, 5))
+    add_columns(folder, {"score_mean": 1.0, "loss": 1.0, "grad_norm": 1.0})
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rounds": 5', '"rounds": 9'))
+    assert "| tiny/incompress/d3po/seed-0 |" in report([tmp_path], ["runs"])
+    with pytest.raises(UserError, match="9"):
+        report([tmp_path], ["runs", "gains"])
+
+
+# ---- documents
+
+TEXT = """It gains <!--n a.gain-->+0.198<!--/n--> kB.
+
+<!-- made: gains -->
+| a |
+|--:|
+| 1 |
+<!-- /made -->
+"""
+
+
+def test_what_stands_between_markers_is_made() -> None:
+    tables, numbers = {"gains": "| a |\n|--:|\n| 1 |"}, {"a.gain": "+0.198"}
+    assert documents.made(TEXT, tables.__getitem__, numbers.__getitem__) == (TEXT, [])
+    changed = TEXT.replace("+0.198", "+0.199").replace("| 1 |", "| 2 |\n| 3 |")
+    assert documents.made(changed, tables.__getitem__, numbers.__getitem__) == (
+        TEXT, ["table gains has changed", "number a.gain says +0.199, not +0.198"],
     )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: There are no run folders")
-    assert done.stderr.count("\n") == 1
+    empty = TEXT.replace("+0.198", "").replace("| a |\n|--:|\n| 1 |\n", "")
+    assert documents.made(empty, tables.__getitem__, numbers.__getitem__)[0] == TEXT
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        TEXT.replace("<!-- /made -->\n", ""),
+        TEXT.replace("<!-- made: gains -->\n", ""),
+        TEXT.replace("<!--/n-->", ""),
+        TEXT.replace("<!--n a.gain-->", ""),
+    ],
+)
+def test_a_marker_without_its_other_end(broken: str) -> None:
+    with pytest.raises(UserError, match="has no other end"):
+        documents.made(broken, lambda name: "", lambda name: "")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("| a | b |\n|---|--:|\n| c | 1 |\n", "a table of numbers outside markers: | a | b |"),
+        ("| a |\n|---|\n| 2 (1 to 3) |\n", "a table of numbers outside markers: | a |"),
+        ("It gains +0.141 more.\n", "a measured number outside markers: +0.141"),
+        ("It gains 0.2 kB.\n", "a measured number outside markers: 0.2 kB"),
+        ("| a | from |\n|---|---|\n| b | 5 to 9 |\n", None),
+        ("The range is 0.9 to 1.1, beta 0.1, see `+0.141` and 1.0.12.\n", None),
+        (TEXT, None),
+    ],
+)
+def test_numbers_outside_markers(text: str, said: str | None) -> None:
+    assert list(documents.loose(text)) == ([said] if said else [])
+
+
+def noise(path: Path, change: Callable[[Any], Any] = lambda pixels: pixels) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 200, (60, 80, 4), dtype=np.uint8)
+    Image.fromarray(change(pixels)).save(path)
+    return path
+
+
+def one_pixel(pixels: Any) -> Any:
+    pixels[3, 3, 0] += 30
+    return pixels
+
+
+def one_part(pixels: Any) -> Any:
+    pixels[:4, :4, :3] = 0
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (one_pixel, True),
+        (one_part, False),
+        (lambda pixels: pixels[:-1], False),
+        (lambda pixels: pixels[..., :3], False),
+    ],
+)
+def test_figures_that_look_the_same(
+    change: Callable[[Any], Any], same: bool, tmp_path: Path
+) -> None:
+    """Another rounding of edges is the same; a part, a row or transparency that is gone is not."""
+    drawn, figure = noise(tmp_path / "a.png"), noise(tmp_path / "b.png", change)
+    before = figure.read_bytes()
+    assert documents.write(figure, drawn, check=True) is not same
+    assert figure.read_bytes() == before
+    documents.write(figure, drawn, check=False)
+    assert (figure.read_bytes() == drawn.read_bytes()) is not same
+
+
+def test_a_figure_that_is_missing_or_damaged_is_drawn(tmp_path: Path) -> None:
+    drawn, figure = noise(tmp_path / "a.png"), tmp_path / "more" / "b.png"
+    for damage in (lambda: None, lambda: figure.write_bytes(b"\x89PNG")):
+        damage()
+        assert documents.write(figure, drawn, check=False)
+        assert not documents.write(figure, drawn, check=True)
+
+
+# ---- make.py
+
+
+def test_names_that_make_does_not_know() -> None:
+    with pytest.raises(UserError, match=r"'gain'.*'gains'.*step-shares"):
+        make.block("gain")
+    with pytest.raises(UserError, match=r"incompress.d3po.gian.*'incompress.d3po.gain'.*--names"):
+        make.inline("incompress.d3po.gian")
+    with pytest.raises(UserError, match="no format"):
+        make.inline("incompress.d3po.gain:x")
+    assert make.inline("incompress.d3po.gain") == f"{make.numbers()['incompress.d3po.gain']:+.3f}"
+    assert make.inline("incompress.d3po.images") == "1,536"
+    assert make.inline("fidelity.two-images.gain:.1f") == "0.1"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results with their page and the notes."""
+    home = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "results", home / "results")
+    shutil.copytree(ROOT / "docs" / "notes", home / "docs" / "notes")
+    shutil.copy(ROOT / "docs" / "results.md", home / "docs")
+    (home / "README.md").write_text("<!-- made: front -->\n<!-- /made -->\n")
+    return home
+
+
+def test_make_finds_everything_that_was_changed(project: Path) -> None:
+    """A number, a row of a document, rows and seeds that were dropped, figures and files."""
+    results, docs = project / "results", project / "docs"
+    edit(docs / "results.md", r"(two-images.gain-->)\+0.141", r"\1+0.151")
+    edit(docs / "notes" / "quick-preset.md", r"\| 0.983 \|", "| 0.893 |")
+    edit(docs / "notes" / "fidelity.md", r"\Z", "\n| a |\n|--:|\n| 1 |\n")
+    edit(results / "search.csv", r"(fidelity/no-clip/.*\n(?:.*\n))", r"")  # two of three seeds
+    shutil.rmtree(results / "confirm" / "incompress" / "d3po" / "seed-112")
+    edit(results / "tiny" / "figures" / "images" / "curves.svg", r"\d\.\d{3,}", "9.125")
+    with Image.open(results / "tiny" / "feedback" / "rounds.png") as image:
+        doctored = image.convert("RGB")
+    doctored.paste((0, 0, 0), (200, 200, 210, 210))
+    doctored.save(results / "tiny" / "feedback" / "rounds.png")
+    shutil.copy(
+        results / "tiny" / "feedback" / "rounds.png", results / "tiny" / "figures" / "b.png"
+    )
+    edit(results / "tiny" / "table1" / "table1.tex", "d3po", "dpo")
+    before = {p: p.read_bytes() for p in project.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    done = made(project, "--check")
+    assert done.returncode == 1
+    assert set(done.stdout.splitlines()) == {
+        "README.md: table front has changed",
+        "docs/results.md: number fidelity.two-images.gain says +0.151, not +0.141",
+        "docs/notes/quick-preset.md: table step-shares has changed",
+        "docs/notes/quick-preset.md: table confirm-gains has changed",
+        "docs/notes/quick-preset.md: table confirm-cost has changed",
+        "docs/notes/determinism.md: table rerun-power has changed",
+        "docs/notes/fidelity.md: table fidelity has changed",
+        "docs/notes/fidelity.md: a table of numbers outside markers: | a |",
+        "results/tiny/figures/images/curves.svg has changed",
+        "results/tiny/feedback/rounds.png has changed",
+        "results/tiny/table1/table1.tex has changed",
+        "results/tiny/figures/b.png is drawn by nothing in results/make.py",
+    }
+    after = {p: p.read_bytes() for p in project.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert after == before
+
+
+def made(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, project / "results" / "make.py", *arguments],
+        cwd=project, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def edit(path: Path, pattern: str, new: str) -> None:
+    text = path.read_text()
+    assert re.search(pattern, text)
+    path.write_text(re.sub(pattern, new, text, count=1))
+
+
+# ---- measure.py
+
+
+def test_new_runs_replace_published_ones(tmp_path: Path) -> None:
+    """Their text alone."""
+    own = ROOT / "results" / "tiny" / "incompress" / "d3po"
+    shutil.copytree(own / "seed-0", tmp_path / "runs" / "incompress" / "d3po" / "seed-0")
+    (tmp_path / "runs" / "incompress" / "d3po" / "seed-0" / "weights").touch()
+    shutil.copytree(own / "seed-1", tmp_path / "target" / "incompress" / "d3po" / "seed-1")
+    (tmp_path / "runs" / "diversity.csv").write_text("a\n")
+    words = ["publish", str(tmp_path / "runs"), str(tmp_path / "target"), "--no-sheets"]
+    assert CliRunner().invoke(measuring.main, words).exit_code == 0
+    files = [path.relative_to(tmp_path / "target") for path in (tmp_path / "target").rglob("*.*")]
+    assert sorted(str(path) for path in files) == ["diversity.csv"] + [
+        f"incompress/d3po/seed-0/{name}" for name in sorted(FILES)
+    ]

@@ -1,4 +1,4 @@
-"""Commands that look at runs: `plot`, `evaluate`, `table1`, `verify`."""
+"""Commands that look at runs: `plot`, `report`, `evaluate`, `table1`, `verify`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,54 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
 
     for path in draw(runs or (Path("runs"),), out, x, unfinished=unfinished):
         click.echo(path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, type=PLACE)
+@click.option(
+    "--table",
+    "tables",
+    multiple=True,
+    type=click.Choice(["gains", "cost", "efficiency", "settings", "crossed", "runs"]),
+    help="Repeatable; default: gains and cost.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["md", "csv", "json"]),
+    default="md",
+    show_default=True,
+    help="Markdown for people; CSV and JSON have every number.",
+)
+@click.option("--measure", is_flag=True, help="First measure what the models draw; minutes.")
+@click.option("--out", type=PLACE, help="Write to this file instead.")
+def report(
+    runs: tuple[Path, ...], tables: tuple[str, ...], form: str, measure: bool, out: Path | None
+) -> None:
+    """Print tables of runs: means over seeds with 95 % intervals.
+
+    RUNS are run folders or folders of them; default: runs/. The tables: gains on the objective;
+    cost (images, network passes, seconds, and what was lost); efficiency at equal pairs, images
+    and passes; settings; crossed, what training did to other scores; runs, a row for each run with
+    the command that makes it. For crossed, and the diversity in cost, --measure draws four
+    pictures of each prompt with every model and writes diversity.csv beside the objectives.
+
+    \b
+    Example:
+        d3po-bench report
+        d3po-bench report results/tiny --table efficiency
+        d3po-bench report runs/tiny --measure --table crossed
+        d3po-bench report runs --table runs --format csv --out runs.csv
+    """  # noqa: D301
+    from d3po_bench.runs.files import write_atomically
+    from eval.analysis.report import report as made
+
+    told = functools.partial(click.echo, err=True)
+    text = made(runs or (Path("runs"),), tables, form, measured=measure, told=told)
+    if out is None:
+        click.echo(text)
+    else:
+        write_atomically(out, f"{text}\n".encode())
 
 
 @click.command()
@@ -182,12 +230,13 @@ def verify(
     settings: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Check published results: files, runs, tables and figures against each other.
+    """Check published results: their files, runs, tables and figures.
 
-    FOLDER carries a manifest.json, and a claims.json that says which documents hold which tables
-    and figures. With --rerun, some of its runs are made again: on the same platform and versions
-    their bytes must match, elsewhere their ends must lie where seeds of theirs do, neither worse
-    nor better. Exits with 1 if a check fails.
+    FOLDER carries a manifest.json, which --record writes. If it has a make.py, that script is run
+    to see whether it would change a table or figure: look into a stranger's folder first. With
+    --rerun, some of the runs are made again: on the same platform and versions their bytes must
+    match, elsewhere their ends must lie where other seeds do, neither worse nor better. Exits
+    with 1 if a check fails.
 
     \b
     Example:
@@ -196,39 +245,34 @@ def verify(
         d3po-bench verify results --rerun 2 --set threads=2 --set micro_batch=8
     """  # noqa: D301
     from eval.verify import folder as verifying
-    from eval.verify.documents import not_made_again
 
     if record:
         click.echo(verifying.record(folder))
         return
     if rerun is None and (settings or out):
         raise UserError("--set and --out need --rerun. Add --rerun 1.")
-    checks = {name: [*problems] for name, problems in verifying.verify(folder).items()}
+    checks = verifying.verify(folder)
     for name, problems in checks.items():
         click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
         for problem in problems:
             click.echo(f"  {problem}")
-    if unchecked := not_made_again(folder):
-        click.echo(f"not made again: {unchecked}")
     failed = sum(map(len, checks.values()))
     if rerun is not None:
         from d3po_bench.config import pairs_of
 
         failed += _rerun(folder, rerun, seed, pairs_of(settings), out)
     if failed:
-        raise RunError(
-            f"The results in {folder} have {failed} problems. Restore the files, or measure again."
-        )
+        raise RunError(f"{failed} problems in {folder}. Restore its files, or measure again.")
 
 
 def _rerun(folder: Path, count: int, seed: int, settings: dict[str, str], out: Path | None) -> int:
     """Print a verdict for each cell that is made again; how many are not reproduced."""
+    from d3po_bench.runs.run import find_runs
     from eval.verify import rerun as again
-    from eval.verify.folder import published
 
     failed = 0
     for verdict in again.rerun(
-        folder, published(folder), count, seed=seed, settings=settings, out=out
+        folder, find_runs([folder]), count, seed=seed, settings=settings, out=out
     ):
         click.echo(f"{verdict.cell}: {verdict.said}")
         for detail in verdict.details:

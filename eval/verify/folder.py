@@ -1,85 +1,63 @@
-"""`d3po-bench verify`: are published results whole, and do tables and figures say what rows say?
+"""`d3po-bench verify`: are published results whole, consistent, and what their documents show?
 
-A folder of results carries two files. `manifest.json` names every file with its sha256;
-`claims.json` says where runs, tables and figures come from (`eval/claims.py`).
-A check that fails is a sentence; there is no score between right and wrong.
+`manifest.json` names every file of the folder with its sha256. Where the folder has a make.py, its
+`--check` says whether tables and figures are still what the rows give. A check that fails is a
+sentence; there is no score between right and wrong.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import d3po_bench
 from d3po_bench.config import RunConfig
 from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
+from d3po_bench.launch import grid
+from d3po_bench.prompts import digest, read_prompts
 from d3po_bench.prompts import names as lists
-from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import write_atomically
-from d3po_bench.runs.run import (
-    TEXT,
-    content,
-    finite,
-    read_config,
-    read_facts,
-    read_lines,
-    read_object,
-)
+from d3po_bench.runs.run import IMAGE, TEXT, RunFolder, find_runs, finite, read_object
 from d3po_bench.runs.sessions import differing, sessions
 from d3po_bench.training.tools import EvaluationSet, spread
-from eval.analysis.runs import COUNTS
-from eval.measure import OBJECTIVE
-from eval.verify import documents
+from eval.analysis.runs import COUNTS, read_run
+from eval.measure import OBJECTIVE, TRAINING
+from eval.tools import TOOLS
 
 MANIFEST = "manifest.json"
+GRID = "grid.toml"
 FILES = (*TEXT, "provenance.json")
 NUMBERS = ("round", *COUNTS, "score_mean", "score_std", "reward_mean", "loss", "grad_norm",
            "updates")  # fmt: skip
 """What every round of every method has in metrics.jsonl; methods add their own."""
-KEYS = ("round", "sampler", "prompt", "index")
-"""Columns of eval.csv that name an image; the others are numbers."""
-UNREADABLE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error)
 Problems = Iterator[str]
-Rows = Sequence[Mapping[str, str]]
 
 
 def verify(folder: Path) -> dict[str, list[str]]:
     """Every check of a folder of results, with what it found wrong.
 
     Args:
-        folder: holds manifest.json and claims.json; documents lie beside it.
+        folder: holds manifest.json.
 
     Raises:
-        UserError: it carries no manifest, or its claims are malformed.
+        UserError: it carries no manifest.
     """
-    runs = sorted(path.parent for path in folder.rglob("config.json"))
-    whole = published(folder)
-    tries = [run for run in runs if run not in whole]
-    checks: dict[str, Callable[[], Problems]] = {
-        "manifest": lambda: check_manifest(folder),
-        "runs": lambda: _each(whole, folder, whole=True),
-        "tries": lambda: _each(tries, folder, whole=False),
-        "sets": lambda: check_sets(whole, folder),
-        **documents.checks(folder, whole),
+    runs = find_runs([folder])
+    return {
+        "manifest": list(check_manifest(folder)),
+        "runs": [f"{r.folder.relative_to(folder)}: {what}" for r in runs for what in check_run(r)],
+        "sets": [*check_sets(runs, folder), *check_grids(runs, folder)],
+        "tables": list(check_tables(folder)),
     }
-    return {name: list(check()) for name, check in checks.items()}
-
-
-def published(folder: Path) -> list[Path]:
-    """The run folders of a folder of results, without the tries.
-
-    Raises:
-        UserError: its claims are malformed.
-    """
-    tries = documents.read(folder).get("tries", ())
-    runs = sorted(path.parent for path in folder.rglob("config.json"))
-    return [run for run in runs if not _is_try(run.relative_to(folder), tries)]
 
 
 # ---- manifest
@@ -92,9 +70,7 @@ def record(folder: Path) -> Path:
         UserError: there is no such folder, or nothing in it.
     """
     if not folder.is_dir() or not _listed(folder):
-        raise UserError(
-            f"Expected a folder of results, got {folder}, which is none or empty. Correct the path."
-        )
+        raise UserError(f"{folder} is no folder, or is empty. Name a folder of results.")
     path = folder / MANIFEST
     listed = {name: sha256_of(folder / name) for name in _listed(folder)}
     write_atomically(path, (json.dumps(listed, indent=1, sort_keys=True) + "\n").encode())
@@ -108,21 +84,20 @@ def _listed(folder: Path) -> list[str]:
     return sorted(n.as_posix() for n in names if not any(part[0] == "." for part in n.parts))
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def check_manifest(folder: Path) -> Problems:
+    """Files that are missing, changed, or not in the manifest.
+
+    Raises:
+        UserError: there is no manifest, or it is damaged.
+    """
     if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"Expected {MANIFEST} in {folder}, got none. Name a folder of published results; "
+            f"There is no {MANIFEST} in {folder}. Name a folder of published results; "
             "`d3po-bench verify --record` writes the manifest of one."
         )
-    return read_object(folder / MANIFEST)
-
-
-def check_manifest(folder: Path) -> Problems:
-    """Files that are missing, changed, or not in the manifest."""
-    manifest = _manifest(folder)
-    there = set(_listed(folder))
+    manifest, there = read_object(folder / MANIFEST), set(_listed(folder))
     for name in sorted(manifest.keys() - there):
-        yield f"{name} is in the manifest and not in {folder}"
+        yield f"{name} is missing"
     for name in sorted(there - manifest.keys()):
         yield f"{name} is not in the manifest"
     for name in sorted(there & manifest.keys()):
@@ -133,199 +108,170 @@ def check_manifest(folder: Path) -> Problems:
 # ---- runs
 
 
-def _is_try(place: Path, tries: Sequence[str]) -> bool:
-    """Whether a run lies in a folder of tries, which may have been stopped or kept in part."""
-    return any(place.is_relative_to(name) for name in tries)
-
-
-def _each(runs: Sequence[Path], folder: Path, *, whole: bool) -> Problems:
-    for run in runs:
-        place = run.relative_to(folder).as_posix()
-        try:
-            for problem in check_run(run, whole=whole):
-                yield f"{place}: {problem}"
-        except UNREADABLE as problem:
-            yield f"{place}: cannot be read ({problem!r})"
-
-
-def check_run(run: Path, *, whole: bool = True) -> Problems:
-    """Whether a run's files agree with each other.
-
-    Args:
-        run: its folder.
-        whole: it must have all its files and have ended, which not every try of a search has.
-    """
-    needed = FILES if whole else ("config.json", "metrics.jsonl")
-    missing = [name for name in needed if not (run / name).is_file()]
+def check_run(run: RunFolder) -> Problems:
+    """Whether a run has all its files, has ended, and its files agree with each other."""
+    missing = [name for name in FILES if not (run.folder / name).is_file()]
     if missing:
-        yield f"lacks {', '.join(missing)}"
+        yield f"has no {', '.join(missing)}"
         return
-    config = read_config(run)
-    metrics = read_lines(run / "metrics.jsonl")
-    if whole:
-        yield from _check_config(config, run)
-        if len(metrics) != config["rounds"]:
-            yield f"has {len(metrics)} rounds of {config['rounds']}"
-        if "ended" not in read_facts(run):
-            yield "has not ended"
-        yield from _check_sessions(run)
-    yield from _check_content(run)
-    yield from _check_metrics(metrics, whole)
-    if (run / "eval.csv").is_file():
-        rows = _rows(run)
-        yield from _check_rows(rows, config, len(metrics), whole)
-        if whole:
-            yield from _check_prompts(rows, config, _prompts(config, read_facts(run)))
+    try:
+        read_run(run)  # what tables and figures refuse, files changed after its end among it
+        yield from _check_record(run)
+        yield from _check_metrics(run.metrics)
+        yield from _check_evaluations(run)
+    except UserError as problem:
+        yield f"cannot be read ({problem})"
 
 
-def _check_config(config: Mapping[str, Any], run: Path) -> Problems:
-    made = RunConfig.from_json(config)
-    if made.run_id != config.get("run_id"):
-        yield f"its config says run_id {config.get('run_id')}, its settings make {made.run_id}"
-    place = [config["objective"], config["method"], f"seed-{config['seed']}"]
-    if list(run.parts[-3:]) != place:
-        yield f"its config belongs into {'/'.join(place)}"
-
-
-def _check_content(run: Path) -> Problems:
-    """Files that are not as the run left them; older runs have no digests on record."""
-    found = content(run)
-    for name, digest in read_facts(run).get("content", {}).items():
-        if name in found and found[name] != digest:
-            yield f"its {name} is not the one that it ended with"
-
-
-def _check_sessions(run: Path) -> Problems:
-    """A run that went on where bytes may come out otherwise: nobody can make it again."""
-    first, *later = sessions(read_facts(run))
+def _check_record(run: RunFolder) -> Problems:
+    """Whether a run is what its config names, went to its end, and went there in one place."""
+    config, recorded = run.config, run.recorded.get("run_id")
+    if config.run_id != recorded:
+        yield f"its config has the run_id {recorded}, its settings make {config.run_id}"
+    place = [config.objective, config.method, f"seed-{config.seed}"]
+    if list(run.folder.parts[-3:]) != place:
+        yield f"its config belongs in {'/'.join(place)}"
+    if len(run.metrics) != config.rounds:
+        yield f"has {len(run.metrics)} of {config.rounds} rounds"
+    if not run.finished:
+        yield "has not ended"
+    first, *later = sessions(run.facts)
     for session in later:
-        changed = differing(first, session)
-        if changed:
+        # Bytes may come out otherwise there: nobody can make such a run again.
+        if changed := differing(first, session):
             where = f"from round {session.get('after_round', '?')} with other {', '.join(changed)}"
             yield f"was made in several environments: {where}"
 
 
-def _check_metrics(metrics: Sequence[Mapping[str, Any]], whole: bool) -> Problems:
-    lacking = [k for k in NUMBERS if whole and not all(k in m for m in metrics)]
+def _check_metrics(metrics: Sequence[Mapping[str, Any]]) -> Problems:
+    lacking = [k for k in NUMBERS if not all(k in m for m in metrics)]
     if lacking:
-        yield f"its metrics.jsonl lacks {', '.join(lacking)}"
+        yield f"its metrics.jsonl has no {', '.join(lacking)}"
     for m in metrics:
         wrong = [k for k, v in m.items() if not finite(v)]
         if wrong:
             yield f"round {m['round']} has no finite {', '.join(wrong)}"
-    rounds = [m["round"] for m in metrics]
-    if rounds != list(range(1, len(metrics) + 1)):
-        yield f"its rounds are {rounds}"
-    for name in COUNTS:
-        values = [m[name] for m in metrics if finite(m.get(name))]
-        if values != sorted(values):
-            yield f"its count of {name} goes back"
 
 
-def _rows(run: Path) -> Rows:
-    with (run / "eval.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def _check_evaluations(run: RunFolder) -> Problems:
+    """Images that are missing or too many, alike in every evaluation too, or have no score."""
+    rows, config = run.evaluation, run.config
+    for name, part in ((OBJECTIVE, rows), ("kl", [r for r in rows if r["sampler"] == TRAINING])):
+        if any(math.isnan(row.get(name, 0.0)) for row in part):
+            yield f"an evaluation image has no {name}"
+    found: dict[tuple[int, str], set[tuple[str, int]]] = defaultdict(set)
+    for row in rows:
+        found[row["round"], row["sampler"]].add((row["prompt"], row["index"]))
+    prompts = _prompts(run) or list(dict.fromkeys(row["prompt"] for row in rows))
+    images = set(product(spread(prompts, config.eval_prompts), range(config.eval_images)))
+    every, last = config.eval_every, config.rounds
+    due = {n for n in range(last + 1) if n % every == 0 or n == last} if every else set()
+    wrong = [
+        f"{number} ({sampler})"
+        for number, sampler in sorted({*found, *product(due, EvaluationSet.samplers)})
+        if found.get((number, sampler)) != (images if number in due else None)
+    ]
+    if wrong:
+        yield f"its evaluations of round {', '.join(wrong)} are not those that its config asks for"
 
 
-def _check_rows(rows: Rows, config: Mapping[str, Any], rounds: int, whole: bool) -> Problems:
-    keys = [tuple(r[name] for name in KEYS) for r in rows]
-    if len(set(keys)) != len(keys):
-        yield "an evaluation image has two rows"
-    sizes = Counter((number, sampler) for number, sampler, *_ in keys)
-    if len(set(sizes.values())) > 1:
-        yield f"its evaluations have {sorted(set(sizes.values()))} images"
-    for name in (name for name in (rows[0] if rows else ()) if name not in KEYS):
-        values = [r[name] for r in rows if r[name] or name == OBJECTIVE]
-        if not all(math.isfinite(float(value)) for value in values):
-            yield f"an evaluation image has no finite {name}"
-    every = config["eval_every"]
-    if whole and every:
-        due = {n for n in range(rounds + 1) if n % every == 0 or n == rounds}
-        found = {(int(n), s) for n, s in sizes}
-        if found != {(n, s) for n in due for s in EvaluationSet.samplers}:
-            yield f"its evaluations are of {sorted(found)}, due at rounds {sorted(due)}"
-
-
-def _prompts(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str] | None:
+def _prompts(run: RunFolder) -> list[str] | None:
     """The list that a config names; None where it cannot be read here.
 
     Votes have no list, and a user's file may be gone, or be another of that name.
     """
-    from d3po_bench.prompts import digest
-
     try:
-        source = RunConfig.from_json(config).prompt_source
+        source = run.config.prompt_source
         found = read_prompts(source)
     except UserError:
         return None
-    known = (facts.get("inputs") or {}).get("prompts")
+    known = (run.facts.get("inputs") or {}).get("prompts")
     return found if source in lists() or known in (None, digest(found)) else None
-
-
-def _check_prompts(rows: Rows, config: Mapping[str, Any], known: list[str] | None) -> Problems:
-    """Prompts or images that were left out of every evaluation alike: the config says how many.
-
-    Of a list that cannot be read, prompts that are in no evaluation at all are not missed.
-    """
-    most, images = config["eval_prompts"], config["eval_images"]
-    prompts = list(dict.fromkeys(r["prompt"] for r in rows)) if known is None else known
-    due = Counter(product(spread(prompts, most), range(images)))
-    found: dict[tuple[str, str], Counter[tuple[str, int]]] = {}
-    for r in rows:
-        image = r["prompt"], int(r["index"])
-        found.setdefault((r["round"], r["sampler"]), Counter())[image] += 1
-    wrong = [f"{number} ({sampler})" for (number, sampler), its in found.items() if its != due]
-    if wrong:
-        yield (
-            f"its evaluations at round {', '.join(wrong)} are not of the prompts that its config "
-            f"asks for, {images} of each"
-        )
 
 
 # ---- sets of runs
 
 
-def check_sets(runs: Sequence[Path], folder: Path) -> Problems:
-    """Runs of one objective and method in one folder must be alike but for the seed; no copies."""
-    copied: dict[tuple[str, Hashable], Path] = {}
-    seen: dict[tuple[str, ...], Path] = {}
+def check_sets(runs: Sequence[RunFolder], folder: Path) -> Problems:
+    """Runs of one objective and method must be alike but for the seed, and no run be a copy."""
+    firsts: dict[tuple[str, ...], tuple[RunFolder, str]] = {}
+    seen: dict[tuple[str, Hashable], RunFolder] = {}
     for run in runs:
         try:
-            config = read_config(run)
-            place = run.relative_to(folder).parts[:-3]
-            cell = (*place, config["objective"], config["method"])
-            alike, numbered = _but_the_seed(run), (*cell, str(config["seed"]))
-            own = [(what, numbers) for what, numbers in _own(run).items() if numbers]
-            copies = [f"{copied[n]} have the same {n[0]}" for n in own if n in copied]
-        except UNREADABLE as problem:
-            yield f"{run}: cannot be read ({problem!r})"
-            continue
-        if numbered in seen:
-            yield f"{run} and {seen[numbered]} are of one seed"
-        if cell in seen and _but_the_seed(seen[cell]) != alike:
-            yield f"{run} and {seen[cell]} differ in more than the seed"
-        for copy in copies:
-            yield f"{run} and {copy}, number for number"
-        copied |= {numbers: run for numbers in own if numbers not in copied}
-        seen.setdefault(numbered, run)
-        seen.setdefault(cell, run)
+            config, own, shared = run.config, _own(run), _but_the_seed(run)
+        except UserError:
+            continue  # the check of runs has named it
+        cell = (*run.folder.relative_to(folder).parts[:-3], config.objective, config.method)
+        first, theirs = firsts.setdefault(cell, (run, shared))
+        if shared != theirs:
+            yield f"{run.folder} and {first.folder} differ in more than the seed"
+        for what, numbers in {"seed": (*cell, config.seed), **own}.items():
+            other = seen.setdefault((what, numbers), run)
+            if numbers and other is not run:
+                yield f"{run.folder} and {other.folder} have the same {what}"
 
 
-def _own(run: Path) -> dict[str, Hashable]:
+def _own(run: RunFolder) -> dict[str, Hashable]:
     """What no two runs share, as numbers, for a blank makes other bytes; round 0 is shared."""
-    rounds = tuple(tuple(m.get(k) for k in NUMBERS) for m in read_lines(run / "metrics.jsonl"))
-    later = frozenset(
-        (int(r["round"]), r["sampler"], r["prompt"], int(r["index"]),
-         *(float(r[name]) for name in (OBJECTIVE, "kl") if r.get(name)))
-        for r in _rows(run)
-        if int(r["round"])
-    )  # fmt: skip
-    return {"rounds": rounds, "evaluations after round 0": later}
+    rounds = tuple(tuple(line.get(name) for name in NUMBERS) for line in run.metrics)
+    later = (row for row in run.evaluation if row["round"])
+    columns = (*IMAGE, OBJECTIVE, "kl")
+    numbers = frozenset(tuple(str(row.get(name)) for name in columns) for row in later)
+    return {"rounds": rounds, "evaluations": numbers}
 
 
-def _but_the_seed(run: Path) -> str:
+def _but_the_seed(run: RunFolder) -> str:
     """Settings, inputs, and the versions that scores depend on, the JPEG encoder's among them."""
-    config, facts = read_config(run), read_facts(run)
-    kept = {k: v for k, v in config.items() if k not in ("seed", "run_id")}
-    origin = [facts.get("inputs"), facts["packages"], facts.get("plugins")]
+    kept = {k: v for k, v in run.recorded.items() if k not in ("seed", "run_id")}
+    origin = [run.facts.get(name) for name in ("inputs", "packages", "plugins")]
     return json.dumps([kept, *origin], sort_keys=True)
+
+
+def check_grids(runs: Sequence[RunFolder], folder: Path) -> Problems:
+    """Beside a grid.toml lie the runs that it asks for, with the configs that it makes; no others.
+
+    A seed that was left out of tables and figures, too, is missing here.
+    """
+    for path in sorted(folder.rglob(GRID)):
+        name, below = path.relative_to(folder), path.parent
+        asked: dict[tuple[str, ...], RunConfig] = {
+            (config.objective, config.method, f"seed-{config.seed}"): config
+            for config in grid.configs(grid.read(path), TOOLS)
+        }
+        own = [run for run in runs if run.folder.is_relative_to(below)]
+        there = {run.folder.relative_to(below).parts: run for run in own}
+        for place in sorted(asked.keys() - there.keys()):
+            yield f"{name} asks for {'/'.join(place)}, which is missing"
+        for place in sorted(there.keys() - asked.keys()):
+            yield f"{name} does not ask for {'/'.join(place)}, which is there"
+        for place in sorted(asked.keys() & there.keys()):
+            with suppress(UserError):  # the check of runs has named it
+                found, made = vars(there[place].config), vars(asked[place])
+                if other := sorted(k for k in made if found[k] != made[k]):
+                    yield f"{'/'.join(place)} has another {', '.join(other)} than {name} makes"
+
+
+# ---- tables and figures
+
+ALONE = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+import d3po_bench, eval
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script with this d3po-bench, whatever lies beside the script or where one is."""
+
+
+def check_tables(folder: Path) -> Problems:
+    """What the make.py of a folder would change in it, or in the documents beside it."""
+    script = folder / "make.py"
+    if not script.is_file():
+        return
+    home = Path(d3po_bench.__file__).parents[1]
+    command = [sys.executable, "-I", "-c", ALONE, str(home), str(script), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 1 and done.stdout:
+        yield from done.stdout.splitlines()
+    elif done.returncode:
+        yield f"{script} --check failed: {''.join(done.stderr.strip().splitlines()[-1:])}"

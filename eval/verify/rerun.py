@@ -1,32 +1,35 @@
-"""`d3po-bench verify DIR --rerun N`: published runs made again, and what that says of them.
+"""`d3po-bench verify FOLDER --rerun N`: makes published runs again, and judges them.
 
-On the same platform with the same versions, the bytes of metrics.jsonl and eval.csv must be the
-published ones. Elsewhere rounding differs and training amplifies it, until a run is at worst as
-far from the published one as another seed is. So the check asks, on both sides, whether the new
-run could be another seed of its cell, and whether it is as near to the published seed as two seeds
-are to each other; of the first round, where rounding has had no time to grow, whether it is the
-same. See docs/determinism.md for the rate of false alarms, and for what it detects.
+On the same platform with the same versions, metrics.jsonl and eval.csv must come out with the
+published bytes. Elsewhere rounding differs, and training amplifies it until a run is at worst as
+far from the published one as another seed is. So the end of the new run is compared with the
+published seeds, on both sides: could it be one more of them, and is it as near to its own seed as
+two seeds are to each other? Its first round, where rounding has had no time to grow, must be the
+same. docs/notes/determinism.md says how often this gives a false alarm, and what it detects.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from d3po_bench.config import Execution, RunConfig, make
+import pandas as pd
+
+from d3po_bench.config import Execution, make
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.runs.run import Row, finite, read_config, read_facts, read_lines, readable
+from d3po_bench.runs.files import Row, readable
+from d3po_bench.runs.run import IMAGE, RunFolder, find_runs, finite
+from d3po_bench.runs.sessions import differing
 from eval.analysis.statistics import another_seed, same_seed
 
 FALSE_ALARM = 0.05
-"""Most cells in a hundred, made again in earnest elsewhere, that are called not reproduced."""
+"""Largest share of runs, honestly made again elsewhere, that are called not reproduced."""
 
 NEAR = 0.25
 """The base model's pictures: mean difference of their scores, as a share of the spread over them.
@@ -52,15 +55,12 @@ TINY = 1e-3
 """What smaller numbers of the first round count as: they are differences of nearly equal ones."""
 
 FEWEST = 3
-"""Published seeds of a cell without which there is no spread to judge by."""
+"""Published seeds below which there is no spread to judge by."""
 
 BYTES = ("metrics.jsonl", "eval.csv")
 SAME = ("python", "platform", "machine", "cpu", "gpu", "packages", "plugins", "device",
         "threads", "deterministic")  # fmt: skip
 """Provenance that bytes depend on."""
-
-Scores = dict[tuple[str, str, str, str], dict[str, float]]
-"""(round, sampler, prompt, index) -> column -> value."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Verdict:
 
 def rerun(
     folder: Path,
-    runs: Sequence[Path],
+    runs: Sequence[RunFolder],
     count: int,
     *,
     seed: int = 0,
@@ -95,199 +95,141 @@ def rerun(
     Raises:
         UserError: there are not so many, a setting decides numbers, or a run cannot begin here.
     """
-    if count > len(runs):
-        raise UserError(
-            f"Expected at most {len(runs)} cells to run again, the runs in {folder}, got {count}. "
-            "Give a smaller --rerun."
-        )
-    executions = {run: _execution(run, settings or {}) for run in runs}
-    chosen = sorted(random.Random(seed).sample(list(runs), count))
-    with _place(out) as place:
-        for run in chosen:
-            name = run.relative_to(folder)
-            failure = _make_again(run, executions[run], place / name)
-            yield failure or judge(run, place / name, str(name))
-
-
-@contextmanager
-def _place(out: Path | None) -> Iterator[Path]:
-    if out is not None:
-        yield out
-        return
-    with tempfile.TemporaryDirectory(prefix="d3po-bench-") as place:
-        yield Path(place)
-
-
-def _config(run: Path) -> RunConfig:
-    config = RunConfig.from_json(read_config(run))
-    config.check()
-    return config
-
-
-def _execution(run: Path, settings: Mapping[str, str]) -> Execution:
-    """As on record, but for `settings`; on a device that there is."""
-    known = {f.name for f in fields(Execution)} - {"device"}
-    for key in settings:
-        if key not in known:
-            raise UserError(
-                f"Expected execution settings after --set ({', '.join(sorted(known))}), got "
-                f"{key}: it decides numbers, or is none. Leave it out."
-            )
-    config, facts = _config(run), read_facts(run)
-    with readable(run / "provenance.json"):
-        recorded = {k: v for k, v in facts.get("execution", {}).items() if k in known}
-        recorded |= {"device": _device(str(facts.get("device", "auto")))}
-        if facts.get("threads"):
-            recorded["threads"] = int(facts["threads"])
-        _, made = make(config.method, config.objective, "official_code", settings)
-        execution = Execution(**recorded | {key: getattr(made, key) for key in settings})
-        execution.check()
-    return execution
-
-
-def _device(recorded: str) -> str:
-    from d3po_bench.machine import device_of
-
-    try:
-        return str(device_of(recorded))
-    except UserError:
-        return "auto"
-
-
-def _make_again(run: Path, execution: Execution, target: Path) -> Verdict | None:
-    """Train into `target`; a verdict only where that fails on the way."""
     from d3po_bench.launch import launch
     from d3po_bench.training.progress import label
     from d3po_bench.training.run import Job
     from eval.tools import TOOLS
 
-    config = _config(run)
-    job = Job(config=config, execution=execution, folder=target, tools=TOOLS)
-    failed = launch.execute([job], 1, {label(config): label(config)})
-    for problem in failed.values():
-        if not isinstance(problem, RunError):
-            raise problem
-        return Verdict(str(run), False, f"not reproduced: {problem}")
-    return None
+    executions = {run.folder: _execution(run, settings or {}) for run in runs}
+    with nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="d3po-bench-") as place:
+        for run in drawn(runs, count, seed):
+            name, config = str(run.folder.relative_to(folder)), run.config
+            job = Job(
+                config=config, execution=executions[run.folder], folder=Path(place, name),
+                tools=TOOLS,
+            )  # fmt: skip
+            failed = launch.execute([job], 1, {label(config): label(config)})
+            for problem in failed.values():
+                if not isinstance(problem, RunError):
+                    raise problem
+                yield Verdict(name, False, f"not reproduced: {problem}")
+            if not failed:
+                yield judge(run, RunFolder(job.folder), name)
+
+
+def drawn(runs: Sequence[RunFolder], count: int, seed: int) -> list[RunFolder]:
+    """So many of the runs, drawn without replacement.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if count > len(runs):
+        raise UserError(f"There are {len(runs)} runs, fewer than --rerun {count}.")
+    chosen = random.Random(seed).sample(range(len(runs)), count)
+    return [runs[number] for number in sorted(chosen)]
+
+
+def _execution(run: RunFolder, settings: Mapping[str, str]) -> Execution:
+    """As on record, except for `settings`; on a device that exists here."""
+    from d3po_bench.machine import device_of
+
+    known = {f.name for f in fields(Execution)} - {"device"}
+    for key in settings.keys() - known:
+        raise UserError(
+            f"--set {key} would change the numbers of a run, or is unknown. With --rerun, --set "
+            f"takes only how it is computed: {', '.join(sorted(known))}."
+        )
+    config, facts = run.config, run.facts
+    config.check()
+    with readable(run.folder / "provenance.json"):
+        recorded = {k: v for k, v in facts.get("execution", {}).items() if k in known}
+        if facts.get("threads"):
+            recorded["threads"] = int(facts["threads"])
+        _, made = make(config.method, config.objective, "official_code", settings)
+        try:
+            recorded["device"] = str(device_of(str(facts.get("device", "auto"))))
+        except UserError:
+            recorded["device"] = "auto"
+        execution = Execution(**recorded | {key: getattr(made, key) for key in settings})
+        execution.check()
+    return execution
 
 
 # ---- the verdict
 
 
-def judge(published: Path, again: Path, cell: str) -> Verdict:
-    """Compare a published run with one that was made again.
+def judge(published: RunFolder, again: RunFolder, cell: str) -> Verdict:
+    """Compare a published run, whose folder lies beside those of other seeds, with a new one.
 
     Args:
-        published: its folder, beside those of the cell's other seeds.
-        again: folder of the new run.
+        published: the run.
+        again: the same run made again.
         cell: what to call it.
 
     Raises:
         UserError: a file of either is damaged.
     """
-    if all((published / name).read_bytes() == (again / name).read_bytes() for name in BYTES):
+    folders = published.folder, again.folder
+    if all(len({(folder / name).read_bytes() for folder in folders}) == 1 for name in BYTES):
         return Verdict(cell, True, "reproduced, same bytes")
-    others, unknown = _differences(read_facts(published), read_facts(again))
-    if not others and not unknown:
-        return Verdict(
-            cell, False, "not reproduced: other bytes on the same platform with the same versions"
-        )
-    wrong, details = _statistical(published, again)
-    why = "; ".join([*others, *(f"{name} is not on record" for name in unknown)])
-    if wrong:
-        return Verdict(cell, False, f"not reproduced: {'; '.join(wrong)}", (why, *details))
-    return Verdict(cell, True, "reproduced", (why, *details))
+    why = "; ".join(_differences(published.facts, again.facts))
+    if not why:
+        said = "not reproduced: other bytes on the same platform with the same versions"
+        return Verdict(cell, False, said)
+    wrong, details = _compared(published, again)
+    said = f"not reproduced: {'; '.join(wrong)}" if wrong else "reproduced"
+    return Verdict(cell, not wrong, said, (why, *details))
 
 
-def _differences(then: Row, now: Row) -> tuple[list[str], list[str]]:
-    """What differs of what bytes depend on, and what of it was not written down."""
-    a, b = ({**facts, **_batches(facts)} for facts in (then, now))
-    names = [*SAME, *_batches(now)]
-    unknown = [name for name in names if name not in a and b.get(name) is not None]
-    differ = [n for n in names if n in a and a[n] != b.get(n)]
-    return [f"{n} {_short(a[n], b.get(n))}" for n in differ], unknown
+def _differences(then: Row, now: Row) -> Iterator[str]:
+    """What differs of what bytes depend on, and what of it was not recorded."""
+    parts = []
+    for facts in (then, now):
+        # Other splits of the work round otherwise.
+        split = {k: v for k, v in facts.get("execution", {}).items() if k not in SAME}
+        parts.append({**{k: facts[k] for k in SAME if k in facts}, "execution": split})
+    for name, (old, new) in differing(*parts).items():
+        yield f"{name} is not on record" if old is None else f"{name} {old} -> {new}"
 
 
-def _batches(facts: Row) -> Row:
-    """How the work was split: other splits round otherwise."""
-    found = facts.get("execution", {})
-    return {k: v for k, v in found.items() if k not in ("device", "threads", "deterministic")}
-
-
-def _short(then: Any, now: Any) -> str:
-    if isinstance(then, dict) and isinstance(now, dict):
-        return ", ".join(f"{k} {then.get(k)} -> {now[k]}" for k in now if now[k] != then.get(k))
-    return f"{then} -> {now}"
-
-
-def _statistical(published: Path, again: Path) -> tuple[list[str], list[str]]:
+def _compared(published: RunFolder, again: RunFolder) -> tuple[list[str], list[str]]:
     """What is wrong, and what was compared."""
-    wrong = [*_other_inputs(published, again), *_other_work(published, again)]
-    seeds = sorted(path.parent for path in published.parent.glob("seed-*/config.json"))
+    wrong = list(_other_work(published, again))
+    seeds = find_runs(published.folder.parent.glob("seed-*"))
     if len(seeds) < FEWEST:
         return [*wrong, f"other bytes, and {len(seeds)} published seeds give no spread"], []
-    rows, new = {run.name: _scores(run) for run in seeds}, _scores(again)
-    if rows[published.name].keys() != new.keys():
+    rows, new = {run.folder.name: _scores(run) for run in seeds}, _scores(again)
+    own = published.folder.name
+    if not rows[own].index.equals(new.index):
         return [*wrong, "its evaluations are of other images"], []
-    wrong += [*_other_base(rows[published.name], new), *other_start(published, again)]
-    found, details = _other_end(published.name, rows, new)
-    return wrong + found, [_start(published, again), *details]
+    wrong += _other_base(rows[own], new)
+    off, start = _start(published, again)
+    outside, end = _end(own, rows, new)
+    return [*wrong, *off, *outside], [start, *end]
 
 
-def _other_inputs(published: Path, again: Path) -> Iterator[str]:
-    then, now = (read_facts(run).get("inputs", {}) for run in (published, again))
+def _other_work(published: RunFolder, again: RunFolder) -> Iterator[str]:
+    """Inputs with other content, and other rounds or images, which the config alone decides."""
+    then, now = (run.facts.get("inputs", {}) for run in (published, again))
     for name in then.keys() & now.keys():
         if then[name] != now[name]:
             yield f"the {name} is another ({then[name]} -> {now[name]})"
-
-
-def _other_work(published: Path, again: Path) -> Iterator[str]:
-    """Rounds and images are decided by the config alone."""
-    then, now = (read_lines(run / "metrics.jsonl") for run in (published, again))
     for name in ("round", "images"):
-        a, b = ([line.get(name) for line in lines] for lines in (then, now))
+        a, b = ([line.get(name) for line in run.metrics] for run in (published, again))
         if a != b:
             yield f"its counts differ: {name} ends at {a[-1:]} and {b[-1:]}"
 
 
-def other_start(published: Path, again: Path) -> Iterator[str]:
-    """Learning starts from the base model's pictures, so its first round can be told apart.
-
-    Args:
-        published: folder of a run.
-        again: of one that should be the same seed with the same settings.
-
-    Raises:
-        UserError: a file of either is damaged.
-    """
-    then, now = _first_rounds(published, again)
-    allowed = _allowed(published, again, then)
-    for name, off in _apart(then, now).items():
-        if off is None:
-            said = f"{then.get(name, 'none')} was published, {now.get(name, 'none')} was made"
-            yield f"round 1 has no {name} to compare: {said}"
-        elif off > allowed:
-            yield (
-                f"{name} of round 1 is {now[name]:.6g}, {then[name]:.6g} was published: off by "
-                f"{100 * off:.3g} %, {100 * allowed:.3g} % is allowed"
-            )
+def _other_base(then: pd.DataFrame, now: pd.DataFrame) -> Iterator[str]:
+    """Before any training, the same prompts and noise give the same pictures, up to rounding."""
+    scores = pd.DataFrame({"then": then["score"], "now": now["score"]}).loc[0].dropna()
+    off, spread = (scores["then"] - scores["now"]).abs().mean(), scores["then"].std(ddof=0)
+    if off > NEAR * spread:
+        yield f"the base model's scores differ by {off:.3g}, {NEAR:g} of their spread is allowed"
 
 
-def _first_rounds(published: Path, again: Path) -> tuple[Row, Row]:
-    then, now = (next(iter(read_lines(r / "metrics.jsonl")), {}) for r in (published, again))
-    return then, now
-
-
-def _allowed(published: Path, again: Path, then: Row) -> float:
-    """How far off a number of the first round may be, as a share of it."""
-    facts, config = (read_facts(published), read_facts(again)), read_config(published)
-    exact = config.get("dtype") == "fp32" and all(f.get("device") == "cpu" for f in facts)
-    images = then["images"] if finite(then.get("images")) else ROUND
-    return FIRST_ROUND["cpu" if exact else ""] * max(1, ROUND / max(1, images))
-
-
-def _apart(then: Row, now: Row) -> dict[str, float | None]:
-    """How far off each number of `START` is; None where a run lacks it."""
+def apart(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float | None]:
+    """How far off each number of `START` is, as a share of it; None where one is missing."""
     return {
         name: abs(then[name] - now[name]) / max(abs(then[name]), TINY)
         if finite(then.get(name)) and finite(now.get(name))
@@ -296,50 +238,60 @@ def _apart(then: Row, now: Row) -> dict[str, float | None]:
     }
 
 
-def _start(published: Path, again: Path) -> str:
-    """How far off the first round is, for people."""
-    then, now = _first_rounds(published, again)
-    known = {n: 100 * off for n, off in _apart(then, now).items() if off is not None}
-    allowed = 100 * _allowed(published, again, then)
-    told = ", ".join(f"{name} {off:.2g} %" for name, off in known.items())
-    return f"first round off by {told or 'nothing that both have'} ({allowed:.3g} % is allowed)"
+def allowed(images: int, *, exact: bool) -> float:
+    """How far off a number of a first round may be, as a share of it.
+
+    Args:
+        images: that the round drew.
+        exact: both runs were made on a CPU in fp32.
+    """
+    return FIRST_ROUND["cpu" if exact else ""] * max(1, ROUND / max(1, images))
 
 
-def _scores(run: Path) -> Scores:
-    path = run / "eval.csv"
-    with readable(path), path.open(newline="", encoding="utf-8") as file:
-        return {
-            (r["round"], r["sampler"], r["prompt"], r["index"]): {
-                name: float(r[name]) for name in ("score", "kl") if r.get(name)
-            }
-            for r in csv.DictReader(file)
-        }
+def _start(published: RunFolder, again: RunFolder) -> tuple[list[str], str]:
+    """What of the first round is too far off, and how far all of it is."""
+    then, now = (next(iter(run.metrics), {}) for run in (published, again))
+    devices = {run.facts.get("device") for run in (published, again)}
+    exact = published.config.dtype == "fp32" and devices == {"cpu"}
+    most = allowed(then["images"] if finite(then.get("images")) else ROUND, exact=exact)
+    wrong, told = [], []
+    for name, off in apart(then, now).items():
+        if off is None:
+            said = f"{then.get(name, 'none')} was published, {now.get(name, 'none')} was made"
+            wrong.append(f"round 1 has no {name} to compare: {said}")
+            continue
+        told.append(f"{name} {100 * off:.2g} %")
+        if off > most:
+            wrong.append(
+                f"{name} of round 1 is {now[name]:.6g}, {then[name]:.6g} was published: off by "
+                f"{100 * off:.3g} %, {100 * most:.3g} % is allowed"
+            )
+    both = ", ".join(told) or "nothing that both have"
+    return wrong, f"first round off by {both} ({100 * most:.3g} % is allowed)"
 
 
-def _other_base(then: Scores, now: Scores) -> Iterator[str]:
-    """Before any training, the same prompts and noise give the same pictures, up to rounding."""
-    base = [k for k in then if k[0] == "0"]
-    pairs = [(then[k]["score"], now[k]["score"]) for k in base]
-    pairs = [p for p in pairs if all(map(math.isfinite, p))]
-    if len(pairs) < 2:
-        return
-    mean = sum(a for a, _ in pairs) / len(pairs)
-    spread = math.sqrt(sum((a - mean) ** 2 for a, _ in pairs) / len(pairs))
-    off = sum(abs(a - b) for a, b in pairs) / len(pairs)
-    if off > NEAR * spread:
-        yield f"the base model's scores differ by {off:.3g}, {NEAR:g} of their spread is allowed"
+def ends(gain: float, kl: float) -> dict[str, float]:
+    """What the end of a run is judged by: gain, and the logarithm of the drift where it is known.
+
+    Args:
+        gain: mean held-out score at the end minus at the start, in the scorer's unit.
+        kl: mean KL to the base model at the end; NaN where that was not measured.
+    """
+    if math.isnan(kl):
+        return {"gain": gain}
+    return {"gain": gain, "log kl": math.log(kl) if kl > 0 else -math.inf}
 
 
-def _other_end(own: str, rows: Mapping[str, Scores], new: Scores) -> tuple[list[str], list[str]]:
+def _end(own: str, rows: Mapping[str, pd.DataFrame], new: pd.DataFrame) -> tuple[list[str], ...]:
     """The end of the run against the published seeds, on both sides."""
     seeds = {name: _ends(scores) for name, scores in rows.items()}
     found = _ends(new)
-    shared = [c for c in found if all(c in ends for ends in seeds.values())]
+    shared = [c for c in found if all(c in end for end in seeds.values())]
     confidence = 1 - FALSE_ALARM / (2 * max(1, len(shared)))
     wrong, details = [], []
     for column in shared:
-        values = [ends[column] for ends in seeds.values()]
-        others = [ends[column] for name, ends in seeds.items() if name != own]
+        values = [end[column] for end in seeds.values()]
+        others = [end[column] for name, end in seeds.items() if name != own]
         for said, (low, high) in {
             "as another seed": another_seed(values, confidence),
             "as the same seed": same_seed(seeds[own][column], others, confidence),
@@ -351,30 +303,13 @@ def _other_end(own: str, rows: Mapping[str, Scores], new: Scores) -> tuple[list[
     return wrong, details
 
 
-def end_of(run: Path) -> dict[str, float]:
-    """How a run ended: gain in the scorer's unit and logarithm of the drift (KL).
-
-    Raises:
-        UserError: its eval.csv is damaged.
-    """
-    return _ends(_scores(run))
+def _ends(scores: pd.DataFrame) -> dict[str, float]:
+    means = scores.xs("eta1", level="sampler").groupby("round").mean()
+    first, last = means.iloc[0], means.iloc[-1]
+    return ends(last["score"] - first["score"], last["kl"])
 
 
-def _ends(scores: Scores) -> dict[str, float]:
-    """As `end_of`, training sampler."""
-    rounds = sorted({int(key[0]) for key in scores})
-    first, last = (
-        [v for k, v in scores.items() if k[1] == "eta1" and int(k[0]) == n]
-        for n in (rounds[0], rounds[-1])
-    )
-    gain = _mean([v["score"] for v in last]) - _mean([v["score"] for v in first])
-    ends = {"gain": gain}
-    if all("kl" in v for v in last):
-        kl = _mean([v["kl"] for v in last])
-        ends["log kl"] = math.log(kl) if kl > 0 else -math.inf
-    return ends
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [v for v in values if math.isfinite(v)]
-    return sum(known) / len(known) if known else math.nan
+def _scores(run: RunFolder) -> pd.DataFrame:
+    """Score and KL of every evaluation image, by round, sampler, prompt and index."""
+    rows = pd.DataFrame(run.evaluation).set_index([*IMAGE])
+    return rows.reindex(columns=["score", "kl"]).sort_index()

@@ -1,0 +1,162 @@
+"""The methods at equal budgets, and how surely one beats another.
+
+"After" so many pairs, images or UNet passes is where the method that spends least of them ends; a
+curve is a straight line between its evaluations. Gains keep the score's own sign, so where smaller
+is better a negative one is good. Everything is of held-out images and the training sampler, with
+95 % intervals over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from d3po_bench import registry
+from eval.analysis.gains import RIVAL, Groups
+from eval.analysis.runs import Run, curves
+from eval.analysis.statistics import (
+    area_under_curve,
+    images_to_threshold,
+    interval,
+    probability_of_improvement,
+)
+from eval.analysis.tables import Record, Table, ends, number, spread, text
+
+BUDGETS = {"pairs": "pairs or single images", "images": "images", "unet_forwards": "UNet passes"}
+"""What methods are compared at, and what to call it."""
+
+Methods = Mapping[str, Sequence[Run]]
+"""Of one objective: method -> its runs."""
+
+
+def efficiency(groups: Groups) -> list[Table]:
+    """A table for each objective, a row for each method.
+
+    Raises:
+        UserError: a run has no count of what is compared.
+    """
+    objectives: dict[str, dict[str, Sequence[Run]]] = {}
+    for (_, objective, method), runs in groups.items():
+        objectives.setdefault(objective, {})[method] = runs
+    return [_table(objective, methods) for objective, methods in objectives.items()]
+
+
+def _table(objective: str, methods: Methods) -> Table:
+    sign = registry.objective(objective).sign
+    budgets = {x: _least(methods, x) for x in BUDGETS}
+    level = _least_end(methods, sign)
+    records = [_record(objective, m, methods, budgets, level, sign) for m in methods]
+    columns = {
+        "method": text("method"),
+        **{f"gain after {budget:,.0f} {BUDGETS[x]}": spread(f"gain_at_{x}")
+           for x, budget in budgets.items()},
+        "mean gain over the images drawn": spread("mean_gain"),
+        f"KL at a mean gain of {level:+.3f}": number("kl_at_equal_gain", ".3f"),
+        f"images to half of {RIVAL}'s gain": _speed,
+        f"probability to end better than {RIVAL}": _chance,
+    }  # fmt: skip
+    return Table(records, columns, left=("method",), title=f"`{objective}`:")
+
+
+def _speed(record: Record) -> str:
+    if math.isnan(record["seeds_to_half"]):
+        return ""
+    if record["seeds_to_half"] < record["seeds"]:
+        return f"{record['seeds_to_half']:.0f} of {record['seeds']} seeds"
+    return f"{record['images_to_half']:,.0f}"
+
+
+def _chance(record: Record) -> str:
+    found, low, high = (record[k] for k in ("probability", *ends("probability")))
+    if math.isnan(found):
+        return ""
+    return f"{found:.2f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
+
+
+def _record(
+    objective: str,
+    method: str,
+    methods: Methods,
+    budgets: Mapping[str, float],
+    level: float,
+    sign: int,
+) -> Record:
+    runs = methods[method]
+    area = np.array([area_under_curve(at, score) for at, score in _paths(runs, "images")])
+    found: Record = {"objective": objective, "method": method, "seeds": len(runs)}
+    for x, budget in budgets.items():
+        found |= {f"budget_{x}": budget, **_mean(f"gain_at_{x}", _gains(runs, x, budget))}
+    found |= _mean("mean_gain", area)
+    found |= {"equal_gain": level, "kl_at_equal_gain": _drift(runs, level, sign)}
+    there = _images_to_half(runs, methods, sign)
+    found["seeds_to_half"] = math.nan if there is None else int(np.isfinite(there).sum())
+    # A mean without the seeds that never get there would leave out the slow ones.
+    found["images_to_half"] = math.nan if there is None else float(np.mean(there))
+    chance = (math.nan,) * 3
+    if RIVAL in methods and method != RIVAL:
+        chance = probability_of_improvement(sign * _at_end(runs), sign * _at_end(methods[RIVAL]))
+    return found | dict(zip(("probability", *ends("probability")), chance, strict=True))
+
+
+def _mean(name: str, seeds: Any) -> Record:
+    """The mean over seeds [S], with its interval."""
+    low, high = map(float, interval(seeds))
+    return {name: float(seeds.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def _paths(runs: Sequence[Run], x: str) -> list[tuple[Any, Any]]:
+    """What each seed had spent [n], and its held-out score there [n]."""
+    seeds = curves(runs, x).groupby("seed")
+    return [(seed["x"].to_numpy(), seed["score"].to_numpy()) for _, seed in seeds]
+
+
+def _least(methods: Methods, x: str) -> float:
+    """The most of a budget that every run has spent."""
+    return float(min(at[-1] for runs in methods.values() for at, _ in _paths(runs, x)))
+
+
+def _gains(runs: Sequence[Run], x: str, budget: float) -> Any:
+    """Gain of each seed [S] when it had spent that much."""
+    return np.array([np.interp(budget, at, score) - score[0] for at, score in _paths(runs, x)])
+
+
+def _at_end(runs: Sequence[Run]) -> Any:
+    """Gain of each seed [S] at its last evaluation."""
+    return _gains(runs, "images", np.inf)
+
+
+def _images_to_half(runs: Sequence[Run], methods: Methods, sign: int) -> Any:
+    """Images of each seed [S] until half of the rival's gain, NaN for never; None without one."""
+    if RIVAL not in methods:
+        return None
+    half = _at_end(methods[RIVAL]).mean() / 2
+    return np.array([
+        float(images_to_threshold(at, score - score[0], half, sign))
+        for at, score in _paths(runs, "images")
+    ])  # fmt: skip
+
+
+def _course(runs: Sequence[Run], column: str) -> Any:
+    """Mean over seeds of a column at each evaluation, training sampler; NaN where not known."""
+    seeds = [run.scores.loc["eta1"].get(column) for run in runs]
+    return np.mean([np.nan if seed is None else seed.to_numpy() for seed in seeds], axis=0)
+
+
+def _least_end(methods: Methods, sign: int) -> float:
+    """The smallest mean gain at the end, of methods that reach half of the rival's."""
+    scores = {method: _course(runs, "score") for method, runs in methods.items()}
+    found = {method: sign * float(mean[-1] - mean[0]) for method, mean in scores.items()}
+    return sign * min(gain for gain in found.values() if gain >= found.get(RIVAL, -np.inf) / 2)
+
+
+def _drift(runs: Sequence[Run], gain: float, sign: int) -> float:
+    """KL to the base model where the mean gain is that; NaN where it never is."""
+    scores, kl = _course(runs, "score"), _course(runs, "kl")
+    places = np.arange(len(scores), dtype=float)
+    there = float(images_to_threshold(places, scores - scores[0], gain, sign))
+    return (
+        math.nan if np.isnan(kl).any() or math.isnan(there) else float(np.interp(there, places, kl))
+    )

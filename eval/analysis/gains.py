@@ -1,0 +1,188 @@
+"""What each method gained over the base model, and at what cost.
+
+Scores are means over the held-out images, training sampler unless "eta 0" is said. Gains and
+differences keep the score's own sign, so where smaller is better a negative one is good. All is
+averaged over seeds, with 95 % intervals over seeds. What a run did not measure is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from d3po_bench import registry
+from d3po_bench.errors import UserError
+from d3po_bench.runs.files import read_csv
+from eval.analysis.runs import Group, Run
+from eval.analysis.statistics import interval, iqm, iqm_interval, paired_difference
+from eval.analysis.tables import Record, Table, change, number, spread, text
+
+Groups = Mapping[Group, Sequence[Run]]
+"""Model, objective and method -> the runs of each seed, as `read_groups` gives them."""
+
+RIVAL = "d3po"
+"""The method that the others are compared with."""
+
+BASE = "no-fine-tune"
+"""The base model, in diversity.csv."""
+
+SIDES = {"tiny": 32, "sd15": 512}
+"""Pixels a side of the pictures of the models that we know."""
+
+
+def gains(groups: Groups) -> Table:
+    """A row for each objective and method: what was learned.
+
+    Raises:
+        UserError: methods were judged on different held-out images.
+    """
+    columns = {
+        "objective": text("objective"), "method": text("method"), "seeds": text("seeds"),
+        "base": number("base", ".3f"), "end": number("end", ".3f"),
+        "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
+        "share of excess": number("share_of_excess", "+.0%"),
+        "IQM of the gain (95 % interval)": spread("iqm"),
+        f"difference to {RIVAL} (95 % interval)": spread("difference"),
+        "gain, eta 0": number("gain_eta0", "+.3f"),
+    }  # fmt: skip
+    return Table(records(groups), columns, left=("objective", "method"))
+
+
+def cost(groups: Groups) -> Table:
+    """A row for each objective and method: what it took, and what was lost on the way.
+
+    Raises:
+        UserError: methods were judged on different held-out images.
+    """
+    columns = {
+        "objective": text("objective"), "method": text("method"),
+        "recognised": change("recognised", ".2f"), "diversity": change("diversity", ".2f"),
+        "KL at the end": number("kl", ".3f"), "pairs (or single images)": number("pairs", ",.0f"),
+        "images": number("images", ",.0f"), "UNet passes": number("unet_forwards", ",.0f"),
+        "backward passes": number("unet_backwards", ",.0f"),
+        "seconds a seed": number("seconds", ",.0f"),
+    }  # fmt: skip
+    return Table(records(groups), columns, left=("objective", "method"))
+
+
+def records(groups: Groups) -> list[Record]:
+    """Everything that both tables show, a record for each objective and method."""
+    return [_record(g, runs, groups.get((*g[:2], RIVAL), ())) for g, runs in groups.items()]
+
+
+def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
+    model, objective, method = group
+    base, end = np.array([_ends(run) for run in runs]).T
+    first, last = np.array([_ends(run, sampler="eta0") for run in runs]).T
+    gain, sign = end - base, registry.objective(objective).sign
+    known = np.mean([_ends(run, "animal") for run in runs], axis=0)
+    differ = np.mean([_ends(run, "diversity") for run in runs], axis=0)
+    other = _against(runs, rivals) if rivals and runs != rivals else (math.nan,) * 3
+    return {
+        "objective": objective,
+        "method": method,
+        "seeds": len(runs),
+        "base": float(base.mean()),
+        "end": float(end.mean()),
+        "gain": float(gain.mean()),
+        **_named(("low", "high"), interval(gain)),
+        "worst": sign * float((sign * gain).min()),
+        "share_of_excess": float(gain.mean() / _excess(model, objective, base.mean())),
+        "iqm": iqm(gain),
+        **_named(("iqm_low", "iqm_high"), iqm_interval(gain)),
+        **_named(("difference", "difference_low", "difference_high"), other),
+        "gain_eta0": float((last - first).mean()),
+        **_named(("recognised_before", "recognised"), known),
+        **_named(
+            ("diversity_before", "diversity"),
+            _diversity(objective, method, runs) if np.isnan(differ).any() else differ,
+        ),
+        "kl": float(np.mean([_ends(run, "kl")[1] for run in runs])),
+        **{what: _spent(runs, what) for what in SPENT},
+    }
+
+
+SPENT = ("pairs", "images", "unet_forwards", "unet_backwards", "seconds")
+
+
+def _named(names: Sequence[str], values: Sequence[Any]) -> Record:
+    return {name: float(value) for name, value in zip(names, values, strict=True)}
+
+
+def _ends(run: Run, column: str = "score", sampler: str = "eta1") -> tuple[float, float]:
+    """Mean of a column at the first and last evaluation of a logged round; NaN where not known."""
+    if column not in run.scores or sampler not in run.scores.index.levels[0]:
+        return math.nan, math.nan
+    values = run.scores.loc[sampler][column]
+    values = values[values.index.isin(list(run.spent))]
+    return (float(values.iloc[0]), float(values.iloc[-1])) if len(values) else (math.nan, math.nan)
+
+
+def _spent(runs: Sequence[Run], what: str) -> float:
+    """What a run had cost by its last round, mean over runs; NaN where not known."""
+    return float(np.mean([run.spent[max(run.spent)].get(what, math.nan) for run in runs]))
+
+
+def _excess(model: str, objective: str, base: float) -> float:
+    """How much larger the base model's files are than that of a flat image, kB; NaN elsewhere."""
+    if registry.objective(objective).scorer != "jpeg_size" or model not in SIDES:
+        return math.nan
+    return base - flat_size(SIDES[model])
+
+
+@cache
+def flat_size(side: int) -> float:
+    """JPEG size of a flat grey image of that many pixels a side, kB."""
+    import torch
+
+    image = torch.full((1, 3, side, side), 128, dtype=torch.uint8)
+    return float(registry.load_scorer("jpeg_size", torch.device("cpu"))(image, [""])[0])
+
+
+def beside(run: Run) -> Path:
+    """Where `report --measure` keeps what it measured of a run: in the folder of its model."""
+    return run.folder.resolve().parents[2] / "diversity.csv"
+
+
+def _diversity(objective: str, method: str, runs: Sequence[Run]) -> tuple[float, float]:
+    """The base model's and the mean over runs, as `report --measure` found them.
+
+    NaN where it did not measure all of them.
+    """
+    known = {(row["objective"], row["method"], row["seed"]): float(row["diversity"])
+             for row in read_csv(beside(runs[0]))}  # fmt: skip
+    after = [known.get((objective, method, str(run.seed)), math.nan) for run in runs]
+    before = known.get((objective, BASE, ""), math.nan)
+    return (before, float(np.mean(after)))
+
+
+def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> tuple[float, float, float]:
+    """The difference to D3PO on the same held-out prompts and noise; unscored images left out.
+
+    Raises:
+        UserError: the held-out images are not the same.
+    """
+    ours, theirs = ([_held_out(run) for run in part] for part in (runs, rivals))
+    for run, scores in zip([*runs, *rivals], [*ours, *theirs], strict=True):
+        if not scores.index.equals(ours[0].index):
+            raise UserError(
+                f"{runs[0].folder} and {run.folder} were not evaluated on the same images, so they "
+                "cannot be compared. Report their methods one by one."
+            )
+    scored = np.isfinite([*ours, *theirs]).all(0)
+    a, b = (np.stack(part)[:, scored] for part in (ours, theirs))
+    return paired_difference(a, b)
+
+
+def _held_out(run: Run) -> pd.Series:
+    """Scores of the last evaluation, training sampler, by (prompt, index)."""
+    rows = pd.DataFrame(run.files.evaluation)
+    rows = rows[(rows["sampler"] == "eta1") & rows["round"].isin(list(run.spent))]
+    last = rows[rows["round"] == rows["round"].max()]
+    return last.set_index(["prompt", "index"])["score"].sort_index()

@@ -1,0 +1,85 @@
+"""A table: records of plain numbers for programs, and the cells that people read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d3po_bench.runs.files import csv_bytes
+from eval.analysis.statistics import between
+
+Record = dict[str, Any]
+"""Field -> text or number; NaN where a run did not measure it."""
+
+Cell = Callable[[Record], str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records, and how each of its columns shows one."""
+
+    records: Sequence[Record]
+    columns: Mapping[str, Cell]
+    """Heading -> what it shows of a record."""
+    left: Sequence[str] = ()
+    """Headings of text; the other columns hold numbers and are set to the right."""
+    title: str = ""
+
+    def markdown(self) -> str:
+        """The cells as a Markdown table, below its title."""
+        rows = [[show(record) for show in self.columns.values()] for record in self.records]
+        head, *body = [f"| {' | '.join(cells)} |" for cells in ([*self.columns], *rows)]
+        rule = "|".join("---" if name in self.left else "--:" for name in self.columns)
+        title = [self.title, ""] if self.title else []
+        return "\n".join([*title, head, f"|{rule}|", *body])
+
+
+def text(field: str) -> Cell:
+    """A column of words."""
+    return lambda record: str(record[field])
+
+
+def number(field: str, form: str) -> Cell:
+    """A column of numbers in that format; empty where one is NaN."""
+    return lambda record: shown(record[field], form)
+
+
+def change(field: str, form: str) -> Cell:
+    """A column of `before -> after`, from FIELD_before and FIELD."""
+
+    def show(record: Record) -> str:
+        before, after = (shown(record[name], form) for name in (f"{field}_before", field))
+        return f"{before} -> {after}" if after else ""
+
+    return show
+
+
+def spread(field: str, prefix: str | None = None) -> Cell:
+    """A column of means with their intervals, from FIELD, PREFIX_low and PREFIX_high."""
+    low, high = ends(field if prefix is None else prefix)
+    return lambda record: (
+        "" if math.isnan(record[field]) else between(record[field], record[low], record[high])
+    )
+
+
+def ends(prefix: str) -> tuple[str, str]:
+    """The fields of an interval: PREFIX_low and PREFIX_high, or low and high."""
+    start = f"{prefix}_" if prefix else ""
+    return f"{start}low", f"{start}high"
+
+
+def shown(value: float, form: str) -> str:
+    """The number in that format; nothing for NaN."""
+    return "" if math.isnan(value) else format(value, form)
+
+
+def as_csv(records: Sequence[Record]) -> str:
+    """The records as CSV, a number that was not measured as an empty cell."""
+    return csv_bytes(finite(records)).decode()
+
+
+def finite(records: Sequence[Record]) -> list[Record]:
+    """The records with None for a number that was not measured: JSON knows no NaN."""
+    return [{k: None if v != v else v for k, v in record.items()} for record in records]

@@ -1,0 +1,200 @@
+"""Tables and figures of `tiny/feedback`: D3PO learning from raters, every one of them SIMULATED."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d3po_bench.errors import UserError
+from d3po_bench.runs.files import read_csv
+from eval.analysis.gains import BASE
+from eval.analysis.statistics import interval
+from eval.analysis.tables import Cell, Record, Table, text
+from eval.figures.style import STYLE
+
+TINY = Path(__file__).parent / "tiny"
+QUESTIONS = {"normalcy": "normal images", "safety": "safe images"}
+SCORERS = ("image_reward", "clip", "blip_itm_logit", "blip_itc")
+COLOURS = ("#0072B2", "#D55E00", "#009E73")
+
+Seeds = dict[str, dict[str, float]]
+"""Seed -> round or model -> value."""
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    return read_csv(TINY / "feedback" / f"{name}.csv")
+
+
+def _by_seed(name: str, column: str, **where: str) -> Seeds:
+    """A column of the rows that fit, by seed.
+
+    Raises:
+        UserError: a seed has fewer rows than another.
+    """
+    found: Seeds = {}
+    for row in _rows(name):
+        if all(row[key] == value for key, value in where.items()):
+            key = row.get("round") or row["model"]
+            found.setdefault(row["seed"], {})[key] = float(row[column])
+    for seed, values in found.items():
+        if len(values) < max(map(len, found.values())):
+            raise UserError(
+                f"Seed {seed} of {name}.csv has only {len(values)} rows with {where}. Run its "
+                "command in results/measure.py again, which resumes it."
+            )
+    return found
+
+
+def _spread(field: str) -> Cell:
+    """A mean with its interval; unlike gains, shares have no sign."""
+    return lambda r: f"{r[field]:.3f} ({r[f'{field}_low']:.3f} to {r[f'{field}_high']:.3f})"
+
+
+def _mean(field: str, values: Any) -> Record:
+    low, high = interval(np.array(values))
+    return {field: float(np.mean(values)), f"{field}_low": float(low), f"{field}_high": float(high)}
+
+
+# ---- tables
+
+
+def rounds() -> Table:
+    """A row for each experiment and error rate."""
+    cells = sorted({(row["experiment"], row["error"]) for row in _rows("rounds")})
+    columns = {
+        "experiment": lambda r: QUESTIONS[r["experiment"]],
+        "raters' error": lambda r: f"{r['error']:.0%}", "seeds": text("seeds"),
+        "round 0": _spread("first"),
+        "last round": lambda r: f"{_spread('last')(r)} (round {r['rounds']})",
+        "gain (95 % interval)": _spread("gain"),
+        "rate, round 0, 1, ...": _course("good"),
+        "recognised, round 0, 1, ...": _course("recognised"),
+    }  # fmt: skip
+    return Table([_experiment(*cell) for cell in cells], columns, left=("experiment",))
+
+
+def _experiment(name: str, error: str) -> Record:
+    good = _by_seed("rounds", "good", experiment=name, error=error)
+    known = _by_seed("rounds", "recognised", experiment=name, error=error)
+    numbers = sorted(next(iter(good.values())), key=int)
+    table = np.array([[seed[n] for n in numbers] for seed in good.values()])
+    found: Record = {"experiment": name, "error": float(error), "seeds": len(good)}
+    found |= {"rounds": int(numbers[-1])}
+    found |= _mean("first", table[:, 0]) | _mean("last", table[:, -1])
+    found |= _mean("gain", table[:, -1] - table[:, 0])
+    for n in numbers:
+        found[f"good_{n}"] = float(np.mean([seed[n] for seed in good.values()]))
+        found[f"recognised_{n}"] = float(np.mean([seed[n] for seed in known.values()]))
+    return found
+
+
+def _course(field: str) -> Cell:
+    return lambda r: " ".join(f"{r[f'{field}_{n}']:.3f}" for n in range(r["rounds"] + 1))
+
+
+def choices() -> Table:
+    """Shares of raters' first choices: a row for each error rate, a column for each model."""
+    records = []
+    for error in sorted({row["error"] for row in _rows("preference")}):
+        seeds = _by_seed("preference", "share", error=error).values()
+        found: Record = {"error": float(error), "seeds": len(seeds)}
+        for model in _models():
+            found |= _mean(model, [seed[model] for seed in seeds])
+        records.append(found)
+    columns = {"raters' error": lambda r: f"{r['error']:.0%}", "seeds": text("seeds")}
+    return Table(records, columns | {model: _spread(model) for model in _models()})
+
+
+def scorers() -> Table:
+    """Shares of first places by Table 1's scorers instead of raters, who judge by image_reward.
+
+    On the same models, captions and noise; equal scores share a place.
+    """
+    seeds = sorted({row["seed"] for row in _rows("preference")})
+    records = []
+    for scorer in SCORERS:
+        places = np.array([_first_places(scorer, seed) for seed in seeds])
+        found: Record = {"scorer": scorer, "seeds": len(seeds)}
+        for model, shares in zip(_models(), places.T, strict=True):
+            found |= _mean(model, shares)
+        records.append(found)
+    columns = {"scorer": text("scorer"), "seeds": text("seeds")}
+    return Table(records, columns | {m: _spread(m) for m in _models()}, left=("scorer",))
+
+
+def _models() -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in _rows("preference")))
+
+
+def _first_places(scorer: str, seed: str) -> Any:
+    """Of each model, over captions."""
+    names = [BASE if model == BASE else f"{model}-{seed}" for model in _models()]
+    scores = np.array([[float(row[scorer]) for row in _scored(name)] for name in names])
+    best = scores == scores.max(0)
+    return (best / best.sum(0)).mean(1)
+
+
+@cache
+def _scored(name: str) -> list[dict[str, Any]]:
+    """Table 1's rows of a model by the training sampler, in the order of captions."""
+    rows = read_csv(TINY / "table1" / "rows" / f"{name}.csv")
+    return [row for row in rows if row["sampler"] == "eta1"]
+
+
+# ---- figures
+
+
+def draw(folder: Path) -> None:
+    """Draw rounds.png and preference.png into a folder."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    known: Any = {k: v for k, v in STYLE.items() if k in plt.rcParams}
+    with plt.rc_context(known):
+        for name, figure in (("rounds", _rounds(plt)), ("preference", _preference(plt))):
+            figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
+
+
+def _rounds(plt: Any) -> Any:
+    size = (4.4 * len(QUESTIONS), 3.4)
+    figure, panels = plt.subplots(1, len(QUESTIONS), figsize=size, layout="constrained")
+    for axes, name in zip(panels, QUESTIONS, strict=True):
+        for error, colour, marker in (("0", COLOURS[0], "o"), ("0.2", COLOURS[1], "s")):
+            seeds = _by_seed("rounds", "good", experiment=name, error=error)
+            numbers = sorted(int(n) for n in next(iter(seeds.values())))
+            table = np.array([[seed[str(n)] for n in numbers] for seed in seeds.values()])
+            axes.fill_between(numbers, *interval(table), color=colour, alpha=0.18, linewidth=0)
+            label = f"{float(error):.0%} error, {len(table)} seeds"
+            mean = table.mean(0)
+            axes.plot(numbers, mean, color=colour, marker=marker, markersize=5, label=label)
+        axes.set(title=f"Rate of {QUESTIONS[name]}", xlabel="rounds of feedback", ylim=(None, 1.01))
+        axes.set_xticks(numbers)
+    panels[0].set_ylabel("share of images")
+    panels[-1].legend(loc="lower right", title="simulated raters", frameon=False)
+    return figure
+
+
+def _preference(plt: Any) -> Any:
+    errors = sorted({row["error"] for row in _rows("preference")}, key=float)
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    width = 0.8 / len(errors)
+    for n, (error, colour) in enumerate(zip(errors, COLOURS, strict=False)):
+        seeds = _by_seed("preference", "share", error=error).values()
+        table = 100 * np.array([[seed[model] for model in _models()] for seed in seeds])
+        low, high = interval(table)
+        mean = table.mean(0)
+        place = np.arange(len(_models())) + (n - (len(errors) - 1) / 2) * width
+        axes.bar(place, mean, width * 0.94, color=colour, label=f"{float(error):.0%} error")
+        ends = [mean - low, high - mean]
+        axes.errorbar(place, mean, ends, fmt="none", color="#333333", capsize=3)
+    names = [model.replace("_", " ").replace("-", " ") for model in _models()]
+    axes.set_xticks(range(len(names)), names)
+    title = "Held-out captions, five simulated raters"
+    axes.set(ylabel="first choices (%)", title=title, ylim=(0, None))
+    axes.legend(title=f"raters, {len(table)} seeds", frameon=False)
+    return figure

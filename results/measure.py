@@ -1,0 +1,297 @@
+"""Measure what documents show and no run folder holds; minutes to hours each.
+
+    python results/measure.py step-shares
+    python results/measure.py rounds normalcy --seed 0
+    python results/measure.py preference runs/table1 --seed 0
+    python results/measure.py collect runs/feedback
+    python results/measure.py publish runs/reproduce/tiny results/tiny
+
+`step-shares`, `collect` and `publish` write into this folder, from which make.py then writes the
+documents. Every rater is SIMULATED.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from d3po_bench import registry
+from d3po_bench.config import pairs_of
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.seeding import normal, stream
+from d3po_bench.errors import said_in_one_line
+from d3po_bench.feedback import comparisons, simulated, training
+from d3po_bench.feedback.drawing import draw_round
+from d3po_bench.feedback.rounds import Question, Round
+from d3po_bench.feedback.simulated import Annotator
+from d3po_bench.feedback.store import open_labels
+from d3po_bench.feedback.votes import scores_of
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import load
+from d3po_bench.prompts import read_prompts
+from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from d3po_bench.runs.run import RunFolder, find_runs
+from eval.analysis.runs import evaluated
+from eval.analysis.table1 import BASE_ROWS, SAMPLER
+from eval.evaluate import plan, work
+from eval.figures.curves import plot
+from eval.tools import TOOLS
+from eval.verify.folder import FILES
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+PATH = click.Path(path_type=Path)
+THERE = click.Path(path_type=Path, exists=True)
+
+
+@click.group()
+def main() -> None:
+    """Measure what documents show and no run folder holds."""
+
+
+# ---- which denoising steps decide a picture's JPEG size
+
+REPEATS = 4
+
+
+@main.command("step-shares")
+def step_shares() -> None:
+    """Draw animals again with the noise of one step alone drawn afresh; writes step-shares.csv.
+
+    A share is the mean squared change of the JPEG size over the change when the noise of all
+    steps is new. The first noise is kept, as in a pair of D3PO, and shares need not add up to 1.
+    "Sensitivity" is E^2 / 2 s^2 of the sampler's step, with E the coefficient of the predicted
+    noise and s the standard deviation: nats of KL per unit of squared change of that prediction.
+    """
+    torch.set_num_threads(1)
+    rows = [row for steps in (10, 6) for row in _shares(steps)]
+    write_atomically(HERE / "step-shares.csv", csv_bytes(rows))
+
+
+@torch.no_grad()
+def _shares(steps: int) -> list[dict[str, Any]]:
+    policy = Policy(load(registry.model_source("tiny"), CPU, Training()), steps=steps)
+    prompts, scorer = read_prompts("animals"), registry.load_scorer("jpeg_size", CPU)
+    text, shape = policy.model.encode(prompts), policy.model.latent_shape
+
+    def noise(index: int) -> Tensor:
+        streams = (stream(0, "steps", index, i) for i in range(steps + 1))
+        return normal((len(prompts), *shape), streams)
+
+    def sizes(noise: Tensor) -> Tensor:
+        x = noise[0]
+        for step, step_noise in enumerate(noise[1:]):
+            x = policy.step(x, torch.full((len(x),), step), text).sample(step_noise)
+        return scorer(policy.model.decode(x), prompts)
+
+    def change(fresh: Sequence[int]) -> float:
+        """Mean squared change, kB^2, when the noise of these steps is drawn afresh."""
+        total = 0.0
+        for repeat in range(REPEATS):
+            one, other = noise(2 * repeat), noise(2 * repeat + 1)
+            mixed = one.clone()
+            mixed[1:][fresh] = other[1:][fresh]
+            total += float((sizes(mixed) - sizes(one)).square().mean()) / REPEATS
+        return total
+
+    whole = change(range(steps))
+    sensitivity = policy.table.output.square() / (2 * policy.table.std.square())
+    return [
+        {"T": steps, "step": i + 1, "timestep": int(policy.levels[i]),
+         "share": f"{change([i]) / whole:.3f}", "sensitivity": f"{float(sensitivity[i]):.2f}"}
+        for i in range(steps)
+    ]  # fmt: skip
+
+
+# ---- Figures 4 and 5: rates over rounds of feedback
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is asked, and the settings that were chosen for it on seeds 100 and 101."""
+
+    question: Question
+    drawing: dict[str, str]
+    learning: dict[str, str]
+    prompts: str = "animals"
+
+
+EXPERIMENTS = {
+    # Five steps, so that the embedded model makes mistakes: with ten it draws every animal right.
+    "normalcy": Experiment(
+        "deformed",
+        {"sampling_steps": "5", "skip_steps": "2"},
+        # One update from all tags of 45 prompts: few pictures are bad, and fewer tags are noise.
+        {
+            "skip_steps": "2",
+            "timestep_fraction": "1",
+            "prompts_per_round": "45",
+            "units_per_update": "100000",
+            "learning_rate": "0.005",
+        },
+        prompts="captions",
+    ),
+    "safety": Experiment("unsafe", {}, {"units_per_update": "16"}),
+}
+
+
+@main.command()
+@click.argument("experiment", type=click.Choice(list(EXPERIMENTS)))
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--rounds", "count", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--raters", "number", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--error", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option("--prompts", help="Another list or file.")
+@click.option("--draw", multiple=True, metavar="KEY=VALUE", help="Another way to draw.")
+@click.option("--set", "learn", multiple=True, metavar="KEY=VALUE", help="Another way to learn.")
+@click.option("--out", type=PATH, default=Path("runs/feedback"))
+def rounds(
+    experiment: str, seed: int, count: int, number: int, error: float, prompts: str | None,
+    draw: tuple[str, ...], learn: tuple[str, ...], out: Path,
+) -> None:  # fmt: skip
+    """Play Figures 4 and 5 on the embedded model: draw, tag, learn, draw again.
+
+    A round draws seven images of each prompt from one noise, simulated raters tag the bad ones,
+    D3PO learns from the tags against the model that drew the round, and the next round draws with
+    what was learned. Writes OUT/EXPERIMENT/error-E/seed-N/rates.csv; the same command resumes.
+    """
+    own = EXPERIMENTS[experiment]
+    folder = out / experiment / f"error-{error:g}" / f"seed-{seed}"
+    rows: list[dict[str, Any]] = []
+    before = None
+    for index in range(count + 1):
+        place = folder / f"round-{index}"
+        round_ = draw_round(
+            place, ("tags", own.question), prompts or own.prompts, seed=seed, before=before,
+            settings={} if before else own.drawing | pairs_of(draw), device="cpu",
+        )  # fmt: skip
+        simulated.simulate(place, None, [Annotator(error=error)] * number, seed * 1000 + index)
+        rows.append({"round": index, **_rates(place, round_, own.question)})
+        click.echo(rows[-1])
+        write_atomically(folder / "rates.csv", csv_bytes(rows))
+        if index < count:
+            before = place / "trained" / "d3po"
+            settings = own.learning | pairs_of(learn)
+            request = training.TrainRequest(
+                method="d3po", passes=1, settings=settings, preset=None, device="cpu", tools=TOOLS
+            )
+            training.train(training.data_of(place, scores_of(place)), request, before)
+
+
+def _rates(place: Path, round_: Round, question: Question) -> dict[str, Any]:
+    """Shares of good images, as raters said and as the rule says, and of recognised animals."""
+    good, known = (
+        torch.stack([worth[item.id] > 0 for item in round_.items]).float()
+        for worth in (simulated.worths(place, round_, rule)
+                      for rule in (simulated.RULES[question], simulated.recognised))
+    )  # fmt: skip
+    said = 1 + scores_of(place).mean()
+    shares = {"said_good": said, "good": good.mean(), "recognised": known.mean()}
+    return {"images": good.numel()} | {k: round(float(v), 6) for k, v in shares.items()}
+
+
+# ---- Figure 7: whose picture is the first choice
+
+METHODS = ("preferred_images", "reward_weighted", "d3po")
+RATERS = 5
+
+
+@main.command()
+@click.argument("runs", type=THERE)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--error", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option("--count", type=click.IntRange(min=1), help="Captions; default: all 300.")
+@click.option("--out", type=PATH, default=Path("runs/feedback"))
+def preference(runs: Path, seed: int, error: float, count: int | None, out: Path) -> None:
+    """Play Figure 7: let five simulated raters compare the models of one seed of RUNS.
+
+    Takes the models that `d3po-bench table1 --out RUNS` trained from that seed, and the base
+    model, draws the held-out captions with each from the same noise, and compares every two
+    pictures of a caption. Writes OUT/preference/error-E/seed-N.csv, a row for each model, and the
+    same as `d3po-bench table1` reads it to choices/ beside it; the same command resumes.
+    """
+    place = out / "preference"
+    trained = {m: next(runs.rglob(f"image_reward/{m}/seed-{seed}")) for m in METHODS}
+    own = RunFolder(trained["d3po"]).config
+    sources = []
+    for name, target in {BASE_ROWS: Path("tiny"), **trained}.items():
+        request = plan.Request(
+            target=target, scorers=(), model="tiny", prompts=None, count=count, images=1,
+            steps=own.sampling_steps, guidance=own.guidance, device="cpu", jobs=1,
+            out=place / "drawn" / f"{name}-{seed}", save=True,
+        )  # fmt: skip
+        sources.append(work.run(request) / "pictures" / SAMPLER)
+    folder = place / f"error-{error:g}" / f"seed-{seed}"
+    if not (folder / "round.json").exists():
+        comparisons.take(folder, sources, ("pairs", "alignment"))
+    simulated.simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
+    with open_labels(folder, None) as store:
+        shares = comparisons.choices(store, folder)
+    rows = [{"model": m, "share": round(s.share, 6)}
+            for m, s in zip((BASE_ROWS, *METHODS), shares, strict=True)]  # fmt: skip
+    write_atomically(folder.with_suffix(".csv"), csv_bytes(rows))
+    comparisons.write_choices(folder.parent / "choices" / f"{folder.name}.csv", shares)
+    for row in rows:
+        click.echo(row)
+
+
+# ---- into this folder
+
+
+@main.command()
+@click.argument("runs", type=THERE)
+def collect(runs: Path) -> None:
+    """Copy the rows that `rounds` and `preference` wrote below RUNS into tiny/feedback.
+
+    Raters without errors are those of Table 1: their choices go to its folder.
+    """
+    rates = [
+        {"experiment": p.parts[-4], "error": p.parts[-3][6:], "seed": p.parts[-2][5:]} | row
+        for p in sorted(runs.glob("*/error-*/seed-*/rates.csv"))
+        for row in read_csv(p)
+    ]
+    chosen = [
+        {"error": p.parts[-2][6:], "seed": p.stem[5:]} | row
+        for p in sorted(runs.glob("preference/error-*/seed-*.csv"))
+        for row in read_csv(p)
+    ]
+    for name, rows in (("rounds", rates), ("preference", chosen)):
+        if rows:
+            write_atomically(HERE / "tiny" / "feedback" / f"{name}.csv", csv_bytes(rows))
+    for path in runs.glob("preference/error-0/choices/seed-*.csv"):
+        write_atomically(HERE / "tiny" / "table1" / "choices" / path.name, path.read_bytes())
+
+
+@main.command()
+@click.argument("runs", type=THERE)
+@click.argument("target", type=PATH)
+@click.option("--sheets/--no-sheets", default=True, help="Draw the sheets of samples, too.")
+def publish(runs: Path, target: Path, sheets: bool) -> None:
+    """Replace the runs in TARGET by the text files of those below RUNS.
+
+    Weights and pictures stay behind, so the sheets of samples have to be drawn now.
+    """
+    found = evaluated([runs])
+    for old in find_runs([target]):
+        shutil.rmtree(old.folder)
+    for run in found:
+        folder = target / run.folder.relative_to(runs)
+        folder.mkdir(parents=True)
+        for name in FILES:
+            shutil.copy2(run.folder / name, folder / name)
+    if (runs / "diversity.csv").is_file():
+        shutil.copy2(runs / "diversity.csv", target)
+    if sheets:
+        plot([runs], target / "figures")
+
+
+if __name__ == "__main__":
+    with said_in_one_line():
+        main()
