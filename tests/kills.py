@@ -1,4 +1,4 @@
-"""Kill runs with SIGKILL, go on with them, and compare every byte with runs never killed.
+"""Kill runs with SIGKILL, resume them, and compare every byte with runs never killed.
 
     python -m tests.kills --kills 50                    every method in turn, embedded model
     python -m tests.kills --kills 5 --model FOLDER      a smaller pipeline
@@ -132,7 +132,7 @@ def run_of(method: str, model: str, prompts: Path) -> Run:
 
 
 def start(run: Run, folder: Path, watch: Watch) -> int:
-    """Begin or go on with the run in a forked process; returns its number."""
+    """Begin or resume the run in a forked process; returns its number."""
     sys.stdout.flush()
     number = os.fork()
     if number:
@@ -222,11 +222,11 @@ class Trial:
     parts: int
     """Half-written files that the kill left."""
     difference: list[str]
-    """Files that differ after going on."""
+    """Files that differ after resuming."""
 
 
 def trials(kills: int, model: str, seed: int, folder: Path) -> Iterator[Trial]:
-    """Kill and go on, the methods in turn, the aims in turn for each."""
+    """Kill and resume, the methods in turn, the aims in turn for each."""
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     methods = registry.names("method")
@@ -245,7 +245,7 @@ def trials(kills: int, model: str, seed: int, folder: Path) -> Iterator[Trial]:
 
 
 def trial(run: Run, folder: Path, reference: Reference, aim: str, rng: random.Random) -> Trial:
-    """One kill that hits, and the run that goes on from it."""
+    """One kill that hits, and the run that is resumed after it."""
     hit = None
     while hit is None:
         shutil.rmtree(folder, ignore_errors=True)
