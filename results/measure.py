@@ -29,7 +29,8 @@ from d3po_bench.diffusion.seeding import normal, stream
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import comparisons, simulated, training
 from d3po_bench.feedback.drawing import draw_round
-from d3po_bench.feedback.rounds import Question, Round
+from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.schema import Question
 from d3po_bench.feedback.simulated import Annotator
 from d3po_bench.feedback.store import open_labels
 from d3po_bench.feedback.votes import scores_of
@@ -172,7 +173,8 @@ def rounds(
             place, ("tags", own.question), prompts or own.prompts, seed=seed, before=before,
             settings={} if before else own.drawing | pairs_of(draw), device="cpu",
         )  # fmt: skip
-        simulated.simulate(place, None, [Annotator(error=error)] * number, seed * 1000 + index)
+        pool = [Annotator(error=error)] * number
+        simulated.simulate(place, None, pool, seed * 1000 + index, TOOLS)
         rows.append({"round": index, **_rates(place, round_, own.question)})
         click.echo(rows[-1])
         write_atomically(folder / "rates.csv", csv_bytes(rows))
@@ -189,7 +191,7 @@ def _rates(place: Path, round_: Round, question: Question) -> dict[str, Any]:
     """Shares of good images, as raters said and as the rule says, and of recognised animals."""
     good, known = (
         torch.stack([worth[item.id] > 0 for item in round_.items]).float()
-        for worth in (simulated.worths(place, round_, rule)
+        for worth in (simulated.worths(place, round_, rule, TOOLS)
                       for rule in (simulated.RULES[question], simulated.recognised))
     )  # fmt: skip
     said = 1 + scores_of(place).mean()
@@ -231,7 +233,7 @@ def preference(runs: Path, seed: int, error: float, count: int | None, out: Path
     folder = place / f"error-{error:g}" / f"seed-{seed}"
     if not (folder / "round.json").exists():
         comparisons.take(folder, sources, ("pairs", "alignment"))
-    simulated.simulate(folder, None, [Annotator(error=error)] * RATERS, seed)
+    simulated.simulate(folder, None, [Annotator(error=error)] * RATERS, seed, TOOLS)
     with open_labels(folder, None) as store:
         shares = comparisons.choices(store, folder)
     rows = [{"model": m, "share": round(s.share, 6)}

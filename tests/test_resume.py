@@ -195,7 +195,7 @@ def test_resuming_with_a_smaller_batch_is_on_record(
     shown = command("show", folder).out
     assert "made in several environments:\n  start 2, after round 1  execution.micro_batch" in shown
     said = "was made in several environments: from round 1 with other execution.micro_batch"
-    assert said in list(verify.check_run(folder))
+    assert said in list(verify.check_run(RunFolder(folder)))
 
 
 def test_resuming_in_the_same_environment_is_nothing_to_tell(
@@ -205,7 +205,9 @@ def test_resuming_in_the_same_environment_is_nothing_to_tell(
     assert command(*run_of(micro)).code == 0
     assert len(RunFolder(folder).facts["sessions"]) == 2
     assert "several environments" not in command("show", folder).out
-    assert not any("several environments" in problem for problem in verify.check_run(folder))
+    assert not any(
+        "several environments" in problem for problem in verify.check_run(RunFolder(folder))
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"checkpoint_every": 2, "eval_every": 0}])
