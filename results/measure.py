@@ -173,9 +173,8 @@ def rounds(
             place, ("tags", own.question), prompts or own.prompts, seed=seed, before=before,
             settings={} if before else own.drawing | pairs_of(draw), device="cpu",
         )  # fmt: skip
-        simulated.simulate(
-            place, None, [Annotator(error=error)] * number, seed * 1000 + index, TOOLS
-        )
+        pool = [Annotator(error=error)] * number
+        simulated.simulate(place, None, pool, seed * 1000 + index, TOOLS)
         rows.append({"round": index, **_rates(place, round_, own.question)})
         click.echo(rows[-1])
         write_atomically(folder / "rates.csv", csv_bytes(rows))
