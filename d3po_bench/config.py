@@ -316,6 +316,6 @@ def _parse(key: str, text: str, kind: Any) -> Any:
             raise ValueError(text)
         return value
     except (KeyError, ValueError, OverflowError):
-        words = {bool: "true or false", int: "a whole number", float: "a finite number"}
+        words = {bool: "true or false", int: "a whole number", float: "a number such as 0.001"}
         wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
         raise UserError(f"{key} must be {wanted}, not {text[:80]!r}.") from None

@@ -68,5 +68,5 @@ def device_of(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError) as problem:
         raise UserError(
-            f"torch cannot use the device {name!r} here. Give --device auto, cpu or cuda."
+            f"torch cannot use the device {name!r} here. Leave --device out to take what there is."
         ) from problem

@@ -316,6 +316,11 @@ def test_no_scorer_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_has_no_scorers_of_its_own() -> None:
+    with pytest.raises(UserError, match="tiny is not a run"):
+        plan.scorers_of(Path("tiny"))
+
+
 def test_absent_weights_stop_it_before_anything_is_drawn(
     micro: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ def test_points_run_evaluate_and_plot(
     assert [line["images"] for line in lines] == [12, 24, 36]
     assert all(line["grad_norm"] > 0 for line in lines)
 
-    command("evaluate", run, "--scorers", "jpeg_size", "--out", "scores")
+    command("evaluate", run, "--out", "scores")  # by the scorers that the run had
     with (tmp_path / "scores" / "rows.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["sampler"] == "eta1"]
     with (run / "eval.csv").open() as file:

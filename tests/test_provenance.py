@@ -164,7 +164,10 @@ def test_the_commit_is_of_this_code_alone(tmp_path: Path, monkeypatch: pytest.Mo
     found = here(name)
     assert len(found["commit"]) == 40
     assert found["dirty"] is False
-    (tmp_path / "new").touch()
+    (tmp_path / "first-look").mkdir()
+    (tmp_path / "first-look" / "metrics.jsonl").touch()
+    assert here(name)["dirty"] is False  # what a run writes is not its code
+    (tmp_path / name).write_text("1")
     assert here(name)["dirty"] is True
     # an environment inside somebody's repository: that commit is not ours
     (tmp_path / "venv" / name).parent.mkdir(parents=True)

@@ -41,7 +41,10 @@ def scorer_names(text: str) -> tuple[str, ...]:
     """Names of scorers with commas between them, at least one."""
     found = tuple(name.strip() for name in text.split(",") if name.strip())
     if not found:
-        raise UserError(f"{ascii(text)[:80]} names no scorer. `d3po-bench list` names them.")
+        raise UserError(
+            f"{ascii(text)[:80]} names no scorer. Give one or more, such as --scorers "
+            "jpeg_size,clip; `d3po-bench list` names them."
+        )
     return found
 
 

@@ -95,8 +95,8 @@ def report(
 @click.argument("target", type=PLACE)
 @click.option(
     "--scorers",
-    default="",
-    help="Names, with commas between them; name:weights for others than the model's.",
+    help="Names, with commas between them; name:weights for others than the model's. Default: "
+    "those of the run.",
 )
 @click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
 @click.option("--prompts", help="A list or a file; default: held-out captions, or the run's own.")
@@ -114,7 +114,7 @@ def report(
 @click.option("--save", is_flag=True, help="Keep the pictures, with a metadata.csv.")
 def evaluate(
     target: Path,
-    scorers: str,
+    scorers: str | None,
     model: str | None,
     prompts: str | None,
     count: int | None,
@@ -139,8 +139,9 @@ def evaluate(
     """  # noqa: D301
     from eval.evaluate import plan, work
 
+    names = plan.scorers_of(target) if scorers is None else scorer_names(scorers)
     request = plan.Request(
-        target=target, scorers=scorer_names(scorers), model=model, prompts=prompts, count=count,
+        target=target, scorers=names, model=model, prompts=prompts, count=count,
         images=images, steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
         save=save,
     )  # fmt: skip

@@ -52,13 +52,16 @@ def _commit() -> Row:
     home = Path(__file__).resolve().parent.parent.parent
     try:
         top, head = _git(home, "rev-parse", "--show-toplevel", "HEAD").splitlines()
-        changes = _git(home, "status", "--porcelain") + _untracked(home)
+        # What a run writes into the checkout is not a change of its code.
+        known = _git(home, "status", "--porcelain", "--untracked-files=no")
+        changes = known + _untracked(home)
         diff = short(changes + _git(home, "diff", "HEAD")) if changes.strip() else None
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     # An environment inside somebody's repository is not that repository.
-    known = {"commit": head, "dirty": diff is not None, **({"diff": diff} if diff else {})}
-    return known if Path(top) == home else {}
+    if Path(top) != home:
+        return {}
+    return {"commit": head, "dirty": diff is not None, **({"diff": diff} if diff else {})}
 
 
 def _untracked(home: Path) -> str:

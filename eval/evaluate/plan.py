@@ -74,6 +74,22 @@ class Request:
     eta: float = 1.0
 
 
+def scorers_of(target: Path) -> tuple[str, ...]:
+    """The scorers that a run was evaluated with: its objective's first.
+
+    Raises:
+        UserError: it is not a run.
+    """
+    if not (target / "config.json").is_file():
+        raise UserError(
+            f"{target} is not a run, which would say what to score with. Give --scorers, such as "
+            "--scorers jpeg_size,clip; `d3po-bench list` names them."
+        )
+    config = RunFolder(target).config
+    own = registry.objective(config.objective).scorer
+    return tuple(dict.fromkeys((own, *config.eval_scorers)))
+
+
 def planned(request: Request) -> Plan:
     """What a request means, after looking at what its target is.
 
