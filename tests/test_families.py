@@ -229,7 +229,7 @@ def test_our_levels_are_those_of_published_configs(config: dict[str, Any], steps
 
 
 SETTINGS = {
-    "dtype": "fp32", "prompts_per_round": 2, "sampling_steps": 4, "units_per_update": 2,
+    "dtype": "fp32", "prompts_per_round": 4, "sampling_steps": 4, "units_per_update": 4,
     "learning_rate": 1e-3, "eval_every": 3, "eval_prompts": 2, "eval_images": 1, "threads": 1,
 }  # fmt: skip
 
@@ -260,7 +260,8 @@ def check_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["round"] for row in rows] == [1, 2, 3]
     values = torch.tensor([v for row in rows for v in row.values() if isinstance(v, int | float)])
     assert values.isfinite().all()
-    assert all(row["grad_norm"] > 0 for row in rows)
+    # Pictures of random networks can be of one size, and then a round teaches nothing.
+    assert any(row["grad_norm"] > 0 for row in rows)
     asked = ["evaluate", str(config.parent), "--scorers", "jpeg_size", "--count", "2"]
     code, said = command(capsys, *asked, "--steps", "4", "--device", "cpu")
     assert code == 0, said
