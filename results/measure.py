@@ -224,7 +224,7 @@ def preference(runs: Path, seed: int, error: float, count: int | None, out: Path
     own = RunFolder(trained["d3po"]).config
     sources = []
     for name, target in {BASE_ROWS: Path("tiny"), **trained}.items():
-        request = plan.Request(
+        request = plan.EvaluateRequest(
             target=target, scorers=(), model="tiny", prompts=None, count=count, images=1,
             steps=own.sampling_steps, guidance=own.guidance, device="cpu", jobs=1,
             out=place / "drawn" / f"{name}-{seed}", save=True,

@@ -21,7 +21,7 @@ import torch
 from d3po_bench import cli
 from d3po_bench.errors import RunError, UserError
 from eval.evaluate import plan, work
-from eval.evaluate.plan import Request
+from eval.evaluate.plan import EvaluateRequest
 from tests.conftest import disturb, loaded
 from tests.gallery import gallery
 
@@ -42,12 +42,12 @@ def load(device):
 """
 
 
-def request(target: Path, **changes: Any) -> Request:
+def request(target: Path, **changes: Any) -> EvaluateRequest:
     plain: dict[str, Any] = {
         "scorers": ("jpeg_size",), "model": None, "prompts": None, "count": None, "images": 2,
         "steps": 2, "guidance": None, "device": "cpu", "jobs": 1, "out": None,
     }  # fmt: skip
-    return Request(target=target, **{**plain, **changes})
+    return EvaluateRequest(target=target, **{**plain, **changes})
 
 
 def rows(out: Path) -> list[dict[str, str]]:

@@ -283,7 +283,7 @@ def run_on(folder: Path, prompts: str) -> Path:
 
 def planned(run: Path, prompts: str | None = None) -> plan.Plan:
     return plan.planned(
-        plan.Request(
+        plan.EvaluateRequest(
             target=run, scorers=("jpeg_size",), model=None, prompts=prompts, count=None, images=1,
             steps=2, guidance=None, device="cpu", jobs=1, out=None,
         )

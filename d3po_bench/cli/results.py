@@ -140,7 +140,7 @@ def evaluate(
     from eval.evaluate import plan, work
 
     names = plan.scorers_of(target) if scorers is None else scorer_names(scorers)
-    request = plan.Request(
+    request = plan.EvaluateRequest(
         target=target, scorers=names, model=model, prompts=prompts, count=count,
         images=images, steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
         save=save,
@@ -199,7 +199,7 @@ def table1(
     from d3po_bench.config import pairs_of
     from eval.analysis import table1 as tables
 
-    request = tables.Request(
+    request = tables.Table1Request(
         objective=objective, model=model, preset=preset, settings=pairs_of(settings),
         seeds=range(seeds), scorers=scorer_names(scorers), prompts=prompts, count=count,
         device=device, jobs=jobs, out=out, runs=runs,

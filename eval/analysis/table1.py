@@ -59,7 +59,7 @@ Cells = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Table1Request:
     """What the command line asked for."""
 
     objective: str
@@ -78,7 +78,7 @@ class Request:
     """Finished runs to take instead of training."""
 
 
-def run(request: Request, tell: Callable[[str], None]) -> str:
+def run(request: Table1Request, tell: Callable[[str], None]) -> str:
     """Train or take the models, score them, write and return the table.
 
     Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json. Raters'
@@ -99,7 +99,7 @@ def run(request: Request, tell: Callable[[str], None]) -> str:
     return write(request.out)
 
 
-def _signal(request: Request) -> dict[str, str]:
+def _signal(request: Table1Request) -> dict[str, str]:
     scorer = registry.objective(request.objective).scorer
     return {"objective": request.objective, "column": SIGNAL.get(scorer, scorer)}
 
@@ -107,7 +107,7 @@ def _signal(request: Request) -> dict[str, str]:
 # ---- models
 
 
-def _trained(request: Request) -> dict[str, Path]:
+def _trained(request: Table1Request) -> dict[str, Path]:
     """Run folders by METHOD-SEED; what is finished is not trained again."""
     jobs = [
         job
@@ -127,13 +127,13 @@ def _trained(request: Request) -> dict[str, Path]:
     return {f"{job.config.method}-{job.config.seed}": job.folder for job in jobs}
 
 
-def preset(request: Request) -> str | None:
+def preset(request: Table1Request) -> str | None:
     """What was asked for; for the embedded model the one that leaves it mistakes to unlearn."""
     embedded = request.model == "tiny"
     return "alignment" if embedded and request.preset is None else request.preset
 
 
-def _taken(request: Request) -> dict[str, Path]:
+def _taken(request: Table1Request) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for run in find_runs(request.runs):
         if not (run.folder / "lora").is_dir():  # it has not ended
@@ -177,7 +177,7 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _score(
-    request: Request, target: Path, name: str, drawn: Mapping[str, Any],
+    request: Table1Request, target: Path, name: str, drawn: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Write rows/NAME.csv unless it is there."""
@@ -187,7 +187,7 @@ def _score(
     tell(f"scoring {name}")
     how = {**drawn, "prompts": request.prompts or drawn["prompts"]}
     folder = work.run(
-        plan.Request(
+        plan.EvaluateRequest(
             target=target, scorers=request.scorers, model=None, count=request.count, images=1,
             device=request.device, jobs=request.jobs or 1,
             out=request.out / "scoring" / name, **how,

@@ -53,7 +53,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class EvaluateRequest:
     """What the command line asked for."""
 
     target: Path
@@ -90,7 +90,7 @@ def scorers_of(target: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys((own, *config.eval_scorers)))
 
 
-def planned(request: Request) -> Plan:
+def planned(request: EvaluateRequest) -> Plan:
     """What a request means, after looking at what its target is.
 
     Raises:
@@ -114,7 +114,7 @@ def planned(request: Request) -> Plan:
     return _of_model(request, str(target), "")
 
 
-def _require_no_other_model(request: Request, model: str) -> None:
+def _require_no_other_model(request: EvaluateRequest, model: str) -> None:
     """Refuse a --model that would be ignored.
 
     Raises:
@@ -127,7 +127,7 @@ def _require_no_other_model(request: Request, model: str) -> None:
         )
 
 
-def _of_run(request: Request) -> Plan:
+def _of_run(request: EvaluateRequest) -> Plan:
     config = RunFolder(request.target).config
     _require_no_other_model(request, config.model)
     plan = _of_model(request, config.model, str(request.target / "lora"), config)
@@ -151,7 +151,9 @@ def _require_unseen(plan: Plan, config: RunConfig, run: Path) -> None:
         )
 
 
-def _of_model(request: Request, model: str, adapter: str, config: RunConfig | None = None) -> Plan:
+def _of_model(
+    request: EvaluateRequest, model: str, adapter: str, config: RunConfig | None = None
+) -> Plan:
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
     trained = f" + {content(Path(adapter))[:12]}" if adapter else ""
@@ -198,7 +200,7 @@ def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(scorers))
 
 
-def _pictures(request: Request) -> Plan:
+def _pictures(request: EvaluateRequest) -> Plan:
     """A folder of pictures with metadata.csv."""
     if request.save:
         raise UserError(

@@ -24,7 +24,7 @@ from d3po_bench.launch.job import End, attempt, died
 from d3po_bench.launch.local import Died, side_by_side
 from d3po_bench.runs.files import csv_bytes, png_bytes, read_csv, write_atomically
 from d3po_bench.runs.provenance import environment, now
-from eval.evaluate.plan import Plan, Request, planned
+from eval.evaluate.plan import EvaluateRequest, Plan, planned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ Told = Callable[[int, int], None]
 """Called with pieces done and pieces in all."""
 
 
-Task = tuple[Plan, Piece, Path, Request]
+Task = tuple[Plan, Piece, Path, EvaluateRequest]
 """What a worker process needs to do a piece."""
 
 
@@ -56,7 +56,7 @@ SMALLER = "Draw fewer --images of a prompt."
 
 
 def run(
-    request: Request,
+    request: EvaluateRequest,
     told: Told = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -159,7 +159,7 @@ def _place(out: Path, piece: Piece) -> Path:
     return out / "pieces" / f"{piece[1] or 'pictures'}-{piece[0]:06d}.csv"
 
 
-def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: Request) -> None:
+def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: EvaluateRequest) -> None:
     """Put the pieces together in their order, and say where and by what they were scored."""
     from eval import golden
 
@@ -214,7 +214,7 @@ def _attempt(task: Task, tell: Callable[[Any], None]) -> End:
     return attempt(lambda: _do(*task), SMALLER)
 
 
-def _do(plan: Plan, piece: Piece, out: Path, request: Request) -> None:
+def _do(plan: Plan, piece: Piece, out: Path, request: EvaluateRequest) -> None:
     first, sampler = piece
     if plan.files:
         rows = _score_pictures(plan, slice(first, first + PIECE), request.device)
