@@ -9,6 +9,21 @@ import click
 from d3po_bench.cli.options import MOST_JOBS, PLACE
 from d3po_bench.config import MOST_SEEDS
 
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
+)
+JOBS = click.option(
+    "--jobs", type=click.IntRange(1, MOST_JOBS),
+    help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
+)  # fmt: skip
+OUT = click.option(
+    "--out", type=PLACE, default=Path("runs"), show_default=True, help="Folder of run folders."
+)
+RESUME = click.option(
+    "--resume/--no-resume", default=True, show_default=True,
+    help="Continue runs that are already there.",
+)  # fmt: skip
+
 
 @click.command()
 @click.option("--method", required=True, help="What learns: see `d3po-bench list`.")
@@ -27,7 +42,7 @@ from d3po_bench.config import MOST_SEEDS
     "--model",
     default="tiny",
     show_default=True,
-    help="tiny, sd15, a diffusers folder, or a hub id.",
+    help="tiny, sd15, a diffusers folder, a hub id, or a FILE.py with a model family.",
 )
 @click.option("--preset", help="Settings to start from; default: the one made for the model.")
 @click.option(
@@ -40,25 +55,10 @@ from d3po_bench.config import MOST_SEEDS
 @click.option(
     "--rounds", type=click.IntRange(1, 10**6), help="Sampling rounds (the paper's epochs)."
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--jobs",
-    type=click.IntRange(1, MOST_JOBS),
-    help="Seeds run side by side; default: one per core for tiny on a CPU, else 1.",
-)
-@click.option(
-    "--out",
-    type=PLACE,
-    default=Path("runs"),
-    show_default=True,
-    help="Folder of run folders.",
-)
-@click.option(
-    "--resume/--no-resume",
-    default=True,
-    show_default=True,
-    help="Continue runs that are already there.",
-)
+@DEVICE
+@JOBS
+@OUT
+@RESUME
 @click.option(
     "--deterministic/--no-deterministic",
     default=None,
@@ -121,25 +121,10 @@ def run(
 
 @click.command()
 @click.argument("grid", type=PLACE)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--jobs",
-    type=click.IntRange(1, MOST_JOBS),
-    help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
-)
-@click.option(
-    "--out",
-    type=PLACE,
-    default=Path("runs"),
-    show_default=True,
-    help="Folder of run folders.",
-)
-@click.option(
-    "--resume/--no-resume",
-    default=True,
-    show_default=True,
-    help="Continue runs that are already there.",
-)
+@DEVICE
+@JOBS
+@OUT
+@RESUME
 def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) -> None:
     """Run methods x objectives x seeds from the TOML file GRID.
 
