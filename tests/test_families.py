@@ -319,6 +319,7 @@ INDEX, LEVELS = "model_index.json", "scheduler/scheduler_config.json"
         ("sdxl", INDEX, {"_class_name": "FluxPipeline"}, "FluxPipeline, which no .*StableDiff"),
         ("sdxl", LEVELS, {"prediction_type": "sample"}, "predicts 'sample' .*only epsilon and v_"),
         ("sdxl", INDEX, {"scheduler": ["diffusers", "EDMEulerScheduler"]}, "for a EDMEulerSched"),
+        ("sdxl", INDEX, {"_class_name": "StableDiffusionPipeline"}, "does not use: text_encoder_2"),
         ("sd3", INDEX, {"text_encoder": [None, None]}, "nothing as its text_encoder; "),
         ("sd3", INDEX, {"scheduler": ["diffusers", "DDIMScheduler"]}, "DDIMScheduler .* FlowMatch"),
         ("sd3", LEVELS, {"use_karras_sigmas": True}, "sets use_karras_sigmas"),

@@ -165,6 +165,21 @@ def test_a_second_call_changes_nothing_and_a_cut_one_goes_on_to_the_same_bytes(
     assert files(tmp_path / "round") == whole
 
 
+def test_a_round_keeps_its_sampler_and_an_older_one_has_the_default(
+    micro: Path, tmp_path: Path
+) -> None:
+    small = {**SMALL, "sampler": "cps"}
+    draw_round(
+        tmp_path, TAGS, "animals", count=1, model=str(micro), preset="official_code",
+        settings=small, device="cpu",
+    )  # fmt: skip
+    assert Sampling.read(tmp_path).config("d3po").sampler == "cps"
+    data = json.loads((tmp_path / "sampling.json").read_text())
+    del data["settings"]["sampler"]
+    (tmp_path / "sampling.json").write_text(json.dumps(data))
+    assert Sampling.read(tmp_path).settings["sampler"] == "auto"
+
+
 def test_prompts_come_equally_often_and_in_another_order_in_another_round(micro: Path) -> None:
     known = ["a", "b", "c", "d"]
     drawn = [chosen_prompts(known, 10, 0, number) for number in (0, 0, 1)]

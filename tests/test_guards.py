@@ -19,7 +19,7 @@ from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.run import read_config, read_facts
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.trainer import Trainer
 from eval import golden
 from eval.analysis.runs import read_groups
@@ -225,7 +225,7 @@ def test_a_scorer_without_golden_scores_is_named_and_recorded(
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert told == [f"note: {golden.note([own])}"]
     runs = [path.parent for path in out.rglob("provenance.json")]
-    assert [read_facts(run)["unchecked_scorers"] for run in runs] == [[own], [own]]
+    assert [RunFolder(run).facts["unchecked_scorers"] for run in runs] == [[own], [own]]
     (line,) = [line for line in show.lines(runs[0]) if "without golden scores" in line]
     assert line.endswith(own)
 
@@ -233,7 +233,7 @@ def test_a_scorer_without_golden_scores_is_named_and_recorded(
 def test_a_run_whose_scorers_were_all_checked_says_so(micro: Path, tmp_path: Path) -> None:
     main(run_of(micro, "--out", str(tmp_path / "runs"), rounds=1, eval_scorers="animal"))
     (path,) = (tmp_path / "runs").rglob("provenance.json")
-    assert read_facts(path.parent)["unchecked_scorers"] == []
+    assert RunFolder(path.parent).facts["unchecked_scorers"] == []
 
 
 def test_an_evaluation_names_scorers_without_golden_scores(
@@ -322,12 +322,12 @@ def test_a_newer_setting_is_refused_with_the_version(tmp_path: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "momentum": 0.9}))
     with pytest.raises(UserError, match=r"unknown settings: momentum. It was written by 0\.1\.0"):
-        read_config(run)
+        _ = RunFolder(run).config
     (run / "provenance.json").unlink()
     with pytest.raises(
         UserError, match=r"momentum. It was written by a version that is not on rec"
     ):
-        read_config(run)
+        _ = RunFolder(run).config
 
 
 @pytest.mark.parametrize(
@@ -338,18 +338,18 @@ def test_a_newer_setting_is_refused_with_the_version(tmp_path: Path) -> None:
 def test_a_newer_version_is_refused(tmp_path: Path, version: str, newer: bool) -> None:
     (tmp_path / "provenance.json").write_text(json.dumps({"packages": {"d3po-bench": version}}))
     if not newer:
-        assert read_facts(tmp_path)
+        assert RunFolder(tmp_path).facts
         return
     with pytest.raises(
         UserError, match=rf"is of d3po-bench {re.escape(version)}, and this is 0\.1\.0"
     ):
-        read_facts(tmp_path)
+        _ = RunFolder(tmp_path).facts
 
 
 def test_what_is_published_is_read(tmp_path: Path) -> None:
     configs = list((ROOT / "results").rglob("config.json"))
     assert len(configs) > 100
-    assert all(read_config(path.parent)["method"] for path in configs)
+    assert all(RunFolder(path.parent).config.method for path in configs)
 
 
 # ---- seeds

@@ -14,7 +14,8 @@ from d3po_bench.cli.options import PLACE
 from d3po_bench.config import RunConfig, make
 from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
-from d3po_bench.runs.run import IMAGE, Row, RunFolder, content, finite
+from d3po_bench.runs.files import Row
+from d3po_bench.runs.run import IMAGE, RunFolder, content, finite
 from d3po_bench.runs.sessions import differing, sessions
 from d3po_bench.text import section
 

@@ -81,7 +81,7 @@ class RectifiedFlow:
         self._total = total
         # In float32 as in diffusers, whose levels would differ in the last bit otherwise.
         even = torch.arange(1, total + 1, dtype=torch.float32) / total
-        self.training_levels = self._shifted(even).double()
+        self.training_levels = self._shifted(even)
         # Diffusers shifts the last level twice: in its __init__, then with all the others. It
         # does so only with a static shift.
         self._lowest = float(even[0] if mu is not None else self.training_levels[0])
@@ -125,7 +125,7 @@ class RectifiedFlow:
     def levels(self, steps: int) -> Tensor:
         """The scheduler's `sigmas` after `set_timesteps(steps)`; the final one is 0."""
         even = torch.linspace(1, self._lowest, steps, dtype=torch.float64)
-        return torch.cat([self._shifted(even).float().double(), torch.zeros(1).double()])
+        return torch.cat([self._shifted(even).float(), torch.zeros(1)])
 
     def alpha(self, s: Tensor) -> Tensor:
         """See `types.Process`."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from d3po_bench.config import FEEDBACK, Execution, RunConfig
+from d3po_bench.config import FEEDBACK, LATER, Execution, RunConfig
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.diffusion.seeding import stream
@@ -38,8 +38,8 @@ from d3po_bench.types import Model
 FILE, FILES, ADAPTER = "sampling.json", "files.json", "adapter.safetensors"
 
 FIXED = (
-    "model", "sampling_steps", "eta", "guidance", "dtype", "full", "lora_rank", "lora_alpha",
-    "lora_targets",
+    "model", "sampling_steps", "sampler", "eta", "guidance", "dtype", "full", "lora_rank",
+    "lora_alpha", "lora_targets",
 )  # fmt: skip
 """Fields of RunConfig that a round decides, for its training and for the rounds after it."""
 
@@ -64,6 +64,12 @@ class Sampling:
     """Prompts of a file in rollout/."""
 
     @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        """From JSON; of an older round the settings that came later have their defaults."""
+        settings = {**LATER, **data["settings"]}
+        return cls(**{**data, "settings": settings, "prompts": tuple(data["prompts"])})
+
+    @classmethod
     def read(cls, folder: Path) -> Self:
         """What is written in a round's folder.
 
@@ -73,7 +79,7 @@ class Sampling:
         path = folder / FILE
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(**{**data, "prompts": tuple(data["prompts"])})
+            found = cls.of(data)
             found.config("d3po")
             return found
         except FileNotFoundError as problem:
@@ -131,7 +137,7 @@ class Before:
                 "round-1/trained/d3po."
             )
         weights = {k.removeprefix("weight/"): v for k, v in state[0].items() if "weight/" in k}
-        return cls(weights, Sampling(**{**found, "prompts": ()}))
+        return cls(weights, Sampling.of({**found, "prompts": ()}))
 
 
 # ---- drawing
@@ -214,7 +220,7 @@ def prepared(
     policy = Policy(
         model, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance, sampler=c.sampler
     )
-    policy.require_noise(policy.steps - c.skip_steps)
+    policy.require_noise(policy.steps - 1)  # training may leave the last step out
     return model, policy
 
 

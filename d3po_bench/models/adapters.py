@@ -24,6 +24,9 @@ from d3po_bench.types import Conditions, Prediction, Process, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that change no picture drawn from a prompt."""
+
 ENCODED_TOGETHER = 64
 """Prompts in one pass of the text encoders."""
 
@@ -116,12 +119,19 @@ class DiffusersModel(ABC):
             training: what trains.
 
         Raises:
-            UserError: a part is missing, of another class, or does not load.
+            UserError: a part is missing, of another class, unknown, or does not load.
         """
         quieten()
+        classes = {n: v[1] for n, v in index.items() if isinstance(v, list) and len(v) == 2}
+        strange = [n for n, kind in classes.items() if kind and n not in {*cls.PARTS, *UNUSED}]
+        if strange:
+            raise UserError(
+                f"The pipeline in {path} has a part that {cls.__name__} does not use: "
+                f"{', '.join(strange)}. Give --model another folder or hub id."
+            )
         parts: dict[str, Any] = {}
         for name, allowed in cls.PARTS.items():
-            found = (index.get(name) or [None, None])[1]
+            found = classes.get(name)
             if found is None and name in cls.OPTIONAL:
                 continue
             if found is None or (allowed and found not in allowed):

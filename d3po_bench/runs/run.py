@@ -22,11 +22,6 @@ from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import Row, read_csv, readable
 
-__all__ = [
-    "TEXT", "Row", "RunFolder", "content", "find_runs", "finite", "read_config", "read_facts",
-    "read_lines", "read_object", "readable",
-]  # fmt: skip
-
 TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 """A run's text files but provenance.json, which holds their digests."""
 
@@ -178,18 +173,6 @@ def read_lines(path: Path) -> list[Row]:
             if not isinstance(row, dict) or type(row.get("round")) is not int:
                 raise ValueError(f"line {number} is not an object with a whole number `round`")
         return rows
-
-
-def read_config(folder: Path) -> Row:
-    """The config of a run as JSON gives it, checked; see `RunFolder.config`."""
-    run = RunFolder(folder)
-    _ = run.config
-    return run.recorded
-
-
-def read_facts(folder: Path) -> Row:
-    """The provenance of a run; see `RunFolder.facts`."""
-    return RunFolder(folder).facts
 
 
 def finite(value: Any) -> bool:

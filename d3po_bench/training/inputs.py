@@ -12,7 +12,8 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.models.sources import fingerprint, model_source
 from d3po_bench.prompts import digest
-from d3po_bench.runs.run import Row, RunFolder
+from d3po_bench.runs.files import Row
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.tools import Tools
 
 

@@ -57,12 +57,6 @@ def between(middle: float, low: float, high: float) -> str:
     return f"{middle:+.3f}" + ("" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
 
 
-def mean_told(values: Any) -> str:
-    """The mean over seeds [S] with its `interval`, for tables."""
-    low, high = interval(values)
-    return between(values.mean(), float(low), float(high))
-
-
 def iqm(values: Any) -> float:
     """Interquartile mean over seeds: the mean of the middle half (Agarwal et al. 2021).
 

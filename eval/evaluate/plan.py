@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from d3po_bench import registry
-from d3po_bench.config import RunConfig
+from d3po_bench.config import FEEDBACK, RunConfig
 from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
 from d3po_bench.models.sources import content, fingerprint, model_source
@@ -78,14 +78,14 @@ def scorers_of(target: Path) -> tuple[str, ...]:
     """The scorers that a run was evaluated with: its objective's first.
 
     Raises:
-        UserError: it is not a run.
+        UserError: it is not a run, or people scored it.
     """
-    if not (target / "config.json").is_file():
+    config = RunFolder(target).config if (target / "config.json").is_file() else None
+    if config is None or config.objective == FEEDBACK:
         raise UserError(
-            f"{target} is not a run, which would say what to score with. Give --scorers, such as "
-            "--scorers jpeg_size,clip; `d3po-bench list` names them."
+            f"{target} is not a run that a program scored, which would say what to score with. "
+            "Give --scorers, such as --scorers jpeg_size,clip; `d3po-bench list` names them."
         )
-    config = RunFolder(target).config
     own = registry.objective(config.objective).scorer
     return tuple(dict.fromkeys((own, *config.eval_scorers)))
 
