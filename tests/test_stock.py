@@ -375,6 +375,25 @@ def test_a_lora_is_drawn_as_by_diffusers(
     assert not same(ours(folder), expected)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_drift_of_a_lora_on_text_encoders_is_from_the_untouched_ones(
+    family: str, originals: Path, tmp_path: Path
+) -> None:
+    folder, lora = originals / family, tmp_path / "lora"
+    text_encoder_too(folder, lora)
+    plain, other = (load(Source(path=str(folder)), CPU, Training()) for _ in range(2))
+    other.load_saved(lora)
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    s = torch.full((2,), 500)
+    with torch.no_grad():
+        base, without, tuned = (
+            Policy(model).output(x, s, model.encode(PROMPTS), weights=w)
+            for model, w in ((plain, "current"), (other, "base"), (other, "current"))
+        )
+    assert torch.equal(without, base)
+    assert (tuned - base).abs().max() > 0.1
+
+
 def of_another_model(layers: Layers) -> Layers:
     return {
         f"unet.{name.replace('down_blocks.0', 'down_blocks.7')}": layers[name] for name in layers

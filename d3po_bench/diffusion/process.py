@@ -38,10 +38,9 @@ class VariancePreserving:
         self._timesteps = timesteps
         self.training_levels = torch.arange(len(alphas_cumprod))
         # Level -1 is where a sampler ends whose last step leaves no noise.
-        ends_clean = last is not None and bool(last != alphas_cumprod[0])
         self._alpha_bar = alphas_cumprod.cpu()
         self._last = 0
-        if ends_clean:
+        if last is not None and bool(last != alphas_cumprod[0]):
             self._alpha_bar = torch.cat([self._alpha_bar, last.cpu().view(1)])
             self._last = -1
 

@@ -23,20 +23,16 @@ from torch import Tensor
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import RunError, UserError, is_out_of_memory
 from d3po_bench.models.lora import put_on
-from d3po_bench.models.parts import (
-    complete,
-    in_a_line,
-    load_part,
-    quieten,
-    require_followed,
-    require_plain,
-)
+from d3po_bench.models.parts import complete, in_a_line, load_part, quieten, require_followed
 from d3po_bench.types import Conditions, Prediction, Process, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that change no picture drawn from a prompt."""
+
+BASE = "base "
+"""Before the names of conditions without the text encoders' LoRA, for the pretrained weights."""
 
 ENCODED_TOGETHER = 64
 """Prompts in one pass of the text encoders."""
@@ -101,8 +97,7 @@ class DiffusersModel(ABC):
         self.network: Any = self.parts[self.NETWORK]
         self.vae: Any = self.parts["vae"]
         self.pipeline = self._stock_pipeline()
-        require_plain(self.parts, self.NETWORK)
-        require_followed(self.parts, self.NOT_FOLLOWED)
+        require_followed(self.parts, self.NETWORK, self.NOT_FOLLOWED)
         self._freeze()
         size = self.network.config.sample_size
         sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -209,7 +204,11 @@ class DiffusersModel(ABC):
         for start in range(0, len(fresh), ENCODED_TOGETHER):
             batch = fresh[start : start + ENCODED_TOGETHER]
             with torch.no_grad():
-                found = Conditions({n: t.float() for n, t in self._encode(batch).items()})
+                tensors = self._encode(batch)
+                if any(part is not self.network for part in self._adapted()):
+                    with self._adapters_off():
+                        tensors |= {BASE + n: t for n, t in self._encode(batch).items()}
+            found = Conditions({n: t.float() for n, t in tensors.items()})
             self._encoded |= {p: found.take(slice(i, i + 1)) for i, p in enumerate(batch)}
         entries = [self._encoded[p] for p in prompts]
         names = entries[0].tensors
@@ -225,6 +224,9 @@ class DiffusersModel(ABC):
         # Mixed precision where the trained weights themselves are float32.
         mixed = t.full and t.dtype != "fp32"
         cast = torch.autocast(self.device.type, DTYPES[t.dtype]) if mixed else nullcontext()
+        if weights == "base" and any(name.startswith(BASE) for name in conditions.tensors):
+            own = conditions.tensors.items()
+            conditions = Conditions({n.removeprefix(BASE): t for n, t in own if n.startswith(BASE)})
         with self._weights(weights), cast:
             if not t.full:
                 x, conditions = x.to(DTYPES[t.dtype]), conditions.to(DTYPES[t.dtype])
@@ -295,16 +297,21 @@ class DiffusersModel(ABC):
             return nullcontext()
         if self._pretrained:
             return self._pretrained_put_in()
-        adapted = getattr(self.network, "_hf_peft_config_loaded", False)
-        return self._adapter_off() if adapted else nullcontext()
+        return self._adapters_off()
+
+    def _adapted(self) -> list[Any]:
+        """The parts that a LoRA has layers of."""
+        return [p for p in self.parts.values() if getattr(p, "_hf_peft_config_loaded", False)]
 
     @contextmanager
-    def _adapter_off(self) -> Iterator[None]:
-        self.network.disable_adapters()
+    def _adapters_off(self) -> Iterator[None]:
+        for part in self._adapted():
+            part.disable_adapters()
         try:
             yield
         finally:
-            self.network.enable_adapters()
+            for part in self._adapted():
+                part.enable_adapters()
 
     @contextmanager
     def _pretrained_put_in(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from d3po_bench.errors import UserError
-from d3po_bench.models.sources import in_one_file
+from d3po_bench.models.one_file import in_one_file
 
 NAME = "pytorch_lora_weights.safetensors"
 """The file that diffusers looks for first."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from d3po_bench.errors import UserError, is_out_of_memory
-from d3po_bench.models.sources import files_of
 
 NAMED = 3
 """Tensors that a refusal names."""
@@ -95,6 +94,16 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {rest} more tensors" if rest > 0 else "")
 
 
+def files_of(path: str, revision: str | None) -> Path | None:
+    """Where the files of a folder or a hub id lie on this machine; None before they came."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(path).exists():
+        return Path(path)
+    index = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    return Path(index).parent if isinstance(index, str) else None
+
+
 def _variant(folder: Path) -> str | None:
     """The variant of the weights in a folder that has only one, such as fp16."""
     marks = [MARK.search(file.name) for file in folder.glob("*.safetensors")]
@@ -102,16 +111,33 @@ def _variant(folder: Path) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def require_plain(parts: Mapping[str, Any], name: str) -> None:
-    """Refuse a network that cannot be called with latents alone, as text-to-image calls it.
+def require_followed(
+    parts: Mapping[str, Any], network: str, not_followed: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Refuse parts that ask for more than latents, a time and prompts.
 
     Args:
         parts: of the pipeline.
-        name: of the network.
+        network: the name of the part that trains.
+        not_followed: part -> field of its config -> what a part that sets it asks for.
 
     Raises:
-        UserError: it takes or gives other channels than the VAE's, or has no size.
+        UserError: the network has other channels than the VAE or no size; or a config has such a
+            field.
     """
+    _require_plain(parts, network)
+    for part, fields in not_followed.items():
+        for field, wish in fields.items():
+            value = getattr(parts[part].config, field, None)
+            if value not in (None, False):
+                raise UserError(
+                    f"The {part} of this pipeline asks for {wish} ({field} {value}), which is "
+                    "not supported. Give --model another pipeline."
+                )
+
+
+def _require_plain(parts: Mapping[str, Any], name: str) -> None:
+    """Refuse a network that cannot be called with latents alone, as text-to-image calls it."""
     network = parts[name].config
     takes, gives, has = (
         network.in_channels, network.out_channels, parts["vae"].config.latent_channels
@@ -127,28 +153,6 @@ def require_plain(parts: Mapping[str, Any], name: str) -> None:
             f"{name}/config.json of this pipeline does not say how large its pictures are. Set "
             '"sample_size" there to the side of its latents, such as 64 for 512 pixels.'
         )
-
-
-def require_followed(
-    parts: Mapping[str, Any], not_followed: Mapping[str, Mapping[str, str]]
-) -> None:
-    """Refuse parts whose configs ask for what a family does not do.
-
-    Args:
-        parts: of the pipeline.
-        not_followed: part -> field of its config -> what a part that sets it asks for.
-
-    Raises:
-        UserError: naming the field and its value.
-    """
-    for part, fields in not_followed.items():
-        for field, wish in fields.items():
-            value = getattr(parts[part].config, field, None)
-            if value not in (None, False):
-                raise UserError(
-                    f"The {part} of this pipeline asks for {wish} ({field} {value}), which is "
-                    "not supported. Give --model another pipeline."
-                )
 
 
 def quieten() -> None:

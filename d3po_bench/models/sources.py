@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from d3po_bench import registry
 from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
+from d3po_bench.models.one_file import find, in_one_file
 
 if TYPE_CHECKING:
     import torch
@@ -111,18 +112,10 @@ def content(folder: Path) -> str:
 
 def commit(source: Source) -> str | None:
     """The commit of a hub id's files on this machine; None for a folder, and before they came."""
+    from d3po_bench.models.parts import files_of
+
     found = None if Path(source.path).exists() else files_of(source.path, source.revision)
     return found.name if found else None
-
-
-def files_of(path: str, revision: str | None) -> Path | None:
-    """Where the files of a folder or a hub id lie on this machine; None before they came."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(path).exists():
-        return Path(path)
-    index = try_to_load_from_cache(path, "model_index.json", revision=revision)
-    return Path(index).parent if isinstance(index, str) else None
 
 
 def _require_pinned(source: Source) -> None:
@@ -159,7 +152,7 @@ def _model_index(source: Source) -> dict[str, Any]:
         index = DiffusionPipeline.load_config(source.path, revision=source.revision)
         return dict(index)
     except (OSError, ValueError, TypeError) as problem:
-        checkpoint = _checkpoint(Path(source.path))
+        checkpoint = find(Path(source.path))
         if checkpoint:
             raise in_one_file(checkpoint) from problem
         if Path(source.path).exists():
@@ -174,33 +167,3 @@ def _model_index(source: Source) -> dict[str, Any]:
             f"`hf download {source.path}{pinned}` where there is a network, or give --model the "
             "path of a pipeline folder."
         ) from problem
-
-
-def _checkpoint(place: Path) -> Path | None:
-    """A model in one file, as model sites have them: that file, or the first in a folder."""
-    files = [place] if place.is_file() else sorted(place.glob("*"))
-    return next((file for file in files if file.suffix in {".safetensors", ".ckpt"}), None)
-
-
-def in_one_file(checkpoint: Path) -> UserError:
-    """What to say of a model in one file, which diffusers turns into a folder."""
-    return UserError(
-        f"{checkpoint} is a whole model in one file. Make a folder of it, with `python -c "
-        f'"from diffusers import {_pipeline(checkpoint)} as P; '
-        f"P.from_single_file('{checkpoint}').save_pretrained('FOLDER')\"`, and give "
-        "--model FOLDER."
-    )
-
-
-def _pipeline(checkpoint: Path) -> str:
-    """The class of diffusers whose `from_single_file` reads a checkpoint."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(checkpoint, framework="pt") as opened:
-            names = " ".join(opened.keys())
-    except SafetensorError:  # a .ckpt
-        names = ""
-    if "joint_blocks." in names:
-        return "StableDiffusion3Pipeline"
-    return "StableDiffusionXLPipeline" if "conditioner." in names else "StableDiffusionPipeline"
