@@ -99,7 +99,7 @@ class Process(Protocol):
         """[T + 1] the levels of a sampler of `steps` steps, descending, the final one last."""
 
     def ends(self, steps: int) -> Tensor:
-        """[T] the level that each step is taken to: the next, or one beside it in some schedules."""
+        """[T] the level that each step is taken to: the next, in some schedules beside it."""
 
     def alpha(self, s: Tensor) -> Tensor:
         """Coefficient of the image at each level, float64."""

@@ -21,6 +21,7 @@ from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.sources import Source, load, model_source
+from eval.evaluate.plan import EvaluateRequest, planned
 from tests import pipelines
 from tests.conftest import CPU
 
@@ -373,6 +374,32 @@ def test_a_lora_is_drawn_as_by_diffusers(
     expected = stock(folder, file)
     assert same(ours(folder, lora if family == "sd1" else file), expected)
     assert not same(ours(folder), expected)
+
+
+def test_evaluate_takes_a_lora_by_its_folder_or_its_file(originals: Path, tmp_path: Path) -> None:
+    saved(kohya(adapted(originals / "sd1")[1]), tmp_path / "lora")
+    (tmp_path / "two.txt").write_text("cat\ndog\n")
+    content = set()
+    for target in (tmp_path / "lora", tmp_path / "lora" / "my_style_v1.safetensors"):
+        plan = planned(
+            EvaluateRequest(
+                target=target,
+                scorers=("jpeg_size",),
+                model=str(originals / "sd1"),
+                prompts=str(tmp_path / "two.txt"),
+                count=None,
+                images=1,
+                steps=4,
+                guidance=None,
+                device="cpu",
+                jobs=1,
+                out=None,
+            )  # fmt: skip
+        )
+        assert (plan.model, plan.adapter) == (str(originals / "sd1"), str(target))
+        content.add(plan.content)
+    assert len(content) == 2
+    assert all(len(name) == len("0123456789ab + 0123456789ab") for name in content)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
