@@ -381,21 +381,12 @@ def test_evaluate_takes_a_lora_by_its_folder_or_its_file(originals: Path, tmp_pa
     (tmp_path / "two.txt").write_text("cat\ndog\n")
     content = set()
     for target in (tmp_path / "lora", tmp_path / "lora" / "my_style_v1.safetensors"):
-        plan = planned(
-            EvaluateRequest(
-                target=target,
-                scorers=("jpeg_size",),
-                model=str(originals / "sd1"),
-                prompts=str(tmp_path / "two.txt"),
-                count=None,
-                images=1,
-                steps=4,
-                guidance=None,
-                device="cpu",
-                jobs=1,
-                out=None,
-            )  # fmt: skip
-        )
+        request = EvaluateRequest(
+            target=target, scorers=("jpeg_size",), model=str(originals / "sd1"), images=1,
+            prompts=str(tmp_path / "two.txt"), count=None, steps=4, guidance=None, device="cpu",
+            jobs=1, out=None,
+        )  # fmt: skip
+        plan = planned(request)
         assert (plan.model, plan.adapter) == (str(originals / "sd1"), str(target))
         content.add(plan.content)
     assert len(content) == 2
