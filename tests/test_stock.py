@@ -404,10 +404,9 @@ def test_the_drift_of_a_lora_on_text_encoders_is_from_the_untouched_ones(
     x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     s = torch.full((2,), 500)
     with torch.no_grad():
-        base, without, tuned = (
-            Policy(model).output(x, s, model.encode(PROMPTS), weights=w)
-            for model, w in ((plain, "current"), (other, "base"), (other, "current"))
-        )
+        base = Policy(plain).output(x, s, plain.encode(PROMPTS))
+        tuned = Policy(other).output(x, s, other.encode(PROMPTS))
+        without = Policy(other).output(x, s, other.encode(PROMPTS), weights="base")
     assert torch.equal(without, base)
     assert (tuned - base).abs().max() > 0.1
 
@@ -461,6 +460,22 @@ def test_one_of_several_files_has_to_be_named(originals: Path, tmp_path: Path) -
     save_file(layers, tmp_path / "lora" / "b.safetensors")
     with pytest.raises(UserError, match=r"can be the LoRA: a.safetensors, b.safetensors\. G"):
         ours(originals / "sd1", tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without(UNET, "conv_in.bias"), "its files lack conv_in.bias"),
+        (config("unet/config.json", attention_head_dim=4), "config.json differs in attention_head"),
+    ],
+)
+def test_a_trained_network_that_is_not_of_the_model_is_refused(
+    change: Change, words: str, originals: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(originals / "sd1" / "unet", tmp_path / "trained" / "unet")
+    change(tmp_path / "trained")
+    with pytest.raises(UserError, match=rf"The LoRA or unet in .* does not fit.*{words}"):
+        ours(originals / "sd1", tmp_path / "trained")
 
 
 # ---- a model in one file
