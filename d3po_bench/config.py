@@ -21,7 +21,7 @@ MOST_SEEDS = 10_000
 """Of a command: more are a slip, since each is a run."""
 
 
-LATER = {"sampler": "auto"}
+LATER = {"sampler": "auto", "long_prompts": "refuse"}
 """Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
@@ -41,6 +41,8 @@ class RunConfig:
     """The method's own options that differ from its defaults."""
     prompts: str = ""
     """A prompt list's name or file; the objective's own if empty."""
+    long_prompts: Literal["refuse", "cut"] = "refuse"
+    """What becomes of prompts with more tokens than the text encoder reads."""
     rounds: int = 400
     """Sampling rounds; the paper's epochs."""
     prompts_per_round: int = 20
@@ -263,6 +265,10 @@ def make(
     }
     options = {k: v for k, v in own.items() if k in known["options"]} | parsed["options"]
     own = {k: v for k, v in own.items() if k not in known["options"]}
+    if twice := sorted(given.keys() & parsed["run"].keys()):
+        raise UserError(
+            f"--{twice[0]} and --set {twice[0]}=... are both there. Leave one of them out."
+        )
     chosen = {**common, **own, **given, **parsed["run"]}
     config = RunConfig(method=method, objective=objective, options=options, **chosen)
     execution = Execution(**parsed["execution"])

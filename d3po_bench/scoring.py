@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,11 @@ class Guarded:
 
     def _numbers(self, found: Any, count: int) -> Tensor:
         try:
-            values = found
-            if not isinstance(found, Tensor):  # a list, an array, whole numbers
-                values = torch.from_numpy(np.array(found, dtype=np.float64))
+            values: Tensor = (
+                found
+                if isinstance(found, Tensor)
+                else torch.from_numpy(np.array(found, dtype=np.float64))
+            )
             if values.is_complex():
                 raise TypeError("complex numbers")
             values = values.detach().to("cpu", torch.float32, copy=True)
@@ -154,8 +157,8 @@ _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     ),
     *(
         (
-            lambda name=name: getattr(torch.backends.cudnn, name),  # type: ignore[misc]
-            lambda found, name=name: setattr(torch.backends.cudnn, name, found),
+            partial(getattr, torch.backends.cudnn, name),
+            partial(setattr, torch.backends.cudnn, name),
         )
         for name in ("enabled", "benchmark", "deterministic")
     ),

@@ -668,12 +668,12 @@ def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
     (one / "metadata.csv").write_text("file_name,text\n../b/0.png,cat\n")
     refused(*command, one, match="which is not a picture inside")
     (one / "metadata.csv").write_text("file_name,text\n0.png\n")
-    refused(*command, one, match="has no text for '0.png'")
+    refused(*command, one, match="row 1 has more or fewer values")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\x1b[31m\n")
     refused(*command, one, match="holds the control character")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\n")
     (one / "0.png").write_bytes(b"no picture")
-    refused(*command, one, "--pictures", one, match="cannot be read as a picture")
+    refused(*command, one, "--pictures", one, match="is not a picture that can be read")
     assert not (tmp_path / "round" / "round.json").exists()
 
 

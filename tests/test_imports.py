@@ -46,7 +46,8 @@ ALLOWED = {
     "d3po_bench.presets": set[str](),
     "d3po_bench.objectives": {"types"},
     "d3po_bench.machine": {"errors"},
-    "d3po_bench.prompts": {"errors", "digests"},
+    "d3po_bench.prompts": {"errors", "digests", "prompts"},
+    "d3po_bench.pictures": {"errors", "prompts"},
     "d3po_bench.registry": {"errors", "types", "scoring"},
     "d3po_bench.scoring": {"errors", "types"},
     "d3po_bench.config": {"errors", "digests", "presets", "registry"},
@@ -59,7 +60,7 @@ ALLOWED = {
     "d3po_bench.training": {*SETTINGS, "diffusion", "models", "experience", "runs", "training"},
     "d3po_bench.launch": {*SETTINGS, "models", "runs", "training", "launch"},
     "d3po_bench.feedback": {
-        *SETTINGS, "diffusion", "models", "experience", "runs", "training", "feedback",
+        *SETTINGS, "pictures", "diffusion", "models", "experience", "runs", "training", "feedback",
     },
     "eval.scorers": {
         "types", "errors", "models.embedded", "eval.downloads", "eval.scorers._blip",

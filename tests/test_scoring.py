@@ -206,9 +206,12 @@ def test_columns_that_cannot_stand_together_are_refused() -> None:
     }  # fmt: skip
     with pytest.raises(RunError, match="The scorer mine has a column light, as another"):
         scored(IMAGES, PROMPTS, two)
-    for odd in ([1, 2, 3], {1: [1, 2, 3]}):
-        with pytest.raises(RunError, match="The columns of the scorer mine are a "):
-            scored(IMAGES, PROMPTS, {"mine": Guarded("mine", OwnColumns(lambda b, odd=odd: odd))})
+
+
+@pytest.mark.parametrize("odd", [[1, 2, 3], {1: [1, 2, 3]}, None])
+def test_columns_that_are_none_are_one_line(odd: Any) -> None:
+    with pytest.raises(RunError, match="The columns of the scorer mine are a "):
+        scored(IMAGES, PROMPTS, {"mine": Guarded("mine", OwnColumns(lambda b: odd))})
 
 
 # ---- a package's own, by its entry points
