@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,15 +42,26 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         UserError: it is damaged, enormous, of another format, or of more than 8 bits a channel.
     """
+    with _opened(path) as picture:
+        if picture.mode not in MODES:
+            raise ValueError(f"it has more than 8 bits a channel ({picture.mode})")
+        return picture.convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose pixels are not read yet.
+
+    Raises:
+        UserError: it cannot be opened, or what is done with it fails.
+    """
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as picture:
-                if picture.mode not in MODES:
-                    raise ValueError(f"it has more than 8 bits a channel ({picture.mode})")
-                return picture.convert("RGB")
+                yield picture
     except (
         OSError, ValueError, SyntaxError, EOFError,
         Image.DecompressionBombError, Image.DecompressionBombWarning,
@@ -74,15 +86,12 @@ def table_of(folder: Path) -> Path | None:
 
 def without_table(folder: Path) -> str:
     """What a folder of pictures lacks, in a sentence; "" where there are no pictures."""
-    from PIL import Image
-
     pictures = [p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.suffix.lower() in SUFFIXES]
     if not pictures:
         return ""
     kept = set[str]()
     for path in pictures[:LOOKED_AT]:
-        with contextlib.suppress(UserError, OSError, ValueError, SyntaxError), \
-                Image.open(path, formats=FORMATS) as picture:  # fmt: skip
+        with suppress(UserError), _opened(path) as picture:
             kept |= {by for key, by in KEPT_BY.items() if key in picture.info}
     programs = f" ({' and '.join(sorted(kept))} kept how they were drawn in the files)"
     return (

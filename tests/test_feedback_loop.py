@@ -358,6 +358,16 @@ def test_pictures_are_judged_by_the_rule_of_the_question(tmp_path: Path) -> None
         assert [vote.answer for vote in effective_votes(store)] == ["a", "a"]
 
 
+def test_what_the_rule_does_not_know_is_not_called_good(tmp_path: Path) -> None:
+    new_round(tmp_path / "a", "tags", 2, prompt="house {}")
+    with pytest.raises(UserError, match="cannot say how good a picture of 'house 0' is"):
+        simulated.simulate(tmp_path / "a", None, [Annotator()], 0, TOOLS)
+    round_ = new_round(tmp_path / "b", "pairs", 1, question="unsafe")
+    (tmp_path / "b" / round_.items[0].images[0]).write_bytes(picture(0, 8))
+    with pytest.raises(UserError, match="have several sizes"):
+        simulated.simulate(tmp_path / "b", None, [Annotator()], 0, TOOLS)
+
+
 def test_errors_are_probabilities() -> None:
     for error in (-0.1, 1.5, math.nan):
         with pytest.raises(UserError, match="error is a probability"):
