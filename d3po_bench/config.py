@@ -234,7 +234,7 @@ def pairs_of(settings: Sequence[str]) -> dict[str, str]:
 def make(
     method: str, objective: str, preset: str, changes: Mapping[str, str], **given: Any
 ) -> tuple[RunConfig, Execution]:
-    """The config of a command line: defaults, then the preset, then `given`, then `changes`.
+    """The config of a command line: defaults, then the preset, then `given` and `changes`.
 
     Args:
         method: name of a method.
@@ -244,7 +244,7 @@ def make(
         given: RunConfig fields that have an option of their own.
 
     Raises:
-        UserError: an unknown name or a value of the wrong type.
+        UserError: an unknown name, a value of the wrong type, or a setting that is given twice.
     """
     if preset not in PRESETS:
         raise registry.unknown("preset", preset, list(PRESETS))
@@ -257,6 +257,11 @@ def make(
         if group is None:
             names = [name for kinds in known.values() for name in kinds]
             raise registry.unknown("setting", key, names, "`d3po-bench list --settings`")
+        if key in given:
+            raise UserError(
+                f"{key} is {given[key]} here, so --set {key}={text[:40]} cannot change it. Leave "
+                "it out."
+            )
         parsed[group][key] = _parse(key, text, known[group][key])
     common = dict(PRESETS[preset])
     special = {"by_objective": objective, "by_method": method}
@@ -265,10 +270,6 @@ def make(
     }
     options = {k: v for k, v in own.items() if k in known["options"]} | parsed["options"]
     own = {k: v for k, v in own.items() if k not in known["options"]}
-    if twice := sorted(given.keys() & parsed["run"].keys()):
-        raise UserError(
-            f"--{twice[0]} and --set {twice[0]}=... are both there. Leave one of them out."
-        )
     chosen = {**common, **own, **given, **parsed["run"]}
     config = RunConfig(method=method, objective=objective, options=options, **chosen)
     execution = Execution(**parsed["execution"])
