@@ -318,6 +318,14 @@ def test_no_scorer_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_known_by_its_name_beside_a_folder_of_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (gallery(tmp_path / "tiny", 1) / "metadata.csv").unlink()
+    assert plan.planned(request(Path("tiny"))).model == "tiny"
+
+
 def test_a_model_has_no_scorers_of_its_own() -> None:
     with pytest.raises(UserError, match="tiny is not a run"):
         plan.scorers_of(Path("tiny"))

@@ -114,7 +114,8 @@ def planned(request: EvaluateRequest) -> Plan:
     network_alone = network and not (target / "model_index.json").is_file()
     if (target / "pytorch_lora_weights.safetensors").is_file() or network_alone:
         return _of_model(request, request.model or "tiny", str(target))
-    if not (target / "model_index.json").is_file() and (lacking := without_table(target)):
+    named = str(target) in registry.names("model") or (target / "model_index.json").is_file()
+    if not named and (lacking := without_table(target)):
         raise UserError(lacking)
     _require_no_other_model(request, str(target))
     return _of_model(request, str(target), "")
