@@ -358,6 +358,16 @@ def test_pictures_are_judged_by_the_rule_of_the_question(tmp_path: Path) -> None
         assert [vote.answer for vote in effective_votes(store)] == ["a", "a"]
 
 
+def test_what_the_rule_does_not_know_is_not_called_good(tmp_path: Path) -> None:
+    new_round(tmp_path / "a", "tags", 2, prompt="house {}")
+    with pytest.raises(UserError, match="cannot say how good a picture of 'house 0' is"):
+        simulated.simulate(tmp_path / "a", None, [Annotator()], 0, TOOLS)
+    round_ = new_round(tmp_path / "b", "pairs", 1, question="unsafe")
+    (tmp_path / "b" / round_.items[0].images[0]).write_bytes(picture(0, 8))
+    with pytest.raises(UserError, match="have several sizes"):
+        simulated.simulate(tmp_path / "b", None, [Annotator()], 0, TOOLS)
+
+
 def test_errors_are_probabilities() -> None:
     for error in (-0.1, 1.5, math.nan):
         with pytest.raises(UserError, match="error is a probability"):
@@ -668,12 +678,12 @@ def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
     (one / "metadata.csv").write_text("file_name,text\n../b/0.png,cat\n")
     refused(*command, one, match="which is not a picture inside")
     (one / "metadata.csv").write_text("file_name,text\n0.png\n")
-    refused(*command, one, match="has no text for '0.png'")
+    refused(*command, one, match="row 1 has more or fewer values")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\x1b[31m\n")
     refused(*command, one, match="holds the control character")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\n")
     (one / "0.png").write_bytes(b"no picture")
-    refused(*command, one, "--pictures", one, match="cannot be read as a picture")
+    refused(*command, one, "--pictures", one, match="is not a picture that can be read")
     assert not (tmp_path / "round" / "round.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Pictures from elsewhere: folders with a metadata.csv, judged line by line and compared."""
+"""Pictures from elsewhere: folders with a table of texts, judged line by line and compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.feedback.simulated import pool_of
 from d3po_bench.feedback.store import LabelStore
 from d3po_bench.feedback.votes import effective_votes
-from d3po_bench.prompts import read_pictures
+from d3po_bench.pictures import open_picture, read_pictures
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
 
 SOURCES = "sources.json"
@@ -52,9 +52,9 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
 
     Args:
         folder: of the round; it must hold none.
-        sources: folders with metadata.csv (file_name, text). With pairs, every two of them are
-            compared, line by line. With tags, a line of each makes a grid; of a single folder,
-            the lines that follow each other with the same text do.
+        sources: folders with metadata.csv or metadata.jsonl (file_name, text). With pairs, every
+            two of them are compared, line by line. With tags, a line of each makes a grid; of a
+            single folder, the lines that follow each other with the same text do.
         judged: how people will look at them.
 
     Raises:
@@ -108,18 +108,9 @@ def _pair(line: int, i: int, j: int) -> str:
 
 def _copies(folder: Path, name: str, paths: Sequence[Path]) -> Iterator[str]:
     """Save an item's pictures again as PNG: nothing else in the files comes along."""
-    from PIL import Image
-
     for k, path in enumerate(paths):
-        try:
-            with Image.open(path) as picture:
-                buffer = io.BytesIO()
-                picture.convert("RGB").save(buffer, "PNG")
-        except (OSError, ValueError, Image.DecompressionBombError) as problem:
-            raise UserError(
-                f"{path} cannot be read as a picture: {problem}. Save it again, or take its line "
-                "out of metadata.csv."
-            ) from problem
+        buffer = io.BytesIO()
+        open_picture(path).save(buffer, "PNG")
         copy = f"images/{name}-{k}.png"
         write_atomically(folder / copy, buffer.getvalue())
         yield copy
