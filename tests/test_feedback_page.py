@@ -31,7 +31,7 @@ from d3po_bench.feedback.invitations import (
 )
 from d3po_bench.feedback.page import server
 from d3po_bench.feedback.page.routes import QUESTIONS
-from d3po_bench.feedback.page.sessions import COOKIE, Limiter, Limits, Sessions, session_key
+from d3po_bench.feedback.page.sessions import Limiter, Limits, Sessions, session_key
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
 from d3po_bench.feedback.votes import effective_votes
@@ -41,6 +41,7 @@ from tests.feedback_round import new_round, picture
 KEY = b"k" * 32
 PLAIN = HandoutSettings(votes_per_item=2, gold_every=0, repeat_every=0)
 FORM = "application/x-www-form-urlencoded"
+COOKIE = Sessions(KEY).cookie
 
 
 @dataclass
@@ -360,9 +361,9 @@ def test_a_picture_that_became_a_link_to_elsewhere_is_gone(tags: Site) -> None:
     (tags.folder.parent / "secret.png").write_bytes(picture(5))
     path = tags.folder / hand.item.images[hand.shown[0]]
     path.unlink()
-    refused(ann.get(f"/image/{hand.id}/0"), 404)
+    refused(ann.get(f"/image/{hand.id}/0"), 503)
     path.symlink_to(tags.folder.parent / "secret.png")
-    refused(ann.get(f"/image/{hand.id}/0"), 404)
+    refused(ann.get(f"/image/{hand.id}/0"), 503)
 
 
 def test_a_hand_that_was_not_given_is_refused(tags: Site) -> None:
@@ -458,11 +459,12 @@ def test_wrong_sign_ins_are_refused_and_soon_not_even_looked_at(tags: Site) -> N
     assert tags.votes() == []
 
 
-def test_after_many_wrong_tries_an_address_waits(tags: Site) -> None:
+def test_after_many_wrong_tries_an_address_waits_but_valid_links_work(tags: Site) -> None:
+    """Raters of one office share an address, perhaps with whoever tries tokens."""
     tags.limits = replace(tags.limits, sign_ins=(1, 0.001))
     client, token = tags.browser(), invite(tags.store, "Ann")
     statuses = [client.post("/join", data={"token": t}).status_code for t in ("x", "x", token)]
-    assert statuses == [403, 429, 429]
+    assert statuses == [403, 429, 303]
 
 
 def test_right_sign_ins_do_not_count_as_wrong(tags: Site) -> None:

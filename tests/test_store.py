@@ -18,7 +18,7 @@ import torch
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.runs import store
-from d3po_bench.runs.store import RunStore
+from d3po_bench.runs.store import BEFORE, NEWEST, RunStore
 from tests.damage import Harm, failing, flipped, flipped_in_the_header, listed, truncated
 
 CONFIG = RunConfig(method="d3po", objective="incompress")
@@ -290,7 +290,7 @@ def test_a_checkpoint_that_was_not_written_leaves_both_of_before(
 ) -> None:
     run.checkpoint(*state(1))
     run.checkpoint(*state(2))
-    newest, before = run._checkpoints()
+    newest, before = run.folder / NEWEST, run.folder / BEFORE
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(RunError, match=r"last\.safetensors cannot be written: the disk"):

@@ -100,7 +100,10 @@ def raw_agreement(round_: Round, votes: Sequence[Vote]) -> float | None:
 
     None where no unit was judged twice.
     """
-    counts = _counts(round_, judgements(round_, votes)[1])
+    return _raw_agreement(_counts(round_, judgements(round_, votes)[1]))
+
+
+def _raw_agreement(counts: NDArray[np.int64]) -> float | None:
     raters = counts.sum(1)
     same = (counts * (counts - 1)).sum(1)[raters > 1]
     pairs = (raters * (raters - 1))[raters > 1]
@@ -168,11 +171,12 @@ def _with_others(counts: NDArray[np.int64], mine: Floats) -> float | None:
 
 def summary(round_: Round, votes: Sequence[Vote]) -> Mapping[str, float | None]:
     """The round's numbers by name: votes, raters, alpha and raw agreement."""
+    counts = _counts(round_, judgements(round_, votes)[1])
     return {
         "votes": len(votes),
         "raters": len({vote.rater for vote in votes}),
-        "alpha": alpha(round_, votes),
-        "raw_agreement": raw_agreement(round_, votes),
+        "alpha": alpha_of_counts(counts),
+        "raw_agreement": _raw_agreement(counts),
     }
 
 

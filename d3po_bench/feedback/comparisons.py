@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,8 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
                 "pictures of the same prompts."
             )
     kind, question = judged
+    for path, _ in chain(*listed):
+        _require_size(path)
     with taken(folder):
         if (folder / rounds.FILE).exists():
             raise UserError(f"There is a round in {folder} already. Give another folder.")
@@ -111,18 +115,37 @@ def _copies(folder: Path, name: str, paths: Sequence[Path]) -> Iterator[str]:
     from PIL import Image
 
     for k, path in enumerate(paths):
-        try:
-            with Image.open(path) as picture:
-                buffer = io.BytesIO()
-                picture.convert("RGB").save(buffer, "PNG")
-        except (OSError, ValueError, Image.DecompressionBombError) as problem:
-            raise UserError(
-                f"{path} cannot be read as a picture: {problem}. Save it again, or take its line "
-                "out of metadata.csv."
-            ) from problem
+        with _readable(path), Image.open(path) as picture:
+            buffer = io.BytesIO()
+            picture.convert("RGB").save(buffer, "PNG")
         copy = f"images/{name}-{k}.png"
         write_atomically(folder / copy, buffer.getvalue())
         yield copy
+
+
+def _require_size(path: Path) -> None:
+    """Refuse a picture that is too large, by its header alone."""
+    from PIL import Image
+
+    known = Image.DecompressionBombWarning  # of what is refused here
+    with (
+        _readable(path), warnings.catch_warnings(action="ignore", category=known),
+        Image.open(path) as picture,
+    ):  # fmt: skip
+        schema.check_size(*picture.size)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    from PIL import Image
+
+    try:
+        yield
+    except (OSError, ValueError, Image.DecompressionBombError) as problem:
+        raise UserError(
+            f"{path} cannot be read as a picture: {problem}. Save it again, or take its line "
+            "out of metadata.csv."
+        ) from problem
 
 
 # ---- who is chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -32,6 +33,8 @@ Answer = tuple[int, ...] | Choice
 
 MOST_IMAGES = 9
 """One digit key for each image of a grid."""
+MOST_PIXELS = 2**24
+"""Of a picture, such as 4096 x 4096: browsers hold nine at once, with four bytes a pixel."""
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 T = TypeVar("T")
@@ -65,6 +68,17 @@ def check(model: TypeAdapter[T], path: Path, data: bytes, remedy: str) -> T:
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
         raise UserError(f"{path}: {_in_words(first)}. {remedy}") from problem
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse a picture that browsers cannot be asked to show.
+
+    Raises:
+        ValueError: saying how large it may be.
+    """
+    if width * height > MOST_PIXELS:
+        most = f"{MOST_PIXELS:,} pixels are the most, such as 4096 x 4096"
+        raise ValueError(f"it is {width} x {height}, and {most}")
 
 
 def check_answer(kind: Kind, images: int, answer: Any) -> Answer:
@@ -128,10 +142,11 @@ def _picture(name: str, info: ValidationInfo) -> str:
             raise ValueError("there is no such file")
         # Decoding thousands would take minutes.
         with target.open("rb") as file:
-            start = file.read(len(PNG_START))
+            start = file.read(len(PNG_START) + 16)  # and its first chunk, as far as the height
             file.seek(-min(len(PNG_END), target.stat().st_size), 2)
-            if start != PNG_START or file.read() != PNG_END:
+            if not start.startswith(PNG_START) or file.read() != PNG_END:
                 raise ValueError("this is not a whole PNG file")
+            check_size(*struct.unpack(">II", start[-8:]))
     except (OSError, RuntimeError) as problem:  # RuntimeError: links in a circle
         raise ValueError("this file cannot be read") from problem
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -99,14 +100,37 @@ def effective_votes(store: LabelStore) -> list[Vote]:
         UserError: a vote on an item that the round does not have, or with an answer that does
             not fit it.
     """
-    query = (
-        _not_undone(RATERS.c.name.label("name"))
-        .join(RATERS, RATERS.c.id == VOTES.c.rater)
-        .where(VOTES.c.kind == "vote")
-        .order_by(VOTES.c.id)
-    )
-    with store.reading() as connection:
-        return [_vote(store, row) for row in connection.execute(query).mappings()]
+    return Tally(store).votes()
+
+
+class Tally:
+    """The votes that count, of which each row is read once: rows are only ever added.
+
+    Threads may share it.
+    """
+
+    def __init__(self, store: LabelStore) -> None:
+        self._store, self._last = store, 0
+        self._votes: dict[tuple[int, int], Vote] = {}
+        self._known: dict[tuple[int, str, str], tuple[tuple[int, ...], Answer]] = {}
+        self._lock = threading.Lock()
+
+    def votes(self) -> list[Vote]:
+        """What `effective_votes` gives."""
+        query = (
+            sql.select(VOTES, RATERS.c.name)
+            .join(RATERS, RATERS.c.id == VOTES.c.rater)
+            .where(VOTES.c.id > self._last)
+            .order_by(VOTES.c.id)
+        )
+        with self._lock, self._store.reading() as connection:
+            for row in connection.execute(query).mappings():
+                if row["kind"] == "undo":
+                    self._votes.pop((row["hand"], row["step"] - 1), None)
+                elif row["kind"] == "vote":
+                    self._votes[row["hand"], row["step"]] = _vote(self._store, row)
+                self._last = row["id"]
+            return list(self._votes.values())
 
 
 def round_progress(store: LabelStore, votes: Sequence[Vote]) -> Progress:
@@ -129,12 +153,17 @@ def export(store: LabelStore, out: Path) -> int:
     if out.suffix == ".json":
         data = (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
     else:
-        data = csv_bytes([
-            {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()}
-            for row in rows
-        ])  # fmt: skip
+        data = csv_bytes([{k: _cell(v) for k, v in row.items()} for row in rows])
     write_atomically(out, data)
     return len(rows)
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell that no spreadsheet computes."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    formula = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{value}" if formula else value
 
 
 def scores_of(folder: Path, labels: str | None = None) -> Floats:
