@@ -232,6 +232,29 @@ def test_an_abandoned_item_returns_to_the_pool(store: LabelStore, clock: Clock) 
     assert [vote.rater for vote in effective_votes(store)].count("Ann") == 1
 
 
+def test_an_item_given_by_a_clock_that_was_ahead_is_not_taken_until_then(
+    store: LabelStore, clock: Clock
+) -> None:
+    ann, bob = invited(store, "Ann", "Bob")
+    year = 365 * 24 * 3600.0
+    clock.now += year
+    items = {voted(store, ann).item.id for _ in range(3)}
+    left = handed(store, ann)
+    clock.now -= year
+    assert handed(store, bob).item.id == left.item.id
+    assert {vote.item for vote in effective_votes(store)} == items
+
+
+def test_a_clock_that_is_set_back_a_little_takes_no_item_away(
+    store: LabelStore, clock: Clock
+) -> None:
+    ann, bob = invited(store, "Ann", "Bob")
+    hand = handed(store, ann)
+    clock.now -= 60
+    assert handed(store, bob).item.id != hand.item.id
+    assert handed(store, ann).id == hand.id
+
+
 def test_who_comes_back_gets_what_they_left_if_nobody_took_it(
     store: LabelStore, clock: Clock
 ) -> None:
