@@ -151,7 +151,7 @@ def test_a_folder_that_goes_while_a_run_writes_is_not_made_again(
 
     def work() -> None:
         with RunStore.open(run.folder, CONFIG, resume=True) as opened:
-            opened.log({"round": 1}, {"seconds": 1.0})
+            opened.log({"round": 1}, {"round": 1})
             if how == "moved":
                 run.folder.rename(tmp_path / "away")
             else:
@@ -161,7 +161,7 @@ def test_a_folder_that_goes_while_a_run_writes_is_not_made_again(
                 (run.folder / ".lock").touch()
             with pytest.raises(RunError, match="was moved or removed"):
                 opened.save_lora(lambda folder: folder.mkdir())
-            opened.log({"round": 2}, {"seconds": 1.0})
+            opened.log({"round": 2}, {"round": 2})
 
     with pytest.raises(RunError, match=r"seed-0 was moved or removed .*Move it back"):
         work()
