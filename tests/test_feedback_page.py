@@ -546,7 +546,7 @@ def test_a_limiter_refills_and_forgets() -> None:
     now = 0.0
     limiter = Limiter(3, 2.0, clock=lambda: now)
     assert [limiter.allow("a") for _ in range(4)] == [True, True, True, False]
-    assert limiter.allow("b", spend=False)
+    assert limiter.allow("b")
     now = 0.5
     assert [limiter.allow("a") for _ in range(2)] == [True, False]
     now = 100.0

@@ -122,15 +122,16 @@ class Tally:
         query = (
             sql.select(VOTES.c["id", "hand", "step", "kind"], RATERS.c.name, *TOLD)
             .join(RATERS, RATERS.c.id == VOTES.c.rater)
-            .where(VOTES.c.id > self._last)
             .order_by(VOTES.c.id)
         )
         with self._lock, self._store.reading() as connection:
-            for self._last, hand, step, kind, *told in connection.execute(query):
+            new = query.where(VOTES.c.id > self._last)
+            for number, hand, step, kind, *told in connection.execute(new):
                 if kind == "undo":
                     self._votes.pop((hand, step - 1), None)
                 elif kind == "vote":
-                    self._votes[hand, step] = _vote(self._store, self._last, *told)
+                    self._votes[hand, step] = _vote(self._store, number, *told)
+                self._last = number
             return list(self._votes.values())
 
 
@@ -220,7 +221,7 @@ def _vote(
         images = len(store.items[item].images)
         order = order_of(shown, images)
         found = answer_of(answer, store.round.kind, images)
-    except (KeyError, ValueError, TypeError) as problem:
+    except (KeyError, ValueError, TypeError, RecursionError) as problem:
         texts = {"item": item, "shown": shown, "answer": answer}
         said = ", ".join(f"{k} {ascii(text)[:40]}" for k, text in texts.items())
         raise UserError(

@@ -115,7 +115,7 @@ class Site:
         except OSError:
             data = b""
         if hashlib.sha256(data).hexdigest() != self._pictures[name]:
-            raise HTTPException(503, "A picture was changed or is gone. Tell who invited you.")
+            raise HTTPException(503, "A picture was changed or is gone. Tell whoever invited you.")
         return data
 
     def require_pictures(self, item: Item) -> None:

@@ -116,13 +116,13 @@ class Limiter:
         self._buckets: dict[str, tuple[float, float]] = {}
         self._lock = threading.Lock()
 
-    def allow(self, key: str, *, spend: bool = True) -> bool:
-        """Whether `key` has something left, and unless `spend` is off, take it."""
+    def allow(self, key: str) -> bool:
+        """Whether `key` has something left, which is then taken."""
         with self._lock:
             now = self._clock()
             left, then = self._buckets.get(key, (float(self.burst), now))
             left = min(self.burst, left + (now - then) * self.rate)
-            if left >= 1 and spend:
+            if left >= 1:
                 self._buckets[key] = (left - 1, now)
                 if len(self._buckets) > 10_000:  # keys come from outside: drop full buckets
                     refilled = self.burst / self.rate
