@@ -46,6 +46,11 @@ _MARKS: dict[Kind, str] = {
 }
 
 
+def is_name(text: str) -> bool:
+    """Whether something may be called so: names become those of folders, files and columns."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text) is not None
+
+
 @cache
 def _package(name: str) -> Path:
     """Folder of one of our packages; refuses a stranger's package of the same name."""
@@ -71,11 +76,11 @@ def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
 
 
 def _plugins(kind: Kind) -> dict[str, EntryPoint]:
-    """What other packages bring of a kind; names become those of folders and columns."""
+    """What other packages bring of a kind."""
     group = "families" if kind == "family" else f"{kind}s"
     found = {e.name: e for e in entry_points(group=f"d3po_bench.{group}")}
     for name, entry in found.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        if not is_name(name):
             raise UserError(
                 f"The package {_distribution(entry)} brings a {kind} called {name!a}. A name "
                 "is letters, digits, dots, dashes and underscores: fix or remove that package."
