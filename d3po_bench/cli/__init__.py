@@ -63,13 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"The extra `feedback` is not installed: there is no module {problem.name}. Run: "
              "pip install -c constraints.txt -e '.[feedback]'", 2)  # fmt: skip
     except OSError as problem:
+        told = of_system(problem)
+        if told is None and problem.errno != errno.EPIPE:
+            raise
         if problem.filename is None:  # perhaps stdout, which Python flushes once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
+        if told is None:  # `d3po-bench list | head`
             sys.exit(1)
-        told = of_system(problem)
-        if told is None:
-            raise
         fail(str(told), told.exit_code)
 
 

@@ -120,7 +120,7 @@ class Tally:
     def votes(self) -> list[Vote]:
         """What `effective_votes` gives."""
         query = (
-            sql.select(VOTES.c["id", "hand", "step", "kind"], RATERS.c.name, *TOLD)
+            sql.select(*VOTES.c["id", "hand", "step", "kind"], RATERS.c.name, *TOLD)
             .join(RATERS, RATERS.c.id == VOTES.c.rater)
             .order_by(VOTES.c.id)
         )

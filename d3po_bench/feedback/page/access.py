@@ -30,7 +30,7 @@ from d3po_bench.feedback.invitations import (
 )
 from d3po_bench.feedback.page import sessions
 from d3po_bench.feedback.page.sessions import Limiter, Limits, Session
-from d3po_bench.feedback.rounds import Item, Round
+from d3po_bench.feedback.rounds import FILES, Item, Round
 from d3po_bench.feedback.store import LabelStore
 from d3po_bench.feedback.votes import Tally
 
@@ -41,8 +41,6 @@ MOST_FIELDS = 32
 
 def digests_of(round_: Round, folder: Path) -> dict[str, str]:
     """SHA-256 of each picture: as recorded when the round was made, or else as it is now."""
-    from d3po_bench.feedback.sampling import FILES
-
     names = [name for item in round_.items for name in item.images]
     recorded = json.loads((folder / FILES).read_bytes()) if (folder / FILES).exists() else {}
     return {name: recorded.get(name) or sha256_of(folder / name) for name in names}
