@@ -57,9 +57,10 @@ def app(
 
     @made.exception_handler(SQLAlchemyError)
     async def failed(request: Request, problem: SQLAlchemyError) -> Response:
-        if str(problem) not in said:  # once: raters' pages try again and again
-            said.add(str(problem))
-            logging.getLogger("uvicorn.error").error(" ".join(str(problem).split()))
+        reason = str(getattr(problem, "orig", None) or problem)  # without the values of the query
+        if reason not in said:  # once: raters' pages try again and again
+            said.add(reason)
+            logging.getLogger("uvicorn.error").error(reason)
         # Nothing was stored, and trying again may help.
         words = "This could not be saved. Try again in a moment."
         return site.page("error.html", status=503, words=words)
