@@ -121,7 +121,8 @@ class RunConfig:
             if name not in given:
                 raise ValueError(f"has no {name}")
         for name, value in given.items():
-            if not _fits(value, kinds[name]) or (name == "seed" and value < 0):
+            fits = _fits(value, kinds[name]) and (name != "seed" or value >= 0)
+            if not fits or (name in ("method", "objective") and not registry.is_name(value)):
                 raise ValueError(f"has {name} = {ascii(value)[:60]}, which no run can have")
         values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in given.items()}
         return cls(**values)

@@ -42,14 +42,14 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         UserError: it is damaged, enormous, of another format, or of more than 8 bits a channel.
     """
-    with _opened(path) as picture:
+    with opened(path) as picture:
         if picture.mode not in MODES:
             raise ValueError(f"it has more than 8 bits a channel ({picture.mode})")
         return picture.convert("RGB")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
     """A picture whose pixels are not read yet.
 
     Raises:
@@ -91,7 +91,7 @@ def without_table(folder: Path) -> str:
         return ""
     kept = set[str]()
     for path in pictures[:LOOKED_AT]:
-        with suppress(UserError), _opened(path) as picture:
+        with suppress(UserError), opened(path) as picture:
             kept |= {by for key, by in KEPT_BY.items() if key in picture.info}
     programs = f" ({' and '.join(sorted(kept))} kept how they were drawn in the files)"
     return (

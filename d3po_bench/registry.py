@@ -14,6 +14,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -48,6 +49,11 @@ _MARKS: dict[Kind, str] = {
 }
 
 
+def is_name(text: str) -> bool:
+    """Whether something may be called so: names become those of folders, files and columns."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text) is not None
+
+
 @cache
 def _package(name: str) -> Path:
     """Folder of one of our packages; refuses a stranger's package of the same name."""
@@ -72,9 +78,17 @@ def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _plugins(kind: Kind) -> dict[str, Any]:
+def _plugins(kind: Kind) -> dict[str, EntryPoint]:
+    """What other packages bring of a kind."""
     group = "families" if kind == "family" else f"{kind}s"
-    return {e.name: e for e in entry_points(group=f"d3po_bench.{group}")}
+    found = {e.name: e for e in entry_points(group=f"d3po_bench.{group}")}
+    for name, entry in found.items():
+        if not is_name(name):
+            raise UserError(
+                f"The package {_distribution(entry)} brings a {kind} called {name!a}. A name "
+                "is letters, digits, dots, dashes and underscores: fix or remove that package."
+            )
+    return found
 
 
 def names(kind: Kind) -> list[str]:

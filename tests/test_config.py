@@ -242,6 +242,14 @@ def test_the_json_holds_every_field_and_the_id() -> None:
         assert RunConfig.from_json(found) == made
 
 
+@pytest.mark.parametrize("name", ["method", "objective"])
+def test_a_name_that_could_lead_elsewhere_is_no_runs(name: str) -> None:
+    """A table writes files named after the methods of the runs that it is given."""
+    found = json.loads(RunConfig(method="d3po", objective="incompress").to_json())
+    with pytest.raises(ValueError, match=rf"has {name} = '\.\./\.\./x', which no run can have"):
+        RunConfig.from_json({**found, name: "../../x"})
+
+
 @pytest.mark.parametrize("method", ["d3po", "preferred_images"])
 def test_methods_that_compare_want_two_images_of_a_prompt(method: str) -> None:
     with pytest.raises(

@@ -41,7 +41,7 @@ from d3po_bench.runs.store import RunStore, _digest, _read_checkpoint
 from d3po_bench.training.progress import Progress
 from d3po_bench.training.trainer import Trainer
 from eval.tools import TOOLS
-from tests.feedback_round import new_round, picture
+from tests.feedback_round import claiming, new_round, picture
 
 SMALL = {"sampling_steps": "3", "sample_batch": "14", "dtype": "fp32"}
 LEARN = {"prompts_per_round": "2", "learning_rate": "1e-2"}
@@ -684,6 +684,8 @@ def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\n")
     (one / "0.png").write_bytes(b"no picture")
     refused(*command, one, "--pictures", one, match="is not a picture that can be read")
+    (one / "0.png").write_bytes(claiming(picture(0), 5_000, 5_000))
+    refused(*command, one, "--pictures", one, match="that can be read: it is 5000 x 5000")
     assert not (tmp_path / "round" / "round.json").exists()
 
 
@@ -704,6 +706,23 @@ def test_export_writes_every_vote(own: Path, tmp_path: Path) -> None:
     out = tmp_path / "votes.json"
     assert runner.invoke(cli, ["feedback", "export", str(own), "--out", str(out)]).exit_code == 0
     assert [row["answer"] for row in json.loads(out.read_text())][-1] == [1]
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", " ="])
+def test_no_spreadsheet_computes_an_exported_text(start: str, tmp_path: Path) -> None:
+    """`=HYPERLINK(...)` as a prompt; in JSON it stays what it is."""
+    text = f"{start}1+1"
+    new_round(tmp_path, "pairs", 1, size=4, prompt=text)
+    name = text.strip()
+    say(tmp_path, ["tie"], rater=name)
+    for out in (tmp_path / "labels.csv", tmp_path / "labels.json"):
+        done = CliRunner().invoke(cli, ["feedback", "export", str(tmp_path), "--out", str(out)])
+        assert done.exit_code == 0
+    with (tmp_path / "labels.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["prompt"], row["rater"]) == (f"'{text}", f"'{name}")
+    (row,) = json.loads((tmp_path / "labels.json").read_text())
+    assert (row["prompt"], row["rater"]) == (text, name)
 
 
 def test_the_whole_loop_on_the_command_line(micro: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.feedback.simulated import pool_of
 from d3po_bench.feedback.store import LabelStore
 from d3po_bench.feedback.votes import effective_votes
-from d3po_bench.pictures import open_picture, read_pictures
+from d3po_bench.pictures import open_picture, opened, read_pictures
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
 
 SOURCES = "sources.json"
@@ -69,6 +69,9 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
                 "pictures of the same prompts."
             )
     kind, question = judged
+    for path, _ in chain(*listed):
+        with opened(path) as picture:  # its header alone
+            schema.check_size(*picture.size)
     with taken(folder):
         if (folder / rounds.FILE).exists():
             raise UserError(f"There is a round in {folder} already. Give another folder.")

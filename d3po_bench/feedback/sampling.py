@@ -35,7 +35,7 @@ from d3po_bench.runs.store import RunStore
 from d3po_bench.training.trainer import training_of
 from d3po_bench.types import Model
 
-FILE, FILES, ADAPTER = "sampling.json", "files.json", "adapter.safetensors"
+FILE, FILES, ADAPTER = "sampling.json", rounds.FILES, "adapter.safetensors"
 
 FIXED = (
     "model", "long_prompts", "sampling_steps", "sampler", "eta", "guidance", "dtype", "full",

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,8 +80,18 @@ def _stop(number: int, frame: object) -> None:
     raise _Stopped
 
 
+def _end_with_parent() -> None:
+    """In a worker process: end once the parent has, though a kill left it no time to say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)  # as if killed itself: files are written whole or not at all
+
+
 def _serve(pipe: connection.Connection[Any, Any], work: Work[Any, Any]) -> None:
     """In a worker process: do the tasks that come, until the parent closes the pipe or ends."""
+    # A task may tell nothing for hours, and would find out no sooner.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
     signal.signal(signal.SIGTERM, _stop)
 
