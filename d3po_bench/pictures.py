@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d3po_bench.errors import UserError, of_file
+from d3po_bench.errors import UserError
 from d3po_bench.prompts import require_text
 from d3po_bench.prompts.tables import rows_of
 
@@ -117,10 +117,7 @@ def read_pictures(folder: Path) -> list[tuple[str, str]]:
             without_table(folder)
             or f"{folder} has no metadata.csv and no pictures. Give a folder that has both."
         )
-    try:
-        rows = rows_of(path)
-    except OSError as problem:
-        raise of_file(problem) from problem
+    rows = rows_of(path)
     first = rows[0] if rows and isinstance(rows[0], dict) else {}
     column = next((name for name in TEXTS if name in first), TEXTS[0])
     pictures = []

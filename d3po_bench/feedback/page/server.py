@@ -61,7 +61,6 @@ def app(
         if reason not in said:  # once: raters' pages try again and again
             said.add(reason)
             logging.getLogger("uvicorn.error").error(reason)
-        # Nothing was stored, and trying again may help.
         words = "This could not be saved. Try again in a moment."
         return site.page("error.html", status=503, words=words)
 
