@@ -24,6 +24,7 @@ from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import RunError, UserError, is_out_of_memory
 from d3po_bench.models.lora import put_on
 from d3po_bench.models.parts import complete, in_a_line, load_part, quieten, require_followed
+from d3po_bench.models.text_encoders import require_short
 from d3po_bench.types import Conditions, Prediction, Process, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +50,7 @@ class Training:
     lora_alpha: float | None = None
     """Scale times rank; None means scale 1."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    long_prompts: Literal["refuse", "cut"] = "refuse"
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
@@ -73,6 +75,8 @@ class DiffusersModel(ABC):
     """Parts that a pipeline can do without."""
     NOT_FOLLOWED: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """Part -> field of its config -> what a part that sets it expects, and the family lacks."""
+    TOKENS: ClassVar[Mapping[str, int]] = {}
+    """Tokens that are read of a tokenizer whose own limit is another."""
 
     process: Process
     prediction: Prediction
@@ -195,12 +199,10 @@ class DiffusersModel(ABC):
     # ---- types.Model
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
-        """Conditions of P prompts, float32; each prompt is encoded once per process.
-
-        Raises:
-            UserError: a prompt has more tokens than the text encoder reads.
-        """
+        """Conditions of P prompts, float32; each prompt is encoded once per process."""
         fresh = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
+        if self.training.long_prompts == "refuse":
+            require_short(self.parts, self.TOKENS, fresh)
         for start in range(0, len(fresh), ENCODED_TOGETHER):
             batch = fresh[start : start + ENCODED_TOGETHER]
             with torch.no_grad():
