@@ -215,7 +215,7 @@ def own(tmp_path: Path) -> str:
     return f"clip:{folder}"
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_scorer_without_golden_scores_is_named_and_recorded(
     jobs: int, own: str, micro: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
