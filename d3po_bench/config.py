@@ -255,6 +255,11 @@ def make(
         if group is None:
             names = [name for kinds in known.values() for name in kinds]
             raise registry.unknown("setting", key, names, "`d3po-bench list --settings`")
+        if key in given:
+            raise UserError(
+                f"{key} is {given[key]} here, so --set {key}={text[:40]} cannot change it. Leave "
+                "it out."
+            )
         parsed[group][key] = _parse(key, text, known[group][key])
     common = dict(PRESETS[preset])
     special = {"by_objective": objective, "by_method": method}

@@ -221,14 +221,18 @@ class DiffusersModel(ABC):
             from peft import LoraConfig
 
             alpha, targets = t.lora_alpha or t.lora_rank, list(t.lora_targets)
+            layers = [f".{name}" for name, _ in self.network.named_modules()]
+            absent = [t for t in targets if not any(n.endswith(f".{t}") for n in layers)]
             try:
+                if absent:  # peft is content where it finds one of them
+                    raise ValueError
                 self.network.add_adapter(
                     LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=targets)
                 )
             except ValueError as problem:
                 raise UserError(
-                    f"lora_targets={','.join(targets)} names no layer of the {self.NETWORK}. Use "
-                    "some of to_q,to_k,to_v,to_out.0."
+                    f"lora_targets={','.join(absent or targets)} names no layer of the "
+                    f"{self.NETWORK}. Use some of to_q,to_k,to_v,to_out.0."
                 ) from problem
             for index, (name, weight) in enumerate(self.trainable().items()):
                 weight.data = weight.data.float()
@@ -320,6 +324,9 @@ class DiffusersModel(ABC):
         placed = sum("lora_" in name for name, _ in self.network.named_parameters())
         if placed == 0 or placed != len(state):
             raise ValueError(f"of its {len(state)} tensors the {self.NETWORK} takes {placed}.")
+        for name, parameter in self.network.named_parameters():
+            if "lora_" in name:  # in float32 beside a network in half precision, as in training
+                parameter.data = parameter.data.float()
 
     def save(self, folder: Path) -> None:
         """Write what was trained, in the form that diffusers' own loaders read.

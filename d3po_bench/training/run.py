@@ -17,7 +17,7 @@ from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import write_folder
-from d3po_bench.runs.run import RunFolder
+from d3po_bench.runs.run import LORA, RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
@@ -62,7 +62,8 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         before = RunFolder(job.folder)
         if before.finished:
             before.require_content()
-            store.require_inputs(inputs_today(before, _prompts(job), job.tools))
+            today = inputs_today(before, _prompts(job), job.tools)
+            before.require_inputs(today, "give another --out")
             report(Progress(label(config), 1.0, "finished before"))
             return
         store.require_packages()
@@ -88,7 +89,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
         listeners = [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
         trainer.train(evaluation, listeners, measured=bool(store.evaluation))
-        write_folder(job.folder / "lora", trainer.model.save)
+        write_folder(job.folder / LORA, trainer.model.save)
         store.finish()
 
 
