@@ -50,9 +50,8 @@ def draw_round(
     Raises:
         UserError: bad input, or another round lies in the folder.
     """
-    kind = judged[0]
-    images = images or (7 if kind == "tags" else 2)
-    if kind == "pairs" and images != 2:
+    images = images or (7 if judged[0] == "tags" else 2)
+    if judged[0] == "pairs" and images != 2:
         raise UserError(f"A pair has 2 images, not {images}. Leave --images out.")
     trained = Before.read(before) if before else None
     last = trained.sampling if trained else None

@@ -193,7 +193,8 @@ def _require_its_end(run: Run) -> None:
     """Refuse a run that was stopped: its last scores are no end to compare with others'."""
     done, due = max(run.spent), run.config.rounds
     evaluated = max(n for sampler, n in run.scores.index if sampler == "eta1")
-    if done != due or evaluated != due:
+    cut = "run_id" in run.files.facts and not run.files.finished  # after its last round
+    if done != due or evaluated != due or cut:
         raise UserError(
             f"The run in {run.folder} has not ended: {done} of {due} rounds, evaluated up to round "
             f"{evaluated}. Resume it with its command, leave that folder out, or `plot "
