@@ -232,7 +232,7 @@ def pairs_of(settings: Sequence[str]) -> dict[str, str]:
 def make(
     method: str, objective: str, preset: str, changes: Mapping[str, str], **given: Any
 ) -> tuple[RunConfig, Execution]:
-    """The config of a command line: defaults, then the preset, then `given`, then `changes`.
+    """The config of a command line: defaults, then the preset, then `given` and `changes`.
 
     Args:
         method: name of a method.
@@ -242,7 +242,7 @@ def make(
         given: RunConfig fields that have an option of their own.
 
     Raises:
-        UserError: an unknown name or a value of the wrong type.
+        UserError: an unknown name, a value of the wrong type, or a setting that is given twice.
     """
     if preset not in PRESETS:
         raise registry.unknown("preset", preset, list(PRESETS))

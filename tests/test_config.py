@@ -70,7 +70,9 @@ def test_later_beats_earlier() -> None:
     given = make("d3po", "incompress", "quick", {}, rounds=3)[0]
     assert PRESETS["quick"]["rounds"] != 3
     assert given.rounds == 3
-    assert make("d3po", "incompress", "quick", {"rounds": "4"}, rounds=3)[0].rounds == 4
+    assert make("d3po", "incompress", "quick", {"rounds": "4"})[0].rounds == 4
+    with pytest.raises(UserError, match="rounds is 3 here, so --set rounds=4 cannot change it"):
+        make("d3po", "incompress", "quick", {"rounds": "4"}, rounds=3)
 
 
 # ---- --set

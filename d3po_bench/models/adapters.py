@@ -222,7 +222,7 @@ class DiffusersModel(ABC):
 
             alpha, targets = t.lora_alpha or t.lora_rank, list(t.lora_targets)
             layers = [f".{name}" for name, _ in self.network.named_modules()]
-            absent = [t for t in targets if not any(n.endswith(f".{t}") for n in layers)]
+            absent = [x for x in targets if not any(name.endswith(f".{x}") for name in layers)]
             try:
                 if absent:  # peft is content where it finds one of them
                     raise ValueError
@@ -324,9 +324,6 @@ class DiffusersModel(ABC):
         placed = sum("lora_" in name for name, _ in self.network.named_parameters())
         if placed == 0 or placed != len(state):
             raise ValueError(f"of its {len(state)} tensors the {self.NETWORK} takes {placed}.")
-        for name, parameter in self.network.named_parameters():
-            if "lora_" in name:  # in float32 beside a network in half precision, as in training
-                parameter.data = parameter.data.float()
 
     def save(self, folder: Path) -> None:
         """Write what was trained, in the form that diffusers' own loaders read.
