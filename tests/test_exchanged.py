@@ -104,6 +104,11 @@ def no_record_of_the_lora(home: Path) -> None:
     edit_json(path, lambda facts: facts["content"].pop(str(LORA)))
 
 
+def no_record_of_the_model(home: Path) -> None:
+    path = home / CELL / "seed-0" / "provenance.json"
+    edit_json(path, lambda facts: facts.pop("inputs"))
+
+
 EXCHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "files of the model": (another_model, "began with other inputs: model "),
     "a model of that name": (another_model_of_that_name, "began with other inputs: model "),
@@ -111,6 +116,7 @@ EXCHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "the LoRA": (the_lora_of_another_seed, f"{LORA} is missing or was changed after"),
     "a LoRA beside it": (a_file_beside_the_lora, "x.safetensors is missing or was changed after"),
     "no record": (no_record, "provenance.json does not say what "),
+    "no record of the model": (no_record_of_the_model, "does not say which model the run was"),
     "no record of the LoRA": (no_record_of_the_lora, "provenance.json does not say what lora was"),
 }
 

@@ -66,8 +66,8 @@ class Sampling:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
         """From JSON; of an older round the settings that came later have their defaults."""
-        settings = {**LATER, **data["settings"]}
-        return cls(**{**data, "settings": settings, "prompts": tuple(data["prompts"])})
+        own = {"settings": {**LATER, **data["settings"]}, "inputs": {**data.get("inputs", {})}}
+        return cls(**{**data, **own, "prompts": tuple(data["prompts"])})
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -191,6 +191,8 @@ def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question
     found = mine
     if (folder / rounds.SAMPLING).exists():
         found = json.loads(json.dumps(asdict(Sampling.read(folder))))
+        # A commit is known once the model has been fetched; an earlier version named nothing.
+        found["inputs"] = {**mine["inputs"], **found["inputs"]}
     changed = [name for name in mine if found[name] != mine[name]]
     if (folder / rounds.FILE).exists():
         there = Round.read(folder)

@@ -47,6 +47,11 @@ def require_unchanged(run: RunFolder, weights: str, prompts: Sequence[str] | Non
         UserError: the weights, the base model or the prompts are not the run's.
     """
     run.require_content(weights)
+    if not run.facts.get("inputs"):
+        raise UserError(
+            f"{run.folder / 'provenance.json'} does not say which model the run was trained on. "
+            "Restore that file, or run it again."
+        )
     today = model_today(model_source(run.config.model))
     if prompts is not None:
         today["prompts"] = digest(prompts)
