@@ -289,8 +289,8 @@ def test_pieces_of_other_packages_weights_or_plans_are_not_mixed(
 def test_a_run_is_evaluated_in_its_own_precision(
     dtype: str, home: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"rounds": 1, "prompts": "list.txt", "dtype": dtype, "learning_rate": 0.05}
-    assert command(*run_of("model", "--out", dtype, **settings)).code == 0
+    settings: dict[str, Any] = {"prompts": "list.txt", "dtype": dtype, "learning_rate": 0.05}
+    assert command(*run_of("model", "--out", dtype, rounds=1, **settings)).code == 0
     (run,) = (path.parent for path in Path(dtype).rglob("config.json"))
     load, seen = sources.load, []
 
@@ -416,8 +416,8 @@ def test_the_base_model_of_a_round_stays(rounds: Path, command: Command) -> None
 def test_a_round_of_an_earlier_version_is_trained_on(rounds: Path, command: Command) -> None:
     """It names neither its model nor the checksums of its JSON files."""
     edit_json(Path("one", "sampling.json"), lambda sampling: sampling.pop("inputs"))
-    for name in ("sampling.json", "round.json"):
-        edit_json(Path("one", "files.json"), lambda known, name=name: known.pop(name))
+    edit_json(Path("one", "files.json"), lambda known: known.pop("sampling.json"))
+    edit_json(Path("one", "files.json"), lambda known: known.pop("round.json"))
     assert command("feedback", "train", "one", "--passes", "2", "--out", "again", *TRAIN).code == 0
     assert Path("again", LORA).read_bytes() == Path("one", "trained", "d3po", LORA).read_bytes()
 

@@ -204,7 +204,7 @@ def test_a_sample_is_a_png_named_after_its_prompt(run: RunStore) -> None:
     for path in folder.iterdir():
         with Image.open(path) as picture:
             assert picture.size == (6, 4)
-            reds[path.stem] = picture.getpixel((2, 1))[0]
+            reds[path.stem] = picture.getchannel("R").getpixel((2, 1))
     assert reds == {
         "a-cat-on-a-mat": 200, "prompt": 201, "prompt-2": 202, "cat": 203, "cat-2": 204,
         "cat-2-2": 205,
