@@ -140,14 +140,14 @@ def test_many_pictures_survive_kills(
     for share in shares:
         process = start(folder, out)
         deadline = time.monotonic() + 120
-        while len(list(out.glob("pieces/*.csv"))) < share * pieces and time.monotonic() < deadline:
+        while len(list(out.glob("pieces/*.json"))) < share * pieces and time.monotonic() < deadline:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        done = len(list(out.glob("pieces/*.csv")))
+        done = len(list(out.glob("pieces/*.json")))
         assert share * pieces <= done < pieces, "it was killed on its way"
         assert not (out / "rows.csv").exists()
-    stamp = {path: path.stat().st_mtime_ns for path in out.glob("pieces/*.csv")}
+    stamp = {path: path.stat().st_mtime_ns for path in out.glob("pieces/*.json")}
     process = start(folder, out)
     assert process.wait() == 0
     assert {path: path.stat().st_mtime_ns for path in stamp} == stamp, "nothing is scored twice"

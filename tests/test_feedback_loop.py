@@ -448,6 +448,7 @@ def test_only_rounds_of_folders_in_pairs_have_first_choices(tmp_path: Path) -> N
     refused("feedback", "choices", tmp_path / "tags", match="does not compare every two of the 3")
     comparisons.take(tmp_path / "pairs", sources, PAIRS)
     (tmp_path / "pairs" / SOURCES).write_text('["a", "b"]')
+    (tmp_path / "pairs" / "files.json").write_text("{}")  # an earlier version left it out
     refused("feedback", "choices", tmp_path / "pairs", match="does not compare every two of the 2")
     new_round(tmp_path / "plain", "pairs", 1)
     refused("feedback", "choices", tmp_path / "plain", match="does not compare folders")
