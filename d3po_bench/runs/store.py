@@ -76,15 +76,9 @@ class RunStore:
             how: where and how it is computed, beside what this process knows of itself.
 
         Raises:
-            UserError: an input is another than the run began with, or its config was exchanged.
+            UserError: an input is another than the run began with.
         """
         RunFolder(self.folder).require_inputs(inputs, "give another --out")
-        began = self.provenance().get("run_id", config.run_id)
-        if began != config.run_id:  # rows and a checkpoint of another run
-            raise UserError(
-                f"The run in {self.folder} began as {began}, and is {config.run_id} now: its "
-                "config.json was exchanged. Restore it, give another --out, or remove that folder."
-            )
         path = self.folder / "config.json"
         if not path.exists():
             write_atomically(path, config.to_json().encode())
