@@ -21,7 +21,7 @@ MOST_SEEDS = 10_000
 """Of a command: more are a slip, since each is a run."""
 
 
-LATER = {"sampler": "auto"}
+LATER = {"sampler": "auto", "long_prompts": "refuse"}
 """Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
@@ -41,6 +41,8 @@ class RunConfig:
     """The method's own options that differ from its defaults."""
     prompts: str = ""
     """A prompt list's name or file; the objective's own if empty."""
+    long_prompts: Literal["refuse", "cut"] = "refuse"
+    """What becomes of prompts with more tokens than the text encoder reads."""
     rounds: int = 400
     """Sampling rounds; the paper's epochs."""
     prompts_per_round: int = 20
@@ -119,7 +121,8 @@ class RunConfig:
             if name not in given:
                 raise ValueError(f"has no {name}")
         for name, value in given.items():
-            if not _fits(value, kinds[name]) or (name == "seed" and value < 0):
+            fits = _fits(value, kinds[name]) and (name != "seed" or value >= 0)
+            if not fits or (name in ("method", "objective") and not registry.is_name(value)):
                 raise ValueError(f"has {name} = {ascii(value)[:60]}, which no run can have")
         values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in given.items()}
         return cls(**values)
