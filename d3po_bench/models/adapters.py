@@ -223,14 +223,12 @@ class DiffusersModel(ABC):
             from peft import LoraConfig
 
             alpha, targets = t.lora_alpha or t.lora_rank, list(t.lora_targets)
-            layers = [f".{name}" for name, _ in self.network.named_modules()]
-            absent = [x for x in targets if not any(name.endswith(f".{x}") for name in layers)]
+            layers = "".join(f".{name}\n" for name, _ in self.network.named_modules())
+            absent = [name for name in targets if f".{name}\n" not in layers]
+            found = [] if absent else targets  # peft is content where it finds one of them
+            lora = LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=found)
             try:
-                if absent:  # peft is content where it finds one of them
-                    raise ValueError
-                self.network.add_adapter(
-                    LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=targets)
-                )
+                self.network.add_adapter(lora)
             except ValueError as problem:
                 raise UserError(
                     f"lora_targets={','.join(absent or targets)} names no layer of the "
