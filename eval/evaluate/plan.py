@@ -11,7 +11,7 @@ from d3po_bench import registry
 from d3po_bench.config import FEEDBACK, RunConfig
 from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
-from d3po_bench.models.sources import content, fingerprint, model_source
+from d3po_bench.models.sources import Source, fingerprint, model_source
 from d3po_bench.pictures import read_pictures, table_of, without_table
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.run import LORA, RunFolder
@@ -38,7 +38,7 @@ class Plan:
     model: str
     """Name or folder of the base model, or the folder of the pictures."""
     adapter: str
-    """Folder of a LoRA or a trained UNet; empty for the base model itself."""
+    """A LoRA's folder or file, or the folder of a trained UNet; empty for the base model itself."""
     prompts: tuple[str, ...]
     content: str = ""
     """What names the files of the model and the adapter, or the pictures."""
@@ -118,15 +118,24 @@ def planned(request: EvaluateRequest) -> Plan:
             f"The run in {target} is not finished. Run its command again: it resumes from the "
             "last checkpoint."
         )
-    network = any((target / name).is_dir() for name in ("unet", "transformer"))
-    network_alone = network and not (target / "model_index.json").is_file()
-    if (target / "pytorch_lora_weights.safetensors").is_file() or network_alone:
+    if _is_adapter(target):
         return _of_model(request, request.model or "tiny", str(target))
     named = str(target) in registry.names("model") or (target / "model_index.json").is_file()
     if not named and (lacking := without_table(target)):
         raise UserError(lacking)
     _require_no_other_model(request, str(target))
     return _of_model(request, str(target), "")
+
+
+def _is_adapter(target: Path) -> bool:
+    """Whether it is what goes onto a base model: a LoRA of any name, or a network alone."""
+    if (target / "pytorch_lora_weights.safetensors").is_file():
+        return True
+    if target.suffix == ".safetensors" and target.is_file():
+        return True
+    network = any((target / name).is_dir() for name in ("unet", "transformer"))
+    alone = network or any(target.glob("*.safetensors"))
+    return alone and not (target / "model_index.json").is_file()
 
 
 def _require_no_other_model(request: EvaluateRequest, model: str) -> None:
@@ -173,7 +182,7 @@ def _of_model(
 ) -> Plan:
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
-    trained = f" + {content(Path(adapter))[:12]}" if adapter else ""
+    trained = f" + {fingerprint(Source(path=adapter))}" if adapter else ""
     guidance = config.guidance if config else 5.0
     how = config or request
     return Plan(
