@@ -267,14 +267,16 @@ class DiffusersModel(ABC):
             from peft import LoraConfig
 
             alpha, targets = t.lora_alpha or t.lora_rank, list(t.lora_targets)
+            layers = "".join(f".{name}\n" for name, _ in self.network.named_modules())
+            absent = [name for name in targets if f".{name}\n" not in layers]
+            found = [] if absent else targets  # peft is content where it finds one of them
+            lora = LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=found)
             try:
-                self.network.add_adapter(
-                    LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=targets)
-                )
+                self.network.add_adapter(lora)
             except ValueError as problem:
                 raise UserError(
-                    f"lora_targets={','.join(targets)} names no layer of the {self.NETWORK}. Use "
-                    "some of to_q,to_k,to_v,to_out.0."
+                    f"lora_targets={','.join(absent or targets)} names no layer of the "
+                    f"{self.NETWORK}. Use some of to_q,to_k,to_v,to_out.0."
                 ) from problem
             for index, (name, weight) in enumerate(self.trainable().items()):
                 weight.data = weight.data.float()
