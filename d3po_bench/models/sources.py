@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from d3po_bench.models.adapters import Training
     from d3po_bench.types import Model
 
-LOADED = (".json", ".safetensors", ".txt")
+LOADED = (".json", ".safetensors", ".txt", ".model")
 """What a pipeline is made of: configs, weights, vocabularies. Pickles (.bin) are never loaded."""
 
 
