@@ -194,7 +194,7 @@ def test_models_are_measured_once(prompts: int, tmp_path: Path) -> None:
     shutil.copytree(published / "incompress" / "d3po" / "seed-0", run)
     edit(run / "config.json", '"eval_prompts": 45', f'"eval_prompts": {prompts}')
     runs = [Run(RunFolder(run), pd.DataFrame(), {})]
-    with pytest.raises(UserError, match="lora is not there"):
+    with pytest.raises(UserError, match="does not say what lora was"):
         measure(runs)
     beside, told = tmp_path / "tiny" / "diversity.csv", list[str]()
     head, *rows = (published / "diversity.csv").read_text().splitlines()

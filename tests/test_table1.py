@@ -49,9 +49,9 @@ def test_the_table_by_hand(out: Path) -> None:
     with (out / "table1.csv").open(newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["no fine-tune", "d3po", "ddpo"]
-    # base 30 and 31: mean 30.5; seeds end 32.5 and 33.5, so 2 and 3 more
+    # base 30 and 31: mean 30.5; seeds end 32.5 and 33.5, so 2 and 3 more: +- 12.7062 * 0.5
     assert rows["no fine-tune"]["clip"] == "30.500"
-    assert rows["d3po"]["clip"] == "33.000 (+2.500, +2.000 to +3.000)"
+    assert rows["d3po"]["clip"] == "33.000 (+2.500, -3.853 to +8.853)"
     assert rows["d3po"]["image_reward"].endswith("†")
     assert not rows["d3po"]["clip"].endswith("†")
     assert not rows["no fine-tune"]["image_reward"].endswith("†")
@@ -95,15 +95,15 @@ def test_first_choices_are_means_over_files(out: Path) -> None:
     write_shares(out, 0, {"no-fine-tune": 0.3, "d3po": 0.7}, tail="-0")
     write_shares(out, 1, {"d3po": 0.5, "no-fine-tune": 0.5}, tail="-1")
     rows = written(out)
-    # two seeds: the interval reaches from one to the other
-    assert rows["d3po"]["first choices"] == "60.0 % (50.0 to 70.0)"
-    assert rows["no fine-tune"]["first choices"] == "40.0 % (30.0 to 50.0)"
+    # two seeds, so t = 12.7062, times 10
+    assert rows["d3po"]["first choices"] == "60.0 % (-67.1 to 187.1)"
+    assert rows["no fine-tune"]["first choices"] == "40.0 % (-87.1 to 167.1)"
     assert rows["ddpo"]["first choices"] == ""
     names = list(rows["d3po"])
     assert names[-2:] == ["first choices", "preferred by people, paper"]
     assert "how often people preferred" in (out / "table1.md").read_text()
-    assert "| 60.0 % (50.0 to 70.0) | 55.7 % |" in (out / "table1.md").read_text()
-    assert "60.0 \\% (50.0 to 70.0) & 55.7 \\%" in (out / "table1.tex").read_text()
+    assert "| 60.0 % (-67.1 to 187.1) | 55.7 % |" in (out / "table1.md").read_text()
+    assert "60.0 \\% (-67.1 to 187.1) & 55.7 \\%" in (out / "table1.tex").read_text()
 
 
 def test_the_heading_says_that_raters_are_simulated(out: Path) -> None:
