@@ -92,7 +92,8 @@ def measure(runs: Iterable[Run], told: Callable[[str], None] = lambda text: None
         ):
             rows = read_csv(path)
             if _key(row) not in map(_key, rows):
-                require_unchanged(run.files, LORA, read_prompts(run.config.prompt_source))
+                if weights is not None:
+                    require_unchanged(run.files, LORA, read_prompts(run.config.prompt_source))
                 rows.append(row | _means(weights, run.config))
                 told(" ".join(map(str, rows[-1].values())))
                 write_atomically(path, csv_bytes(sorted(rows, key=_key)))
