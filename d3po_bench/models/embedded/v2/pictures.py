@@ -60,7 +60,8 @@ class Pictures:
     def scenes(self) -> list[dict[str, Any]]:
         """What each shows, as `scenes.Scene` has it."""
         files = (p.with_name(p.name.replace("images", "scenes")) for p in self.paths)
-        return [json.loads(x) for f in files for x in f.with_suffix(".jsonl").open()]
+        texts = (f.with_suffix(".jsonl").read_text(encoding="utf-8") for f in files)
+        return [json.loads(line) for text in texts for line in text.splitlines()]
 
     def batch(self, index: Tensor) -> Tensor:
         """Pictures [N, 4, 64, 64] uint8: colours, and where animals are."""

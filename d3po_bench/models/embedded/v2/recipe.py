@@ -29,7 +29,13 @@ from torch import Tensor, nn
 
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.embedded.recipe import (
-    TEXT_LENGTH, edges, halve, inner, new_scheduler, new_tokenizer, tokenize,
+    TEXT_LENGTH,
+    edges,
+    halve,
+    inner,
+    new_scheduler,
+    new_tokenizer,
+    tokenize,
 )  # fmt: skip
 from d3po_bench.models.embedded.v2 import render
 from d3po_bench.models.embedded.v2.pictures import Pictures, render_pictures
@@ -49,7 +55,7 @@ class Recipe:
     vae_images: int = 150_000
     vae_batch: int = 16
     vae_lr: float = 2e-3
-    vae_width: int = 48
+    vae_width: int = 32
     vae_levels: int = 3
     latent_channels: int = 8
     latent_noise: float = 0.08
@@ -58,7 +64,7 @@ class Recipe:
     unet_images: int = 2_000_000
     unet_batch: int = 64
     unet_lr: float = 1.2e-3
-    unet_channels: tuple[int, ...] = (32, 64, 128)
+    unet_channels: tuple[int, ...] = (48, 80, 112)
     text_layers: int = 3
     caption_dropout: float = 0.1
     snr_cap: float = 5.0
@@ -66,7 +72,7 @@ class Recipe:
     @property
     def latent_size(self) -> int:
         """Width and height of the latents."""
-        return render.SIZE // 2 ** (self.vae_levels - 1)
+        return render.SIZE >> (self.vae_levels - 1)
 
 
 # ---------------------------------------------------------------- autoencoder
@@ -82,7 +88,7 @@ def new_vae(recipe: Recipe, scaling_factor: float = 1.0) -> Any:
         decoder_block_out_channels=widths,
         latent_channels=recipe.latent_channels,
         num_encoder_blocks=(0, *[1] * (recipe.vae_levels - 1)),
-        num_decoder_blocks=(*[2] * (recipe.vae_levels - 1), 1),
+        num_decoder_blocks=(3, *[2] * (recipe.vae_levels - 2), 0),
         scaling_factor=scaling_factor,
     )
 
@@ -227,7 +233,8 @@ def train_unet(recipe: Recipe, work: Path, plan: Plan) -> State:
         predicted = model(a.sqrt() * x + (1 - a).sqrt() * noise, t, table[chosen]).float()
         error: Tensor = (predicted - noise).square().flatten(1).mean(1)
         snr = alphas[t] / (1 - alphas[t])
-        return (error * (recipe.snr_cap / snr).clamp(max=1)).mean()
+        weighted: Tensor = error * (recipe.snr_cap / snr).clamp(max=1)
+        return weighted.mean()
 
     def look(weights: dict[str, Tensor], state: State) -> None:
         if state.progress < 1 and state.seconds // 1200 == (state.seconds - 180) // 1200:

@@ -20,7 +20,7 @@ _FINE = 2 * SIZE
 def _ground(what: Scene, rng: Rng) -> Image.Image:
     if what.ground in TABLES:
         tone = np.asarray(TABLES[what.ground]) + rng.normal(0, 4, 3)
-        pixels = np.broadcast_to(tone, (SIZE, SIZE, 3))
+        pixels = np.broadcast_to(tone.astype(np.float32), (SIZE, SIZE, 3))
     else:
         pixels = version1.background(what.pattern, what.ground, rng)
     image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
@@ -50,7 +50,7 @@ def _stamp(thing: Thing, name: str, rng: Rng) -> tuple[Image.Image, tuple[int, i
     )  # fmt: skip
     smooth = stamp.reduce(2) if scale > 1.5 else stamp
     if smooth is not stamp:
-        back = tuple(v / 2 for v in back)  # type: ignore[assignment]
+        back = tuple(v / 2 for v in back)
     laid = smooth.transform((side, side), Image.Transform.AFFINE, back, Image.Resampling.BICUBIC)
     return laid, (round(thing.x * _FINE - half), round(thing.y * _FINE - half))
 

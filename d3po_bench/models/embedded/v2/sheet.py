@@ -28,10 +28,10 @@ def draw_sheet(pipe: Any, path: Path, steps: int = 20) -> None:
     pictures: list[Any] = []
     for start in range(0, len(captions), 21):
         rng = torch.Generator(pipe.device.type).manual_seed(start)
-        pictures += pipe(
+        pictures.extend(pipe(
             captions[start : start + 21], num_inference_steps=steps, guidance_scale=5.0,
             generator=rng, output_type="np",
-        ).images  # fmt: skip
+        ).images)  # fmt: skip
     side = 2 * pictures[0].shape[0]
     sheet = Image.new("RGB", (9 * side, 7 * (side + 14)), "white")
     for i, (pixels, caption) in enumerate(zip(pictures, captions, strict=True)):

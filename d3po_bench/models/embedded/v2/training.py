@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -110,9 +109,9 @@ def _save(plan: Plan, state: State, module: nn.Module, optimizer: Any, average: 
     }  # fmt: skip
     part = plan.checkpoint.with_suffix(".part")
     torch.save(whole, part)
-    os.replace(part, plan.checkpoint)
+    part.replace(plan.checkpoint)
     save_file({k: v.contiguous() for k, v in average.shadow.items()}, part)
-    os.replace(part, plan.weights)
+    part.replace(plan.weights)
     with (plan.folder / f"{plan.name}.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(vars(state)) + "\n")
     print(plan.name, json.dumps(vars(state)), flush=True)
@@ -125,7 +124,10 @@ def _restored(plan: Plan, module: nn.Module, optimizer: Any, average: Average) -
     module.load_state_dict(whole["module"])
     optimizer.load_state_dict(whole["optimizer"])
     average.shadow = whole["average"]
-    return State(**whole["state"])
+    state = State(**whole["state"])
+    if not plan.minutes:
+        state.progress = state.images / plan.images
+    return state
 
 
 def _agreed(value: float) -> float:
@@ -158,33 +160,41 @@ def fit(
     state = _restored(plan, module, optimizer, average)
     share = plan.batch // (dist.get_world_size() if dist.is_initialized() else 1)
     cast = torch.autocast(plan.device.type, torch.bfloat16) if plan.bf16 else nullcontext()
-    begun, before, saved, first = time.monotonic(), state.seconds, 0.0, state.progress
-    recent = torch.tensor(0.0, device=plan.device)
-    weight = 0.0
+    begun, before, first, saved = time.monotonic(), state.seconds, state.progress, 0.0
+    losses: list[Tensor] = []
     while state.progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * rate(state.progress, state.step)
         with cast:
             value = loss(random(plan, state.step), share)
-        optimizer.zero_grad()
-        value.backward()
-        _share_gradients(module)
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
+        losses.append(value.detach())
+        _descend(module, optimizer, value)
         decay = 1 - plan.batch / plan.memory
         average.update(module, min(decay, (1 + state.step) / (10 + state.step)))
-        recent, weight = 0.99 * recent + 0.01 * value.detach().float(), 0.99 * weight + 0.01
-        state.step, state.images = state.step + 1, state.images + plan.batch
         spent = _agreed(time.monotonic() - begun)
-        state.seconds = before + spent
-        state.progress = (
-            first + (1 - first) * spent / 60 / plan.minutes
-            if plan.minutes else state.images / plan.images
-        )  # fmt: skip
+        state.step, state.images = state.step + 1, state.images + plan.batch
+        state.seconds, state.progress = before + spent, _progress(plan, state, first, spent)
         if spent - saved >= EVERY or state.progress >= 1:
-            saved, state.loss = spent, float(recent) / weight
+            state.loss, saved = torch.stack(losses).mean().item(), spent
+            losses.clear()
             if plan.lead:
                 _save(plan, state, module, optimizer, average)
-                if look:
-                    look(average.shadow, state)
+            if plan.lead and look:
+                look(average.shadow, state)
     return state
+
+
+def _descend(module: nn.Module, optimizer: torch.optim.Optimizer, value: Tensor) -> None:
+    """One step down the gradient, whose length is at most 1."""
+    optimizer.zero_grad()
+    value.backward()
+    _share_gradients(module)
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+
+
+def _progress(plan: Plan, state: State, first: float, spent: float) -> float:
+    """Share of the plan that is over; `first` was when this call began, `spent` seconds ago."""
+    if plan.minutes:
+        return first + (1 - first) * spent / 60 / plan.minutes
+    return state.images / plan.images
