@@ -318,10 +318,36 @@ def test_pictures_are_read_as_they_were_drawn(
     assert stored.scenes()[4]["caption"] == scene.caption
 
 
-def test_autoencoder_and_unet_fit_each_other() -> None:
-    small = recipe.Recipe(vae_width=8, unet_channels=(16, 16, 32), latent_channels=4)
-    vae, unet = recipe.new_vae(small), recipe.new_unet(small)
-    z = vae.encoder(torch.zeros(1, 3, 64, 64))
-    assert z.shape == (1, 4, small.latent_size, small.latent_size)
-    assert unet(z, torch.tensor([5]), torch.zeros(1, 16, 96)).sample.shape == z.shape
-    assert vae.decoder(z).shape == (1, 3, 64, 64)
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe's work folder and result, from six pictures and hardly any training."""
+    monkeypatch.setattr(pictures, "SHARD", 3)
+    monkeypatch.setattr(recipe, "draw_sheet", lambda *_: None)
+    small = recipe.Recipe(
+        pictures=6, vae_width=8, latent_channels=4, unet_channels=(16, 16, 32), text_layers=1
+    )
+    for number in (0, 1):
+        pictures._render_shard(number, seed=0, folder=_made(tmp_path / "pictures"))
+    recipe.train_vae(small, tmp_path, replace(plan(tmp_path, 4), name="vae"))
+    recipe.run_stage("latents", small, tmp_path, tmp_path, {"device": "cpu"})
+    recipe.train_unet(small, tmp_path, replace(plan(tmp_path, 4), name="unet"))
+    recipe.export(small, tmp_path, tmp_path)
+    return tmp_path
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def test_the_recipe_makes_a_pipeline_that_diffusers_loads_and_draws(made: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(made / "tiny")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("three foxes", num_inference_steps=1).images[0].size == (64, 64)
+    latents = np.load(made / "latents.npy")
+    assert latents.shape == (6, 4, 16, 16)
+    assert latents.astype(np.float32).std() == pytest.approx(1, abs=0.02)
+    words = pipe.tokenizer("two wolves on a card").input_ids
+    assert len(words) == 7  # each word one token, a start and an end

@@ -16,6 +16,8 @@ from pathlib import Path
 import click
 
 from d3po_bench.errors import said_in_one_line
+from d3po_bench.models.embedded.render import COLOURS, PATTERNS
+from d3po_bench.models.embedded.render import caption as on_a_background
 from d3po_bench.models.embedded.v2.captions import ANIMALS, CARDS, RELATIONS, a, on_card, several
 from d3po_bench.models.embedded.v2.scenes import card_is_drawn, count_is_drawn, pair_is_drawn
 
@@ -36,7 +38,7 @@ def _two() -> Iterator[Caption]:
 
 
 def _counting() -> Iterator[Caption]:
-    for animal, count in product(ANIMALS, (2, 3, 4)):
+    for animal, count in product(ANIMALS, (1, 2, 3, 4)):
         yield several(animal, count), count_is_drawn(animal, count)
 
 
@@ -79,6 +81,14 @@ def lists() -> dict[str, list[str]]:
         chosen["geneval-held-out"] += drawn[training : training + HELD_OUT]
         chosen["geneval-unseen"] += [caption for caption, seen in every if not seen][:UNSEEN]
     return {name: sorted(captions) for name, captions in chosen.items()}
+
+
+def vocabulary() -> list[str]:
+    """Captions that hold every word of every caption, to make the tokenizer from."""
+    grounds = [
+        on_a_background(animal, *rest) for animal, *rest in product(ANIMALS, PATTERNS, COLOURS)
+    ]
+    return [caption for every in EVERY.values() for caption, _ in every()] + grounds
 
 
 @click.command()

@@ -38,6 +38,7 @@ from d3po_bench.models.embedded.recipe import (
     tokenize,
 )  # fmt: skip
 from d3po_bench.models.embedded.v2 import render
+from d3po_bench.models.embedded.v2.lists import vocabulary
 from d3po_bench.models.embedded.v2.pictures import Pictures, render_pictures
 from d3po_bench.models.embedded.v2.sheet import draw_sheet
 from d3po_bench.models.embedded.v2.training import Plan, State, fit
@@ -128,7 +129,10 @@ def _trained_vae(recipe: Recipe, work: Path, device: torch.device, scale: float 
 @torch.no_grad()
 def encode_latents(recipe: Recipe, work: Path, device: torch.device) -> None:
     """Write latents.npy [N, c, s, s] float16, divided by their standard deviation; the facts."""
-    vae, pictures = _trained_vae(recipe, work, device), Pictures(work / "pictures", device)
+    pictures, path = Pictures(work / "pictures", device), work / "latents.npy"
+    if path.exists() and len(np.load(path, mmap_mode="r")) == len(pictures):
+        return
+    vae = _trained_vae(recipe, work, device)
     shape = (len(pictures), recipe.latent_channels, recipe.latent_size, recipe.latent_size)
     latents = np.lib.format.open_memmap(
         work / "latents.part.npy", "w+", dtype=np.float16, shape=shape
@@ -146,7 +150,9 @@ def encode_latents(recipe: Recipe, work: Path, device: torch.device) -> None:
     latents.flush()
     psnr = -10 * math.log10(torch.stack(errors).mean().item())
     (work / "latents.json").write_text(json.dumps({"std": std, "psnr_db": psnr}))
-    (work / "latents.part.npy").replace(work / "latents.npy")
+    captions = [scene["caption"] for scene in pictures.scenes()]
+    (work / "captions.json").write_text(json.dumps(captions))
+    (work / "latents.part.npy").replace(path)
     click.echo(f"latents: std {std:.4f}, {psnr:.2f} dB on 2,000 pictures")
 
 
@@ -308,10 +314,8 @@ def run_stage(stage: str, recipe: Recipe, work: Path, out: Path, options: dict[s
         torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
             _worker, (stage, recipe, work, options), nprocs=options["processes"]
         )
-    if stage == "latents" and not (work / "latents.npy").exists():
-        captions = [s["caption"] for s in Pictures(work / "pictures").scenes()]
-        (work / "captions.json").write_text(json.dumps(captions))
-        new_tokenizer(captions, work).save_pretrained(work / "tokenizer")
+    if stage == "latents":
+        new_tokenizer(vocabulary(), work).save_pretrained(work / "tokenizer")
         encode_latents(recipe, work, torch.device(options["device"]))
     if stage == "export":
         export(recipe, work, out)
