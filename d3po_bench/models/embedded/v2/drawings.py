@@ -5,12 +5,10 @@
 draws them from three sets of vector pictures into one file, drawings.png, which ships: nothing
 else is needed to render. The sets are npm packages of Iconify, which `npm pack` fetches:
 
-    npm pack @iconify-json/noto@1.2.9               Noto Emoji, Google, Apache 2.0
-    npm pack @iconify-json/twemoji@1.2.5            Twemoji, Twitter and others, CC BY 4.0
-    npm pack @iconify-json/fluent-emoji-flat@1.2.6  Fluent Emoji, Microsoft, MIT
+    npm pack @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \
+        @iconify-json/fluent-emoji-flat@1.2.6
 
-Each licence stands in its package's info.json, and was compared with that of the repository it
-names. Sets under share-alike licences were left out.
+LICENSES.md says under which licence each set is, and where that was read.
 """
 
 from __future__ import annotations
