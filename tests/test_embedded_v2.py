@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d3po_bench.errors import UserError
+from d3po_bench.models.adapters import Training
 from d3po_bench.models.embedded.render import COLOURS
 from d3po_bench.models.embedded.v2 import judge, judge_recipe, lists, pictures, recipe, render
 from d3po_bench.models.embedded.v2 import scenes as world
@@ -18,6 +21,8 @@ from d3po_bench.models.embedded.v2.captions import ANIMALS, read
 from d3po_bench.models.embedded.v2.judge import Found, Seen
 from d3po_bench.models.embedded.v2.scenes import Scene
 from d3po_bench.models.embedded.v2.training import Plan, State, fit
+from d3po_bench.models.sources import Source, load
+from eval.embedded import version2
 from eval.scorers import _geneval
 
 CPU = torch.device("cpu")
@@ -253,10 +258,23 @@ def test_a_judge_that_errs_too_often_is_refused() -> None:
         judge.require_good("first", {"presence": 0.99, "count": 0.979})
 
 
-def test_an_absent_judge_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "HERE", tmp_path)
-    with pytest.raises(UserError, match=r"no judge at .*judge-second\.safetensors\. Train it"):
-        judge.load("second", CPU)
+def test_a_trained_judge_is_measured_and_kept_only_if_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(judge.Second().state_dict(), tmp_path / "judge-second.safetensors")
+    with pytest.raises(UserError, match="presence 0"):
+        judge_recipe.export("second", tmp_path, tmp_path, 8)
+    monkeypatch.setattr(judge, "BAR", 0.0)
+    judge_recipe.export("second", tmp_path, tmp_path, 8)
+    kept = judge.load("second", CPU, tmp_path)
+    assert len(kept.find(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))) == 2
+    facts = json.loads((tmp_path / "judge-second.json").read_text())
+    assert set(facts["right"]) == {"presence", "count", "colour", "place"}
+
+
+def test_an_absent_judge_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no judge at .*judge-second\..*\. Train it"):
+        judge.load("second", CPU, tmp_path)
 
 
 # ---- training
@@ -346,6 +364,8 @@ def test_the_recipe_makes_a_pipeline_that_diffusers_loads_and_draws(made: Path) 
     pipe = StableDiffusionPipeline.from_pretrained(made / "tiny")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("three foxes", num_inference_steps=1).images[0].size == (64, 64)
+    model = load(Source(str(made / "tiny")), CPU, Training())
+    assert version2.drawn(model, ["fox", "two pigs"], steps=1).shape == (2, 3, 64, 64)
     latents = np.load(made / "latents.npy")
     assert latents.shape == (6, 4, 16, 16)
     assert latents.astype(np.float32).std() == pytest.approx(1, abs=0.02)

@@ -8,7 +8,6 @@ about the first alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,20 +205,20 @@ def require_good(name: str, shares: dict[str, float]) -> None:
         )
 
 
-def paths(name: str) -> Sequence[Path]:
+def paths(name: str, folder: Path) -> tuple[Path, Path]:
     """The files of a judge: its weights, and how it did on held-out renders."""
-    return HERE / f"judge-{name}.safetensors", HERE / f"judge-{name}.json"
+    return folder / f"judge-{name}.fp16.safetensors", folder / f"judge-{name}.json"
 
 
-def load(name: str, device: torch.device) -> Judge:
-    """The judge `first` or `second` that ships with version 2.
+def load(name: str, device: torch.device, folder: Path = HERE) -> Judge:
+    """The judge `first` or `second` that ships with version 2, or another of a folder.
 
     Raises:
         UserError: it is not there, or was right on too few held-out renders.
     """
     from safetensors.torch import load_file
 
-    weights, facts = paths(name)
+    weights, facts = paths(name, folder)
     if not weights.exists():
         raise UserError(
             f"There is no judge at {weights}. Train it: "

@@ -34,7 +34,7 @@ from d3po_bench.models.embedded.v2.judge import (
     require_good,
 )
 from d3po_bench.models.embedded.v2.pictures import Pictures
-from d3po_bench.models.embedded.v2.scenes import KINDS, Scene
+from d3po_bench.models.embedded.v2.scenes import KINDS, Scene, Thing
 from d3po_bench.models.embedded.v2.training import Plan, State, fit
 
 HELD_OUT = 1_000_000
@@ -137,16 +137,17 @@ def held_out(count: int) -> tuple[Tensor, list[Scene]]:
     return pixels, [scene for _, scene in drawn]
 
 
-def _matched(found: list[Found], scene: Scene) -> list[tuple[Found, Any]]:
-    """What was found with the true animal that it is nearest to."""
-    return [(f, min(scene.things, key=lambda t: abs(t.x - f.x) + abs(t.y - f.y))) for f in found]
+def _nearest(found: list[Found], thing: Thing) -> Found | None:
+    """What was found at an animal's place, if anything was."""
+    close = [f for f in found if max(abs(f.x - thing.x), abs(f.y - thing.y)) < _TOLERANCE]
+    return close[0] if close else None
 
 
 def measure(judge: Judge, count: int) -> dict[str, Any]:
     """Shares right on held-out renders, and which animals were taken for which.
 
-    Presence and count: of pictures, with exactly the true animals, and as many of each. Colour
-    (with whether it is a card's) and place: of animals found.
+    Presence and count: of pictures, in which exactly the true animals are seen, and as many of
+    each. Place and colour: of animals, at whose place one is seen, and on the right card or ground.
     """
     images, scenes = held_out(count)
     right: dict[str, list[bool]] = {k: [] for k in ("presence", "count", "colour", "place")}
@@ -155,12 +156,13 @@ def measure(judge: Judge, count: int) -> dict[str, Any]:
         true, seen = Counter(t.animal for t in scene.things), Counter(f.animal for f in found)
         right["presence"].append(set(true) == set(seen))
         right["count"].append(true == seen)
-        for f, t in _matched(found, scene):
-            under = t.card or scene.ground
-            right["colour"].append(f.colour == under and f.card == (t.card is not None))
-            right["place"].append(max(abs(f.x - t.x), abs(f.y - t.y)) < _TOLERANCE)
-            confused[f"{t.animal} as {f.animal}"] += t.animal != f.animal
-        confused["missed"] += max(0, len(scene.things) - len(found))
+        for thing in scene.things:
+            near = _nearest(found, thing)
+            under = (thing.card or scene.ground, thing.card is not None)
+            right["place"].append(near is not None)
+            right["colour"].append(near is not None and (near.colour, near.card) == under)
+            seen_as = near.animal if near else "nothing"
+            confused[f"{thing.animal} as {seen_as}"] += seen_as != thing.animal
         confused["too many"] += max(0, len(found) - len(scene.things))
     shares = {what: round(float(np.mean(values)), 4) for what, values in right.items()}
     wrong = {pair: n for pair, n in confused.most_common() if n}
@@ -180,7 +182,7 @@ def export(name: str, work: Path, out: Path, count: int) -> None:
     facts = measure(Judge(network), count)
     click.echo(json.dumps({name: facts["right"]}))
     require_good(name, facts["right"])
-    weights, record = (out / p.name for p in paths(name))
+    weights, record = paths(name, out)
     save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, weights)
     record.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -205,7 +207,7 @@ def main(
     torch.set_num_threads(1)
     for name in names:
         plan = Plan(
-            name=f"judge-{name}", images=images, batch=batch, lr=1e-3, memory=64_000,
+            name=f"judge-{name}", images=images, batch=batch, lr=2e-3, memory=64_000,
             folder=work, device=torch.device(device), bf16=False, minutes=minutes,
             seed=10 + list(NETWORKS).index(name),
         )  # fmt: skip
