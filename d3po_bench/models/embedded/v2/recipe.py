@@ -8,7 +8,7 @@ when it was killed, and is skipped when it is done. On a GPU, in minutes:
 
     R="python -m d3po_bench.models.embedded.v2.recipe --work build/tiny-v2"
     $R render --processes 16
-    G="--device cuda --processes 1 --bf16"
+    G="--device cuda --processes 1 --bf16 --set vae_width=64"
     $R vae latents $G --minutes 2 --set vae_batch=128 --set vae_lr=0.003
     $R unet export $G --minutes 5 --set unet_batch=512 --set unet_lr=0.002
 """
