@@ -42,6 +42,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def lock(session: nox.Session) -> None:
+    """Write the versions and checksums of all packages; `-- --check`: say if they are too old."""
+    session.install("-c", "constraints.txt", "uv")
+    session.run("python", "-m", "tests.lock", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Print the UNet's share of a training round and the speed against the published loop."""
     _install(session)

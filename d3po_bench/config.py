@@ -21,7 +21,7 @@ MOST_SEEDS = 10_000
 """Of a command: more are a slip, since each is a run."""
 
 
-LATER = {"sampler": "auto"}
+LATER = {"sampler": "auto", "long_prompts": "refuse"}
 """Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
@@ -41,6 +41,8 @@ class RunConfig:
     """The method's own options that differ from its defaults."""
     prompts: str = ""
     """A prompt list's name or file; the objective's own if empty."""
+    long_prompts: Literal["refuse", "cut"] = "refuse"
+    """What becomes of prompts with more tokens than the text encoder reads."""
     rounds: int = 400
     """Sampling rounds; the paper's epochs."""
     prompts_per_round: int = 20
@@ -119,7 +121,8 @@ class RunConfig:
             if name not in given:
                 raise ValueError(f"has no {name}")
         for name, value in given.items():
-            if not _fits(value, kinds[name]) or (name == "seed" and value < 0):
+            fits = _fits(value, kinds[name]) and (name != "seed" or value >= 0)
+            if not fits or (name in ("method", "objective") and not registry.is_name(value)):
                 raise ValueError(f"has {name} = {ascii(value)[:60]}, which no run can have")
         values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in given.items()}
         return cls(**values)
@@ -232,7 +235,7 @@ def pairs_of(settings: Sequence[str]) -> dict[str, str]:
 def make(
     method: str, objective: str, preset: str, changes: Mapping[str, str], **given: Any
 ) -> tuple[RunConfig, Execution]:
-    """The config of a command line: defaults, then the preset, then `given`, then `changes`.
+    """The config of a command line: defaults, then the preset, then `given` and `changes`.
 
     Args:
         method: name of a method.
@@ -242,7 +245,7 @@ def make(
         given: RunConfig fields that have an option of their own.
 
     Raises:
-        UserError: an unknown name or a value of the wrong type.
+        UserError: an unknown name, a value of the wrong type, or a setting that is given twice.
     """
     if preset not in PRESETS:
         raise registry.unknown("preset", preset, list(PRESETS))
@@ -255,6 +258,11 @@ def make(
         if group is None:
             names = [name for kinds in known.values() for name in kinds]
             raise registry.unknown("setting", key, names, "`d3po-bench list --settings`")
+        if key in given:
+            raise UserError(
+                f"{key} is {given[key]} here, so --set {key}={text[:40]} cannot change it. Leave "
+                "it out."
+            )
         parsed[group][key] = _parse(key, text, known[group][key])
     common = dict(PRESETS[preset])
     special = {"by_objective": objective, "by_method": method}

@@ -1,8 +1,9 @@
 """The exceptions that are shown to people as one line, without a traceback."""
 
+import contextlib
+import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -18,7 +19,7 @@ class RunError(UserError):
     exit_code = 1
 
 
-@contextmanager
+@contextlib.contextmanager
 def said_in_one_line() -> Iterator[None]:
     """Around a script's work: a `UserError` becomes a line on stderr and an exit status.
 
@@ -35,7 +36,8 @@ def fail(message: str, code: int) -> NoReturn:
     """Print `message` in one line on stderr, and end with the exit status `code`."""
     line = " ".join(message.split())
     # A name from the command line may hold bytes that are no text.
-    print(f"error: {line.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # where stderr is full, the exit status is all there is
+        print(f"error: {line.encode(errors='backslashreplace').decode()}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -54,8 +56,24 @@ def is_out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, RuntimeError | OSError) and any(s in text for s in _NO_MEMORY)
 
 
-def of_file(problem: OSError) -> UserError:
-    """The error for a file or folder that the system refused, wherever that happened."""
+OF_THE_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "there is a limit on the size of files",
+    errno.EIO: "the disk has an input/output error",
+}
+"""Not the fault of the command, which works once it is put right."""
+
+
+def of_system(problem: OSError) -> UserError | None:
+    """The error for what the system refused, wherever that happened; None for a mistake of ours."""
+    if problem.filename is None:
+        if problem.errno not in OF_THE_DISK:
+            return None
+        return RunError(
+            f"The output cannot be written: {OF_THE_DISK[problem.errno]}. Fix that and run the "
+            "same command again."
+        )
     name = str(problem.filename)
     shown = name if len(name) <= 200 else name[:197] + "..."
     return UserError(

@@ -14,15 +14,19 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Objective, Scorer
+
+if TYPE_CHECKING:
+    from d3po_bench.scoring import Guarded
 
 Kind = Literal["method", "objective", "scorer", "model", "family", "tracker"]
 
@@ -43,6 +47,11 @@ _MARKS: dict[Kind, str] = {
     "family": "\nFAMILY",
     "tracker": "\nTRACKER",
 }
+
+
+def is_name(text: str) -> bool:
+    """Whether something may be called so: names become those of folders, files and columns."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text) is not None
 
 
 @cache
@@ -69,9 +78,17 @@ def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _plugins(kind: Kind) -> dict[str, Any]:
+def _plugins(kind: Kind) -> dict[str, EntryPoint]:
+    """What other packages bring of a kind."""
     group = "families" if kind == "family" else f"{kind}s"
-    return {e.name: e for e in entry_points(group=f"d3po_bench.{group}")}
+    found = {e.name: e for e in entry_points(group=f"d3po_bench.{group}")}
+    for name, entry in found.items():
+        if not is_name(name):
+            raise UserError(
+                f"The package {_distribution(entry)} brings a {kind} called {name!a}. A name "
+                "is letters, digits, dots, dashes and underscores: fix or remove that package."
+            )
+    return found
 
 
 def names(kind: Kind) -> list[str]:
@@ -129,8 +146,11 @@ def _module(kind: Kind, name: str) -> Any:
     if name not in _plugins(kind):
         raise unknown(kind, name, names(kind))
     entry = _plugins(kind)[name]
+    from d3po_bench.scoring import undisturbed
+
     try:
-        return entry.load()
+        with undisturbed():
+            return entry.load()
     except Exception as problem:  # of another package: whatever its code raises
         raise UserError(
             f"The {kind} {name} of {_distribution(entry)} does not load from {entry.value}: "
@@ -146,8 +166,18 @@ def method(name: str) -> Callable[..., Method[Any]]:
 
 
 def objective(name: str) -> Objective:
-    """The objective of that name."""
-    found: Objective = _module("objective", name).OBJECTIVE
+    """The objective of that name.
+
+    Raises:
+        UserError: there is none, or what a package brings by that name is something else.
+    """
+    module = _module("objective", name)
+    found = getattr(module, "OBJECTIVE", module)
+    if not isinstance(found, Objective) or found.sign not in (-1, 1):
+        raise UserError(
+            f"The objective {name} is {ascii(found)[:80]}. Make it, for example, "
+            "OBJECTIVE = Objective(prompts='animals', scorer='jpeg_size', sign=1)."
+        )
     return found
 
 
@@ -170,11 +200,18 @@ def takes_weights(name: str) -> bool:
 def _loader(name: str) -> Callable[..., Scorer]:
     module = _module("scorer", name)
     found: Callable[..., Scorer] = getattr(module, "load", module)
+    if not callable(found):
+        raise UserError(
+            f"The scorer {name} is {ascii(found)[:80]}. Let its package name a function "
+            "load(device) that returns the scorer."
+        )
     return found
 
 
-def load_scorer(name: str, device: Any, weights: str = "official") -> Scorer:
+def load_scorer(name: str, device: Any, weights: str = "official") -> Guarded:
     """The scorer of that name, loaded on `device`; not compared with its golden scores yet.
+
+    It is a `scoring.Guarded`: only what a scorer may do comes through.
 
     Args:
         name: of the scorer, or name:weights, such as aesthetic:tiny.
@@ -182,18 +219,28 @@ def load_scorer(name: str, device: Any, weights: str = "official") -> Scorer:
         weights: which ones to take where the name does not say.
 
     Raises:
-        UserError: no such scorer, it takes no weights, or they are not there.
+        UserError: no such scorer, it takes no weights, they are not there, or what its package
+            brings is no scorer.
     """
+    from d3po_bench.scoring import Guarded, undisturbed
+
     base, colon, own = name.partition(":")
-    load = _loader(base)
-    if takes_weights(base):
-        return load(device, own if colon else weights)
-    if colon:
+    load, chosen = _loader(base), takes_weights(base)
+    if colon and not chosen:
         raise UserError(
             f"The scorer {base} has no weights to choose, as {name!r} does. Leave out the colon "
             "and what follows it."
         )
-    return load(device)
+    given = (device, own if colon else weights) if chosen else (device,)
+    try:
+        inspect.signature(load).bind(*given)
+    except TypeError as problem:
+        raise UserError(
+            f"The scorer {name} cannot be loaded as load(device): {problem}. Let its package name "
+            "a function that takes the device and returns the scorer."
+        ) from problem
+    with undisturbed():
+        return Guarded(name, load(*given))
 
 
 def model_source(name: str) -> Any:
@@ -237,9 +284,12 @@ def from_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"d3po_bench_user_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file. Give one that ends in .py.")
+    from d3po_bench.scoring import undisturbed
+
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with undisturbed():
+            spec.loader.exec_module(module)
     except Exception as problem:
         raise UserError(
             f"{path} does not load: {type(problem).__name__}: {problem}. Correct that file."

@@ -12,6 +12,8 @@ from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, pretrained_means, sample
+from d3po_bench.errors import RunError
+from d3po_bench.scoring import require_scores
 from d3po_bench.training.tools import EvaluationSet
 from d3po_bench.types import Model, Rollout, Scorer, ScorerWithColumns
 
@@ -59,7 +61,7 @@ def evaluate(
         images = model.decode(rollout.latents[:, 0, -1])
         scores = scored(images, prompts, scorers)
         if OBJECTIVE in scores:  # further scorers may have nothing to say about an image
-            require_finite(f"evaluation scores of the sampler {sampler}", scores[OBJECTIVE])
+            require_scores(scorers[OBJECTIVE], scores[OBJECTIVE])
         if sampler == TRAINING:
             scores["kl"] = _kl(policy, rollout, what.batch)
             require_finite("evaluation kl to the pretrained model", scores["kl"])
@@ -72,19 +74,29 @@ def evaluate(
 
 def cell(value: float) -> float | str:
     """The number of a row; empty where a further scorer has nothing to say about an image."""
-    return "" if math.isnan(value) else round(value, 6)
+    return round(value, 6) if math.isfinite(value) else ""
 
 
 def scored(
     images: Tensor, prompts: Sequence[str], scorers: Mapping[str, Scorer]
 ) -> dict[str, Tensor]:
-    """Column -> scores [N] of images [N, 3, h, w] uint8; some scorers have several columns."""
+    """Column -> scores [N] of images [N, 3, h, w] uint8; some scorers have several columns.
+
+    Raises:
+        RunError: two scorers have a column of the same name.
+    """
     columns: dict[str, Tensor] = {}
     for name, scorer in scorers.items():
         if isinstance(scorer, ScorerWithColumns) and name != OBJECTIVE:
-            columns |= scorer.columns(images, prompts)
+            found = scorer.columns(images, prompts)
         else:
-            columns[name] = scorer(images, prompts)
+            found = {name: scorer(images, prompts)}
+        if twice := sorted(columns.keys() & found.keys()):
+            raise RunError(
+                f"The scorer {name} has a column {twice[0]}, as another scorer has. Leave one of "
+                "the two out."
+            )
+        columns |= found
     return columns
 
 

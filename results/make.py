@@ -33,7 +33,7 @@ from d3po_bench.errors import RunError, UserError, said_in_one_line
 from d3po_bench.runs.files import read_csv
 from eval.analysis import documents, table1
 from eval.analysis.efficiency import efficiency
-from eval.analysis.gains import Groups, cost, gains, records
+from eval.analysis.gains import Groups, contrast, cost, gains, records
 from eval.analysis.pictures import crossed
 from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
@@ -109,6 +109,7 @@ def step_shares() -> Table:
 TABLES: Mapping[str, Callable[[], Any]] = {
     "front": front,
     "gains": lambda: gains(tiny()),
+    "contrast": lambda: contrast(tiny()),
     "cost": lambda: cost(tiny()),
     "efficiency": lambda: efficiency(tiny()),
     "crossed": lambda: crossed(tiny()),
@@ -164,6 +165,7 @@ FORMS = (
 
 NAMED = {
     "gains": "{objective}.{method}",
+    "contrast": "contrast.{method}",
     "confirm-gains": "confirm.{objective}.{method}",
     "efficiency": "efficiency.{objective}.{method}",
     "crossed": "crossed.{method}.{objective}",

@@ -70,7 +70,9 @@ def test_later_beats_earlier() -> None:
     given = make("d3po", "incompress", "quick", {}, rounds=3)[0]
     assert PRESETS["quick"]["rounds"] != 3
     assert given.rounds == 3
-    assert make("d3po", "incompress", "quick", {"rounds": "4"}, rounds=3)[0].rounds == 4
+    assert make("d3po", "incompress", "quick", {"rounds": "4"})[0].rounds == 4
+    with pytest.raises(UserError, match="rounds is 3 here, so --set rounds=4 cannot change it"):
+        make("d3po", "incompress", "quick", {"rounds": "4"}, rounds=3)
 
 
 # ---- --set
@@ -232,12 +234,20 @@ def test_run_id_does_not_change_with_execution() -> None:
 
 
 def test_the_json_holds_every_field_and_the_id() -> None:
-    other = replace(CONFIG, sampler="cps")
+    other = replace(CONFIG, sampler="cps", long_prompts="cut")
     for made, without in ((CONFIG, set(config.LATER)), (other, set())):
         found = json.loads(made.to_json())
         assert found["run_id"] == made.run_id
         assert found.keys() == {f.name for f in fields(RunConfig)} - without | {"run_id"}
         assert RunConfig.from_json(found) == made
+
+
+@pytest.mark.parametrize("name", ["method", "objective"])
+def test_a_name_that_could_lead_elsewhere_is_no_runs(name: str) -> None:
+    """A table writes files named after the methods of the runs that it is given."""
+    found = json.loads(RunConfig(method="d3po", objective="incompress").to_json())
+    with pytest.raises(ValueError, match=rf"has {name} = '\.\./\.\./x', which no run can have"):
+        RunConfig.from_json({**found, name: "../../x"})
 
 
 @pytest.mark.parametrize("method", ["d3po", "preferred_images"])

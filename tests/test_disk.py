@@ -11,13 +11,17 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import Command, files, refused, run_of, seed_folder, written
+from d3po_bench.errors import RunError
+from d3po_bench.launch.job import attempt
+from tests.commands import ROOT, Command, files, refused, run_of, seed_folder, written
+from tests.feedback_round import new_round
 
 PAGE = 4096
 
@@ -94,6 +98,38 @@ def test_a_limit_that_ends_the_figures_is_told(command: Command, finished: Path)
     refused(done, "figures/curves.png cannot be written: there is a limit", code=1)
     assert files(Path()) == set()
     assert command("plot", finished, "--out", "figures").code == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [["list"], ["--help"], ["feedback", "status", "ROUND"]])
+def test_output_to_a_full_device_is_told(arguments: list[str], tmp_path: Path) -> None:
+    new_round(tmp_path / "round", number=1, size=4)
+    words = [str(tmp_path / "round") if a == "ROUND" else a for a in arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "d3po_bench", *words], stdout=full, stderr=subprocess.PIPE,
+            text=True, cwd=ROOT,
+        )  # fmt: skip
+    line = "error: The output cannot be written: the disk is full. Fix that and run the same"
+    assert done.stderr == f"{line} command again.\n"
+    assert done.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_stderr_leaves_the_exit_status() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "d3po_bench", "lisst"]
+        assert subprocess.run(command, stderr=full, cwd=ROOT).returncode == 2
+
+
+def test_a_full_disk_that_no_file_is_named_with_is_told() -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    end = attempt(full, "")
+    assert isinstance(end.problem, RunError)
+    assert str(end.problem).startswith("The output cannot be written: the disk is full.")
+    assert end.trace == ""
 
 
 # ---- a disk of our own

@@ -25,7 +25,8 @@ from eval.evaluate.plan import EvaluateRequest
 from tests.conftest import disturb, loaded
 from tests.gallery import gallery
 
-PROMPTS = [f"a {animal}" for animal in ("cat", "dog", "cow", "fox", "bee")] * 4
+PROMPTS = [f"{number} {animal}" for number in range(4)
+           for animal in ("cat", "dog", "cow", "fox", "bee")]  # fmt: skip
 
 
 MY_SCORER = """
@@ -160,14 +161,15 @@ def test_many_pictures_survive_kills(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("name\n1.png", "cannot be read as a table with columns file_name and text"),
+        ("name\n1.png", "needs a file_name and a text for each picture, and row 1 is"),
         ("file_name,text\n../secret.png,a cat", "not a picture inside"),
         ("file_name,text\n/etc/passwd,a cat", "not a picture inside"),
         ("file_name,text\nmissing.png,a cat", "not a picture inside"),
-        ("file_name,text\nmetadata.csv", "no text for 'metadata.csv'"),
-        ("file_name,prompt\nmetadata.csv", "no text for 'metadata.csv'"),
-        ("file_name,text\nmetadata.csv,", "no text for 'metadata.csv'"),
-        ("file_name,text,prompt\nmetadata.csv,,a cat", "no text for 'metadata.csv'"),
+        ("file_name,text\nmetadata.csv", "row 1 has more or fewer values"),
+        ("file_name,prompt\nmetadata.csv,a cat,red", "row 1 has more or fewer values"),
+        ("file_name,text,text\nmetadata.csv,a cat,red", "two columns have the same name"),
+        ("file_name,text\nmetadata.csv,", "a text for each picture, and row 1 is"),
+        ("file_name,text,prompt\nmetadata.csv,,a cat", "a text for each picture, and row 1 is"),
         ("file_name,text\nmetadata.csv,a\x07cat", "holds the control character"),
         ("file_name,text\n", "names no picture"),
         ("file_name,text\nmetadata.csv,a cat", "is not a picture that can be read"),
@@ -316,6 +318,14 @@ def test_no_scorer_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_known_by_its_name_beside_a_folder_of_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (gallery(tmp_path / "tiny", 1) / "metadata.csv").unlink()
+    assert plan.planned(request(Path("tiny"))).model == "tiny"
+
+
 def test_a_model_has_no_scorers_of_its_own() -> None:
     with pytest.raises(UserError, match="tiny is not a run"):
         plan.scorers_of(Path("tiny"))
@@ -388,8 +398,9 @@ def test_saved_pictures_are_those_that_were_scored(
     assert [row["prompt"] for row in rows(kept)] == [p for p in PROMPTS for _ in range(2)]
 
 
-def test_pictures_are_not_saved_again(tmp_path: Path) -> None:
+def test_options_for_drawing_do_not_go_with_pictures(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(b"")
     (tmp_path / "metadata.csv").write_text("file_name,text\none.png,a cat\n")
-    with pytest.raises(UserError, match="Leave --save out"):
-        work.run(request(tmp_path, save=True))
+    for name, value in (("save", True), ("prompts", "animals"), ("count", 3)):
+        with pytest.raises(UserError, match=f"Leave --{name} out"):
+            work.run(request(tmp_path, **{name: value}))

@@ -21,7 +21,6 @@ from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import UserError
 from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.sources import Source, load
-from d3po_bench.models.text_encoders import token_ids
 from tests import pipelines
 from tests.conftest import CPU, disturb
 
@@ -103,13 +102,14 @@ def test_the_ode_and_the_pictures_are_the_pipelines(family: Family) -> None:
     assert gap(model.decode(ours) / 255, pictures) <= 1 / 255
 
 
-def test_encode_is_the_pipelines(family: Family) -> None:
-    model, pipe = family.model, family.pipe
+def test_encode_is_the_pipelines_also_of_a_prompt_that_is_cut(family: Family) -> None:
+    model, pipe = model_of(family.folder, long_prompts="cut"), family.pipe
+    prompts = [*PROMPTS, "cat dog " * 200]
     shared = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     others = {"prompt_2": None, "prompt_3": None} if "sd3" in family.name else {}
     with torch.no_grad():
-        text, negative, *pooled = pipe.encode_prompt(PROMPTS, **others, **shared)
-    ours, empty = model.encode(PROMPTS), model.unconditional()
+        text, negative, *pooled = pipe.encode_prompt(prompts, **others, **shared)
+    ours, empty = model.encode(prompts), model.unconditional()
     assert set(ours.tensors) == ({"text", "pooled"} if pooled else {"text"})
     assert gap(ours["text"], text) <= 1e-5
     assert gap(empty["text"], negative[:1]) <= 1e-5
@@ -336,7 +336,17 @@ def test_other_shapes_are_refused(
 
 def test_too_long_prompts_are_refused(sd3: Path) -> None:
     model = model_of(sd3)
-    with pytest.raises(UserError, match=r"has 17 tokens, and the text encoder reads 14: 'cat cat"):
-        model.encode(["cat " * 17])
-    with pytest.raises(UserError, match=r"has 11 tokens, and the text encoder reads 7: 'back"):
-        token_ids(model.parts["tokenizer_3"], ["background"], 8)
+    with pytest.raises(UserError) as refusal:
+        model.encode(["cat " * 17, "cat", *(f"{n} " + "dog " * 14 for n in range(70))])
+    said = str(refusal.value)
+    assert said.startswith("71 of 72 prompts have more tokens than the text encoder reads: 'cat ")
+    assert "'cat cat cat cat cat cat cat cat cat cat ' has 17 of 14, '0 dog" in said
+    assert said.count(" of 14") == 50
+    assert ", and 21 more. Shorten them, or have them cut: --set long_prompts=cut" in said
+
+
+def test_each_tokenizer_counts(sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(sd3)
+    monkeypatch.setattr(type(model), "TOKENS", {"tokenizer_3": 8})
+    with pytest.raises(UserError, match=r"1 of 2 prompts .*: 'background' has 11 of 7\. "):
+        model.encode(["background", ""])

@@ -41,7 +41,7 @@ from d3po_bench.runs.store import RunStore, _digest, _read_checkpoint
 from d3po_bench.training.progress import Progress
 from d3po_bench.training.trainer import Trainer
 from eval.tools import TOOLS
-from tests.feedback_round import new_round, picture
+from tests.feedback_round import claiming, new_round, picture
 
 SMALL = {"sampling_steps": "3", "sample_batch": "14", "dtype": "fp32"}
 LEARN = {"prompts_per_round": "2", "learning_rate": "1e-2"}
@@ -358,6 +358,16 @@ def test_pictures_are_judged_by_the_rule_of_the_question(tmp_path: Path) -> None
         assert [vote.answer for vote in effective_votes(store)] == ["a", "a"]
 
 
+def test_what_the_rule_does_not_know_is_not_called_good(tmp_path: Path) -> None:
+    new_round(tmp_path / "a", "tags", 2, prompt="house {}")
+    with pytest.raises(UserError, match="cannot say how good a picture of 'house 0' is"):
+        simulated.simulate(tmp_path / "a", None, [Annotator()], 0, TOOLS)
+    round_ = new_round(tmp_path / "b", "pairs", 1, question="unsafe")
+    (tmp_path / "b" / round_.items[0].images[0]).write_bytes(picture(0, 8))
+    with pytest.raises(UserError, match="have several sizes"):
+        simulated.simulate(tmp_path / "b", None, [Annotator()], 0, TOOLS)
+
+
 def test_errors_are_probabilities() -> None:
     for error in (-0.1, 1.5, math.nan):
         with pytest.raises(UserError, match="error is a probability"):
@@ -668,12 +678,14 @@ def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:
     (one / "metadata.csv").write_text("file_name,text\n../b/0.png,cat\n")
     refused(*command, one, match="which is not a picture inside")
     (one / "metadata.csv").write_text("file_name,text\n0.png\n")
-    refused(*command, one, match="has no text for '0.png'")
+    refused(*command, one, match="row 1 has more or fewer values")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\x1b[31m\n")
     refused(*command, one, match="holds the control character")
     (one / "metadata.csv").write_text("file_name,text\n0.png,cat\n")
     (one / "0.png").write_bytes(b"no picture")
-    refused(*command, one, "--pictures", one, match="cannot be read as a picture")
+    refused(*command, one, "--pictures", one, match="is not a picture that can be read")
+    (one / "0.png").write_bytes(claiming(picture(0), 5_000, 5_000))
+    refused(*command, one, "--pictures", one, match="that can be read: it is 5000 x 5000")
     assert not (tmp_path / "round" / "round.json").exists()
 
 
@@ -694,6 +706,23 @@ def test_export_writes_every_vote(own: Path, tmp_path: Path) -> None:
     out = tmp_path / "votes.json"
     assert runner.invoke(cli, ["feedback", "export", str(own), "--out", str(out)]).exit_code == 0
     assert [row["answer"] for row in json.loads(out.read_text())][-1] == [1]
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", " ="])
+def test_no_spreadsheet_computes_an_exported_text(start: str, tmp_path: Path) -> None:
+    """`=HYPERLINK(...)` as a prompt; in JSON it stays what it is."""
+    text = f"{start}1+1"
+    new_round(tmp_path, "pairs", 1, size=4, prompt=text)
+    name = text.strip()
+    say(tmp_path, ["tie"], rater=name)
+    for out in (tmp_path / "labels.csv", tmp_path / "labels.json"):
+        done = CliRunner().invoke(cli, ["feedback", "export", str(tmp_path), "--out", str(out)])
+        assert done.exit_code == 0
+    with (tmp_path / "labels.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["prompt"], row["rater"]) == (f"'{text}", f"'{name}")
+    (row,) = json.loads((tmp_path / "labels.json").read_text())
+    assert (row["prompt"], row["rater"]) == (text, name)
 
 
 def test_the_whole_loop_on_the_command_line(micro: Path, tmp_path: Path) -> None:

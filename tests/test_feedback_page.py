@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import re
+import resource
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from httpx2 import Response
 from itsdangerous import URLSafeTimedSerializer
@@ -29,18 +33,20 @@ from d3po_bench.feedback.invitations import (
     invite_admin,
     raters,
 )
-from d3po_bench.feedback.page import server
+from d3po_bench.feedback.page import connections, server
+from d3po_bench.feedback.page.connections import Connection
 from d3po_bench.feedback.page.routes import QUESTIONS
-from d3po_bench.feedback.page.sessions import COOKIE, Limiter, Limits, Sessions, session_key
+from d3po_bench.feedback.page.sessions import Limiter, Limits, Sessions, session_key
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
-from d3po_bench.feedback.votes import effective_votes
+from d3po_bench.feedback.store import HandoutSettings, LabelStore, MovedError, default_url
+from d3po_bench.feedback.votes import cast_vote, effective_votes
 from tests import feedback_load
 from tests.feedback_round import new_round, picture
 
 KEY = b"k" * 32
 PLAIN = HandoutSettings(votes_per_item=2, gold_every=0, repeat_every=0)
 FORM = "application/x-www-form-urlencoded"
+COOKIE = Sessions(KEY).cookie
 
 
 @dataclass
@@ -211,11 +217,17 @@ def test_every_kind_and_question_has_its_words(tmp_path: Path) -> None:
             assert QUESTIONS[kind, question][0] in made.rater().get("/").text
 
 
-def test_signing_out_ends_the_session_in_the_browser(tags: Site) -> None:
+def test_signing_out_ends_the_session_for_whoever_has_its_cookie(tags: Site) -> None:
     ann = tags.rater()
-    response = ann.post("/leave", data=fields(ann))
+    form, copy = fields(ann), tags.browser()
+    copy.cookies.set(COOKIE, ann.cookies[COOKIE])
+    assert copy.get("/").status_code == 200
+    response = ann.post("/leave", data=form)
     assert response.headers["location"] == "/join"
-    assert ann.get("/").headers["location"] == "/join"
+    for client in (ann, copy):
+        assert client.get("/").headers["location"] == "/join"
+        refused(client.post("/vote", data=form), 401)
+    assert tags.votes() == []
 
 
 def test_a_new_invitation_or_a_block_ends_a_session(tags: Site) -> None:
@@ -327,6 +339,7 @@ def test_what_another_site_sends_is_refused(tags: Site) -> None:
     foreign = [
         {"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"},
         {"origin": "http://testserver.evil.example"}, {"origin": "http://[x"},
+        {"origin": "https://testserver"}, {"origin": "http://testserver:8000"},
     ]  # fmt: skip
     for headers in foreign:
         refused(ann.post("/vote", data=fields(ann), headers=headers), 403)
@@ -360,9 +373,43 @@ def test_a_picture_that_became_a_link_to_elsewhere_is_gone(tags: Site) -> None:
     (tags.folder.parent / "secret.png").write_bytes(picture(5))
     path = tags.folder / hand.item.images[hand.shown[0]]
     path.unlink()
-    refused(ann.get(f"/image/{hand.id}/0"), 404)
+    refused(ann.get(f"/image/{hand.id}/0"), 503)
     path.symlink_to(tags.folder.parent / "secret.png")
-    refused(ann.get(f"/image/{hand.id}/0"), 404)
+    refused(ann.get(f"/image/{hand.id}/0"), 503)
+
+
+def test_pictures_that_were_exchanged_get_no_votes_until_they_are_back(tags: Site) -> None:
+    ann = tags.rater()
+    form = fields(ann)
+    hand = find_hand(tags.store, 1, int(form["hand"]))
+    shown = tags.folder / hand.item.images[hand.shown[0]]
+    other = tags.folder / hand.item.images[hand.shown[1]]
+    whole, facts = shown.read_bytes(), shown.stat()
+    shown.write_bytes(other.read_bytes())
+    os.utime(shown, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    refused(ann.get(f"/image/{hand.id}/0"), 503)
+    refused(ann.get("/"), 503)
+    refused(ann.post("/vote", data=form), 503)
+    assert tags.votes() == []
+    shown.write_bytes(whole)
+    assert ann.get(f"/image/{hand.id}/0").content == whole
+    assert ann.post("/vote", data=form).status_code == 303
+
+
+def test_no_answer_names_the_host_that_a_request_claims(tags: Site) -> None:
+    ann = tags.rater()
+    for path in ("/join/", "/vote/", "/admin/", "/static/page.css/"):
+        refused(ann.get(path, headers={"host": "evil.example"}), 404)
+    left = ann.post("/leave", data=fields(ann))
+    assert left.headers["location"] == "/join"
+
+
+def test_each_round_of_a_host_has_a_cookie_of_its_own(tags: Site) -> None:
+    """Browsers send a cookie to every port."""
+    one, two = Sessions(KEY), Sessions(b"x" * 32)
+    assert one.cookie != two.cookie
+    assert one.cookie == Sessions(KEY).cookie
+    assert not set(one.cookie) - set("d3po_feedback_0123456789abcdef")
 
 
 def test_a_hand_that_was_not_given_is_refused(tags: Site) -> None:
@@ -458,11 +505,12 @@ def test_wrong_sign_ins_are_refused_and_soon_not_even_looked_at(tags: Site) -> N
     assert tags.votes() == []
 
 
-def test_after_many_wrong_tries_an_address_waits(tags: Site) -> None:
+def test_after_many_wrong_tries_an_address_waits_but_valid_links_work(tags: Site) -> None:
+    """Raters of one office share an address, perhaps with whoever tries tokens."""
     tags.limits = replace(tags.limits, sign_ins=(1, 0.001))
     client, token = tags.browser(), invite(tags.store, "Ann")
     statuses = [client.post("/join", data={"token": t}).status_code for t in ("x", "x", token)]
-    assert statuses == [403, 429, 429]
+    assert statuses == [403, 429, 303]
 
 
 def test_right_sign_ins_do_not_count_as_wrong(tags: Site) -> None:
@@ -498,7 +546,7 @@ def test_a_limiter_refills_and_forgets() -> None:
     now = 0.0
     limiter = Limiter(3, 2.0, clock=lambda: now)
     assert [limiter.allow("a") for _ in range(4)] == [True, True, True, False]
-    assert limiter.allow("b", spend=False)
+    assert limiter.allow("b")
     now = 0.5
     assert [limiter.allow("a") for _ in range(2)] == [True, False]
     now = 100.0
@@ -509,15 +557,59 @@ def test_a_limiter_refills_and_forgets() -> None:
     assert len(limiter._buckets) == 1  # or hostile keys would fill the memory
 
 
-def test_a_database_that_fails_is_said_in_words(tags: Site) -> None:
+def test_a_database_that_fails_is_said_in_words(
+    tags: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     ann = tags.rater()
     form = fields(ann)
     with tags.store.writing() as connection:
         connection.exec_driver_sql("create trigger full before insert on votes "
                                    "begin select raise(abort, 'disk is full'); end")  # fmt: skip
-    response = ann.post("/vote", data=form)
-    refused(response, 503)
-    assert "could not be saved" in response.text
+    for _ in range(2):
+        response = ann.post("/vote", data=form)
+        refused(response, 503)
+        assert "could not be saved" in response.text
+    assert [record.message for record in caplog.records] == ["disk is full"]  # once, of no rater
+
+
+@pytest.mark.parametrize("names", [("",), ("-wal",), ("", "-wal", "-shm")])
+def test_votes_into_a_file_that_was_removed_are_not_acknowledged(
+    tags: Site, names: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    ann, admin = tags.rater(), tags.browser(invite_admin(tags.store))
+    form = fields(ann)
+    kept = [(tags.folder / f"labels.sqlite{name}", f"kept{name}") for name in names]
+    for path, name in kept:
+        path.rename(tags.folder / name)
+    for _ in range(2):
+        refused(ann.post("/vote", data=form), 503)
+        refused(ann.get("/"), 503)
+        refused(admin.get("/admin"), 503)
+    assert [record.message for record in caplog.records] == 2 * [  # of each browser's server
+        f"{tags.folder}/labels.sqlite was moved or removed while it was in use. Put that file back "
+        "with its -wal, or restore a copy and start again"
+    ]
+    assert not [path for path, _ in kept if path.exists()]
+    for path, name in kept:
+        (tags.folder / name).rename(path)
+    assert ann.post("/vote", data=form).status_code == 303
+    assert len(tags.votes()) == 1
+
+
+def test_a_vote_whose_file_goes_while_it_is_written_is_not_acknowledged(tags: Site) -> None:
+    ann, rater = tags.rater(), find_rater(tags.store, id_=1)
+    hand = find_hand(tags.store, 1, int(fields(ann)["hand"]))
+    assert rater
+
+    def removing() -> None:
+        with tags.store.writing() as connection:
+            connection.exec_driver_sql("update facts set value = value")
+            (tags.folder / "labels.sqlite").unlink()
+
+    with pytest.raises(MovedError):
+        removing()
+    with pytest.raises(MovedError):
+        cast_vote(tags.store, 1, hand.id, (0,), 1, 0)
 
 
 # ---- the admin
@@ -626,6 +718,8 @@ def test_behind_a_proxy_a_rater_signs_in_and_votes(tags: Site) -> None:
         refused(client.post("/vote", data=form, headers={"origin": origin}), 403)
     assert client.post("/vote", data=form, headers=own).status_code == 303
     assert len(tags.votes()) == 1
+    assert client.get("/join").headers["strict-transport-security"] == "max-age=31536000"
+    assert "strict-transport-security" not in tags.browser().get("/join").headers
 
 
 @contextlib.contextmanager
@@ -642,6 +736,82 @@ def serving(folder: Path, *options: str) -> Iterator[int]:
             yield port
         finally:
             process.terminate()
+
+
+@contextlib.contextmanager
+def listening(tags: Site) -> Iterator[int]:
+    """The pages behind real connections, in this process; their port."""
+    pages = server.app(tags.round, tags.folder, tags.store, KEY)
+    running = uvicorn.Server(server.configured(pages, proxied=False))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the server closes it."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+HALVES = (
+    b"POST /join HTTP/1.1\r\nHost: x\r\n",
+    b"POST /join HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+    b"Content-Length: 100\r\n\r\ntoken=",
+)
+
+
+def test_half_sent_requests_keep_nobody_out(
+    tags: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Connection, "most", 20)
+    with listening(tags) as port, contextlib.ExitStack() as stack:
+        opened = []
+        for n in range(60):
+            half = socket.create_connection(("127.0.0.1", port), timeout=10)
+            opened.append(stack.enter_context(half))
+            half.sendall(HALVES[n % 2])
+        asked = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(asked):
+            asked.request("GET", "/join")
+            assert asked.getresponse().status == 200
+        assert ended(opened[0])  # it made room
+        assert len(Connection.waiting) <= 20
+    assert caplog.records == []
+    assert Connection.waiting == {}
+
+
+def test_a_request_that_does_not_come_whole_is_cut_off_in_time(
+    tags: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "SECONDS", 0.2)
+    with listening(tags) as port:
+        for half in HALVES:
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as sent:
+                sent.sendall(half)
+                assert ended(sent)
+        asked = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(asked):  # an answered one waits for the next request as before
+            for _ in range(2):
+                asked.request("GET", "/static/page.css")
+                assert asked.getresponse().read()
+                time.sleep(0.4)
+
+
+@pytest.mark.parametrize("files", [64, 256, 1024, 10**6])
+def test_connections_leave_room_for_other_files(
+    files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (files, files))
+    most, queue = connections.limits()
+    assert 0 < most + queue <= files * 5 // 8
 
 
 @pytest.mark.parametrize("public", [True, False])

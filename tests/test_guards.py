@@ -118,7 +118,7 @@ def test_an_evaluation_score_of_nan_stops_the_run(
     monkeypatch.setattr(JpegSize, "__call__", wrong)
     code, error = called()
     assert code == 1
-    assert "Evaluation after round 0, seed 0: NaN or infinity in the evaluation scores" in error
+    assert "Evaluation after round 0, seed 0: The scorer jpeg_size returned nan for 1 of 2" in error
     assert not list(Path().rglob("eval.csv"))
 
 

@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sql
 
 from d3po_bench.errors import UserError
+from d3po_bench.feedback import votes
 from d3po_bench.feedback.handout import Hand, NotHandedError, find_hand, hand_out, progress
 from d3po_bench.feedback.invitations import (
     disable,
@@ -232,6 +233,29 @@ def test_an_abandoned_item_returns_to_the_pool(store: LabelStore, clock: Clock) 
     assert [vote.rater for vote in effective_votes(store)].count("Ann") == 1
 
 
+def test_an_item_given_by_a_clock_that_was_ahead_is_not_taken_until_then(
+    store: LabelStore, clock: Clock
+) -> None:
+    ann, bob = invited(store, "Ann", "Bob")
+    year = 365 * 24 * 3600.0
+    clock.now += year
+    items = {voted(store, ann).item.id for _ in range(3)}
+    left = handed(store, ann)
+    clock.now -= year
+    assert handed(store, bob).item.id == left.item.id
+    assert {vote.item for vote in effective_votes(store)} == items
+
+
+def test_a_clock_that_is_set_back_a_little_takes_no_item_away(
+    store: LabelStore, clock: Clock
+) -> None:
+    ann, bob = invited(store, "Ann", "Bob")
+    hand = handed(store, ann)
+    clock.now -= 60
+    assert handed(store, bob).item.id != hand.item.id
+    assert handed(store, ann).id == hand.id
+
+
 def test_who_comes_back_gets_what_they_left_if_nobody_took_it(
     store: LabelStore, clock: Clock
 ) -> None:
@@ -403,6 +427,40 @@ def test_sixteen_raters_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
         assert len(votes) == counts.total() == 24 * 3
         assert Counter(vote.item for vote in votes) == {item.id: 3 for item in round_.items}
         assert len({(vote.rater, vote.item) for vote in votes}) == len(votes)
+
+
+def test_the_admins_tally_reads_each_row_once(
+    store: LabelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the page of 40,000 votes takes seconds, each time that it reloads."""
+    read: list[int] = []
+    vote = votes._vote
+
+    def counted(store: LabelStore, number: int, *told: Any) -> Any:
+        read.append(number)
+        return vote(store, number, *told)
+
+    monkeypatch.setattr(votes, "_vote", counted)
+    tally, (ann,) = votes.Tally(store), invited(store, "Ann")
+    voted(store, ann, 0)
+    voted(store, ann, 1)
+    assert [v.answer for v in tally.votes()] == [(0,), (1,)]
+    undo_vote(store, ann, last_vote(store, ann))
+    assert [v.answer for v in tally.votes()] == [(0,)]
+    voted(store, ann, 2)
+    assert [v.answer for v in tally.votes()] == [(0,), (2,)]
+    assert read == [1, 2, 4]
+
+
+def test_a_row_that_does_not_fit_is_refused_each_time(tmp_path: Path, store: LabelStore) -> None:
+    (ann,) = invited(store, "Ann")
+    voted(store, ann)
+    voted(store, ann)
+    executed(tmp_path / "round", f"update votes set answer = '{'[' * 20_000}' where id = 1")
+    tally = votes.Tally(store)
+    for _ in range(2):
+        with pytest.raises(UserError, match="Vote 1 does not fit this round"):
+            tally.votes()
 
 
 def test_of_one_answer_sent_by_many_threads_one_is_stored(store: LabelStore) -> None:

@@ -22,7 +22,8 @@ from d3po_bench.feedback.agreement import read_label_files
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import Source, load
-from d3po_bench.prompts import read_pictures, read_prompts
+from d3po_bench.pictures import read_pictures
+from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
 from eval.analysis import table1

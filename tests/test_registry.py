@@ -104,6 +104,22 @@ def test_plugins_come_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.summary("method", "mine") == "from decimal:Decimal"
 
 
+@pytest.mark.parametrize("kind", get_args(registry.Kind))
+@pytest.mark.parametrize(
+    "name", ["../../x", "a/b", "..", ".x", "-x", "a b", "a\\b", "", "é", "a\n"]
+)
+def test_a_plugin_whose_name_could_lead_elsewhere_is_refused(
+    kind: registry.Kind, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names become those of folders and columns."""
+    group = f"d3po_bench.{'families' if kind == 'family' else kind + 's'}"
+    entry = EntryPoint(name, "decimal:Decimal", group)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    for ask in (lambda: registry.names(kind), lambda: registry._module(kind, name)):
+        with pytest.raises(UserError, match=rf"brings a {kind} called .*fix or remove"):
+            ask()
+
+
 @pytest.mark.parametrize("value", ["nowhere:METHOD", "decimal:nothing", "broken:METHOD"])
 def test_a_plugin_that_does_not_load_is_one_line(
     value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

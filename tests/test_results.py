@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from scipy.stats import ttest_ind
 
 from d3po_bench import config
 from d3po_bench.cli import cli
@@ -25,7 +26,7 @@ from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.runs.run import RunFolder
 from eval.analysis import documents, tries
-from eval.analysis.gains import cost, flat_size, gains
+from eval.analysis.gains import contrast, cost, flat_size, gains
 from eval.analysis.pictures import crossed, measure
 from eval.analysis.report import report
 from eval.analysis.runs import Run, read_groups
@@ -78,18 +79,34 @@ def test_gains_by_hand(two_methods: Path) -> None:
         "gain (95 % interval)": "+1.000 (+1.000 to +1.000)",
         "worst seed": "+1.000",
         "share of excess": f"{1 / (7.1 - flat_size(32)):+.0%}",
-        "IQM of the gain (95 % interval)": "+1.000 (+1.000 to +1.000)",
         DIFFERENCE: "",
+        "p, Holm": "",
         "gain, eta 0": "+1.000",
     }
     ddpo = found["incompress ddpo"]
-    assert ddpo["gain (95 % interval)"] == "+0.500 (+0.000 to +1.000)"
+    assert ddpo["gain (95 % interval)"] == "+0.500 (-0.742 to +1.742)"  # 4.30265 * 0.5 / sqrt(3)
     assert ddpo["worst seed"] == "+0.000"
-    # ends 7.0, 7.6, 8.2 against 8.0, 8.1, 8.2; the interval lies within the extremes of both
-    difference, low, _, high = ddpo[DIFFERENCE].replace("(", "").replace(")", "").split()
-    assert difference == "-0.500"
-    assert 7.0 - 8.2 < float(low) < -0.9
-    assert -0.1 < float(high) < 8.2 - 8.0
+    # ends 7.0, 7.6, 8.2 against 8.0, 8.1, 8.2
+    test = ttest_ind([7.0, 7.6, 8.2], [8.0, 8.1, 8.2], equal_var=False)
+    low, high = test.confidence_interval()
+    assert ddpo[DIFFERENCE] == f"-0.500 ({low:+.3f} to {high:+.3f})"
+    assert ddpo["p, Holm"] == f"{test.pvalue:.2g}"  # the only comparison
+
+
+def test_reward_and_drift_are_told_apart(tmp_path: Path) -> None:
+    # gains of 1, 1.5 and 2 on larger files, of 0.2 each on smaller ones, and a seed without partner
+    for seed, gain in enumerate((0.1, 0.15, 0.2)):
+        write_run(tmp_path, seed=seed, gain=gain)
+        write_run(tmp_path, "compress", seed=seed, gain=0.02)
+    write_run(tmp_path, seed=3)
+    # S = 0.4, 0.65, 0.9 and D = 0.6, 0.85, 1.1: halves of 4.30265 * 0.25 / sqrt(3)
+    assert cells(contrast(read_groups([tmp_path]))) == {
+        "incompress, compress d3po": {
+            "seeds": "3",
+            "S, by the reward (95 % interval)": "+0.650 (+0.029 to +1.271)",
+            "D, by drift (95 % interval)": "+0.850 (+0.229 to +1.471)",
+        }
+    }
 
 
 def test_the_difference_is_of_the_training_sampler_and_of_scored_images(two_methods: Path) -> None:
@@ -160,8 +177,8 @@ def test_diversity_and_other_scores_by_hand(tmp_path: Path) -> None:
     assert cells(crossed(read_groups([folder]))) == {
         "d3po incompress": {
             "seeds": "2",
-            "JPEG size, kB": "+0.300 (+0.200 to +0.400)",
-            "aesthetic score, points": "+0.700 (+0.500 to +0.900)",
+            "JPEG size, kB": "+0.300 (-0.971 to +1.571)",
+            "aesthetic score, points": "+0.700 (-1.841 to +3.241)",
         }
     }
     # one run was not measured: no mean over the others
@@ -278,7 +295,7 @@ def test_report_prints_gains_and_cost(two_methods: Path, tmp_path: Path) -> None
 def test_report_as_csv_and_json_has_every_number(two_methods: Path) -> None:
     (d3po, ddpo) = csv.DictReader(io.StringIO(called(two_methods, "--format", "csv").output))
     assert float(ddpo["gain"]) == pytest.approx(0.5)
-    assert float(ddpo["low"]) == pytest.approx(0.0, abs=1e-9)
+    assert float(ddpo["low"]) == pytest.approx(-0.742, abs=1e-3)
     assert (d3po["images"], d3po["kl"], d3po["difference"]) == ("640.0", "", "")
     found = json.loads(called(two_methods, "--format", "json", "--table", "cost").output)
     assert [row["method"] for row in found["cost"]] == ["d3po", "ddpo"]

@@ -15,7 +15,7 @@ from d3po_bench.feedback import schema
 from d3po_bench.feedback.agreement import read_label_files
 from d3po_bench.feedback.rounds import Item, Round
 from d3po_bench.feedback.schema import check_answer
-from tests.feedback_round import new_round, picture
+from tests.feedback_round import claiming, new_round, picture
 
 STRANGE: tuple[Any, ...] = (
     None, True, 0, -1, 9, 10**30, 1.5, "", "x", "x" * 5000, "a\0b", "é\u202e", "\ud800", "a\\b.png",
@@ -35,6 +35,8 @@ def folder(tmp_path: Path) -> Path:
     (made / "text.png").write_text("no picture at all, but long enough")
     (made / "cut.png").write_bytes(picture(1)[:-20])
     (made / "empty.png").touch()
+    (made / "short.png").write_bytes(picture(1)[:8] + picture(1)[-8:])
+    (made / "huge.png").write_bytes(claiming(picture(1), 13_000, 13_000))
     return made
 
 
@@ -111,7 +113,7 @@ FAULTS: dict[str, tuple[Any, ...]] = {
     "items/1/images/2": (
         "/etc/passwd", "../outside.png", "images/../../outside.png", "images/../images/0000-0.png",
         "link.png", "circle.png", "a\\b.png", "a\0b.png", "", "images", "images/none.png",
-        "text.png", "cut.png", "empty.png", "x" * 5000, 3,
+        "text.png", "cut.png", "empty.png", "short.png", "huge.png", "x" * 5000, 3,
     ),
     "items/1/gold": ("a", [3], [-1], [0, 0]),
     "items/1/gold/0": (True, 0.5, "0"),

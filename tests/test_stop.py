@@ -235,6 +235,55 @@ def test_a_killed_command_takes_its_workers_along(micro: Path, tmp_path: Path) -
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+SLEEPER = """
+import sys, time
+from d3po_bench.launch.local import side_by_side
+
+def sleep(task, tell):
+    print("asleep", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    side_by_side(sleep, [1, 2], 2, lambda task, result: True)
+"""
+
+
+def test_workers_whose_tasks_tell_nothing_end_with_a_killed_parent(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    with subprocess.Popen(
+        [sys.executable, "sleeper.py"], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert [process.stdout.readline() for _ in range(2)] == ["asleep\n"] * 2
+            process.kill()
+            process.wait()
+            wait_for(lambda: not in_group(process.pid))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_run_whose_folder_is_moved_ends_with_that(
+    command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = seed_folder(Path("runs"), micro)
+    train_round = Trainer.train_round
+
+    def moving(self: Trainer, *arguments: Any) -> Any:
+        found = train_round(self, *arguments)
+        if folder.exists():
+            folder.rename("moved")
+        return found
+
+    monkeypatch.setattr(Trainer, "train_round", moving)
+    done = command(*run_of(micro))
+    refused(done, f"{folder} was moved or removed while a command worked in it", code=1)
+    assert "Runs are in" not in done.err
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [

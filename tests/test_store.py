@@ -8,6 +8,8 @@ import json
 import os
 import random
 import re
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.runs import store
-from d3po_bench.runs.store import RunStore
+from d3po_bench.runs.store import BEFORE, NEWEST, RunStore
 from tests.damage import Harm, failing, flipped, flipped_in_the_header, listed, truncated
 
 CONFIG = RunConfig(method="d3po", objective="incompress")
@@ -97,6 +99,75 @@ def test_a_lock_file_that_was_just_removed_does_not_count(
         RunStore.open(run.folder, CONFIG, resume=True),
     ):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_where_files_cannot_be_locked_this_machine_keeps_others_out(
+    number: int, run: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre and NFS may be mounted."""
+    flock = fcntl.flock
+
+    def unable(file: Any, how: int) -> None:
+        if not isinstance(file.name, int):  # which is opened by number, elsewhere
+            raise OSError(number, os.strerror(number))
+        flock(file, how)
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(fcntl, "flock", unable)
+    with RunStore.open(run.folder, CONFIG, resume=True) as opened:
+        assert opened.hold is not None
+        assert not opened.hold.everywhere
+        with (
+            pytest.raises(UserError, match="Another process is running"),
+            RunStore.open(run.folder, CONFIG, resume=True),
+        ):
+            pass
+        with RunStore.open(tmp_path / "other", CONFIG, resume=True):
+            pass
+    with RunStore.open(run.folder, CONFIG, resume=True):
+        pass
+    assert listed(run.folder) == ["config.json", "provenance.json"]
+
+
+def test_another_fault_of_the_lock_is_one_line(
+    run: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(OSError(errno.EIO, "Input/output error")))
+    with (
+        pytest.raises(RunError, match=r"\.lock cannot be written: the disk has an input"),
+        RunStore.open(run.folder, CONFIG, resume=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_a_folder_that_goes_while_a_run_writes_is_not_made_again(
+    how: str, again: bool, run: RunStore, tmp_path: Path
+) -> None:
+    """Its rows would be in two places, and neither whole."""
+
+    def work() -> None:
+        with RunStore.open(run.folder, CONFIG, resume=True) as opened:
+            opened.log({"round": 1}, {"round": 1})
+            if how == "moved":
+                run.folder.rename(tmp_path / "away")
+            else:
+                shutil.rmtree(run.folder)
+            if again:
+                run.folder.mkdir()
+                (run.folder / ".lock").touch()
+            with pytest.raises(RunError, match="was moved or removed"):
+                opened.save_lora(lambda folder: folder.mkdir())
+            opened.log({"round": 2}, {"round": 2})
+
+    with pytest.raises(RunError, match=r"seed-0 was moved or removed .*Move it back"):
+        work()
+    assert listed(run.folder) == ([".lock"] if again else [])
+    if how == "moved":
+        assert len(RunStore(tmp_path / "away").metrics) == 1
 
 
 def test_another_config_is_refused_by_what_differs(run: RunStore) -> None:
@@ -290,7 +361,7 @@ def test_a_checkpoint_that_was_not_written_leaves_both_of_before(
 ) -> None:
     run.checkpoint(*state(1))
     run.checkpoint(*state(2))
-    newest, before = run._checkpoints()
+    newest, before = run.folder / NEWEST, run.folder / BEFORE
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(RunError, match=r"last\.safetensors cannot be written: the disk"):

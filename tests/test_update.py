@@ -195,3 +195,10 @@ def test_ranks_give_the_weights_of_one_process(
         assert torch.equal(drawn, found[0][0])
     torch.testing.assert_close(found[0][0], latents, rtol=1e-4, atol=1e-4)
     near(found[0][1], alone)  # the ranks split the sums elsewhere: equal up to rounding
+
+
+def test_nothing_is_trained_without_autograd(micro_model: StableDiffusion) -> None:
+    policy = Policy(micro_model, steps=3)
+    rows = rows_of(policy)
+    with torch.no_grad(), pytest.raises(RunError, match="Autograd is switched off, so nothing"):
+        update(policy, D3PO(), rows, adam(micro_model), Updates(), shuffled())

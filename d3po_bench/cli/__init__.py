@@ -14,7 +14,7 @@ from d3po_bench import __version__
 from d3po_bench.cli import feedback, results, run, show, weights
 from d3po_bench.cli import list as listing
 from d3po_bench.cli.options import Commands
-from d3po_bench.errors import UserError, fail, of_file
+from d3po_bench.errors import UserError, fail, of_system
 
 EXTRA = ("fastapi", "itsdangerous", "jinja2", "krippendorff", "sqlalchemy", "uvicorn")
 """Modules that the extra `feedback` brings."""
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         cli(arguments, "d3po-bench", standalone_mode=False)
+        sys.stdout.flush()  # what cannot be written is said here, not when Python ends
     except NoArgsIsHelpError as problem:
         click.echo(problem.format_message(), err=True)
         sys.exit(2)
@@ -62,12 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"The extra `feedback` is not installed: there is no module {problem.name}. Run: "
              "pip install -c constraints.txt -e '.[feedback]'", 2)  # fmt: skip
     except OSError as problem:
-        if problem.errno == errno.EPIPE:  # `d3po-bench list | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        if problem.filename is None:
+        told = of_system(problem)
+        if told is None and problem.errno != errno.EPIPE:
             raise
-        fail(str(of_file(problem)), 2)
+        if problem.filename is None:  # perhaps stdout, which Python flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if told is None:  # `d3po-bench list | head`
+            sys.exit(1)
+        fail(str(told), told.exit_code)
 
 
 def _said(problem: click.ClickException) -> str:

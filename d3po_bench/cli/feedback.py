@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from d3po_bench.cli.options import PLACE, Commands
+from d3po_bench.cli.options import PLACE, PROMPTS, Commands
 from d3po_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ VOTES = click.option(
 
 @click.command()
 @FOLDER
-@click.option("--prompts", help="A list (`d3po-bench list`) or a file with one prompt a line.")
+@click.option(
+    "--prompts", type=PROMPTS, help="A list (`d3po-bench list`) or a file: .txt, .csv, .jsonl."
+)
 @click.option("--count", type=click.IntRange(1, 10**6), help="Number of prompts; default: all.")
 @click.option(
     "--kind", type=click.Choice(["tags", "pairs"]), default="tags", show_default=True,
@@ -50,7 +52,7 @@ VOTES = click.option(
 )  # fmt: skip
 @click.option(
     "--pictures", multiple=True, type=PLACE,
-    help="Instead of drawing, a folder with metadata.csv (file_name,text); repeatable.",
+    help="Instead of drawing, a folder with metadata.csv or .jsonl (file_name, text); repeatable.",
 )  # fmt: skip
 @click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
 @PRESET

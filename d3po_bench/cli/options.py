@@ -35,6 +35,8 @@ class Place(click.Path):
 
 
 PLACE = Place(path_type=Path)
+PROMPTS = Place()
+"""A list, or a file of prompts."""
 
 
 def scorer_names(text: str) -> tuple[str, ...]:

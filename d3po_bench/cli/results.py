@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from d3po_bench.cli.options import MOST_JOBS, PLACE, Range, scorer_names
+from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, Range, scorer_names
 from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
 
@@ -99,13 +100,21 @@ def report(
     "those of the run.",
 )
 @click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
-@click.option("--prompts", help="A list or a file; default: held-out captions, or the run's own.")
+@click.option(
+    "--prompts",
+    type=PROMPTS,
+    help="A list or a file; default: held-out captions, or the run's own.",
+)
 @click.option("--count", type=click.IntRange(1, 10**6), help="Prompts, spread over the list.")
 @click.option(
     "--images", type=click.IntRange(1, 1000), default=1, show_default=True, help="A prompt."
 )
 @click.option("--steps", type=click.IntRange(1, 999), help="Default: 20, or those of the run.")
 @click.option("--guidance", type=Range(0, 100), help="Default: 5, or that of the run.")
+@click.option(
+    "--long-prompts", type=click.Choice(["refuse", "cut"]),
+    help="With more tokens than the text encoder reads; default: refuse, or as the run.",
+)  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Processes."
@@ -121,6 +130,7 @@ def evaluate(
     images: int,
     steps: int | None,
     guidance: float | None,
+    long_prompts: Literal["refuse", "cut"] | None,
     device: str,
     jobs: int,
     out: Path | None,
@@ -129,8 +139,8 @@ def evaluate(
     """Draw held-out prompts from fixed noise with both samplers, and score every image.
 
     TARGET is a run folder, a LoRA folder, a model (tiny, a folder, a hub id), or a folder of
-    pictures with a metadata.csv (file_name,text). Writes rows.csv, plan.json and provenance.json
-    to OUT; the same command resumes where it was interrupted.
+    pictures with a metadata.csv or metadata.jsonl (file_name, text). Writes rows.csv, plan.json
+    and provenance.json to OUT; the same command resumes where it was interrupted.
 
     \b
     Example:
@@ -143,7 +153,7 @@ def evaluate(
     request = plan.EvaluateRequest(
         target=target, scorers=names, model=model, prompts=prompts, count=count,
         images=images, steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
-        save=save,
+        save=save, long_prompts=long_prompts,
     )  # fmt: skip
     told = work.lines_of_progress(lambda text: click.echo(text, err=True))
     folder = work.run(request, told, lambda text: click.echo(f"note: {text}", err=True))
@@ -162,7 +172,7 @@ def evaluate(
 @click.option("--scorers", default="clip,blip,image_reward", show_default=True)
 @click.option("--preset", help="Settings to start from; default: alignment, or the model's own.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As in `run`.")
-@click.option("--prompts", help="Held-out list or file; default: the model's own.")
+@click.option("--prompts", type=PROMPTS, help="Held-out list or file; default: the model's own.")
 @click.option("--count", type=click.IntRange(1, 10**6), help="Of these prompts; default: all.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--jobs", type=click.IntRange(1, MOST_JOBS), help="Runs side by side.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from d3po_bench.cli.options import MOST_JOBS, PLACE
+from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS
 from d3po_bench.config import MOST_SEEDS
 
 DEVICE = click.option(
@@ -44,6 +44,12 @@ RESUME = click.option(
     show_default=True,
     help="tiny, sd15, a diffusers folder, a hub id, or a FILE.py with a model family.",
 )
+@click.option(
+    "--prompts",
+    type=PROMPTS,
+    help="A list (`d3po-bench list`) or a file: .txt with one on each line, or a .csv, .tsv, .json "
+    "or .jsonl with a field prompt, text or caption, or FILE:FIELD. Default: the objective's.",
+)
 @click.option("--preset", help="Settings to start from; default: the one made for the model.")
 @click.option(
     "--set",
@@ -75,6 +81,7 @@ def run(
     seeds: int,
     seed_start: int,
     model: str,
+    prompts: str | None,
     preset: str | None,
     settings: tuple[str, ...],
     rounds: int | None,
@@ -104,6 +111,7 @@ def run(
             method=method,
             objective=objective,
             model=model,
+            prompts=prompts,
             preset=preset,
             settings=pairs_of(settings),
             rounds=rounds,

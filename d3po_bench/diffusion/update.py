@@ -54,10 +54,15 @@ def update(
 
     Raises:
         RunError: a loss or gradient is not finite, and the weights are those before that step; or
-            the last step has left weights that are not.
+            the last step has left weights that are not; or autograd is switched off.
     """
     if len(rows) == 0:
         return {"updates": 0}
+    if not torch.is_grad_enabled():  # a loss without a gradient would be passed over
+        raise RunError(
+            "Autograd is switched off, so nothing would be trained: a package called "
+            "torch.set_grad_enabled(False). Make it use `with torch.no_grad():` instead."
+        )
     groups = [g for _ in range(updates.passes) for g in _groups(rows, updates, rng)]
     parameters = list(policy.model.trainable().values())
     totals: dict[str, float] = {}

@@ -11,8 +11,8 @@ from torch import Tensor
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.diffusion.seeding import stream
-from d3po_bench.errors import RunError
 from d3po_bench.experience import Stage
+from d3po_bench.scoring import require_scores
 from d3po_bench.types import Objective, Rollout, Scorer
 
 
@@ -61,11 +61,7 @@ class OnPolicy:
         images = policy.model.decode(rollout.latents[:, :, -1].flatten(0, 1))
         prompts = [prompt for prompt in rollout.prompts for _ in range(k)]
         scores = self.scorer(images, prompts).view(p, k)
-        if not bool(torch.isfinite(scores).all()):
-            raise RunError(
-                f"The scorer {self.objective.scorer} returned "
-                f"{scores[~torch.isfinite(scores)][0]}. Check that scorer."
-            )
+        require_scores(self.scorer, scores)
         self.counts["images"] += p * k
         self.counts["scorer_calls"] += p * k
         return replace(rollout, scores=scores * self.objective.sign)

@@ -70,10 +70,13 @@ def judgements(round_: Round, votes: Sequence[Vote]) -> tuple[list[str], Floats]
     width = round_.images_per_item if round_.kind == "tags" else 1
     place = {item.id: n * width for n, item in enumerate(round_.items)}
     table = np.full((len(names), len(place) * width), np.nan)
-    for vote in votes:
-        if vote.repeat == 0:
-            start = place[vote.item]
-            table[row[vote.rater], start : start + width] = _values(round_, vote.answer)
+    first = [vote for vote in votes if vote.repeat == 0]
+    if first:
+        known = {answer: _values(round_, answer) for answer in {vote.answer for vote in first}}
+        rows = np.array([row[vote.rater] for vote in first])
+        starts = np.array([place[vote.item] for vote in first])
+        units = starts[:, None] + np.arange(width)
+        table[rows[:, None], units] = [known[vote.answer] for vote in first]
     return names, table
 
 
@@ -100,7 +103,10 @@ def raw_agreement(round_: Round, votes: Sequence[Vote]) -> float | None:
 
     None where no unit was judged twice.
     """
-    counts = _counts(round_, judgements(round_, votes)[1])
+    return _raw_agreement(_counts(round_, judgements(round_, votes)[1]))
+
+
+def _raw_agreement(counts: NDArray[np.int64]) -> float | None:
     raters = counts.sum(1)
     same = (counts * (counts - 1)).sum(1)[raters > 1]
     pairs = (raters * (raters - 1))[raters > 1]
@@ -111,6 +117,7 @@ def quality(round_: Round, votes: Sequence[Vote]) -> list[Quality]:
     """Each rater's accuracy, consistency and speed, by name."""
     names, table = judgements(round_, votes)
     counts = _counts(round_, table)
+    gold = {item.id: item.gold for item in round_.items if item.gold is not None}
     mine: dict[str, list[Vote]] = defaultdict(list)
     for vote in votes:
         mine[vote.rater].append(vote)
@@ -118,7 +125,7 @@ def quality(round_: Round, votes: Sequence[Vote]) -> list[Quality]:
         Quality(
             rater=name,
             votes=len(mine[name]),
-            gold=_on_gold(round_, mine[name]),
+            gold=_compared(round_, _on_gold(gold, mine[name])),
             consistent=_on_repeats(round_, mine[name]),
             seconds=median(vote.milliseconds for vote in mine[name]) / 1000,
             with_others=_with_others(counts, table[row]),
@@ -146,10 +153,9 @@ def _compared(round_: Round, pairs: Sequence[tuple[Answer, Answer]]) -> Share:
     return Share(sum(a == b for a, b in zip(one, other, strict=True)), len(one))
 
 
-def _on_gold(round_: Round, votes: Sequence[Vote]) -> Share:
-    gold = {item.id: item.gold for item in round_.items if item.gold is not None}
-    first = [vote for vote in votes if vote.repeat == 0]
-    return _compared(round_, [(v.answer, gold[v.item]) for v in first if v.item in gold])
+def _on_gold(gold: Mapping[str, Answer], votes: Sequence[Vote]) -> list[tuple[Answer, Answer]]:
+    """What was answered to the items whose answer is known, and that."""
+    return [(v.answer, gold[v.item]) for v in votes if v.repeat == 0 and v.item in gold]
 
 
 def _on_repeats(round_: Round, votes: Sequence[Vote]) -> Share:
@@ -168,11 +174,12 @@ def _with_others(counts: NDArray[np.int64], mine: Floats) -> float | None:
 
 def summary(round_: Round, votes: Sequence[Vote]) -> Mapping[str, float | None]:
     """The round's numbers by name: votes, raters, alpha and raw agreement."""
+    counts = _counts(round_, judgements(round_, votes)[1])
     return {
         "votes": len(votes),
         "raters": len({vote.rater for vote in votes}),
-        "alpha": alpha(round_, votes),
-        "raw_agreement": raw_agreement(round_, votes),
+        "alpha": alpha_of_counts(counts),
+        "raw_agreement": _raw_agreement(counts),
     }
 
 

@@ -1,4 +1,4 @@
-"""Pictures from elsewhere: folders with a metadata.csv, judged line by line and compared."""
+"""Pictures from elsewhere: folders with a table of texts, judged line by line and compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.feedback.simulated import pool_of
 from d3po_bench.feedback.store import LabelStore
 from d3po_bench.feedback.votes import effective_votes
-from d3po_bench.prompts import read_pictures
+from d3po_bench.pictures import open_picture, opened, read_pictures
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
 
 SOURCES = "sources.json"
@@ -52,9 +52,9 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
 
     Args:
         folder: of the round; it must hold none.
-        sources: folders with metadata.csv (file_name, text). With pairs, every two of them are
-            compared, line by line. With tags, a line of each makes a grid; of a single folder,
-            the lines that follow each other with the same text do.
+        sources: folders with metadata.csv or metadata.jsonl (file_name, text). With pairs, every
+            two of them are compared, line by line. With tags, a line of each makes a grid; of a
+            single folder, the lines that follow each other with the same text do.
         judged: how people will look at them.
 
     Raises:
@@ -69,6 +69,9 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
                 "pictures of the same prompts."
             )
     kind, question = judged
+    for path, _ in chain(*listed):
+        with opened(path) as picture:  # its header alone
+            schema.check_size(*picture.size)
     with taken(folder):
         if (folder / rounds.FILE).exists():
             raise UserError(f"There is a round in {folder} already. Give another folder.")
@@ -108,18 +111,9 @@ def _pair(line: int, i: int, j: int) -> str:
 
 def _copies(folder: Path, name: str, paths: Sequence[Path]) -> Iterator[str]:
     """Save an item's pictures again as PNG: nothing else in the files comes along."""
-    from PIL import Image
-
     for k, path in enumerate(paths):
-        try:
-            with Image.open(path) as picture:
-                buffer = io.BytesIO()
-                picture.convert("RGB").save(buffer, "PNG")
-        except (OSError, ValueError, Image.DecompressionBombError) as problem:
-            raise UserError(
-                f"{path} cannot be read as a picture: {problem}. Save it again, or take its line "
-                "out of metadata.csv."
-            ) from problem
+        buffer = io.BytesIO()
+        open_picture(path).save(buffer, "PNG")
         copy = f"images/{name}-{k}.png"
         write_atomically(folder / copy, buffer.getvalue())
         yield copy

@@ -42,7 +42,12 @@ def hand_out(store: LabelStore, rater: int) -> Hand | None:
 
     What they hold comes first, so that asking again gives the same item in the same order.
     """
-    late = sql.select(HANDS).where(HANDS.c.state == "open", HANDS.c.expires < store.clock())
+    now, longest = store.clock(), 60 * store.settings.minutes
+    # Later than any hand can expire: the clock was ahead, perhaps by a year, when it was given.
+    late = sql.select(HANDS).where(
+        HANDS.c.state == "open",
+        (HANDS.c.expires < now) | (HANDS.c.expires > now + 2 * longest),
+    )
     with store.writing("NORMAL") as connection:
         for row in connection.execute(late).mappings().all():
             set_state(store, connection, row, "abandoned")

@@ -73,6 +73,31 @@ def admin_hash(store: LabelStore) -> str | None:
     return found
 
 
+LEFT = "left "
+"""Begins the names of facts that say which sessions have ended, and when."""
+
+
+def leave(store: LabelStore, nonce: str, most_seconds: int) -> None:
+    """End a session for good, and forget those that are older than any session gets."""
+    old = FACTS.c.name.startswith(LEFT) & (FACTS.c.value < _time(store.clock() - most_seconds))
+    with store.writing() as connection:
+        connection.execute(sql.delete(FACTS).where(old))
+        connection.execute(sql.delete(FACTS).where(FACTS.c.name == LEFT + nonce))
+        connection.execute(sql.insert(FACTS).values(name=LEFT + nonce, value=_time(store.clock())))
+
+
+def has_left(store: LabelStore, nonce: str) -> bool:
+    """Whether that session was ended."""
+    query = sql.select(FACTS.c.name).where(FACTS.c.name == LEFT + nonce)
+    with store.reading() as connection:
+        return connection.execute(query).first() is not None
+
+
+def _time(seconds: float) -> str:
+    """Seconds as text that sorts as they do."""
+    return f"{int(seconds):012d}"
+
+
 def raters(store: LabelStore) -> list[Rater]:
     """Everybody who was invited, by name."""
     with store.reading() as connection:

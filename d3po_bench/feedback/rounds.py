@@ -15,7 +15,8 @@ from d3po_bench.runs.files import write_atomically
 Pool = Literal["people", "simulated"]
 """Who voted; simulated where at least one of them is."""
 
-FILE = "round.json"
+FILE, FILES = "round.json", "files.json"
+"""A round, and the checksums of its pictures and tensors where `feedback new` made it."""
 REMEDY = "Correct the file, or make the round again."
 
 

@@ -35,11 +35,11 @@ from d3po_bench.runs.store import RunStore
 from d3po_bench.training.trainer import training_of
 from d3po_bench.types import Model
 
-FILE, FILES, ADAPTER = "sampling.json", "files.json", "adapter.safetensors"
+FILE, FILES, ADAPTER = "sampling.json", rounds.FILES, "adapter.safetensors"
 
 FIXED = (
-    "model", "sampling_steps", "sampler", "eta", "guidance", "dtype", "full", "lora_rank",
-    "lora_alpha", "lora_targets",
+    "model", "long_prompts", "sampling_steps", "sampler", "eta", "guidance", "dtype", "full",
+    "lora_rank", "lora_alpha", "lora_targets",
 )  # fmt: skip
 """Fields of RunConfig that a round decides, for its training and for the rounds after it."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -12,7 +14,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    Json,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -32,6 +33,8 @@ Answer = tuple[int, ...] | Choice
 
 MOST_IMAGES = 9
 """One digit key for each image of a grid."""
+MOST_PIXELS = 2**24
+"""Of a picture, such as 4096 x 4096: browsers hold nine at once, with four bytes a pixel."""
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 T = TypeVar("T")
@@ -65,6 +68,17 @@ def check(model: TypeAdapter[T], path: Path, data: bytes, remedy: str) -> T:
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
         raise UserError(f"{path}: {_in_words(first)}. {remedy}") from problem
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse a picture that browsers cannot be asked to show.
+
+    Raises:
+        ValueError: saying how large it may be.
+    """
+    if width * height > MOST_PIXELS:
+        most = f"{MOST_PIXELS:,} pixels are the most, such as 4096 x 4096"
+        raise ValueError(f"it is {width} x {height}, and {most}")
 
 
 def check_answer(kind: Kind, images: int, answer: Any) -> Answer:
@@ -128,10 +142,12 @@ def _picture(name: str, info: ValidationInfo) -> str:
             raise ValueError("there is no such file")
         # Decoding thousands would take minutes.
         with target.open("rb") as file:
-            start = file.read(len(PNG_START))
+            start = file.read(24)  # as far as the height
             file.seek(-min(len(PNG_END), target.stat().st_size), 2)
-            if start != PNG_START or file.read() != PNG_END:
+            ends = start.startswith(PNG_START) and file.read() == PNG_END
+            if not ends or len(start) < 24:
                 raise ValueError("this is not a whole PNG file")
+            check_size(*struct.unpack(">II", start[16:]))
     except (OSError, RuntimeError) as problem:  # RuntimeError: links in a circle
         raise ValueError("this file cannot be read") from problem
     return name
@@ -225,15 +241,34 @@ SOURCES: TypeAdapter[list[str]] = TypeAdapter(Annotated[list[str], Field(min_len
 """sources.json: the folders of pictures that a round compares."""
 
 
-class VoteRow(BaseModel):
-    """A row of a round's votes, with the rater's name."""
+# ---- the votes in a database, which another program may have written
 
-    model_config = ConfigDict(strict=True)
+VOTE: TypeAdapter[tuple[str, str, int, int, float]] = TypeAdapter(
+    tuple[str, str, int, int, float], config=ConfigDict(strict=True)
+)
+"""Rater, item, repeat, milliseconds and time of a row."""
 
-    name: str
-    item: str
-    repeat: int
-    shown: Json[tuple[int, ...]]
-    answer: Json[Any]
-    milliseconds: int
-    time: float
+
+@lru_cache(10_000)  # the texts of 40,000 votes are few
+def order_of(text: str, images: int) -> tuple[int, ...]:
+    """The order that images were shown in.
+
+    Raises:
+        ValueError: it is not each of them once.
+    """
+    found = json.loads(text)
+    if not isinstance(found, list) or {type(i) for i in found} != {int}:
+        raise ValueError("an order is a list of indices")
+    if sorted(found) != list(range(images)):
+        raise ValueError("an order shows each image once")
+    return tuple(found)
+
+
+@lru_cache(10_000)
+def answer_of(text: str, kind: Kind, images: int) -> Answer:
+    """The answer to an item.
+
+    Raises:
+        ValueError: it does not answer such an item.
+    """
+    return check_answer(kind, images, json.loads(text))

@@ -24,6 +24,7 @@ from d3po_bench.feedback.rounds import Pool, Round
 from d3po_bench.feedback.schema import Answer, Kind
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, open_labels
 from d3po_bench.feedback.votes import cast_vote
+from d3po_bench.pictures import open_picture
 from d3po_bench.training.tools import Tools
 
 Rule = Callable[[Tensor, Sequence[str], Tools], Tensor]
@@ -107,14 +108,23 @@ RULES: Mapping[str, Rule] = {
 
 def worths(folder: Path, round_: Round, rule: Rule, tools: Tools) -> dict[str, Tensor]:
     """What the rule says of each item's images, [K]."""
-    from PIL import Image
-
-    images = []
-    for name in (name for item in round_.items for name in item.images):
-        with Image.open(folder / name) as picture:
-            images.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+    names = [name for item in round_.items for name in item.images]
+    pixels = (np.array(open_picture(folder / name)) for name in names)
+    images = [torch.from_numpy(picture).permute(2, 0, 1) for picture in pixels]
     prompts = [item.prompt for item in round_.items for _ in item.images]
-    table = rule(torch.stack(images), prompts, tools).view(len(round_.items), -1)
+    if len({picture.shape for picture in images}) > 1:
+        raise UserError(
+            f"The pictures in {folder} have several sizes, and simulated raters judge those of "
+            "one. Make the round of pictures of one size."
+        )
+    found = rule(torch.stack(images), prompts, tools)
+    if not bool(found.isfinite().all()):
+        unclear = prompts[int((~found.isfinite()).nonzero()[0])]
+        raise UserError(
+            f"Simulated raters cannot say how good a picture of {unclear!r} is: their rule knows "
+            "no such thing. Ask another --question, or give other prompts."
+        )
+    table = found.view(len(round_.items), -1)
     return {item.id: row for item, row in zip(round_.items, table, strict=True)}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,8 @@ VERSION = 1
 
 Row = Mapping[Any, Any]
 Sync = Literal["FULL", "NORMAL"]
+Place = tuple[tuple[int, int] | None, ...]
+"""Device and number of each file of a database; None where there is none."""
 
 TABLES = sql.MetaData()
 FACTS = Table(
@@ -105,6 +108,10 @@ class HandoutSettings:
     """Of all orders. The seed that a database began with stays."""
 
 
+class MovedError(SQLAlchemyError):
+    """The database is no longer where it was opened."""
+
+
 class LabelStore:
     """The labels of one round. Threads may share it, and processes may share its database.
 
@@ -127,6 +134,7 @@ class LabelStore:
         self.clock = clock
         # One writer at a time: waiting here is fair, while SQLite's own wait is a poll.
         self._lock = threading.Lock()
+        self._place: Place = ()
         with _in_one_line(url, (SQLAlchemyError, ImportError)):  # the driver may be missing
             self._engine = sql.create_engine(url)
         if self._engine.dialect.name == "sqlite":
@@ -141,6 +149,7 @@ class LabelStore:
                     TABLES.create_all(connection)
                 with self.writing() as connection:
                     self.seed = self._prepare(connection, url)
+                self._place = _place_of(self._engine.url)
         except BaseException:
             self.close()
             raise
@@ -157,17 +166,36 @@ class LabelStore:
 
     @contextlib.contextmanager
     def writing(self, sync: Sync = "FULL") -> Iterator[Connection]:
-        """A transaction that no other writer interleaves with; committed on leaving."""
+        """A transaction that no other writer interleaves with; committed on leaving.
+
+        Raises:
+            MovedError: its file is no longer in its place, where nobody would find what is written.
+        """
         engine = self._engine.execution_options(writing=sync)
-        with self._lock, engine.begin() as connection:
-            # Postgres has no BEGIN IMMEDIATE: a row that every writer locks does the same.
-            lock = sql.select(FACTS.c.value).where(FACTS.c.name == "version").with_for_update()
-            connection.execute(lock)
-            yield connection
+        with self._lock:
+            self._require_place()
+            with engine.begin() as connection:
+                # Postgres has no BEGIN IMMEDIATE: a row that every writer locks does the same.
+                lock = sql.select(FACTS.c.value).where(FACTS.c.name == "version").with_for_update()
+                connection.execute(lock)
+                yield connection
+            self._require_place()  # as it was when all was written
 
     def reading(self) -> contextlib.AbstractContextManager[Connection]:
-        """A transaction that sees one state of the database."""
+        """A transaction that sees one state of the database.
+
+        Raises:
+            MovedError: its file is no longer in its place.
+        """
+        self._require_place()
         return self._engine.connect()
+
+    def _require_place(self) -> None:
+        if self._place and _place_of(self._engine.url) != self._place:
+            raise MovedError(
+                f"{self._engine.url.database} was moved or removed while it was in use. Put that "
+                "file back with its -wal, or restore a copy and start again"
+            )
 
     def _prepare(self, connection: Connection, url: str) -> int:
         """Check what is there, add what is not, and give the seed that the database began with."""
@@ -243,8 +271,8 @@ def _require_file(url: str) -> None:
     """Refuse an SQLite file that is not there, which opening it would make."""
     with _in_one_line(url):
         where = sql.make_url(url)
-    file = where.database if where.get_backend_name() == "sqlite" else None
-    if file and file != ":memory:" and "uri" not in where.query and not Path(file).is_file():
+    file = _file(where)
+    if file and not Path(file).is_file():
         raise UserError(
             f"There are no labels at {_shown(url)}. Correct --labels, or ask for votes with "
             "`d3po-bench feedback serve`."
@@ -252,6 +280,28 @@ def _require_file(url: str) -> None:
 
 
 # ---- SQLite, and what a database may say
+
+
+def _file(url: sql.URL) -> str | None:
+    """Where SQLite keeps its database, if it does in a file that the URL names."""
+    named = url.get_backend_name() == "sqlite" and "uri" not in url.query
+    return url.database if named and url.database not in ("", ":memory:") else None
+
+
+def _place_of(url: sql.URL) -> Place:
+    """Which files lie where SQLite's were opened; nothing in memory, and of other databases.
+
+    SQLite itself does not look again: it writes on into a file that has been removed.
+    """
+    file = _file(url)
+    return tuple(map(_identity, (file, f"{file}-wal"))) if file else ()
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = os.stat(path)  # noqa: PTH116  # often: twice for every vote
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _set_up_sqlite(connection: Any, record: object) -> None:

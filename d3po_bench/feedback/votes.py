@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.feedback.agreement import Floats, scores
 from d3po_bench.feedback.handout import Hand, hand_of, require_hand, set_state
 from d3po_bench.feedback.rounds import Progress, Vote
-from d3po_bench.feedback.schema import Answer, VoteRow, check_answer
+from d3po_bench.feedback.schema import VOTE, Answer, answer_of, check_answer, order_of
 from d3po_bench.feedback.store import RATERS, VOTES, LabelStore, Row, open_labels
 from d3po_bench.runs.files import csv_bytes, write_atomically
 
@@ -99,14 +100,39 @@ def effective_votes(store: LabelStore) -> list[Vote]:
         UserError: a vote on an item that the round does not have, or with an answer that does
             not fit it.
     """
-    query = (
-        _not_undone(RATERS.c.name.label("name"))
-        .join(RATERS, RATERS.c.id == VOTES.c.rater)
-        .where(VOTES.c.kind == "vote")
-        .order_by(VOTES.c.id)
-    )
-    with store.reading() as connection:
-        return [_vote(store, row) for row in connection.execute(query).mappings()]
+    return Tally(store).votes()
+
+
+TOLD = VOTES.c["item", "repeat", "shown", "answer", "milliseconds", "time"]
+
+
+class Tally:
+    """The votes that count, of which each row is read once: rows are only ever added.
+
+    Threads may share it.
+    """
+
+    def __init__(self, store: LabelStore) -> None:
+        self._store, self._last = store, 0
+        self._votes: dict[tuple[int, int], Vote] = {}
+        self._lock = threading.Lock()
+
+    def votes(self) -> list[Vote]:
+        """What `effective_votes` gives."""
+        query = (
+            sql.select(*VOTES.c["id", "hand", "step", "kind"], RATERS.c.name, *TOLD)
+            .join(RATERS, RATERS.c.id == VOTES.c.rater)
+            .order_by(VOTES.c.id)
+        )
+        with self._lock, self._store.reading() as connection:
+            new = query.where(VOTES.c.id > self._last)
+            for number, hand, step, kind, *told in connection.execute(new):
+                if kind == "undo":
+                    self._votes.pop((hand, step - 1), None)
+                elif kind == "vote":
+                    self._votes[hand, step] = _vote(self._store, number, *told)
+                self._last = number
+            return list(self._votes.values())
 
 
 def round_progress(store: LabelStore, votes: Sequence[Vote]) -> Progress:
@@ -129,12 +155,17 @@ def export(store: LabelStore, out: Path) -> int:
     if out.suffix == ".json":
         data = (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
     else:
-        data = csv_bytes([
-            {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()}
-            for row in rows
-        ])  # fmt: skip
+        data = csv_bytes([{k: _cell(v) for k, v in row.items()} for row in rows])
     write_atomically(out, data)
     return len(rows)
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell that no spreadsheet computes."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    formula = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{value}" if formula else value
 
 
 def scores_of(folder: Path, labels: str | None = None) -> Floats:
@@ -180,21 +211,21 @@ def _last(connection: Connection, rater: int) -> Row | None:
     return connection.execute(query).mappings().first()
 
 
-def _vote(store: LabelStore, row: Row) -> Vote:
+def _vote(
+    store: LabelStore, number: int, name: str, item: str, repeat: int, shown: str, answer: str,
+    milliseconds: int, time: float,
+) -> Vote:  # fmt: skip
     """The vote of a row, which another program may have written."""
     try:
-        found = VoteRow.model_validate(dict(row))
-        images = len(store.items[found.item].images)
-        answer = check_answer(store.round.kind, images, found.answer)
-        if sorted(found.shown) != list(range(images)):
-            raise ValueError("an order shows each image once")
-    except (KeyError, ValueError) as problem:
-        said = ", ".join(f"{k} {ascii(row[k])[:40]}" for k in ("item", "shown", "answer"))
+        VOTE.validate_python((name, item, repeat, milliseconds, time))
+        images = len(store.items[item].images)
+        order = order_of(shown, images)
+        found = answer_of(answer, store.round.kind, images)
+    except (KeyError, ValueError, TypeError, RecursionError) as problem:
+        texts = {"item": item, "shown": shown, "answer": answer}
+        said = ", ".join(f"{k} {ascii(text)[:40]}" for k, text in texts.items())
         raise UserError(
-            f"Vote {row['id']} does not fit this round: {said}. Restore the labels from a copy, or "
+            f"Vote {number} does not fit this round: {said}. Restore the labels from a copy, or "
             "give those of this round."
         ) from problem
-    return Vote(
-        rater=found.name, item=found.item, repeat=found.repeat, shown=found.shown, answer=answer,
-        milliseconds=found.milliseconds, time=found.time,
-    )  # fmt: skip
+    return Vote(name, item, repeat, order, found, milliseconds, time)

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from d3po_bench.errors import RunError, UserError, is_out_of_memory, of_file
+from d3po_bench.errors import RunError, UserError, is_out_of_memory, of_system
 from d3po_bench.training.progress import Report
 from d3po_bench.training.run import Job, run_seed
 
@@ -55,8 +55,8 @@ def attempt(work: Callable[[], None], smaller: str) -> End:
     except (Exception, SystemExit) as problem:  # a plug-in that exits is one that failed
         if is_out_of_memory(problem):
             return End(RunError(f"Out of memory. {smaller}"))
-        if isinstance(problem, OSError) and problem.filename is not None:
-            return End(of_file(problem))
+        if isinstance(problem, OSError) and (told := of_system(problem)):
+            return End(told)
         # A mistake in the package or in a plug-in: its author needs the traceback.
         said = " ".join("".join(traceback.format_exception_only(problem)).split())
         shown = said if len(said) <= LONGEST else said[: LONGEST - 3] + "..."

@@ -46,6 +46,8 @@ class RunRequest:
     out: Path
     tools: Tools
     rounds: int | None = None
+    prompts: str | None = None
+    """A list or a file; None for the objective's own."""
     jobs: int | None = None
     resume: bool = True
     track: str | None = None
@@ -182,8 +184,11 @@ def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     model = request.model.rstrip("/") or request.model
     preset = model_source(model).preset if request.preset is None else request.preset
     given: dict[str, Any] = {"model": model, "seed": request.seeds.start}
-    if request.rounds is not None:
-        given["rounds"] = request.rounds
+    given |= {
+        name: value
+        for name, value in (("rounds", request.rounds), ("prompts", request.prompts))
+        if value is not None
+    }
     config, execution = make(request.method, request.objective, preset, request.settings, **given)
     if request.deterministic != "auto":
         execution = replace(execution, deterministic=request.deterministic)

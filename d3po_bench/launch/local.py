@@ -6,6 +6,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +16,9 @@ from typing import Any, Generic, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+GRACE = 5.0
+"""Seconds that a worker gets to leave its folder in order."""
 
 Work = Callable[[Task, Callable[[Any], None]], Result]
 """Does a task in a worker process, telling how far it is; a function of a module."""
@@ -79,10 +84,22 @@ def _stop(number: int, frame: object) -> None:
     raise _Stopped
 
 
+def _end_with_parent() -> None:
+    """In a worker process: end once the parent has, though a kill left it no time to say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)  # as the parent would have done
+        time.sleep(GRACE)
+        os._exit(1)  # as if killed itself: files are written whole or not at all
+
+
 def _serve(pipe: connection.Connection[Any, Any], work: Work[Any, Any]) -> None:
     """In a worker process: do the tasks that come, until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
     signal.signal(signal.SIGTERM, _stop)
+    # A task may tell nothing for hours, and would find out no sooner.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def tell(said: Any) -> None:
         try:

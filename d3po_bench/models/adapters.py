@@ -20,6 +20,7 @@ from torch import Tensor
 
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError, is_out_of_memory
+from d3po_bench.models.text_encoders import require_short
 from d3po_bench.types import Conditions, Prediction, Process, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,6 +43,7 @@ class Training:
     lora_alpha: float | None = None
     """Scale times rank; None means scale 1."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    long_prompts: Literal["refuse", "cut"] = "refuse"
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
@@ -64,6 +66,8 @@ class DiffusersModel(ABC):
     """Subfolder of each part -> the classes that it may have; none named means any."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Parts that a pipeline can do without."""
+    TOKENS: ClassVar[Mapping[str, int]] = {}
+    """Tokens that are read of a tokenizer whose own limit is another."""
 
     process: Process
     prediction: Prediction
@@ -164,12 +168,10 @@ class DiffusersModel(ABC):
     # ---- types.Model
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
-        """Conditions of P prompts, float32; each prompt is encoded once per process.
-
-        Raises:
-            UserError: a prompt has more tokens than the text encoder reads.
-        """
+        """Conditions of P prompts, float32; each prompt is encoded once per process."""
         fresh = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
+        if self.training.long_prompts == "refuse":
+            require_short(self.parts, self.TOKENS, fresh)
         for start in range(0, len(fresh), ENCODED_TOGETHER):
             batch = fresh[start : start + ENCODED_TOGETHER]
             with torch.no_grad():

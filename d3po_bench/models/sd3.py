@@ -45,6 +45,7 @@ class StableDiffusion3(DiffusersModel):
         "scheduler": ("FlowMatchEulerDiscreteScheduler",),
     }
     OPTIONAL = ("text_encoder_3", "tokenizer_3")
+    TOKENS: ClassVar[Mapping[str, int]] = {"tokenizer_3": T5_TOKENS}
 
     def __init__(
         self, parts: Mapping[str, Any], index: Mapping[str, Any], device: torch.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,29 +11,51 @@ from d3po_bench.errors import UserError
 
 
 def token_ids(tokenizer: Any, prompts: list[str], limit: int | None = None) -> Tensor:
-    """Token numbers [P, limit], padded.
+    """Token numbers [P, limit], padded, or cut as diffusers cuts them.
 
     Args:
         tokenizer: of the pipeline.
         prompts: P texts.
         limit: tokens; None for the tokenizer's own.
+    """
+    ids: Tensor = tokenizer(
+        prompts, padding="max_length", max_length=limit or tokenizer.model_max_length,
+        truncation=True, return_tensors="pt",
+    ).input_ids  # fmt: skip
+    return ids
+
+
+NAMED = 50
+"""Of the prompts that are too long, so many are named."""
+
+
+def require_short(
+    parts: Mapping[str, Any], limits: Mapping[str, int], prompts: Sequence[str]
+) -> None:
+    """Refuse prompts that have more tokens than a text encoder reads.
+
+    Args:
+        parts: of the pipeline, by name, tokenizers among them.
+        limits: tokens of tokenizers whose own limit is another.
+        prompts: P texts.
 
     Raises:
-        UserError: a prompt has more tokens than the text encoder reads.
+        UserError: naming all of them, with their tokens.
     """
-    limit = limit or int(tokenizer.model_max_length)
-    for prompt in prompts:
-        count = len(tokenizer(prompt).input_ids)
-        if count > limit:
-            marks = tokenizer.num_special_tokens_to_add()
-            raise UserError(
-                f"A prompt has {count - marks} tokens, and the text encoder reads "
-                f"{limit - marks}: {prompt[:60]!r}. Shorten it; the rest would be ignored."
-            )
-    ids: Tensor = tokenizer(
-        prompts, padding="max_length", max_length=limit, return_tensors="pt"
-    ).input_ids
-    return ids
+    long: dict[str, str] = {}
+    for name in (name for name in parts if name.startswith("tokenizer") and prompts):
+        tokenizer, marks = parts[name], parts[name].num_special_tokens_to_add()
+        limit = limits.get(name, tokenizer.model_max_length) - marks
+        for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+            if len(ids) - marks > limit:
+                long.setdefault(prompt, f"{prompt[:40]!r} has {len(ids) - marks} of {limit}")
+    if long:
+        rest = f", and {len(long) - NAMED} more" if len(long) > NAMED else ""
+        raise UserError(
+            f"{len(long)} of {len(prompts)} prompts have more tokens than the text encoder reads: "
+            f"{', '.join(list(long.values())[:NAMED])}{rest}. Shorten them, or have them cut: "
+            "--set long_prompts=cut, or --long-prompts cut of `evaluate`."
+        )
 
 
 def clip_text(tokenizer: Any, encoder: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -41,9 +64,6 @@ def clip_text(tokenizer: Any, encoder: Any, prompts: list[str]) -> tuple[Tensor,
     Returns:
         Hidden states [P, L, E] before the last layer, and the first output: the projected
         pooled embedding [P, F] of a CLIPTextModelWithProjection.
-
-    Raises:
-        UserError: a prompt has more tokens than the text encoder reads.
     """
     found = encoder(token_ids(tokenizer, prompts).to(encoder.device), output_hidden_states=True)
     return found.hidden_states[-2], found[0]

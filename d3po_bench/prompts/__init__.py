@@ -1,14 +1,16 @@
-"""Prompts: lists in plain text, one a line, and folders of pictures with the text of each."""
+"""Prompts: lists that ship with the package, and files of one's own."""
 
 from __future__ import annotations
 
-import csv
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import category
 
 from d3po_bench.digests import short
 from d3po_bench.errors import UserError
+from d3po_bench.prompts.tables import SUFFIXES, read_text, texts_of
 
 HOME = Path(__file__).parent
 
@@ -19,74 +21,76 @@ def names() -> list[str]:
 
 
 def read_prompts(source: str) -> list[str]:
-    """The prompts of a shipped list or of a file, without blank lines.
+    """The prompts of a shipped list or of a file.
+
+    A .txt file has one on each line, blank lines aside. A .csv, .tsv, .json or .jsonl file has
+    them in a field that is called prompt, text or caption, or that `source` names after a colon:
+    captions.csv:title. Line breaks within a prompt become spaces.
 
     Raises:
-        UserError: no such list or file, or it is empty, not UTF-8 text, or a line of it holds
-            control characters.
+        UserError: no such list or file, it is empty, malformed or of another kind, or a prompt
+            holds control characters.
     """
-    path = HOME / f"{source}.txt" if source in names() else Path(source)
+    path, field = _place_of(source)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte-order mark
-    except UnicodeDecodeError as problem:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {problem.object[problem.start]:#04x} at position "
-            f"{problem.start}). Save the file as UTF-8."
-        ) from problem
+        prompts = texts_of(path, field) if _is_table(path) else _lines(path)
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
         reason = getattr(problem, "strerror", None) or problem
         raise UserError(
             f"No prompt list is called {source[:200]!r}, and no such file can be read: {reason}. "
             f"Give {', '.join(names())}, or a file with one prompt on each line."
         ) from problem
-    _require_text(text, path)
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    prompts = [" ".join(prompt.strip().split("\n")) for prompt in prompts]
+    require_text("\n".join(prompts), path)
     if not prompts:
         raise UserError(f"{path} holds no prompt. Write one on each line.")
     return prompts
 
 
-def read_pictures(folder: Path) -> list[tuple[str, str]]:
-    """File names and texts of a folder of pictures, from the lines of its metadata.csv.
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
-    The layout of Hugging Face's image folders: columns file_name and text (or prompt).
+
+def _place_of(source: str) -> tuple[Path, str]:
+    """The file, and the field of it that is named after a colon."""
+    if source in names():
+        return HOME / f"{source}.txt", ""
+    named = re.fullmatch(r"(.+?\.(?:csv|tsv|jsonl?)):(.+)", source, re.IGNORECASE)
+    return (Path(named[1]), named[2]) if named else (Path(source), "")
+
+
+def _lines(path: Path) -> list[str]:
+    if path.suffix.lower() not in ("", ".txt"):
+        raise UserError(
+            f"{path} is no file of prompts that is known here. Give .txt with one on each line, "
+            f"or {', '.join(SUFFIXES)}; rename or convert it."
+        )
+    text = read_text(path)
+    require_text(text, path)
+    found = [line for line in map(str.strip, text.split("\n")) if line]
+    if _is_json(text) or (found and _is_json(found[0])):
+        raise UserError(
+            f"{path} holds JSON, not a prompt on each line. Call it .json, or .jsonl if each line "
+            "is an object."
+        )
+    return found
+
+
+def _is_json(text: str) -> bool:
+    """Whether it is a list or an object, which no prompt is."""
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def require_text(text: str, path: Path) -> None:
+    """Refuse control characters: a prompt with one is another than it seems.
 
     Raises:
-        UserError: the file is malformed, or a line names no picture inside the folder or no text.
+        UserError: naming the character and its place.
     """
-    path = folder / "metadata.csv"
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = csv.DictReader(file)
-            column = "text" if "text" in (lines.fieldnames or ()) else "prompt"
-            named = [(line["file_name"] or "", line[column] or "") for line in lines]
-    except (OSError, KeyError, ValueError, csv.Error) as problem:
-        raise UserError(
-            f"{path} cannot be read as a table with columns file_name and text: {problem!r}. Write "
-            "a header and a line for each picture."
-        ) from problem
-    for name, text in named:
-        _require_inside(folder, name)
-        _require_text(text, path)
-        if not text.strip():
-            raise UserError(f"{path} has no text for {name!a}. Complete that line.")
-    if not named:
-        raise UserError(f"{path} names no picture. Write a line for each.")
-    return named
-
-
-def _require_inside(folder: Path, name: str) -> None:
-    place = (folder / name).resolve() if "\0" not in name else folder
-    if not place.is_relative_to(folder.resolve()) or not place.is_file():
-        raise UserError(
-            f"The metadata.csv of {folder} names {name!a}, which is not a picture inside that "
-            "folder. Correct that line."
-        )
-
-
-def _require_text(text: str, path: Path) -> None:
-    """Refuse control characters: a prompt with one is another than it seems."""
-    strange = next((c for c in text if category(c) == "Cc" and c not in "\t\n\r"), None)
+    strange = next((c for c in text if category(c) in ("Cc", "Cs") and c not in "\t\n\r"), None)
     if strange is not None:
         place = ascii(text[max(0, text.index(strange) - 20) :][:40])
         raise UserError(f"{path} holds the control character {strange!a} in {place}. Remove it.")

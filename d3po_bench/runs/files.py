@@ -6,22 +6,27 @@ import contextlib
 import csv
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from d3po_bench.errors import RunError, UserError, is_out_of_memory
+from d3po_bench.errors import OF_THE_DISK, RunError, UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Row = dict[str, Any]
+
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
@@ -85,23 +90,14 @@ def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-_OF_THE_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "there is a limit on the size of files",
-    errno.EIO: "the disk has an input/output error",
-}
-"""Not the fault of the command, which works once it is put right."""
-
-
 def write_error(path: Path, problem: Exception) -> UserError:
     """What to tell people about a file that could not be written."""
     number = getattr(problem, "errno", None)
     if "No space left" in str(problem):  # without a number, from safetensors
         number = errno.ENOSPC
-    if number in _OF_THE_DISK:
+    if number in OF_THE_DISK:
         return RunError(
-            f"{path} cannot be written: {_OF_THE_DISK[number]}. Fix that and run the same command "
+            f"{path} cannot be written: {OF_THE_DISK[number]}. Fix that and run the same command "
             "again; a run resumes from its last checkpoint."
         )
     reason = getattr(problem, "strerror", None) or problem
@@ -148,10 +144,69 @@ def json_lines(rows: Sequence[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
+"""What some mounts of Lustre and NFS say to flock."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A folder that this process alone works in."""
+
+    folder: Path
+    lock: IO[str]
+    """Of a file in the folder."""
+    everywhere: bool
+    """Whether other machines are kept out, too."""
+
+    @property
+    def there(self) -> bool:
+        """Whether the folder is still in its place."""
+        try:
+            found = (self.folder / LOCK).stat()
+        except OSError:
+            return False
+        return os.path.samestat(os.fstat(self.lock.fileno()), found)
+
+    def require(self) -> None:
+        """Refuse to work on in a folder that is no longer there, or is another.
+
+        Raises:
+            RunError: naming it.
+        """
+        if not self.there:
+            raise RunError(
+                f"{self.folder} was moved or removed while a command worked in it. Move it back "
+                "and run the same command again: it resumes."
+            )
+
+
+def _lock(file: IO[str]) -> None:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextlib.contextmanager
-def taken(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, making the folder if need be and removing it if left empty."""
-    path = folder / ".lock"
+def _of_this_machine(folder: Path) -> Iterator[None]:
+    """A lock where file systems have them, for a folder on one that has none."""
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    path = Path(tempfile.gettempdir(), f"d3po-bench-{os.getuid()}-{name}.lock")
+    # Others may write into /tmp, links included.
+    number = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(number, "w") as file:
+        _lock(file)
+        yield  # the file stays: removing it would free the name for a second lock
+
+
+@contextlib.contextmanager
+def taken(folder: Path) -> Iterator[Hold]:
+    """Hold the folder's lock, making the folder if need be and removing it if left empty.
+
+    Where its file system has no locks, other processes of this machine alone are kept out.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made.
+        RunError: at the end, the folder was moved or removed meanwhile.
+    """
+    path = folder / LOCK
     try:
         fresh = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,23 +217,40 @@ def taken(folder: Path) -> Iterator[None]:
         ) from problem
     except OSError as problem:
         raise write_error(folder, problem) from problem
-    with file:
+    with file, contextlib.ExitStack() as stack:
+        hold = Hold(folder, file, _locked(folder, file, stack))
+        if not hold.there:  # removed by its holder between the opening and the lock
+            raise _busy(folder)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
-            raise UserError(
-                f"Another process is running in {folder}. Wait for it, or give another --out."
-            )
-        try:
-            yield
+            yield hold
+            hold.require()
         finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
-                for place in fresh:
-                    place.rmdir()
+            if hold.there:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    for place in fresh:
+                        place.rmdir()
+
+
+def _locked(folder: Path, file: IO[str], stack: contextlib.ExitStack) -> bool:
+    """Lock a folder, by its file or else on this machine; whether for other machines, too."""
+    try:
+        try:
+            _lock(file)
+        except OSError as problem:
+            if problem.errno not in _NO_LOCKS:
+                raise
+            stack.enter_context(_of_this_machine(folder))
+            return False
+    except BlockingIOError as problem:
+        raise _busy(folder) from problem
+    except OSError as problem:
+        raise write_error(folder / LOCK, problem) from problem
+    return True
+
+
+def _busy(folder: Path) -> UserError:
+    return UserError(f"Another process is running in {folder}. Wait for it, or give another --out.")
 
 
 REMEDY = "Restore that file, leave that folder out, or run it again."

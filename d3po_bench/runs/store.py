@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,38 @@ from torch import Tensor
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError, is_out_of_memory
-from d3po_bench.runs.files import Row, csv_bytes, json_lines, png_bytes, taken, write_atomically
+from d3po_bench.runs.files import (
+    Hold,
+    Row,
+    csv_bytes,
+    json_lines,
+    png_bytes,
+    taken,
+    write_atomically,
+    write_folder,
+)
 from d3po_bench.runs.provenance import environment, now, packages
 from d3po_bench.runs.run import TEXT, RunFolder, content
 from d3po_bench.runs.sessions import kept
+
+NEWEST, BEFORE = "checkpoints/last.safetensors", "checkpoints/previous.safetensors"
+"""Of a run's checkpoints."""
 
 
 class RunStore:
     """The files of one run. Open it with `RunStore.open`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hold: Hold | None = None) -> None:
         """Read what is in `folder`.
+
+        Args:
+            folder: of the run.
+            hold: of the folder, by whoever writes.
 
         Raises:
             UserError: a file in it is damaged.
         """
-        self.folder = folder
+        self.folder, self.hold = folder, hold
         run = RunFolder(folder)
         self.metrics, self.timing = run.metrics, run.timing
         _ = run.evaluation  # refuses what is damaged
@@ -49,11 +65,17 @@ class RunStore:
             UserError: it cannot be written, belongs to another config, is in use, or holds a
                 run that was not to be resumed.
         """
-        with taken(folder):
+        with taken(folder) as hold:
             require_same(folder, config, resume)
-            yield cls(folder)
+            yield cls(folder, hold)
 
     # ---- writing
+
+    def _write(self, name: str, data: bytes, keep: Path | None = None) -> None:
+        """Write a file of the run, in the folder that was taken and no other."""
+        if self.hold is not None:
+            self.hold.require()
+        write_atomically(self.folder / name, data, keep)
 
     def start(
         self, config: RunConfig, inputs: Row, *,
@@ -80,9 +102,8 @@ class RunStore:
                 f"The run in {self.folder} began as {began}, and is {config.run_id} now: its "
                 "config.json was exchanged. Restore it, give another --out, or remove that folder."
             )
-        path = self.folder / "config.json"
-        if not path.exists():
-            write_atomically(path, config.to_json().encode())
+        if not (self.folder / "config.json").exists():
+            self._write("config.json", config.to_json().encode())
         known = {} if after is None else self.provenance()
         session = {**environment(), **how}
         self._checkpointed = after is not None
@@ -145,19 +166,18 @@ class RunStore:
         """Add a round: its line of metrics and its seconds."""
         self.metrics.append(metrics)
         self.timing.append(timing)
-        write_atomically(self.folder / "timing.jsonl", json_lines(self.timing))
-        write_atomically(self.folder / "metrics.jsonl", json_lines(self.metrics))
+        self._write("timing.jsonl", json_lines(self.timing))
+        self._write("metrics.jsonl", json_lines(self.metrics))
 
     def log_evaluation(self, rows: Sequence[Row]) -> None:
         """Add evaluation rows, one for each image."""
         self.evaluation.extend(rows)
-        write_atomically(self.folder / "eval.csv", csv_bytes(self.evaluation))
+        self._write("eval.csv", csv_bytes(self.evaluation))
 
     def save_sample(self, round_: int, prompt: str, image: Tensor) -> None:
         """Keep one evaluation image [3, h, w] uint8 as PNG."""
         name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
-        path = self.folder / "samples" / f"round-{round_:05d}" / f"{name}.png"
-        write_atomically(path, png_bytes(image))
+        self._write(f"samples/round-{round_:05d}/{name}.png", png_bytes(image))
 
     def keep_until(self, round_: int) -> None:
         """Forget what was logged after round `round_`: the run resumes from there."""
@@ -196,9 +216,9 @@ class RunStore:
         known = {"facts": text, "sha256": _digest(contiguous, text)}
         # One entry: safetensors writes several in an order that differs from call to call.
         data = save(contiguous, metadata={"checkpoint": json.dumps(known)})
-        newest, before = self._checkpoints()
+        before = self.folder / BEFORE
         # A damaged one must not push out the whole one before it.
-        write_atomically(newest, data, keep=None if self.damaged else before)
+        self._write(NEWEST, data, keep=None if self.damaged else before)
         self.damaged = False
         if not self._checkpointed:  # from now on, a folder without one has lost it
             self.write_provenance(checkpointed=True)
@@ -211,7 +231,7 @@ class RunStore:
             UserError: there are checkpoints, and none is whole.
         """
         problems: list[str] = []
-        for path in self._checkpoints():
+        for path in (self.folder / NEWEST, self.folder / BEFORE):
             try:
                 found = _read_checkpoint(path)
             except FileNotFoundError:
@@ -230,10 +250,11 @@ class RunStore:
             )
         return None
 
-    def _checkpoints(self) -> tuple[Path, Path]:
-        """The newest checkpoint and the one before it."""
-        folder = self.folder / "checkpoints"
-        return folder / "last.safetensors", folder / "previous.safetensors"
+    def save_lora(self, save: Callable[[Path], None]) -> None:
+        """Let `save` fill the folder of the trained weights."""
+        if self.hold is not None:
+            self.hold.require()
+        write_folder(self.folder / "lora", save)
 
     @property
     def finished(self) -> bool:
@@ -254,7 +275,7 @@ class RunStore:
 
     def _write_facts(self, facts: Row) -> None:
         data = json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n"
-        write_atomically(self.folder / "provenance.json", data)
+        self._write("provenance.json", data)
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:

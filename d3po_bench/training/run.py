@@ -16,7 +16,6 @@ from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.files import write_folder
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.checkpoints import Checkpoints, restore
@@ -26,6 +25,10 @@ from d3po_bench.training.listeners import Listener, ProgressListener, Recorder
 from d3po_bench.training.progress import Progress, Report, label
 from d3po_bench.training.tools import Tools
 from d3po_bench.training.trainer import Trainer
+
+WITHOUT_LOCKS = (
+    "The file system of the run folders has no locks: let no other machine run in the same folders."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
             store.require_inputs(inputs_today(before, _prompts(job), job.tools))
             report(Progress(label(config), 1.0, "finished before"))
             return
+        if store.hold and not store.hold.everywhere:
+            report(Progress(label(config), 0.0, "", WITHOUT_LOCKS))
         store.require_packages()
         source = model_source(config.model)
         torch.set_num_threads(threads_of(source, execution.threads))
@@ -88,7 +93,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
         listeners = [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
         trainer.train(evaluation, listeners, measured=bool(store.evaluation))
-        write_folder(job.folder / "lora", trainer.model.save)
+        store.save_lora(trainer.model.save)
         store.finish()
 
 

@@ -53,7 +53,11 @@ class Tools:
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """At most `count` of the prompts, evenly spread over the list."""
-    if len(prompts) <= count:
-        return list(prompts)
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    """At most `count` of the prompts, evenly spread over the list.
+
+    Each once: an evaluation image is known by its prompt and its number among that prompt's.
+    """
+    known = list(dict.fromkeys(prompts))
+    if len(known) <= count:
+        return known
+    return [known[i * len(known) // count] for i in range(count)]

@@ -39,6 +39,7 @@ def training_of(config: RunConfig, execution: Execution) -> Training:
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha or None,
         lora_targets=config.lora_targets,
+        long_prompts=config.long_prompts,
         gradient_checkpointing=execution.gradient_checkpointing,
         channels_last=execution.channels_last,
         compile=execution.compile,

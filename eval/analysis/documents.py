@@ -111,7 +111,10 @@ def _alike(one: Path, other: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(one) as first, Image.open(other) as second:
+        with (
+            Image.open(one, formats=("PNG",)) as first,
+            Image.open(other, formats=("PNG",)) as second,
+        ):
             a, b = (np.asarray(image.convert("RGBA"), dtype=np.int16) for image in (first, second))
     except (OSError, ValueError, Image.DecompressionBombError):  # a damaged one
         return False

@@ -3,7 +3,7 @@
 "After" so many pairs, images or UNet passes is where the method that spends least of them ends; a
 curve is a straight line between its evaluations. Gains keep the score's own sign, so where smaller
 is better a negative one is good. Everything is of held-out images and the training sampler, with
-95 % intervals over seeds.
+95 % t-intervals over seeds.
 """
 
 from __future__ import annotations

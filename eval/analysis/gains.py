@@ -2,7 +2,7 @@
 
 Scores are means over the held-out images, training sampler unless "eta 0" is said. Gains and
 differences keep the score's own sign, so where smaller is better a negative one is good. All is
-averaged over seeds, with 95 % intervals over seeds. What a run did not measure is NaN.
+averaged over seeds, with 95 % t-intervals over seeds. What a run did not measure is NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import read_csv
 from eval.analysis.runs import Group, Run
-from eval.analysis.statistics import interval, iqm, iqm_interval, paired_difference
+from eval.analysis.statistics import Difference, difference, holm, interval
 from eval.analysis.tables import Record, Table, change, number, spread, text
 
 Groups = Mapping[Group, Sequence[Run]]
@@ -47,8 +47,8 @@ def gains(groups: Groups) -> Table:
         "base": number("base", ".3f"), "end": number("end", ".3f"),
         "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
         "share of excess": number("share_of_excess", "+.0%"),
-        "IQM of the gain (95 % interval)": spread("iqm"),
         f"difference to {RIVAL} (95 % interval)": spread("difference"),
+        "p, Holm": number("p_holm", ".2g"),
         "gain, eta 0": number("gain_eta0", "+.3f"),
     }  # fmt: skip
     return Table(records(groups), columns, left=("objective", "method"))
@@ -71,9 +71,56 @@ def cost(groups: Groups) -> Table:
     return Table(records(groups), columns, left=("objective", "method"))
 
 
+def contrast(groups: Groups) -> Table:
+    """A row for each method that was trained for larger and for smaller scores: S and D.
+
+    S = (gain up - gain down) / 2 is what the reward did, and D = (gain up + gain down) / 2 what
+    training did whichever way the reward pointed, which is drift. Seeds are paired.
+    """
+    found = []
+    for (model, objective, method), runs in groups.items():
+        for (other_model, other, name), against in groups.items():
+            if (other_model, name) == (model, method) and _opposite(objective, other):
+                up, down = ({run.seed: float(np.diff(_ends(run))[0]) for run in part}
+                            for part in (runs, against))  # fmt: skip
+                seeds = sorted(up.keys() & down.keys())
+                pairs = np.array([(up[seed], down[seed]) for seed in seeds]).reshape(-1, 2)
+                found.append({"objectives": f"{objective}, {other}", "method": method,
+                              "seeds": len(seeds), **_halves(pairs)})  # fmt: skip
+    columns = {
+        "objectives": text("objectives"), "method": text("method"), "seeds": text("seeds"),
+        "S, by the reward (95 % interval)": spread("s"),
+        "D, by drift (95 % interval)": spread("d"),
+    }  # fmt: skip
+    return Table(found, columns, left=("objectives", "method"))
+
+
+def _opposite(up: str, down: str) -> bool:
+    """Whether the one objective asks for larger scores and the other for smaller ones."""
+    one, other = registry.objective(up), registry.objective(down)
+    return (one.scorer, one.sign, other.sign) == (other.scorer, 1, -1)
+
+
+def _halves(pairs: Any) -> Record:
+    """S and D of gains [seeds, 2], with their intervals; NaN without a seed."""
+    found: Record = {}
+    for name, sign in (("s", -1), ("d", 1)):
+        values = (pairs[:, 0] + sign * pairs[:, 1]) / 2
+        ends = interval(values) if len(values) else (math.nan, math.nan)
+        mean = values.mean() if len(values) else math.nan
+        found |= _named((name, f"{name}_low", f"{name}_high"), (mean, *ends))
+    return found
+
+
 def records(groups: Groups) -> list[Record]:
-    """Everything that both tables show, a record for each objective and method."""
-    return [_record(g, runs, groups.get((*g[:2], RIVAL), ())) for g, runs in groups.items()]
+    """Everything that both tables show, a record for each objective and method.
+
+    P-values of the differences are adjusted for being as many as there are in all records.
+    """
+    found = [_record(g, runs, groups.get((*g[:2], RIVAL), ())) for g, runs in groups.items()]
+    for record, p in zip(found, holm([record["p"] for record in found]), strict=True):
+        record["p_holm"] = p
+    return found
 
 
 def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
@@ -83,7 +130,7 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
     gain, sign = end - base, registry.objective(objective).sign
     known = np.mean([_ends(run, "animal") for run in runs], axis=0)
     differ = np.mean([_ends(run, "diversity") for run in runs], axis=0)
-    other = _against(runs, rivals) if rivals and runs != rivals else (math.nan,) * 3
+    other = _against(runs, rivals) if rivals and runs != rivals else Difference(*[math.nan] * 4)
     return {
         "objective": objective,
         "method": method,
@@ -94,9 +141,7 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
         **_named(("low", "high"), interval(gain)),
         "worst": sign * float((sign * gain).min()),
         "share_of_excess": float(gain.mean() / _excess(model, objective, base.mean())),
-        "iqm": iqm(gain),
-        **_named(("iqm_low", "iqm_high"), iqm_interval(gain)),
-        **_named(("difference", "difference_low", "difference_high"), other),
+        **_named(("difference", "difference_low", "difference_high", "p"), other),
         "gain_eta0": float((last - first).mean()),
         **_named(("recognised_before", "recognised"), known),
         **_named(
@@ -162,7 +207,7 @@ def _diversity(objective: str, method: str, runs: Sequence[Run]) -> tuple[float,
     return (before, float(np.mean(after)))
 
 
-def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> tuple[float, float, float]:
+def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
     """The difference to D3PO on the same held-out prompts and noise; unscored images left out.
 
     Raises:
@@ -176,8 +221,7 @@ def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> tuple[float, float, 
                 "cannot be compared. Report their methods one by one."
             )
     scored = np.isfinite([*ours, *theirs]).all(0)
-    a, b = (np.stack(part)[:, scored] for part in (ours, theirs))
-    return paired_difference(a, b)
+    return difference(*(np.stack(part)[:, scored].mean(1) for part in (ours, theirs)))
 
 
 def _held_out(run: Run) -> pd.Series:

@@ -9,7 +9,7 @@ from pathlib import Path
 from d3po_bench.errors import UserError
 from eval.analysis import tries
 from eval.analysis.efficiency import efficiency
-from eval.analysis.gains import Groups, cost, gains
+from eval.analysis.gains import Groups, contrast, cost, gains
 from eval.analysis.pictures import crossed, measure
 from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
@@ -17,6 +17,7 @@ from eval.analysis.tables import Table, as_csv, finite
 
 TABLES: dict[str, Callable[[Groups], Table | list[Table]]] = {
     "gains": gains,
+    "contrast": contrast,
     "cost": cost,
     "efficiency": efficiency,
     "settings": settings,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,19 +12,12 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-RESAMPLES = 9999
-"""Bootstrap resamples: the end points are then good to about 3 % of a standard error."""
-
-RNG_SEED = 0
-"""The resamples are the same every time, so that figures can be compared byte for byte."""
-
 
 def interval(values: Any, confidence: float = 0.95) -> tuple[Floats, Floats]:
-    """Percentile bootstrap interval of the mean over seeds.
+    """Student's t-interval of the mean over seeds: mean +- t(S - 1) * s / sqrt(S).
 
-    Whole seeds are resampled, so a curve's rounds stay together. With fewer than about ten
-    seeds such intervals are somewhat too narrow; with two or three they reach from the lowest to
-    the highest seed, as no percentile bootstrap can be wider.
+    It holds the true mean as often as it says where seeds are about normal. A percentile
+    bootstrap of five seeds, at a nominal 95 %, does in only 84 % of cases.
 
     Args:
         values: [S, ...] one entry for each of S seeds, in any unit.
@@ -37,7 +31,6 @@ def interval(values: Any, confidence: float = 0.95) -> tuple[Floats, Floats]:
         ValueError: there is no seed.
     """
     import numpy as np
-    from scipy.stats import bootstrap
 
     seeds = np.asarray(values, dtype=np.float64)
     if seeds.ndim == 0 or len(seeds) == 0:
@@ -45,11 +38,8 @@ def interval(values: Any, confidence: float = 0.95) -> tuple[Floats, Floats]:
     if len(seeds) == 1:
         nothing = np.full(seeds.shape[1:], np.nan)
         return nothing, nothing.copy()
-    found = bootstrap(
-        (seeds,), np.mean, axis=0, vectorized=True, method="percentile", batch=1000,
-        n_resamples=RESAMPLES, confidence_level=confidence, rng=np.random.default_rng(RNG_SEED),
-    ).confidence_interval  # fmt: skip
-    return np.asarray(found.low), np.asarray(found.high)
+    half = _t(confidence, len(seeds)) * seeds.std(0, ddof=1) / np.sqrt(len(seeds))
+    return seeds.mean(0) - half, seeds.mean(0) + half
 
 
 def between(middle: float, low: float, high: float) -> str:
@@ -57,87 +47,62 @@ def between(middle: float, low: float, high: float) -> str:
     return f"{middle:+.3f}" + ("" if math.isnan(low) else f" ({low:+.3f} to {high:+.3f})")
 
 
-def iqm(values: Any) -> float:
-    """Interquartile mean over seeds: the mean of the middle half (Agarwal et al. 2021).
+class Difference(NamedTuple):
+    """Of two means, with its interval and the p-value of "there is none"."""
 
-    As in rliable's `aggregate_iqm`: of all n values together, sorted, floor(n / 4) are cut at each
-    end, and none in part. So up to three seeds give their plain mean.
-
-    Args:
-        values: [S] one number for each seed, or [tasks, S] in a unit that the tasks share.
-
-    Returns:
-        In the unit of `values`.
-
-    Raises:
-        ValueError: there is no number, one is not finite, or the shape is another.
-    """
-    return float(_trimmed(_tasks(values).ravel()))
+    mean: float
+    low: float
+    high: float
+    p: float
 
 
-def iqm_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of `iqm`; seeds are resampled within each task.
+def difference(ours: Any, theirs: Any, confidence: float = 0.95) -> Difference:
+    """Difference of two methods' means over seeds, by Welch's t.
 
-    As in rliable, the tasks are kept: the interval is about other seeds, not about other tasks.
+    Seeds are runs of their own, so the two methods' are independent even where their numbers are
+    equal: what equal seeds share (prompts, first noise) makes the interval rather too wide than
+    too narrow. It covers what other seeds would give on the same held-out images. It does not
+    cover other prompts, nor how the settings of the two methods were chosen.
 
     Args:
-        values: [S], or [tasks, S] for strata.
+        ours: [S] one number for each seed.
+        theirs: [R].
         confidence: as in `interval`.
 
     Returns:
-        Low and high end, in the unit of `values`; NaN with one seed.
+        Ours minus theirs, in their unit; ends and p are NaN where a method has one seed.
 
     Raises:
-        ValueError: as in `iqm`.
+        ValueError: there is no seed, or a number is not finite.
     """
-    import numpy as np
+    from scipy.stats import ttest_ind
 
-    tasks = np.sort(_tasks(values), axis=1)
-    if tasks.shape[1] == 1:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(RNG_SEED)
-    picked = rng.integers(tasks.shape[1], size=(RESAMPLES, *tasks.shape))
-    drawn = np.take_along_axis(tasks[None], picked, 2).reshape(RESAMPLES, -1)
-    return _ends(_trimmed(drawn), confidence)
-
-
-def paired_difference(
-    ours: Any, theirs: Any, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean difference of two methods on the same prompts and noise, with its interval.
-
-    Items are the same in all runs, so how hard one is cancels and items are kept fixed. Seeds are
-    runs of their own, so those of each method are resampled independently, even where their
-    numbers are equal: what equal seeds share (prompts, first noise) makes the interval rather too
-    wide than too narrow. It covers what other seeds would give on these items. It does not cover
-    other prompts or other noise, nor how the settings of the two methods were chosen.
-
-    Args:
-        ours: [S, N] held-out scores of S seeds on N items.
-        theirs: [R, N] of R seeds on the same items, in the same order.
-        confidence: as in `interval`.
-
-    Returns:
-        Mean of ours minus theirs, low and high end, in the unit of the scores; the ends are NaN
-        where a method has one seed.
-
-    Raises:
-        ValueError: the items differ in number, or a score is missing or not finite.
-    """
-    import numpy as np
-
-    a, b = _numbers(ours), _numbers(theirs)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
-            "paired_difference needs scores [S, N] and [R, N] of the same items, got "
-            f"{a.shape} and {b.shape}"
-        )
-    found = float((a.mean(0) - b.mean(0)).mean())
+    a, b = _seeds(ours), _seeds(theirs)
+    found = float(a.mean() - b.mean())
     if min(len(a), len(b)) == 1:
-        return found, float("nan"), float("nan")
-    rng = np.random.default_rng(RNG_SEED)
-    ours_drawn, theirs_drawn = (_resampled(np.sort(x.mean(1)), rng).mean(1) for x in (a, b))
-    return found, *_ends(ours_drawn - theirs_drawn, confidence)
+        return Difference(found, *[math.nan] * 3)
+    test = ttest_ind(a, b, equal_var=False)
+    ends = test.confidence_interval(confidence)
+    return Difference(found, float(ends.low), float(ends.high), float(test.pvalue))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """P-values adjusted for being several (Holm 1979); NaN stays, and counts as no test.
+
+    Calling those below 0.05 differences makes a single false one in at most 5 % of tables.
+
+    Args:
+        values: p-values, 0 to 1 or NaN.
+
+    Returns:
+        In the same order.
+    """
+    tests = sorted((i for i, p in enumerate(values) if not math.isnan(p)), key=values.__getitem__)
+    found, largest = list(values), 0.0
+    for place, i in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - place) * values[i]))
+        found[i] = largest
+    return found
 
 
 def probability_of_improvement(
@@ -145,8 +110,9 @@ def probability_of_improvement(
 ) -> tuple[float, float, float]:
     """Probability that a seed of one method ends above a seed of another, with its interval.
 
-    Mann and Whitney's U over the number of pairs; a tie counts as half. Of one task, in rliable's
-    words. The seeds of each method are resampled independently.
+    Mann and Whitney's U over the number of pairs; a tie counts as half. The interval is Newcombe's
+    method 5 (Statistics in Medicine 25, 2006, 559-573), a score interval: it does not shrink to a
+    point where the seeds do not overlap.
 
     Args:
         ours: [S] one number for each seed; negate both where smaller is better.
@@ -154,25 +120,30 @@ def probability_of_improvement(
         confidence: as in `interval`.
 
     Returns:
-        Probability, low and high end, 0 to 1; the ends are NaN where a method has one seed, and
-        meet where the seeds do not overlap: no resample of them can.
+        Probability, low and high end, 0 to 1; the ends are NaN where a method has one seed.
 
     Raises:
         ValueError: there is no seed, or a number is not finite.
     """
     import numpy as np
+    from scipy.optimize import brentq
+    from scipy.stats import norm
 
-    a, b = np.sort(_numbers(ours)), np.sort(_numbers(theirs))
-    if a.ndim != 1 or b.ndim != 1:
-        raise ValueError(
-            f"probability_of_improvement needs [S] and [R], got {a.shape} and {b.shape}"
-        )
-    found = float(_wins(a, b))
+    a, b = _seeds(ours), _seeds(theirs)
+    found = float((np.sign(a[:, None] - b[None]).mean() + 1) / 2)
     if min(len(a), len(b)) == 1:
-        return found, float("nan"), float("nan")
-    rng = np.random.default_rng(RNG_SEED)
-    drawn = _wins(_resampled(a, rng), _resampled(b, rng))
-    return found, *_ends(drawn, confidence)
+        return found, math.nan, math.nan
+    z, others = norm.ppf((1 + confidence) / 2), (len(a) + len(b)) / 2 - 1
+
+    def excess(p: float) -> float:
+        """How much farther p is from what was found than z standard errors at p."""
+        inner = 1 + others * ((1 - p) / (2 - p) + p / (1 + p))
+        return float((found - p) ** 2 - z**2 * p * (1 - p) * inner / (len(a) * len(b)))
+
+    just = 1e-9  # beside `found`, as `excess` is 0 at 0 and at 1, too
+    low = 0.0 if found == 0 else brentq(excess, 0, found - just)
+    high = 1.0 if found == 1 else brentq(excess, found + just, 1)
+    return found, float(low), float(high)
 
 
 def another_seed(values: Any, confidence: float = 0.95) -> tuple[float, float]:
@@ -310,13 +281,11 @@ def _curve(x: Any, y: Any) -> tuple[Floats, Floats]:
     return at, height
 
 
-def _tasks(values: Any) -> Floats:
-    """[tasks, S], checked; of one task for [S]."""
-    import numpy as np
-
-    found = np.atleast_2d(_numbers(values))
-    if found.ndim != 2:
-        raise ValueError(f"iqm needs values [S] or [tasks, S], got {found.shape}")
+def _seeds(values: Any) -> Floats:
+    """[S], checked."""
+    found = _numbers(values)
+    if found.ndim != 1:
+        raise ValueError(f"expected one number for each seed, got shape {found.shape}")
     return found
 
 
@@ -333,32 +302,3 @@ def _numbers(values: Any) -> Floats:
             f"of shape {found.shape}"
         )
     return found
-
-
-def _trimmed(values: Floats) -> Floats:
-    """Mean of the middle half of the last axis."""
-    import numpy as np
-    from scipy.stats import trim_mean
-
-    return np.asarray(trim_mean(values, 0.25, axis=-1))
-
-
-def _wins(ours: Floats, theirs: Floats) -> Floats:
-    """Share of pairs of [..., S] and [..., R] that ours win, ties half, [...]."""
-    import numpy as np
-
-    signs = np.sign(ours[..., :, None] - theirs[..., None, :])
-    return np.asarray((signs.mean((-2, -1)) + 1) / 2)
-
-
-def _resampled(seeds: Floats, rng: np.random.Generator) -> Floats:
-    """Bootstrap resamples [RESAMPLES, S] of [S] sorted, so that their order changes nothing."""
-    return seeds[rng.integers(len(seeds), size=(RESAMPLES, len(seeds)))]
-
-
-def _ends(drawn: Floats, confidence: float) -> tuple[float, float]:
-    """The percentiles that hold the middle `confidence` of bootstrap values."""
-    import numpy as np
-
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

@@ -23,7 +23,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.models.sources import model_source
-from d3po_bench.runs.files import csv_bytes, readable, write_atomically
+from d3po_bench.runs.files import csv_bytes, read_csv, readable, write_atomically
 from d3po_bench.runs.run import RunFolder, find_runs, read_object
 from d3po_bench.training.progress import label
 from eval.analysis import choices
@@ -164,7 +164,7 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
         prompts = model_source(c.model).prompts or c.prompt_source
         found[name] = {
             "steps": c.sampling_steps, "guidance": c.guidance, "prompts": prompts,
-            "sampler": c.sampler, "eta": c.eta,
+            "sampler": c.sampler, "eta": c.eta, "long_prompts": c.long_prompts,
         }  # fmt: skip
     first = next(iter(found))
     for name, how in found.items():
@@ -252,8 +252,9 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
     found = {}
     for path in sorted((out / "rows").glob("*.csv")):
         with readable(path):
-            rows = pd.read_csv(path)
+            rows = pd.DataFrame(read_csv(path))
             rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
+            rows = rows.apply(_numbers)
         found[path.stem] = rows
     if BASE_ROWS not in found:
         raise UserError(
@@ -267,6 +268,17 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
             )
     _require_comparable(found, out)
     return found
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """A column of text as numbers, where it has no other text; prompts are no column but the index.
+
+    pandas' own reader would take the prompts 1, 01 and 1.0 for one, and NA and null for none.
+    """
+    try:
+        return column.replace("", "nan").astype(float)
+    except ValueError:
+        return column
 
 
 def _require_comparable(found: Mapping[str, pd.DataFrame], out: Path) -> None:

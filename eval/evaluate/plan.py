@@ -12,7 +12,8 @@ from d3po_bench.config import FEEDBACK, RunConfig
 from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
 from d3po_bench.models.sources import content, fingerprint, model_source
-from d3po_bench.prompts import read_pictures, read_prompts
+from d3po_bench.pictures import read_pictures, table_of, without_table
+from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.tools import spread
 
@@ -49,6 +50,7 @@ class Plan:
     scorers: tuple[str, ...] = ()
     weights: str = "official"
     """Which weights scorers have that do not say so themselves."""
+    long_prompts: Literal["refuse", "cut"] = "refuse"
     samplers: tuple[str, ...] = ("eta1", "eta0")
 
 
@@ -72,6 +74,8 @@ class EvaluateRequest:
     sampler: Sampler | Literal["auto"] = "auto"
     """Of a model that is no run, with its `eta`; a run has its own."""
     eta: float = 1.0
+    long_prompts: Literal["refuse", "cut"] | None = None
+    """None: as a run has it, or refuse."""
 
 
 def scorers_of(target: Path) -> tuple[str, ...]:
@@ -97,7 +101,7 @@ def planned(request: EvaluateRequest) -> Plan:
         UserError: it is nothing that can be evaluated.
     """
     target = request.target
-    if (target / "metadata.csv").is_file():
+    if table_of(target):
         return _pictures(request)
     if (target / "config.json").is_file() and (target / "lora").is_dir():
         return _of_run(request)
@@ -110,6 +114,9 @@ def planned(request: EvaluateRequest) -> Plan:
     network_alone = network and not (target / "model_index.json").is_file()
     if (target / "pytorch_lora_weights.safetensors").is_file() or network_alone:
         return _of_model(request, request.model or "tiny", str(target))
+    named = str(target) in registry.names("model") or (target / "model_index.json").is_file()
+    if not named and (lacking := without_table(target)):
+        raise UserError(lacking)
     _require_no_other_model(request, str(target))
     return _of_model(request, str(target), "")
 
@@ -169,6 +176,7 @@ def _of_model(
         guidance=guidance if request.guidance is None else request.guidance,
         sampler=sampler.sampler,
         eta=sampler.eta,
+        long_prompts=request.long_prompts or (config.long_prompts if config else "refuse"),
         scorers=_checked(request.scorers),
         weights=source.scorers,
     )
@@ -201,11 +209,12 @@ def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
 
 
 def _pictures(request: EvaluateRequest) -> Plan:
-    """A folder of pictures with metadata.csv."""
-    if request.save:
+    """A folder of pictures with metadata.csv or metadata.jsonl."""
+    given = {"save": request.save, "prompts": request.prompts, "count": request.count}
+    if pointless := [name for name, value in given.items() if value]:
         raise UserError(
-            f"--save keeps the pictures that a model draws, and {request.target} holds pictures "
-            "already. Leave --save out."
+            f"--{pointless[0]} is for what a model draws, and {request.target} holds pictures "
+            f"already. Leave --{pointless[0]} out."
         )
     files, prompts = zip(*read_pictures(request.target), strict=True)
     digests = (sha256_of(request.target / name) for name in files)

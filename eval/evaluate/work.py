@@ -22,6 +22,7 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError
 from d3po_bench.launch.job import End, attempt, died
 from d3po_bench.launch.local import Died, side_by_side
+from d3po_bench.pictures import open_picture
 from d3po_bench.runs.files import csv_bytes, png_bytes, read_csv, write_atomically
 from d3po_bench.runs.provenance import environment, now
 from eval.evaluate.plan import EvaluateRequest, Plan, planned
@@ -76,7 +77,7 @@ def run(
     from eval import golden
 
     plan = planned(request)
-    inside = any((request.target / name).is_file() for name in ("config.json", "metadata.csv"))
+    inside = bool(plan.files) or (request.target / "config.json").is_file()
     beside = request.target if inside else Path("evaluations")
     out = request.out or beside / ("evaluation" if inside else request.target.name)
     # Absent weights are found before anything is drawn.
@@ -243,12 +244,15 @@ def _model(plan: Plan, device: str) -> Model:
     import torch
 
     from d3po_bench.machine import device_of
-    from d3po_bench.models.adapters import Training
+    from d3po_bench.models.adapters import DiffusersModel, Training
     from d3po_bench.models.sources import load, model_source, threads_of
+    from d3po_bench.models.text_encoders import require_short
 
     source = model_source(plan.model)
     torch.set_num_threads(threads_of(source))
-    model = load(source, device_of(device), Training())
+    model = load(source, device_of(device), Training(long_prompts=plan.long_prompts))
+    if isinstance(model, DiffusersModel) and plan.long_prompts == "refuse":
+        require_short(model.parts, model.TOKENS, plan.prompts)  # all, before any is drawn
     if plan.adapter:
         model.load_saved(Path(plan.adapter))
     return model
@@ -297,17 +301,8 @@ def _read(path: Path) -> Any:
     """A picture [1, 3, h, w] uint8."""
     import numpy as np
     import torch
-    from PIL import Image
 
-    try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as problem:
-        raise UserError(
-            f"{path} is not a picture that can be read: {problem}. Save it again, or take its "
-            "line out of metadata.csv."
-        ) from problem
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    return torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1).unsqueeze(0)
 
 
 def summary(out: Path) -> Iterator[str]:

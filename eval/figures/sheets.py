@@ -11,6 +11,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 from d3po_bench.errors import UserError
+from d3po_bench.pictures import open_picture
 from eval.analysis.runs import Run
 from eval.figures.style import INK, short_name, unit_of
 
@@ -103,11 +104,7 @@ def _picture(path: Path) -> Image.Image:
     """An image at the size it has on the sheet: small ones with every pixel kept visible."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError) as problem:
-        raise UserError(f"The picture {path} is damaged. Remove it, or run again.") from problem
+    image = open_picture(path)
     if max(image.size) < CELL[0]:
         factor = -(-CELL[0] // max(image.size))
         size = (image.width * factor, image.height * factor)

@@ -7,6 +7,8 @@ limited, and templates escape everything.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,16 +17,33 @@ from urllib.parse import parse_qsl
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.requests import ClientDisconnect
 
-from d3po_bench.feedback.invitations import Rater, admin_hash, find_rater, token_hash
+from d3po_bench.digests import sha256_of
+from d3po_bench.feedback.invitations import (
+    Rater,
+    admin_hash,
+    find_rater,
+    has_left,
+    leave,
+    token_hash,
+)
 from d3po_bench.feedback.page import sessions
-from d3po_bench.feedback.page.sessions import COOKIE, Limiter, Limits, Session
-from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.page.sessions import Limiter, Limits, Session
+from d3po_bench.feedback.rounds import FILES, Item, Round
 from d3po_bench.feedback.store import LabelStore
+from d3po_bench.feedback.votes import Tally
 
 MOST_BYTES = 16 * 1024
 """Of a request's body."""
 MOST_FIELDS = 32
+
+
+def digests_of(round_: Round, folder: Path) -> dict[str, str]:
+    """SHA-256 of each picture: as recorded when the round was made, or else as it is now."""
+    names = [name for item in round_.items for name in item.images]
+    recorded = json.loads((folder / FILES).read_bytes()) if (folder / FILES).exists() else {}
+    return {name: recorded.get(name) or sha256_of(folder / name) for name in names}
 
 
 class Form(dict[str, list[str]]):
@@ -62,6 +81,8 @@ class Site:
             Limiter(*allowed) for allowed in (limits.votes, limits.pages, limits.sign_ins)
         )
         self.public_url = public_url or ""
+        self.tally = Tally(store)
+        self._pictures = digests_of(round_, self.folder)
         self._templates = Environment(
             loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
             undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -77,7 +98,28 @@ class Site:
 
     def session(self, request: Request) -> Session | None:
         """Who is signed in, as the cookie says."""
-        return self.sessions.read(request.cookies.get(COOKIE))
+        session = self.sessions.read(request.cookies.get(self.sessions.cookie))
+        return None if session is None or has_left(self.store, session.nonce) else session
+
+    def secure(self, request: Request) -> bool:
+        """Whether browsers come by https."""
+        return (self.public_url or request.url.scheme).startswith("https")
+
+    def picture(self, name: str) -> bytes:
+        """A picture of the round, as it was when the round was made; 503 if it is another now."""
+        path = (self.folder / name).resolve()
+        try:
+            data = path.read_bytes() if path.is_relative_to(self.folder) else b""
+        except OSError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != self._pictures[name]:
+            raise HTTPException(503, "A picture was changed or is gone. Tell whoever invited you.")
+        return data
+
+    def require_pictures(self, item: Item) -> None:
+        """Refuse to show or to judge an item whose pictures are others now: 503."""
+        for name in item.images:
+            self.picture(name)
 
     def rater(self, session: Session) -> Rater:
         """Who asks; 401 if they no longer may."""
@@ -104,7 +146,7 @@ async def _site(request: Request) -> Site:
 ThisSite = Annotated[Site, Depends(_site)]
 
 
-async def _signed_in(request: Request, site: ThisSite) -> Session:
+def _signed_in(request: Request, site: ThisSite) -> Session:
     session = site.session(request)
     if session is None:
         raise HTTPException(401, "Please open your invitation link first.")
@@ -137,20 +179,22 @@ async def _same_site_form(request: Request, site: ThisSite) -> Form:
     """A small form that is not from another site's page, as browsers tell."""
     told, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     ours = told in (None, "same-origin", "none")
-    if origin is not None and site.public_url:  # most proxies put another Host into the request
-        ours = ours and origin == site.public_url
-    elif origin is not None:
-        ours = ours and origin.partition("://")[2] == request.headers.get("host")
+    # most proxies put another Host into the request
+    own = site.public_url or f"{request.url.scheme}://{request.headers.get('host')}"
+    ours = ours and origin in (None, own)
     if not ours:
         raise HTTPException(403, "This form came from another site.")
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise HTTPException(415, "Only this page's own forms are taken.")
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MOST_BYTES:
-            raise HTTPException(413, "This form is too long.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MOST_BYTES:
+                raise HTTPException(413, "This form is too long.")
+    except ClientDisconnect as problem:  # nobody is left to read this
+        raise HTTPException(400, "This form is not whole.") from problem
     form = Form()
     try:
         pairs = parse_qsl(
@@ -202,12 +246,12 @@ def join(site: ThisSite) -> Response:
 def sign_in(request: Request, site: ThisSite, form: SameSiteForm) -> Response:
     """Exchange an invitation token for a session."""
     address = request.client.host if request.client else "unknown"
-    if not site.sign_ins.allow(address, spend=False):
-        raise HTTPException(429, "Too many failed attempts. Wait a minute, then try again.")
     token = form.one("token").strip()
     rater, mine = find_rater(site.store, token=token), token_hash(token)
     if rater is None and not compare_digest(mine, admin_hash(site.store) or ""):
-        site.sign_ins.allow(address)
+        # Many raters may share an address: however often others failed there, a valid link works.
+        if not site.sign_ins.allow(address):
+            raise HTTPException(429, "Too many failed attempts. Wait a minute, then try again.")
         raise HTTPException(403, "This invitation is not valid. Ask for a new link.")
     if rater:
         target, cookie = "/", site.sessions.begin("rater", rater.id, mine)
@@ -215,15 +259,16 @@ def sign_in(request: Request, site: ThisSite, form: SameSiteForm) -> Response:
         target, cookie = "/admin", site.sessions.begin("admin", 0, mine)
     response = RedirectResponse(target, 303)
     response.set_cookie(
-        COOKIE, cookie, max_age=sessions.MOST_SECONDS, httponly=True, samesite="lax",
-        secure=request.url.scheme == "https" or site.public_url.startswith("https"),
+        site.sessions.cookie, cookie, max_age=sessions.MOST_SECONDS, httponly=True,
+        samesite="lax", secure=site.secure(request),
     )  # fmt: skip
     return response
 
 
 @router.post("/leave")
-def sign_out(form: OwnForm) -> Response:
-    """End the session in this browser."""
+def sign_out(site: ThisSite, session: SignedIn, form: OwnForm) -> Response:
+    """End the session, here and for whoever has a copy of its cookie."""
+    leave(site.store, session.nonce, sessions.MOST_SECONDS)
     response = RedirectResponse("/join", 303)
-    response.delete_cookie(COOKIE)
+    response.delete_cookie(site.sessions.cookie)
     return response

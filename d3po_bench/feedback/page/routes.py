@@ -49,6 +49,8 @@ def item(request: Request, site: access.ThisSite) -> Response:
     rater = site.rater(session)
     access.spend(site.reads, rater)
     hand = handout.hand_out(site.store, rater.id)
+    if hand:
+        site.require_pictures(hand.item)
     return site.page(
         "item.html" if hand else "finish.html", session, rater=rater, hand=hand, round=site.round,
         progress=handout.progress(site.store, rater.id), last=votes.last_vote(site.store, rater.id),
@@ -60,6 +62,7 @@ def item(request: Request, site: access.ThisSite) -> Response:
 def vote(site: access.ThisSite, rater: access.Asking, form: access.VoteForm) -> Response:
     """Store an answer and show the next item."""
     hand = _hand(site, rater, form.one("hand"))
+    site.require_pictures(hand.item)
     return _stored(site, rater, hand, form, _answer(site, hand, form))
 
 
@@ -86,11 +89,9 @@ def image(site: access.ThisSite, rater: access.Asking, hand: str, place: str) ->
     access.spend(site.reads, rater)
     held = _hand(site, rater, hand)
     index = held.shown[access.number(place, 0, len(held.shown) - 1)]
-    path = (site.folder / held.item.images[index]).resolve()
-    if not path.is_relative_to(site.folder) or not path.is_file():
-        raise HTTPException(404, "This picture is gone.")
     headers = {"cache-control": "private, max-age=600"}
-    return FileResponse(path, media_type="image/png", headers=headers)
+    data = site.picture(held.item.images[index])
+    return Response(data, media_type="image/png", headers=headers)
 
 
 def _hand(site: access.Site, rater: Rater, text: str) -> Hand:
@@ -138,7 +139,7 @@ async def static(name: str) -> Response:
 @router.get("/admin")
 def overview(site: access.ThisSite, session: access.Admin) -> Response:
     """How the round goes."""
-    given = votes.effective_votes(site.store)
+    given = site.tally.votes()
     known = {quality.rater: quality for quality in agreement.quality(site.round, given)}
     return site.page(
         "admin.html", session, summary=agreement.summary(site.round, given),

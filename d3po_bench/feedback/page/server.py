@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,9 +16,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.invitations import admin_hash, check_name, invite, invite_admin, raters
 from d3po_bench.feedback.page import access, routes
-from d3po_bench.feedback.page.sessions import HEADERS, Limits, session_key
+from d3po_bench.feedback.page.sessions import HEADERS, HTTPS_ALONE, Limits, session_key
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 def app(
@@ -33,9 +38,11 @@ def app(
         limits: how much anybody may ask for.
         public_url: the origin that browsers see, where a proxy changes it.
     """
-    made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # A redirect to another path would name the host that the request claims.
+    made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     site = access.Site(round_, folder, store, key, limits or Limits(), public_url)
     made.state.site = site
+    said: set[str] = set()
     made.include_router(access.router)
     made.include_router(routes.router)
 
@@ -50,7 +57,10 @@ def app(
 
     @made.exception_handler(SQLAlchemyError)
     async def failed(request: Request, problem: SQLAlchemyError) -> Response:
-        # Nothing was stored, and trying again may help.
+        reason = str(getattr(problem, "orig", None) or problem)  # without the values of the query
+        if reason not in said:  # once: raters' pages try again and again
+            said.add(reason)
+            logging.getLogger("uvicorn.error").error(reason)
         words = "This could not be saved. Try again in a moment."
         return site.page("error.html", status=503, words=words)
 
@@ -59,7 +69,7 @@ def app(
         request: Request, answer: Callable[[Request], Awaitable[Response]]
     ) -> Response:
         response = await answer(request)
-        for name, value in HEADERS.items():
+        for name, value in (HEADERS | (HTTPS_ALONE if site.secure(request) else {})).items():
             response.headers.setdefault(name, value)
         return response
 
@@ -105,11 +115,24 @@ def serve(
         for line in invitations(store, names, url, renew=renew):
             echo(line)
         pages = app(round_, folder, store, session_key(folder), limits, public_url)
-        config = uvicorn.Config(
-            pages, log_level="warning", access_log=False, server_header=False,
-            proxy_headers=bool(public_url),  # else anybody here could give another address
-        )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn.Server(configured(pages, bool(public_url))).run(sockets=[listener])
+
+
+def configured(pages: FastAPI, proxied: bool) -> uvicorn.Config:
+    """How a site's pages are served.
+
+    Args:
+        pages: what `app` made.
+        proxied: whether a proxy says who asks; else anybody here could give another address.
+    """
+    import uvicorn
+
+    from d3po_bench.feedback.page.connections import Connection, limits
+
+    return uvicorn.Config(
+        pages, http=Connection, log_level="error", access_log=False, server_header=False,
+        proxy_headers=proxied, backlog=limits()[1], h11_max_incomplete_event_size=16 * 1024,
+    )  # fmt: skip
 
 
 def invitations(

@@ -17,7 +17,6 @@ from itsdangerous import BadData, URLSafeTimedSerializer
 
 from d3po_bench.errors import UserError
 
-COOKIE = "d3po_feedback"
 MOST_SECONDS = 14 * 24 * 60 * 60
 """After so long a rater opens the invitation link again."""
 
@@ -40,6 +39,9 @@ class Sessions:
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._serializer = URLSafeTimedSerializer(key, salt="session")
+        # A cookie is sent to every port of a host, where another round may be served.
+        self.cookie = f"d3po_feedback_{hmac.new(key, b'cookie', 'sha256').hexdigest()[:12]}"
+        """Name of this round's cookie."""
 
     def begin(self, role: Literal["rater", "admin"], rater: int, token_hash: str) -> str:
         """The cookie of a new session."""
@@ -114,13 +116,13 @@ class Limiter:
         self._buckets: dict[str, tuple[float, float]] = {}
         self._lock = threading.Lock()
 
-    def allow(self, key: str, *, spend: bool = True) -> bool:
-        """Whether `key` has something left, and unless `spend` is off, take it."""
+    def allow(self, key: str) -> bool:
+        """Whether `key` has something left, which is then taken."""
         with self._lock:
             now = self._clock()
             left, then = self._buckets.get(key, (float(self.burst), now))
             left = min(self.burst, left + (now - then) * self.rate)
-            if left >= 1 and spend:
+            if left >= 1:
                 self._buckets[key] = (left - 1, now)
                 if len(self._buckets) > 10_000:  # keys come from outside: drop full buckets
                     refilled = self.burst / self.rate
@@ -144,3 +146,6 @@ HEADERS = {
     "cache-control": "no-store",
 }
 """Of every response; those of style, scripts and pictures say how long they may be kept."""
+
+HTTPS_ALONE = {"strict-transport-security": "max-age=31536000"}
+"""Of every response where browsers come by https: they never ask this host by http again."""

@@ -41,7 +41,7 @@ def measure(model: Model, images: int, steps: int) -> dict[str, Any]:
     """Top-1 of the classifier on bare animal names, and JPEG sizes, with both samplers."""
     animals = read_prompts("animals")
     prompts = [a for a in animals for _ in range(images)]
-    judge: Any = registry.load_scorer("animal", torch.device("cpu"))
+    judge: Any = registry.load_scorer("animal", torch.device("cpu")).scorer
     size = registry.load_scorer("jpeg_size", torch.device("cpu"))
     facts: dict[str, Any] = {"images": images, "steps": steps}
     for name, eta in (("eta1", 1.0), ("eta0", 0.0)):

@@ -1,0 +1,184 @@
+"""Calling a scorer: whoever wrote it, it gives a number for each picture and changes nothing else.
+
+`registry.load_scorer` hands out no other, so every score of a run, an evaluation or a simulated
+rater comes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d3po_bench.errors import RunError, UserError
+from d3po_bench.types import Scorer, ScorerWithColumns
+
+TAKEN = frozenset({
+    "round", "sampler", "prompt", "index", "score", "kl", "file", "size", "steps", "guidance",
+    "weights",
+})  # fmt: skip
+"""Columns of eval.csv and rows.csv that are ours; one of a scorer's own would overwrite them."""
+
+
+class Guarded:
+    """A scorer as the rest of the program calls it.
+
+    It is shown copies, its numbers become float32 on the CPU, and torch is afterwards as it was.
+    """
+
+    def __init__(self, name: str, scorer: Scorer) -> None:
+        """Take what `load` of a scorer returned.
+
+        Args:
+            name: on the command line, with :weights where they are chosen.
+            scorer: what is called.
+
+        Raises:
+            UserError: it is no scorer, or its name is that of a column of ours.
+        """
+        if name in TAKEN:
+            raise UserError(
+                f"A scorer cannot be called {name}: evaluations have a column of that name. "
+                "Rename it in its package."
+            )
+        if not callable(scorer) or not isinstance(getattr(scorer, "unit", None), str):
+            raise UserError(
+                f"The scorer {name} is a {type(scorer).__name__} without a call or a unit. Give "
+                "it both: __call__(images, prompts) and, say, unit = 'points'."
+            )
+        self.name, self.scorer, self.unit = name, scorer, scorer.unit
+        for known in ("sources", "digest"):
+            if hasattr(scorer, known):
+                setattr(self, known, getattr(scorer, known))
+        if isinstance(scorer, ScorerWithColumns):
+            self.columns = self._columns
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [N], float32 on the CPU, of images [N, 3, h, w] uint8.
+
+        Raises:
+            RunError: the scorer returned anything but a number for each picture.
+        """
+        return self._numbers(self._asked(self.scorer, images, prompts), len(images))
+
+    def _columns(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Column name -> scores [N]."""
+        found = self._asked(getattr(self.scorer, "columns"), images, prompts)  # noqa: B009
+        if not isinstance(found, dict) or any(not isinstance(column, str) for column in found):
+            raise RunError(
+                f"The columns of the scorer {self.name} are a {type(found).__name__}, not a "
+                "dictionary from names to scores. Correct that scorer."
+            )
+        if wrong := sorted(TAKEN & found.keys()):
+            raise RunError(
+                f"The scorer {self.name} has a column {wrong[0]}, as every evaluation has. Rename "
+                "it in that scorer."
+            )
+        return {column: self._numbers(values, len(images)) for column, values in found.items()}
+
+    def _asked(
+        self, ask: Callable[[Tensor, Sequence[str]], Any], images: Tensor, prompts: Sequence[str]
+    ) -> Any:
+        """What the scorer says of copies that it may write into."""
+        with undisturbed():
+            return ask(images.clone(), list(prompts))
+
+    def _numbers(self, found: Any, count: int) -> Tensor:
+        try:
+            values: Tensor = (
+                found
+                if isinstance(found, Tensor)
+                else torch.from_numpy(np.array(found, dtype=np.float64))
+            )
+            if values.is_complex():
+                raise TypeError("complex numbers")
+            values = values.detach().to("cpu", torch.float32, copy=True)
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise RunError(
+                f"The scorer {self.name} returned no numbers but a {type(found).__name__}: "
+                f"{problem}. Correct that scorer."
+            ) from problem
+        if values.shape == (count, 1):
+            values = values.squeeze(1)
+        if values.shape != (count,):
+            raise RunError(
+                f"The scorer {self.name} returned numbers of the shape {tuple(values.shape)} for "
+                f"{count} pictures. Correct that scorer: it must give one for each."
+            )
+        return values
+
+
+def require_scores(scorer: Scorer, scores: Tensor) -> None:
+    """Stop before a NaN or an infinity is trained on.
+
+    Args:
+        scorer: where they come from, for people.
+        scores: of any shape.
+
+    Raises:
+        RunError: naming the scorer.
+    """
+    wrong = scores[~torch.isfinite(scores)]
+    if len(wrong):
+        name = getattr(scorer, "name", type(scorer).__name__)
+        raise RunError(
+            f"The scorer {name} returned {wrong[0]} for {len(wrong)} of {scores.numel()} pictures. "
+            "Check that scorer, and whether it can judge these prompts."
+        )
+
+
+# ---- torch's global state
+
+
+def _precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # both of torch's interfaces to it were used
+        return "mixed"
+
+
+_STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, torch.set_default_device),
+    (torch.get_num_threads, torch.set_num_threads),
+    (_precision, torch.set_float32_matmul_precision),
+    (
+        lambda: (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        lambda found: torch.use_deterministic_algorithms(found[0], warn_only=found[1]),
+    ),
+    *(
+        (
+            partial(getattr, torch.backends.cudnn, name),
+            partial(setattr, torch.backends.cudnn, name),
+        )
+        for name in ("enabled", "benchmark", "deterministic")
+    ),
+)
+"""How to read and to set what foreign code changes for a whole process."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Around foreign code: afterwards torch computes, learns and draws as before.
+
+    With autograd left switched off nothing would train, for example, and nothing would say so.
+    """
+    before = [read() for read, _ in _STATE]
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = range(torch.cuda.device_count()) if used else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for (read, write), value in zip(_STATE, before, strict=True):
+            if read() != value:
+                write(value)
