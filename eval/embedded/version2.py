@@ -19,7 +19,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from d3po_bench.diffusion.policy import Policy
@@ -28,6 +27,7 @@ from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.embedded.v2 import judge, lists
 from d3po_bench.models.embedded.v2.captions import ANIMALS
+from d3po_bench.models.embedded.v2.sheet import save_sheet
 from d3po_bench.models.sources import Source, load
 from d3po_bench.types import Model
 from eval.scorers import _geneval
@@ -55,16 +55,24 @@ def likeliest(by: judge.Judge, images: Tensor) -> list[str]:
 def measure(
     model: Model, judges: dict[str, judge.Judge], images: int, steps: int
 ) -> dict[str, Any]:
-    """Scores by kind of each list, hard and soft, by each judge; top-1 of bare names."""
+    """Scores by kind of each list, hard and soft, by each judge; top-1 of bare names.
+
+    Agreement: the share of pictures on which both judges give the same hard verdict.
+    """
     facts: dict[str, Any] = {"images": images, "steps": steps}
     for name, captions in lists.lists().items():
         prompts = [c for c in captions for _ in range(images)]
         pictures = drawn(model, prompts, steps)
+        verdicts: list[Tensor] = []
         for by, one in judges.items():
             for rule in (_geneval.hard, _geneval.soft):
                 scores = _geneval.GenEval("geneval", one, rule, ())(pictures, prompts)
                 told = _geneval.by_kind(scores, prompts)
                 facts[f"{name} {by} {rule.__name__}"] = {k: round(v, 4) for k, v in told.items()}
+                verdicts += [scores] if rule is _geneval.hard else []
+        if len(verdicts) == 2:
+            same = (verdicts[0] == verdicts[1]).double().mean()
+            facts[f"{name} agreement"] = round(float(same), 4)
     names = [animal for animal in ANIMALS for _ in range(images)]
     pictures = drawn(model, names, steps)
     for by, one in judges.items():
@@ -73,24 +81,15 @@ def measure(
     return facts
 
 
-def sheet(pictures: Tensor, labels: Sequence[str], path: Path, columns: int = 9) -> None:
-    """Pictures [N, 3, s, s] twice enlarged without blur, each over its label."""
-    side = 2 * pictures.shape[-1]
-    rows = -(-len(pictures) // columns)
-    whole = Image.new("RGB", (columns * side, rows * (side + 14)), "white")
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        image = Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))
-        place = (i % columns * side, i // columns * (side + 14))
-        whole.paste(image.resize((side, side), Image.Resampling.NEAREST), place)
-        ImageDraw.Draw(whole).text((place[0] + 2, place[1] + side), label[:22], fill=0)
-    whole.save(path)
+def _shown(pictures: Tensor, labels: Sequence[str], path: Path) -> None:
+    save_sheet(list(pictures.permute(0, 2, 3, 1).numpy()), labels, path)
 
 
 def to_name(model: Model, out: Path, steps: int) -> None:
     """naming.png, animals in random order, numbered; naming.json, which they were meant to be."""
     animals = random.Random(SEED).sample(ANIMALS, len(ANIMALS))
     numbers = [str(i + 1) for i in range(len(animals))]
-    sheet(drawn(model, animals, steps, eta=0.0), numbers, out / "naming.png")
+    _shown(drawn(model, animals, steps, eta=0.0), numbers, out / "naming.png")
     key = dict(zip(numbers, animals, strict=True))
     (out / "naming.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
 
@@ -118,7 +117,7 @@ def main(folder: Path, judges: Path | None, out: Path | None, images: int, steps
     model = load(Source(str(folder)), torch.device("cpu"), Training())
     to_name(model, out, steps)
     captions = lists.lists()["geneval-held-out"][::6]
-    sheet(drawn(model, captions, steps, eta=0.0), captions, out / "captions.png")
+    _shown(drawn(model, captions, steps, eta=0.0), captions, out / "captions.png")
     facts = measure(model, _judges(judges), images, steps)
     (out / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     click.echo(json.dumps(facts, indent=1))

@@ -48,8 +48,8 @@ def targets(scenes: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """Animals of N pictures, at most four each.
 
     Returns:
-        [N, 4, 3] float: centre across and down, and size. [N, 4, 3] int64: animal (-1: none),
-        colour under it (-1: none of ours), whether that is a card's.
+        [N, 4, 3] float: centre across and down, and size. [N, 4, 3] int64: animal, colour under
+        it, whether that is a card's; -1 where there are fewer than four.
     """
     places = torch.zeros(len(scenes), 4, 3)
     facts = torch.full((len(scenes), 4, 3), -1)
@@ -144,29 +144,35 @@ def _nearest(found: list[Found], thing: Thing) -> Found | None:
 
 
 def measure(judge: Judge, count: int) -> dict[str, Any]:
-    """Shares right on held-out renders, and which animals were taken for which.
+    """Shares right on held-out renders, and what was taken for what.
 
     Presence and count: of pictures, in which exactly the true animals are seen, and as many of
     each. Place and colour: of animals, at whose place one is seen, and on the right card or ground.
     """
     images, scenes = held_out(count)
-    right: dict[str, list[bool]] = {k: [] for k in ("presence", "count", "colour", "place")}
-    confused: Counter[str] = Counter()
+    right: dict[str, list[bool]] = {k: [] for k in ("presence", "count", "place", "colour")}
+    animals: Counter[str] = Counter()
+    colours: Counter[str] = Counter()
     for found, scene in zip(judge.find(images), scenes, strict=True):
         true, seen = Counter(t.animal for t in scene.things), Counter(f.animal for f in found)
         right["presence"].append(set(true) == set(seen))
         right["count"].append(true == seen)
+        animals["nothing as something"] += max(0, len(found) - len(scene.things))
         for thing in scene.things:
             near = _nearest(found, thing)
-            under = (thing.card or scene.ground, thing.card is not None)
+            under = _ground(thing.card or scene.ground, thing.card is not None)
+            seen_under = _ground(near.colour, near.card) if near else "nothing"
             right["place"].append(near is not None)
-            right["colour"].append(near is not None and (near.colour, near.card) == under)
-            seen_as = near.animal if near else "nothing"
-            confused[f"{thing.animal} as {seen_as}"] += seen_as != thing.animal
-        confused["too many"] += max(0, len(found) - len(scene.things))
+            right["colour"].append(under == seen_under)
+            animals[f"{thing.animal} as {near.animal if near else 'nothing'}"] += 1
+            colours[f"{under} as {seen_under}"] += 1
     shares = {what: round(float(np.mean(values)), 4) for what, values in right.items()}
-    wrong = {pair: n for pair, n in confused.most_common() if n}
-    return {"renders": count, "right": shares, "wrong": wrong}
+    confusion = {"animals": dict(animals.most_common()), "colours": dict(colours.most_common())}
+    return {"renders": count, "right": shares} | confusion
+
+
+def _ground(colour: str, card: bool) -> str:
+    return f"{colour} {'card' if card else 'background'}"
 
 
 def export(name: str, work: Path, out: Path, count: int) -> None:
