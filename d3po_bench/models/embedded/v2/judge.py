@@ -70,7 +70,7 @@ APART = 0.25
 """Animals' centres are further apart than this, in shares of the width."""
 
 
-def objects(seen: Seen, threshold: float = 0.4) -> list[list[Found]]:
+def objects(seen: Seen, threshold: float = 0.3) -> list[list[Found]]:
     """The animals of each picture: the surest first, and none beside a surer one."""
     best, which = seen.animals.flatten(2).max(1)
     found: list[list[Found]] = []
