@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,20 @@ def sha256_of(path: Path) -> str:
 def _sha256(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed(folder: Path, known: Mapping[str, str]) -> list[str]:
+    """The files that are missing or are not those on record, in its order.
+
+    Args:
+        folder: the files'.
+        known: their paths in it -> the sha256 that was recorded of each.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    paths = {name: folder / name for name in known}
+    return [n for n, p in paths.items() if not p.is_file() or sha256_of(p) != known[n]]
 
 
 def short(text: str) -> str:

@@ -98,6 +98,9 @@ class Process(Protocol):
     def levels(self, steps: int) -> Tensor:
         """[T + 1] the levels of a sampler of `steps` steps, descending, the final one last."""
 
+    def ends(self, steps: int) -> Tensor:
+        """[T] the level that each step is taken to: the next, in some schedules beside it."""
+
     def alpha(self, s: Tensor) -> Tensor:
         """Coefficient of the image at each level, float64."""
 

@@ -53,4 +53,4 @@ def new_round(
         kind, question or ("deformed" if kind == "tags" else "better"), blurred, tuple(items)
     )
     made.write(folder)
-    return made
+    return Round.read(folder)

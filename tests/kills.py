@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from d3po_bench import config, registry
-from d3po_bench.models.adapters import quieten
+from d3po_bench.models.parts import quieten
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training import evaluation, trainer

@@ -140,3 +140,27 @@ def sd3(folder: Path, *, v35: bool = False) -> Path:
         ),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def sd(folder: Path, *, two: bool = False) -> Path:
+    """Save Stable Diffusion 1, or 2 with its wider text, linear projections and velocity."""
+    import diffusers
+
+    width = 24 if two else 16
+    tokenizer, _ = tokenizers()
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(16, 32),
+        attention_head_dim=(2, 4) if two else 2, use_linear_projection=two,
+        cross_attention_dim=width,
+    )  # fmt: skip
+    diffusers.StableDiffusionPipeline(
+        vae=vae(4, scaling_factor=0.18215), text_encoder=clip(tokenizer, width, "CLIPTextModel"),
+        tokenizer=tokenizer, unet=lively(unet, 0), safety_checker=None,
+        scheduler=diffusers.PNDMScheduler(steps_offset=1), feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    levels = SD15_SCHEDULER | ({"prediction_type": "v_prediction"} if two else {})
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(levels))
+    return folder

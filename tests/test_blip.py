@@ -76,12 +76,14 @@ def test_a_gpu_scores_as_the_cpu_does(recording: Recording) -> None:
 # ---- each mistake shows
 
 
+@pytest.mark.slow
 def test_itm_with_cls_shows(recording: Recording, scorer: blip.Blip) -> None:
     scorer.encode = scorer.words.cls_token_id
     assert gaps(recording, scorer).min() > SEEN
     assert gaps(recording, scorer, "blip_itc").max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_itc_with_enc_shows(
     recording: Recording, scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +93,7 @@ def test_itc_with_enc_shows(
     assert gaps(recording, scorer).max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_other_normalisation_shows(
     recording: Recording, scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:

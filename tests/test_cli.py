@@ -205,8 +205,8 @@ def test_an_absent_hub_model_says_how_to_get_it(command: Command, tmp_path: Path
 
 
 def test_lora_targets_that_the_unet_lacks_are_refused(command: Command, micro: Path) -> None:
-    for targets in ("to_x", ""):
-        said = f"lora_targets={targets} names no layer"
+    for targets, named in (("to_x", "to_x"), ("", ""), ("to_q,to_x,q", "to_x,q")):
+        said = f"lora_targets={named} names no layer"
         refused(command(*run_of(micro, lora_targets=targets)), said)
     assert not Path("runs").exists()
 

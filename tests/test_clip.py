@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -158,6 +159,16 @@ def test_another_activation_is_refused_and_would_matter(folder: Path, tmp_path: 
     right = by_hand(folder, images, PROMPTS)
     wrong = by_hand(tmp_path / "gelu", images, PROMPTS)
     assert (right - wrong).abs().max() > 0.01
+
+
+def test_a_model_that_lacks_a_tensor_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "part")
+    path = tmp_path / "part" / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("visual_projection.weight")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"does not load: its files lack visual_projection.weight"):
+        clip.load(CPU, str(tmp_path / "part"))
 
 
 def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ def fill(disk: Path, room: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_again_and_again(
     disk: Path, command: Command, micro: Path, finished: Path
 ) -> None:

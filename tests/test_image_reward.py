@@ -85,6 +85,7 @@ def test_enc_instead_of_cls_shows(
     assert gaps(recording, scorer).min() > SEEN
 
 
+@pytest.mark.slow
 def test_other_normalisation_of_images_or_rewards_shows(
     recording: Recording, scorer: image_reward.ImageReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:

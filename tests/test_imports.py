@@ -63,8 +63,8 @@ ALLOWED = {
         *SETTINGS, "pictures", "diffusion", "models", "experience", "runs", "training", "feedback",
     },
     "eval.scorers": {
-        "types", "errors", "models.embedded", "eval.downloads", "eval.scorers._blip",
-        "eval.scorers._clip",
+        "types", "errors", "models.embedded", "models.parts", "eval.downloads",
+        "eval.scorers._blip", "eval.scorers._clip",
     },
 }  # fmt: skip
 """Module or package -> what of ours it may import, for the type checker or later in a function,

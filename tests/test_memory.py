@@ -32,6 +32,7 @@ def one_round(out: Path, **settings: int) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="no limit on the address space")
 def test_three_gibibytes_are_enough_and_a_batch_that_needs_more_names_the_option(
     tmp_path: Path,

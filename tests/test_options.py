@@ -92,6 +92,7 @@ SAID = (
     "rum", "run run", "weights steal", "feedback nothing", "run --method", "'' --help me",
     f"{D3PO} --set =", f"{D3PO} --set =1", f"{D3PO} --set learning_rate",
     f"{D3PO} --set model=sd15", f"{D3PO} --set rounds=1 --set rounds=2",
+    f"{D3PO} --rounds 5 --set rounds=3",
     f"{D3PO} --set options=1", f"{D3PO} --set prompts=nowhere.txt", f"{D3PO} --set eval_scorers=x",
     f"{D3PO} --set skip_steps=500", f"{D3PO} --model ''",
     f"{D3PO} --set images_per_prompt=1", f"{D3PO} --model /", f"{D3PO} --model a/b/c",

@@ -260,7 +260,7 @@ def test_a_config_that_was_exchanged_is_refused(command: Command, micro: Path, h
     folder = seed_folder(half, micro)
     config = RunConfig.from_json(json.loads((folder / "config.json").read_text()))
     (folder / "config.json").write_text(replace(config, learning_rate=0.9).to_json())
-    refused(command(*run_of(micro, learning_rate=0.9)), "its config.json was exchanged")
+    refused(command(*run_of(micro, learning_rate=0.9)), "is of another run, seed or version")
 
 
 @pytest.mark.parametrize("name", ["eval.csv", "metrics.jsonl"])

@@ -176,7 +176,10 @@ def in_group(number: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(
+    ("number", "jobs"),
+    [(signal.SIGTERM, 2), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)],
+)
 def test_a_stopped_command_takes_its_workers_along_and_keeps_its_rounds(
     number: signal.Signals, jobs: int, micro: Path, tmp_path: Path
 ) -> None:
@@ -304,6 +307,7 @@ def workers(number: int) -> list[int]:
     return [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in Linux's /proc")
 def test_workers_that_the_kernel_killed_for_their_memory_are_told(
     micro: Path, tmp_path: Path

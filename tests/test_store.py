@@ -268,13 +268,18 @@ def test_a_sample_is_a_png_named_after_its_prompt(run: RunStore) -> None:
 
     image = torch.zeros(3, 4, 6, dtype=torch.uint8)
     image[0, 1, 2] = 200
-    run.save_sample(3, "A cat, on / a mat!", image)
-    run.save_sample(3, "猫", image)
+    prompts = ("A cat, on / a mat!", "猫", "犬", "cat?", "cat!", "Cat 2")
+    run.save_samples(3, {prompt: image + n for n, prompt in enumerate(prompts)})
     folder = run.folder / "samples" / "round-00003"
-    assert listed(folder) == ["a-cat-on-a-mat.png", "prompt.png"]
-    with Image.open(folder / "prompt.png") as picture:
-        assert picture.size == (6, 4)
-        assert picture.getpixel((2, 1)) == (200, 0, 0)
+    reds = {}
+    for path in folder.iterdir():
+        with Image.open(path) as picture:
+            assert picture.size == (6, 4)
+            reds[path.stem] = picture.getchannel("R").getpixel((2, 1))
+    assert reds == {
+        "a-cat-on-a-mat": 200, "prompt": 201, "prompt-2": 202, "cat": 203, "cat-2": 204,
+        "cat-2-2": 205,
+    }  # fmt: skip
 
 
 # ---- checkpoints

@@ -219,7 +219,9 @@ def fragile(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return write
 
 
-@pytest.mark.parametrize(("jobs", "seeds"), [(1, [3, 1]), (2, [3])])
+@pytest.mark.parametrize(
+    ("jobs", "seeds"), [(1, [3, 1]), pytest.param(2, [3], marks=pytest.mark.slow)]
+)
 def test_a_mistake_in_a_plugin_stops_no_other_cell(
     jobs: int, seeds: list[int], fragile: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +237,7 @@ def test_a_mistake_in_a_plugin_stops_no_other_cell(
     assert finished == [f"incompress/fragile/seed-{seed}" for seed in sorted(seeds)]
 
 
+@pytest.mark.slow
 def test_of_a_killed_worker_only_the_cell_is_blamed_and_resumed(
     fragile: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +302,7 @@ def test_what_a_run_failed_with_is_told(
     assert ("Traceback" in end.trace) == ("(traceback above)" in said)
 
 
+@pytest.mark.slow
 def test_side_by_side_gives_the_same_bytes(grid: Path, whole: Path) -> None:
     text = grid.read_text().replace("seeds = [3, 1]", "seeds = [1]")
     grid.write_text(text.replace('["compress", "incompress"]', '["compress"]'))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import py_compile
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from d3po_bench.errors import RunError, UserError
 from d3po_bench.prompts import digest
 from d3po_bench.runs.run import RunFolder, content, find_runs
 from eval.verify import folder as verify
+from tests.damage import listed
 
 ROOT = Path(__file__).parent.parent
 SEED = Path("tiny", "incompress", "d3po", "seed-1")
@@ -142,6 +145,77 @@ def test_what_the_manifest_shows(home: Path) -> None:
         f"{NAME}/more.csv is not in the manifest",
         f"{NAME}/timing.jsonl has changed since the manifest was written",
     ]
+
+
+# What a folder hides, or only points at.
+def a_compiled_file(results: Path) -> None:
+    (results / "rows.pyc").touch()
+
+
+def a_hidden_file(results: Path) -> None:
+    (results / ".rows").touch()
+
+
+def a_hidden_folder(results: Path) -> None:
+    (results / ".runs").mkdir()
+    (results / ".runs" / "rows").touch()
+
+
+def a_link_to_a_folder(results: Path) -> None:
+    (results / "runs").symlink_to(results.parent)
+
+
+def a_link_to_a_file(results: Path) -> None:
+    (results / "tiny" / "grid.toml").rename(results.parent / "grid.toml")
+    (results / "tiny" / "grid.toml").symlink_to(results.parent / "grid.toml")
+
+
+HIDDEN: dict[str, Callable[[Path], None]] = {
+    "rows.pyc is not in the manifest": a_compiled_file,
+    ".rows is not in the manifest": a_hidden_file,
+    ".runs/rows is not in the manifest": a_hidden_folder,
+    "runs is a link": a_link_to_a_folder,
+    "tiny/grid.toml is a link": a_link_to_a_file,
+}
+
+
+@pytest.mark.parametrize("said", HIDDEN)
+def test_what_is_hidden_is_listed(said: str, home: Path) -> None:
+    HIDDEN[said](home / "results")
+    problems = list(verify.check_manifest(home / "results"))
+    assert any(problem.startswith(said) for problem in problems), problems
+    if "link" in said:
+        with pytest.raises(UserError, match="is a link"):
+            verify.record(home / "results")
+
+
+TELLS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent))
+import rows
+print(rows.SAID, Path("matplotlibrc").exists())
+sys.exit(1)
+"""
+
+
+def test_what_verify_runs_is_the_source_and_nothing_from_where_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled file of other code fits its source by size and time."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "matplotlibrc").touch()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "make.py").write_text(TELLS)
+    source = tmp_path / "results" / "rows.py"
+    source.write_text("SAID = 'forged'")
+    py_compile.compile(str(source))
+    time = source.stat()
+    source.write_text("SAID = 'source'")
+    os.utime(source, ns=(time.st_atime_ns, time.st_mtime_ns))
+    before = listed(tmp_path)
+    assert list(verify.check_tables(Path("results"))) == ["source False"]
+    assert listed(tmp_path) == before
 
 
 def test_a_failed_check_is_told_and_exits_with_1(home: Path) -> None:

@@ -121,11 +121,9 @@ def serve(
     Example:
         d3po-bench feedback serve round-1 --rater Ann --rater Bob --votes 2
     """  # noqa: D301
-    from d3po_bench.feedback.drawing import require_pictures
     from d3po_bench.feedback.page import server
     from d3po_bench.feedback.store import HandoutSettings
 
-    require_pictures(folder)
     settings = HandoutSettings(votes, gold_every, repeat_every)
     server.serve(
         folder, labels, host, port, raters, settings=settings, renew=renew, public_url=public_url,
@@ -145,11 +143,9 @@ def status(folder: Path, votes: int, labels: str | None) -> None:
         d3po-bench feedback status round-1 --votes 2
     """  # noqa: D301
     from d3po_bench.feedback.agreement import report
-    from d3po_bench.feedback.drawing import require_pictures
     from d3po_bench.feedback.store import HandoutSettings, open_labels
     from d3po_bench.feedback.votes import effective_votes, round_progress
 
-    require_pictures(folder)
     with open_labels(folder, labels, HandoutSettings(votes)) as store:
         given = effective_votes(store)
         for line in report(store.round, given, round_progress(store, given)):
@@ -201,10 +197,8 @@ def export(folder: Path, out: Path | None, labels: str | None) -> None:
         d3po-bench feedback export round-1 --out votes.json
     """  # noqa: D301
     from d3po_bench.feedback import votes
-    from d3po_bench.feedback.drawing import require_pictures
     from d3po_bench.feedback.store import open_labels
 
-    require_pictures(folder)
     target = out or folder / "labels.csv"
     with open_labels(folder, labels) as store:
         click.echo(f"{votes.export(store, target)} votes are in {target}", err=True)

@@ -44,7 +44,9 @@ class Policy:
         if sampler == "auto":
             sampler = "flow_sde" if model.prediction == "flow" else "ddim"
         self.levels = model.process.levels(steps)
-        self.table = step_table(model.process, self.levels, sampler, eta, model.prediction)
+        self.table = step_table(
+            model.process, self.levels, sampler, eta, model.prediction, model.process.ends(steps)
+        )
         columns = (self.table.x, self.table.output, self.table.std)
         self._table = torch.stack(columns, 1).float().to(model.device)
         self._levels = self.levels.to(model.device)

@@ -6,7 +6,7 @@ A latent at level s is x_s = alpha(s) x_0 + sigma(s) eps. All tables are float64
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,22 +23,46 @@ Sampler = Literal["ddim", "flow_sde", "cps"]
 class VariancePreserving:
     """alpha^2 + sigma^2 = 1, as in DDPM and Stable Diffusion; levels are integer timesteps."""
 
-    def __init__(self, alphas_cumprod: Tensor) -> None:
-        """`alphas_cumprod`: [1000] alpha^2 of each training timestep."""
-        self._alpha_bar = alphas_cumprod.cpu()
+    def __init__(
+        self, alphas_cumprod: Tensor, *, timesteps: Callable[[int], Tensor] | None = None,
+        last: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Take the schedule of a model.
+
+        Args:
+            alphas_cumprod: [1000] alpha^2 of each training timestep.
+            timesteps: number of steps T -> [T] the timesteps of a sampler; None for leading
+                spacing with offset 1, so that T=20 gives 951, 901, ..., 1.
+            last: alpha^2 that a sampler ends at; None for that of timestep 0.
+        """
+        self._timesteps = timesteps
         self.training_levels = torch.arange(len(alphas_cumprod))
+        # Level -1 is where a sampler ends whose last step leaves no noise.
+        self._alpha_bar = alphas_cumprod.cpu()
+        self._last = 0
+        if last is not None and bool(last != alphas_cumprod[0]):
+            self._alpha_bar = torch.cat([self._alpha_bar, last.cpu().view(1)])
+            self._last = -1
 
     def levels(self, steps: int) -> Tensor:
-        """Leading spacing with offset 1, down to timestep 0: T=20 gives 951, 901, ..., 1, 0.
+        """The model's timesteps, and the level that the last step ends at.
 
         Raises:
             ValueError: the number of steps does not fit the training timesteps.
         """
-        total = len(self._alpha_bar)
+        total = len(self.training_levels)
         if not 1 <= steps < total:
             raise ValueError(f"steps must be 1 to {total - 1}, got {steps}")
-        start = torch.arange(steps - 1, -1, -1) * (total // steps) + 1
-        return torch.cat([start, torch.zeros(1, dtype=torch.int64)])
+        if self._timesteps is None:
+            start = torch.arange(steps - 1, -1, -1) * (total // steps) + 1
+        else:
+            start = self._timesteps(steps)
+        return torch.cat([start, torch.tensor([self._last])])
+
+    def ends(self, steps: int) -> Tensor:
+        """A whole stride below the timestep, as DDIM steps in diffusers whatever the spacing."""
+        ends = self.levels(steps)[:-1] - len(self.training_levels) // steps
+        return ends.where(ends >= 0, self._last)
 
     # The roots are taken in the table's own float32, as diffusers' add_noise does: torch's float32
     # root is not the rounded float64 root, and a denoising loss repeats its bits.
@@ -99,7 +123,7 @@ class RectifiedFlow:
         """
         others = (
             "invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas",
-            "use_beta_sigmas",
+            "use_beta_sigmas", "stochastic_sampling",
         )  # fmt: skip
         unknown = [name for name in others if config.get(name)]
         if config.get("time_shift_type", "exponential") != "exponential":
@@ -126,6 +150,10 @@ class RectifiedFlow:
         """The scheduler's `sigmas` after `set_timesteps(steps)`; the final one is 0."""
         even = torch.linspace(1, self._lowest, steps, dtype=torch.float64)
         return torch.cat([self._shifted(even).float(), torch.zeros(1)])
+
+    def ends(self, steps: int) -> Tensor:
+        """The next level of each step."""
+        return self.levels(steps)[1:]
 
     def alpha(self, s: Tensor) -> Tensor:
         """See `types.Process`."""
@@ -187,8 +215,9 @@ class StepTable:
 
 
 def step_table(
-    process: Process, levels: Tensor, sampler: Sampler, eta: float, prediction: Prediction
-) -> StepTable:
+    process: Process, levels: Tensor, sampler: Sampler, eta: float, prediction: Prediction,
+    ends: Tensor | None = None,
+) -> StepTable:  # fmt: skip
     """The steps of a sampler down the levels.
 
     Every sampler has the mean alpha' x_0 + kept eps, where a prime marks the level that the step
@@ -200,13 +229,23 @@ def step_table(
         sampler: which one.
         eta: the strength of the noise: DDIM's eta, or a in Flow-GRPO's SDE and Flow-CPS.
         prediction: what the network puts out.
+        ends: [T] the level that each step is taken to, as of `process.ends`; None for the next.
+
+    Raises:
+        UserError: the network predicts the noise of a level that is noise alone.
     """
-    here, there = levels[:-1], levels[1:]
+    here, there = levels[:-1], levels[1:] if ends is None else ends
     alpha2, sigma2 = process.squares(here)
     alpha2_next, _ = process.squares(there)
-    std, kept = _noise(process, levels, sampler, eta)
+    std, kept = _noise(process, here, there, sampler, eta)
     alpha, sigma = alpha2.sqrt(), sigma2.sqrt()
     if prediction == "epsilon":
+        if not bool(alpha2.all()):
+            raise UserError(
+                "The model predicts noise, and its scheduler starts where there is nothing else "
+                "(rescale_betas_zero_snr), which says nothing of the picture. Use a model that "
+                "predicts velocity, or a scheduler without."
+            )
         # Like the general case below but for the last bit, on which published results depend.
         x = (alpha2_next / alpha2).sqrt()
         return StepTable(x=x, output=kept - x * sigma, std=std)
@@ -220,7 +259,9 @@ def step_table(
     )
 
 
-def _noise(process: Process, levels: Tensor, sampler: Sampler, eta: float) -> tuple[Tensor, Tensor]:
+def _noise(
+    process: Process, here: Tensor, there: Tensor, sampler: Sampler, eta: float
+) -> tuple[Tensor, Tensor]:
     """Of each step, the std of the noise added and the coefficient of the noise kept.
 
     DDIM is Song et al. 2021, Eq. 12. Flow-CPS (2509.05952) differs in the std alone; it narrows
@@ -229,7 +270,6 @@ def _noise(process: Process, levels: Tensor, sampler: Sampler, eta: float) -> tu
     x - v (s - s') - (x + (1 - s) v) std^2 / 2s, is (1 - s') x_0 + (s' - std^2 / 2s) eps. It is
     for latents (1 - s) x_0 + s eps: those of any process, divided by alpha + sigma.
     """
-    here, there = levels[:-1], levels[1:]
     alpha2_next, sigma2_next = process.squares(there)
     if sampler == "flow_sde":
         alpha2, sigma2 = process.squares(here)

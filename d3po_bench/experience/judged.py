@@ -20,6 +20,10 @@ class Stored(Protocol):
     """A drawn round: its prompts, and what was kept of every image."""
 
     @property
+    def content(self) -> str:
+        """What names the pictures that were judged."""
+
+    @property
     def image_prompts(self) -> Sequence[str]:
         """The prompt of each of its P groups of images."""
 
@@ -32,9 +36,10 @@ class Votes:
 
     unit = "votes"
 
-    def __init__(self, scores: Tensor) -> None:
-        """`scores`: [P, K]."""
-        self.digest = hashlib.sha256(scores.numpy().tobytes()).hexdigest()[:12]
+    def __init__(self, scores: Tensor, content: str) -> None:
+        """`scores`: [P, K], of what `content` names."""
+        given = scores.numpy().tobytes() + content.encode()
+        self.digest = hashlib.sha256(given).hexdigest()[:12]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Not possible.
@@ -61,7 +66,7 @@ class Judged:
 
     def __post_init__(self) -> None:
         """Find out what was judged."""
-        self.scorer: Scorer = Votes(self.scores)
+        self.scorer: Scorer = Votes(self.scores, self.drawn.content)
         self.judged = self.scores.isfinite().all(1).nonzero().squeeze(1)
         """Numbers of the prompts that somebody judged, ascending."""
         named = (self.drawn.image_prompts[i] for i in self.judged.tolist())

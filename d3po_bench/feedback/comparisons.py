@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,7 @@ import numpy as np
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds, schema
 from d3po_bench.feedback.agreement import Floats
-from d3po_bench.feedback.rounds import Item, Pool, Round, Vote
-from d3po_bench.feedback.sampling import write_files
+from d3po_bench.feedback.rounds import SOURCES, Item, Pool, Round, Vote
 from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.feedback.simulated import pool_of
 from d3po_bench.feedback.store import LabelStore
@@ -25,8 +23,6 @@ from d3po_bench.feedback.votes import effective_votes
 from d3po_bench.pictures import open_picture, opened, read_pictures
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
 
-SOURCES = "sources.json"
-"""Where the folders that were compared are named, in their order."""
 REMEDY = "Make a round with `feedback new --kind pairs --pictures A --pictures B`."
 
 
@@ -79,12 +75,8 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
             Item(name, prompt, tuple(_copies(folder, name, paths)))
             for name, prompt, paths in _groups(listed, kind)
         )
-        write_files(folder)
-        names = json.dumps([str(source) for source in sources])
-        write_atomically(folder / SOURCES, names.encode() + b"\n")
-        round_ = Round(kind, question, question == "unsafe", items)
-        round_.write(folder)
-        return round_
+        rounds.write_json(folder / SOURCES, [str(source) for source in sources])
+        return Round(kind, question, question == "unsafe", items).finish(folder)
 
 
 def _groups(

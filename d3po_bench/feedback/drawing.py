@@ -1,4 +1,4 @@
-"""Draw a round as `feedback new` was asked to; see later whether its pictures are unchanged."""
+"""Draw a round as `feedback new` was asked to."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from d3po_bench.config import FEEDBACK, make
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.sampling import (
-    FILES,
     FIXED,
     Before,
     Sampling,
     adapter_bytes,
     chosen_prompts,
     draw,
-    require_files,
 )
 from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
+from d3po_bench.training.inputs import model_today
 
 
 def draw_round(
@@ -51,9 +50,8 @@ def draw_round(
     Raises:
         UserError: bad input, or another round lies in the folder.
     """
-    kind = judged[0]
-    images = images or (7 if kind == "tags" else 2)
-    if kind == "pairs" and images != 2:
+    images = images or (7 if judged[0] == "tags" else 2)
+    if judged[0] == "pairs" and images != 2:
         raise UserError(f"A pair has 2 images, not {images}. Leave --images out.")
     trained = Before.read(before) if before else None
     last = trained.sampling if trained else None
@@ -72,16 +70,7 @@ def draw_round(
         adapter=hashlib.sha256(adapter_bytes(trained.weights)).hexdigest() if trained else "",
         prompts=tuple(chosen_prompts(read_prompts(prompts), count, seed, number)),
         block=max(1, execution.sample_batch // images),
+        inputs=model_today(model_source(model)),
     )  # fmt: skip
     weights = trained.weights if trained else None
     return draw(folder, sampling, judged, weights, replace(execution, device=device), report)
-
-
-def require_pictures(folder: Path) -> None:
-    """Compare a round's pictures with their checksums.
-
-    Raises:
-        UserError: naming the first that is missing or altered.
-    """
-    if (folder / FILES).exists():
-        require_files(folder, within="images")

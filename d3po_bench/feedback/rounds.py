@@ -1,12 +1,19 @@
-"""A round: images that wait for people's judgement, as `round.json` beside its pictures."""
+"""A round: images that wait for people's judgement, as `round.json` beside its pictures.
+
+Beside it lies `files.json`, with the checksums of all that a round is made of, where a command of
+ours made it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
+from d3po_bench.digests import changed, sha256_of, short
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import schema
 from d3po_bench.feedback.schema import Answer, Kind, Question
@@ -16,7 +23,10 @@ Pool = Literal["people", "simulated"]
 """Who voted; simulated where at least one of them is."""
 
 FILE, FILES = "round.json", "files.json"
-"""A round, and the checksums of its pictures and tensors where `feedback new` made it."""
+SAMPLING, SOURCES, ADAPTER = "sampling.json", "sources.json", "adapter.safetensors"
+TENSORS = ("rollout/", ADAPTER)
+"""What only training reads: seconds a gigabyte to compare."""
+
 REMEDY = "Correct the file, or make the round again."
 
 
@@ -69,6 +79,8 @@ class Round:
     blurred: bool
     """Whether pictures are hidden until the rater asks."""
     items: tuple[Item, ...]
+    content: str = field(default="", compare=False)
+    """Names what raters are shown, pictures included; "" before it was written."""
 
     @property
     def images_per_item(self) -> int:
@@ -77,17 +89,20 @@ class Round:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read `folder`/round.json and check that its pictures are there.
+        """Read `folder`/round.json and check that its pictures are there, as they were made.
 
         Raises:
-            UserError: anything in it is missing or malformed, naming file and field.
+            UserError: anything in it is missing, malformed or altered, naming file and field.
         """
         path = folder / FILE
         if not path.exists():
             raise UserError(f"There is no {FILE} in {folder}. Give the folder of a round.")
         found = schema.read(schema.ROUND, path, REMEDY)
-        items = (Item(i.id, i.prompt, tuple(i.images), i.gold) for i in found.items)
-        return cls(found.kind, found.question, found.blurred, tuple(items))
+        require_files(folder, without=TENSORS)
+        items = tuple(Item(i.id, i.prompt, tuple(i.images), i.gold) for i in found.items)
+        shown = [[i.id, i.prompt, *(sha256_of(folder / name) for name in i.images)] for i in items]
+        content = short(json.dumps([found.kind, found.question, shown]))
+        return cls(found.kind, found.question, found.blurred, items, content)
 
     def write(self, folder: Path) -> None:
         """Write `folder`/round.json, whole or not at all. Its pictures must be there already.
@@ -95,6 +110,74 @@ class Round:
         Raises:
             UserError: what `read` would refuse, or the file cannot be written.
         """
-        data = (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
-        schema.check(schema.ROUND, folder / FILE, data, REMEDY)
-        write_atomically(folder / FILE, data)
+        schema.check(schema.ROUND, folder / FILE, self._data, REMEDY)
+        write_atomically(folder / FILE, self._data)
+
+    def finish(self, folder: Path) -> Self:
+        """Write it and, before it, the checksums of all files of the round; then read it.
+
+        Raises:
+            UserError: as `write` does.
+        """
+        known = {p.relative_to(folder).as_posix(): sha256_of(p) for p in _made(folder)}
+        known[FILE] = hashlib.sha256(self._data).hexdigest()
+        write_json(folder / FILES, known)
+        self.write(folder)
+        return self.read(folder)
+
+    @property
+    def _data(self) -> bytes:
+        said = {name: value for name, value in asdict(self).items() if name != "content"}
+        return _json(said)
+
+
+# ---- its files
+
+
+def _made(folder: Path) -> Iterator[Path]:
+    for place in ("images", "rollout"):
+        yield from sorted(p for p in (folder / place).rglob("*") if p.is_file())
+    yield from (p for p in (folder / n for n in (SAMPLING, SOURCES, ADAPTER)) if p.is_file())
+
+
+def require_files(folder: Path, without: tuple[str, ...] = ()) -> None:
+    """Compare the files of a round with what was recorded when it was made.
+
+    A round that was put together by hand has no record.
+
+    Args:
+        folder: of the round.
+        without: beginnings of the names that are not compared.
+
+    Raises:
+        UserError: naming the first that is missing or altered.
+    """
+    path = folder / FILES
+    if not path.exists() and not (folder / SAMPLING).exists() and not (folder / SOURCES).exists():
+        return
+    try:
+        known: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        used = {n: digest for n, digest in known.items() if not n.startswith(without)}
+        broken = changed(folder, used)
+    except (OSError, ValueError, AttributeError, TypeError) as problem:
+        raise UserError(f"The checksums in {path} cannot be read: {problem}. {REMEDY}") from problem
+    if broken:
+        state = "was changed" if (folder / broken[0]).exists() else "is missing"
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(
+            f"{folder / broken[0]} {state}{more}. Restore it, or make the round again in another "
+            "folder."
+        )
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a file of a round.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_atomically(path, _json(data))
+
+
+def _json(data: object) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()

@@ -8,8 +8,8 @@ them (not in a first round), and, once all are there, `round.json` and `files.js
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +22,6 @@ from d3po_bench.config import FEEDBACK, LATER, Execution, RunConfig
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.diffusion.seeding import stream
-from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
 from d3po_bench.feedback.rounds import Item, Round
@@ -30,12 +29,11 @@ from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.machine import device_of
 from d3po_bench.models.sources import load, model_source, threads_of
 from d3po_bench.runs.files import png_bytes, taken, write_atomically
-from d3po_bench.runs.run import RunFolder
+from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.store import RunStore
+from d3po_bench.training.inputs import require_unchanged
 from d3po_bench.training.trainer import training_of
 from d3po_bench.types import Model
-
-FILE, FILES, ADAPTER = "sampling.json", rounds.FILES, "adapter.safetensors"
 
 FIXED = (
     "model", "long_prompts", "sampling_steps", "sampler", "eta", "guidance", "dtype", "full",
@@ -62,12 +60,14 @@ class Sampling:
     """K of each prompt, from one noise."""
     block: int
     """Prompts of a file in rollout/."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """What names the content of the base model; {} of a round of an earlier version."""
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
         """From JSON; of an older round the settings that came later have their defaults."""
-        settings = {**LATER, **data["settings"]}
-        return cls(**{**data, "settings": settings, "prompts": tuple(data["prompts"])})
+        own = {"settings": {**LATER, **data["settings"]}, "inputs": {**data.get("inputs", {})}}
+        return cls(**{**data, **own, "prompts": tuple(data["prompts"])})
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -76,7 +76,7 @@ class Sampling:
         Raises:
             UserError: it is not there, which is so for pictures from elsewhere, or damaged.
         """
-        path = folder / FILE
+        path = folder / rounds.SAMPLING
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             found = cls.of(data)
@@ -84,7 +84,7 @@ class Sampling:
             return found
         except FileNotFoundError as problem:
             raise UserError(
-                f"{folder} has no {FILE}, so `feedback new` did not draw it. Pictures from "
+                f"{folder} has no {path.name}, so `feedback new` did not draw it. Pictures from "
                 "elsewhere can be judged, but not trained on."
             ) from problem
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
@@ -136,6 +136,7 @@ class Before:
                 f"The run in {run} was not made by `feedback train`. Give one such as "
                 "round-1/trained/d3po."
             )
+        require_unchanged(trained, LAST, None)  # not the checkpoint before a damaged one
         weights = {k.removeprefix("weight/"): v for k, v in state[0].items() if "weight/" in k}
         return cls(weights, Sampling.of({**found, "prompts": ()}))
 
@@ -170,17 +171,14 @@ def draw(
             return Round.read(folder)
         execution = execution or Execution()
         drawn_by = prepared(sampling, weights, execution)  # what it refuses leaves nothing behind
-        _write_json(folder / FILE, asdict(sampling))
+        rounds.write_json(folder / rounds.SAMPLING, asdict(sampling))
         if weights is not None:
-            write_atomically(folder / ADAPTER, adapter_bytes(weights))
+            write_atomically(folder / rounds.ADAPTER, adapter_bytes(weights))
         for start in range(0, len(sampling.prompts), sampling.block):
             if not rollout_file(folder, start // sampling.block).exists():
                 _draw_block(folder, sampling, drawn_by, start, execution)
             report(min(1.0, (start + sampling.block) / len(sampling.prompts)))
-        round_ = _described(sampling, judged)
-        write_files(folder)
-        round_.write(folder)
-        return round_
+        return _described(sampling, judged).finish(folder)
 
 
 def adapter_bytes(weights: Mapping[str, Tensor]) -> bytes:
@@ -191,13 +189,15 @@ def adapter_bytes(weights: Mapping[str, Tensor]) -> bytes:
 def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question]) -> None:
     mine = json.loads(json.dumps(asdict(sampling)))
     found = mine
-    if (folder / FILE).exists():
+    if (folder / rounds.SAMPLING).exists():
         found = json.loads(json.dumps(asdict(Sampling.read(folder))))
+        # A commit is known once the model has been fetched; an earlier version named nothing.
+        found["inputs"] = {**mine["inputs"], **found["inputs"]}
     changed = [name for name in mine if found[name] != mine[name]]
     if (folder / rounds.FILE).exists():
         there = Round.read(folder)
         changed += ["kind or question"] if (there.kind, there.question) != judged else []
-        changed += [] if (folder / FILE).exists() else ["pictures"]
+        changed += [] if (folder / rounds.SAMPLING).exists() else ["pictures"]
     if changed:
         raise UserError(
             f"{folder} holds another round: its {', '.join(changed)} differ. Give another folder, "
@@ -283,52 +283,3 @@ def read_rollout(folder: Path, block: int) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is not as `feedback new` wrote it: {problem}. {rounds.REMEDY}"
         ) from problem
-
-
-def _kept(folder: Path) -> Iterator[Path]:
-    for place in ("images", "rollout"):
-        yield from sorted(p for p in (folder / place).rglob("*") if p.is_file())
-    if (folder / ADAPTER).exists():
-        yield folder / ADAPTER
-
-
-def write_files(folder: Path) -> None:
-    """Record the checksum of every picture and tensor of a round."""
-    known = {p.relative_to(folder).as_posix(): sha256_of(p) for p in _kept(folder)}
-    _write_json(folder / FILES, known)
-
-
-def require_files(folder: Path, within: str = "") -> None:
-    """Compare the pictures and tensors of a round with what was recorded.
-
-    Args:
-        folder: of the round.
-        within: only what lies in this folder of it; tensors take seconds a gigabyte.
-
-    Raises:
-        UserError: naming the first that is missing or altered.
-    """
-    path = folder / FILES
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        broken = [n for n, found in known.items()
-                  if n.startswith(within) and not _is(folder / n, found)]  # fmt: skip
-    except (OSError, ValueError, AttributeError, TypeError) as problem:
-        raise UserError(
-            f"The checksums in {path} cannot be read: {problem}. {rounds.REMEDY}"
-        ) from problem
-    if broken:
-        state = "was changed" if (folder / broken[0]).exists() else "is missing"
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise UserError(
-            f"{folder / broken[0]} {state}{more}. Restore it, or make the round again in another "
-            "folder."
-        )
-
-
-def _is(path: Path, expected: str) -> bool:
-    return path.is_file() and sha256_of(path) == expected
-
-
-def _write_json(path: Path, data: Any) -> None:
-    write_atomically(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())

@@ -17,7 +17,6 @@ from torch import Generator, Tensor
 
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
-from d3po_bench.feedback.drawing import require_pictures
 from d3po_bench.feedback.handout import Hand, hand_out
 from d3po_bench.feedback.invitations import find_rater, invite
 from d3po_bench.feedback.rounds import Pool, Round
@@ -137,7 +136,6 @@ def simulate(
         UserError: the round or its labels are damaged, or a simulated rater is blocked.
     """
     settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
-    require_pictures(folder)
     with open_labels(folder, labels, settings, new=True) as store:
         worth = worths(folder, store.round, RULES[store.round.question], tools)
         return let_vote(store, worth, pool, seed)

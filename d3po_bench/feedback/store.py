@@ -200,10 +200,14 @@ class LabelStore:
     def _prepare(self, connection: Connection, url: str) -> int:
         """Check what is there, add what is not, and give the seed that the database began with."""
         facts = {row.name: row.value for row in connection.execute(sql.select(FACTS))}
-        if not facts:
-            mine = {"version": VERSION, "kind": self.round.kind, "seed": self.settings.seed}
-            facts = {name: str(value) for name, value in mine.items()}
-            rows = [{"name": name, "value": value} for name, value in facts.items()]
+        known_as = self.round.kind, self.round.content
+        mine = {"version": str(VERSION), "kind": known_as[0], "seed": str(self.settings.seed)}
+        mine["round"] = known_as[1]
+        # Labels of an earlier version do not name their round: they are of the first that asks.
+        new = [n for n in mine if n not in facts and (not facts or n == "round")]
+        facts |= {name: mine[name] for name in new}
+        if new:
+            rows = [{"name": name, "value": facts[name]} for name in new]
             connection.execute(sql.insert(FACTS), rows)
         if facts.get("version") != str(VERSION):
             raise UserError(
@@ -212,8 +216,10 @@ class LabelStore:
             )
         known = {row.id for row in connection.execute(sql.select(ITEMS.c.id))}
         strange = sorted(known - self.items.keys())
-        if strange or facts["kind"] != self.round.kind:
-            why = f"have an item {strange[0]}" if strange else f"are of kind {facts['kind']}"
+        if strange or (facts["kind"], facts["round"]) != known_as:
+            why = "were given to other pictures, prompts or another question"
+            if strange or facts["kind"] != self.round.kind:
+                why = f"have an item {strange[0]}" if strange else f"are of kind {facts['kind']}"
             raise UserError(
                 f"The labels in {_shown(url)} are not of this round: they {why}. Give the round "
                 "they belong to, or another place for the labels."

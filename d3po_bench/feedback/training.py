@@ -16,15 +16,11 @@ from d3po_bench.config import FEEDBACK, Execution, RunConfig, least_images, make
 from d3po_bench.errors import UserError
 from d3po_bench.experience.judged import Judged, Votes
 from d3po_bench.feedback.agreement import Floats, preferences
-from d3po_bench.feedback.sampling import (
-    ADAPTER,
-    FIXED,
-    Sampling,
-    read_rollout,
-    require_files,
-)
+from d3po_bench.feedback.rounds import ADAPTER, Round, require_files
+from d3po_bench.feedback.sampling import FIXED, Sampling, read_rollout
 from d3po_bench.models.sources import model_source
-from d3po_bench.runs.run import RunFolder
+from d3po_bench.runs.run import RunFolder, require_inputs
+from d3po_bench.training.inputs import model_today
 from d3po_bench.training.progress import Report
 from d3po_bench.training.run import Job, run_seed
 from d3po_bench.training.tools import Tools
@@ -44,6 +40,8 @@ class Data:
     sampling: Sampling
     scores: Tensor
     """[P, K]; NaN: nobody judged."""
+    content: str
+    """Names the pictures that were judged."""
 
     @property
     def image_prompts(self) -> Sequence[str]:
@@ -88,6 +86,9 @@ def data_of(folder: Path, scores: Floats) -> Data:
     """
     sampling = Sampling.read(folder)
     require_files(folder)
+    today = model_today(model_source(sampling.settings["model"]))
+    instead = "go to the folder that its paths begin at"
+    require_inputs(f"The round in {folder}", sampling.inputs, today, instead)
     number, images = len(sampling.prompts), sampling.images
     if len(scores) > number or scores.shape[1] != images:
         raise UserError(
@@ -101,7 +102,7 @@ def data_of(folder: Path, scores: Floats) -> Data:
         )
     whole = torch.full((number, images), float("nan"))
     whole[: len(scores)] = torch.from_numpy(scores).float()
-    return Data(folder, sampling, whole)
+    return Data(folder, sampling, whole, Round.read(folder).content)
 
 
 # ---- a training
@@ -164,7 +165,7 @@ def train(
     _require_differences(data, config, data.scores[experience.judged])
     # Votes may have come in since: a finished training must not pass for one that saw them.
     seen = RunFolder(out).facts.get("inputs", {}).get("scorers", {}).get("votes")
-    if seen not in (None, Votes(data.scores).digest):
+    if seen not in (None, Votes(data.scores, data.content).digest):
         raise UserError(
             f"The training in {out} began with other votes. Give another --out, or remove that "
             "folder."

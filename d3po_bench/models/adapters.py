@@ -7,6 +7,8 @@ trained ones, counters and files are here.
 
 from __future__ import annotations
 
+import inspect
+import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,9 @@ import torch
 from torch import Tensor
 
 from d3po_bench.diffusion.seeding import stream
-from d3po_bench.errors import UserError, is_out_of_memory
+from d3po_bench.errors import RunError, UserError, is_out_of_memory
+from d3po_bench.models.lora import put_on
+from d3po_bench.models.parts import complete, in_a_line, load_part, quieten, require_followed
 from d3po_bench.models.text_encoders import require_short
 from d3po_bench.types import Conditions, Prediction, Process, Weights
 
@@ -27,6 +31,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that change no picture drawn from a prompt."""
+
+BASE = "base "
+"""Before the names of conditions without the text encoders' LoRA, for the pretrained weights."""
 
 ENCODED_TOGETHER = 64
 """Prompts in one pass of the text encoders."""
@@ -66,6 +73,8 @@ class DiffusersModel(ABC):
     """Subfolder of each part -> the classes that it may have; none named means any."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """Parts that a pipeline can do without."""
+    NOT_FOLLOWED: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Part -> field of its config -> what a part that sets it expects, and the family lacks."""
     TOKENS: ClassVar[Mapping[str, int]] = {}
     """Tokens that are read of a tokenizer whose own limit is another."""
 
@@ -83,14 +92,17 @@ class DiffusersModel(ABC):
             index: the pipeline's model_index.json, for families that have settings in it.
             device: where it computes.
             training: what trains.
+
+        Raises:
+            UserError: a part's config asks for what is not given to it here.
         """
         self.device, self.training = device, training
         self.parts = dict(parts)
-        for part in self.parts.values():
-            if isinstance(part, torch.nn.Module):
-                part.to(device).requires_grad_(False).eval()
         self.network: Any = self.parts[self.NETWORK]
         self.vae: Any = self.parts["vae"]
+        self.pipeline = self._stock_pipeline()
+        require_followed(self.parts, self.NETWORK, self.NOT_FOLLOWED)
+        self._freeze()
         size = self.network.config.sample_size
         sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
         self.latent_shape: tuple[int, ...] = (self.network.config.in_channels, *sides)
@@ -144,8 +156,27 @@ class DiffusersModel(ABC):
                     f"{cls.__name__} needs {' or '.join(allowed) or 'one'}. Give --model another "
                     "folder or hub id."
                 )
-            parts[name] = load_part(found, path, revision, name, training)
+            # In half precision some VAEs overflow to black.
+            dtype = torch.float32 if name == "vae" else training.stored_dtype
+            parts[name] = load_part(found, path, revision, name, dtype)
         return cls(parts, index, device, training)
+
+    def _stock_pipeline(self) -> Any:
+        """Diffusers' own pipeline of the parts, which corrects outdated configs and reads LoRAs."""
+        kind = self._pipeline_class()
+        given = {
+            name: self.parts.get(name)
+            for name, parameter in inspect.signature(kind).parameters.items()
+            if parameter.default is parameter.empty or name in self.parts
+        }
+        with warnings.catch_warnings():  # of outdated configs
+            warnings.simplefilter("ignore", FutureWarning)
+            return kind(**given)
+
+    def _freeze(self) -> None:
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(self.device).requires_grad_(False).eval()
 
     # ---- what a family says
 
@@ -175,7 +206,11 @@ class DiffusersModel(ABC):
         for start in range(0, len(fresh), ENCODED_TOGETHER):
             batch = fresh[start : start + ENCODED_TOGETHER]
             with torch.no_grad():
-                found = Conditions({n: t.float() for n, t in self._encode(batch).items()})
+                tensors = self._encode(batch)
+                if any(part is not self.network for part in self._adapted()):
+                    with self._adapters_off():
+                        tensors |= {BASE + n: t for n, t in self._encode(batch).items()}
+            found = Conditions({n: t.float() for n, t in tensors.items()})
             self._encoded |= {p: found.take(slice(i, i + 1)) for i, p in enumerate(batch)}
         entries = [self._encoded[p] for p in prompts]
         names = entries[0].tensors
@@ -191,6 +226,9 @@ class DiffusersModel(ABC):
         # Mixed precision where the trained weights themselves are float32.
         mixed = t.full and t.dtype != "fp32"
         cast = torch.autocast(self.device.type, DTYPES[t.dtype]) if mixed else nullcontext()
+        if weights == "base" and any(name.startswith(BASE) for name in conditions.tensors):
+            own = conditions.tensors.items()
+            conditions = Conditions({n.removeprefix(BASE): t for n, t in own if n.startswith(BASE)})
         with self._weights(weights), cast:
             if not t.full:
                 x, conditions = x.to(DTYPES[t.dtype]), conditions.to(DTYPES[t.dtype])
@@ -200,11 +238,17 @@ class DiffusersModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, h, w] uint8 on the CPU, rounded, a slice at a time.
 
-        The VAE is kept in float32: in half precision some overflow to black.
+        Raises:
+            RunError: the VAE gives NaN or infinity, which would be drawn black or white.
         """
         pictures = []
         for x in latents.split(self.training.decode_batch):
             pixels: Tensor = self.vae.decode(self._latents(x.float()), return_dict=False)[0]
+            if not bool(pixels.isfinite().all()):
+                raise RunError(
+                    f"The VAE of this model ({type(self.vae).__name__}) overflows: its pictures "
+                    "have NaN or infinity in them. Give --model a pipeline with another VAE."
+                )
             whole = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
             pictures.append(whole.cpu())
         return torch.cat(pictures)
@@ -223,14 +267,16 @@ class DiffusersModel(ABC):
             from peft import LoraConfig
 
             alpha, targets = t.lora_alpha or t.lora_rank, list(t.lora_targets)
+            layers = "".join(f".{name}\n" for name, _ in self.network.named_modules())
+            absent = [name for name in targets if f".{name}\n" not in layers]
+            found = [] if absent else targets  # peft is content where it finds one of them
+            lora = LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=found)
             try:
-                self.network.add_adapter(
-                    LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=targets)
-                )
+                self.network.add_adapter(lora)
             except ValueError as problem:
                 raise UserError(
-                    f"lora_targets={','.join(targets)} names no layer of the {self.NETWORK}. Use "
-                    "some of to_q,to_k,to_v,to_out.0."
+                    f"lora_targets={','.join(absent or targets)} names no layer of the "
+                    f"{self.NETWORK}. Use some of to_q,to_k,to_v,to_out.0."
                 ) from problem
             for index, (name, weight) in enumerate(self.trainable().items()):
                 weight.data = weight.data.float()
@@ -255,16 +301,21 @@ class DiffusersModel(ABC):
             return nullcontext()
         if self._pretrained:
             return self._pretrained_put_in()
-        adapted = getattr(self.network, "_hf_peft_config_loaded", False)
-        return self._adapter_off() if adapted else nullcontext()
+        return self._adapters_off()
+
+    def _adapted(self) -> list[Any]:
+        """The parts that a LoRA has layers of."""
+        return [p for p in self.parts.values() if getattr(p, "_hf_peft_config_loaded", False)]
 
     @contextmanager
-    def _adapter_off(self) -> Iterator[None]:
-        self.network.disable_adapters()
+    def _adapters_off(self) -> Iterator[None]:
+        for part in self._adapted():
+            part.disable_adapters()
         try:
             yield
         finally:
-            self.network.enable_adapters()
+            for part in self._adapted():
+                part.enable_adapters()
 
     @contextmanager
     def _pretrained_put_in(self) -> Iterator[None]:
@@ -288,40 +339,37 @@ class DiffusersModel(ABC):
     def load_saved(self, folder: Path) -> None:
         """Put on what `save`, or another trainer, wrote: a LoRA or a whole network.
 
+        Args:
+            folder: with either, or the file of a LoRA.
+
         Raises:
-            UserError: the folder holds neither, or one of another model.
+            UserError: there is neither, or one of another model.
         """
         try:
             if (folder / self.NETWORK).is_dir():
-                tuned = type(self.network).from_pretrained(
-                    folder / self.NETWORK, local_files_only=True, use_safetensors=True
-                )
-                self._pretrained = self._copies()
-                self.network.load_state_dict(tuned.state_dict())
+                self._load_network(folder / self.NETWORK)
             else:
-                self._load_lora(folder)
+                put_on(self.pipeline, folder)
+        except UserError:
+            raise
         except Exception as problem:  # a damaged or strange file can raise anything
             if is_out_of_memory(problem):
                 raise
             raise UserError(
                 f"The LoRA or {self.NETWORK} in {folder} does not fit this model: "
-                f"{first_line(problem)} Give --model the model that it was trained on."
+                f"{in_a_line(problem)} Give --model the model that it was trained on."
             ) from problem
-        self.network.requires_grad_(False)
+        self._encoded.clear()  # a LoRA can have layers of the text encoders
+        self._freeze()
 
-    def _load_lora(self, folder: Path) -> None:
-        pipeline = self._pipeline_class()
-        found = pipeline.lora_state_dict(
-            folder, unet_config=self.network.config, local_files_only=True, use_safetensors=True
-        )
-        # For a UNet there are scales beside the tensors, which other trainers write.
-        state, *alphas = found if isinstance(found, tuple) else (found,)
-        load = getattr(pipeline, f"load_lora_into_{self.NETWORK}")
-        load(state, *alphas, **{self.NETWORK: self.network})
-        # What the loader does not know it leaves out: that would be the pretrained model.
-        placed = sum("lora_" in name for name, _ in self.network.named_parameters())
-        if placed == 0 or placed != len(state):
-            raise ValueError(f"of its {len(state)} tensors the {self.NETWORK} takes {placed}.")
+    def _load_network(self, folder: Path) -> None:
+        tuned = complete(type(self.network), folder, local_files_only=True)
+        ours, theirs = (json.loads(network.to_json_string()) for network in (self.network, tuned))
+        changed = [n for n in ours if not n.startswith("_") and ours[n] != theirs.get(n)]
+        if changed:
+            raise ValueError(f"its config.json differs in {', '.join(changed)}.")
+        self._pretrained = self._copies()
+        self.network.load_state_dict(tuned.state_dict())
 
     def save(self, folder: Path) -> None:
         """Write what was trained, in the form that diffusers' own loaders read.
@@ -348,51 +396,3 @@ class DiffusersModel(ABC):
         import diffusers
 
         return getattr(diffusers, self.PIPELINES[0])
-
-
-def load_part(kind: str, path: str, revision: str | None, name: str, training: Training) -> Any:
-    """A part of a pipeline, from its subfolder `name`; the VAE in float32.
-
-    Raises:
-        UserError: it does not load, or has weights that are not safetensors.
-    """
-    import diffusers
-    import transformers
-
-    library = diffusers if hasattr(diffusers, kind) else transformers
-    given: dict[str, Any] = {"revision": revision, "subfolder": name}
-    if "okenizer" not in kind and name != "scheduler":
-        # The two libraries have different names for the same argument.
-        word = "torch_dtype" if library is diffusers else "dtype"
-        dtype = torch.float32 if name == "vae" else training.stored_dtype
-        given |= {"use_safetensors": True, word: dtype}
-    try:
-        part = getattr(library, kind).from_pretrained(path, **given)
-        if getattr(part, "model_max_length", 0) > 10**6:
-            raise OSError("its tokenizer is not there.")  # made up, for want of any file
-    except Exception as problem:  # a damaged file can raise anything in the loaders
-        if is_out_of_memory(problem):
-            raise
-        raise UserError(
-            f"The {name} of the pipeline in {path} does not load: {first_line(problem)} Fetch or "
-            "save the pipeline again, with its weights as .safetensors: no others are loaded."
-        ) from problem
-    return part
-
-
-def quieten() -> None:
-    """Switch off the loaders' progress bars and notes: they say nothing that a run needs."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    # diffusers passes on an argument that the hub client no longer knows.
-    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
-
-
-def first_line(problem: BaseException) -> str:
-    """The first line of what an exception says, as a sentence."""
-    line = str(problem).strip().splitlines()[0] if str(problem).strip() else repr(problem)
-    return line if line.endswith(".") else line + "."

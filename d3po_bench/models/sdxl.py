@@ -33,6 +33,14 @@ class StableDiffusionXL(StableDiffusion):
         "text_encoder_2": ("CLIPTextModelWithProjection",),
         "tokenizer_2": ("CLIPTokenizer",),
     }
+    NOT_FOLLOWED: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        **StableDiffusion.NOT_FOLLOWED,
+        "unet": {
+            field: need
+            for field, need in StableDiffusion.NOT_FOLLOWED["unet"].items()
+            if field != "addition_embed_type"
+        },
+    }
 
     def __init__(
         self, parts: Mapping[str, Any], index: Mapping[str, Any], device: torch.device,
@@ -41,8 +49,7 @@ class StableDiffusionXL(StableDiffusion):
         """As for Stable Diffusion 1.x; the sizes that the UNet is told are fixed here."""
         super().__init__(parts, index, device, training)
         self._empty_is_zeros = bool(index.get("force_zeros_for_empty_prompt", True))
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        size = [float(scale * side) for side in self.latent_shape[1:]]
+        size = [float(self.pipeline.vae_scale_factor * side) for side in self.latent_shape[1:]]
         # Height and width of the original, top and left of the crop, height and width wanted.
         self._time_ids = torch.tensor([[*size, 0, 0, *size]], device=device)
 

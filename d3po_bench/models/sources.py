@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from d3po_bench import registry
 from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
+from d3po_bench.models.one_file import find, in_one_file
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from d3po_bench.models.adapters import Training
     from d3po_bench.types import Model
 
-LOADED = (".json", ".safetensors", ".txt")
+LOADED = (".json", ".safetensors", ".txt", ".model")
 """What a pipeline is made of: configs, weights, vocabularies. Pickles (.bin) are never loaded."""
 
 
@@ -111,12 +112,10 @@ def content(folder: Path) -> str:
 
 def commit(source: Source) -> str | None:
     """The commit of a hub id's files on this machine; None for a folder, and before they came."""
-    from huggingface_hub import try_to_load_from_cache
+    from d3po_bench.models.parts import files_of
 
-    if Path(source.path).exists():
-        return None
-    index = try_to_load_from_cache(source.path, "model_index.json", revision=source.revision)
-    return Path(index).parent.name if isinstance(index, str) else None
+    found = None if Path(source.path).exists() else files_of(source.path, source.revision)
+    return found.name if found else None
 
 
 def _require_pinned(source: Source) -> None:
@@ -146,13 +145,16 @@ def _model_index(source: Source) -> dict[str, Any]:
     """
     from diffusers import DiffusionPipeline
 
-    from d3po_bench.models.adapters import quieten
+    from d3po_bench.models.parts import quieten
 
     quieten()
     try:
         index = DiffusionPipeline.load_config(source.path, revision=source.revision)
         return dict(index)
     except (OSError, ValueError, TypeError) as problem:
+        checkpoint = find(Path(source.path))
+        if checkpoint:
+            raise in_one_file(checkpoint) from problem
         if Path(source.path).exists():
             raise UserError(
                 f"{source.path} has no model_index.json that can be read. Give --model a folder "

@@ -1,7 +1,8 @@
 """Stable Diffusion 1.x and 2.x: a UNet on the text of one CLIP encoder.
 
-Any scheduler config with a discrete noise schedule will do. The embedded model goes through this
-same file.
+Any scheduler config with a discrete noise schedule will do: its noise levels and timesteps are
+followed as diffusers' DDIM scheduler reads them, whatever the solver. The embedded model goes
+through this same file.
 """
 
 from __future__ import annotations
@@ -34,6 +35,21 @@ class StableDiffusion(DiffusersModel):
         "tokenizer": ("CLIPTokenizer",),
         "scheduler": (),
     }
+    NOT_FOLLOWED: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "unet": {
+            "time_cond_proj_dim": "the guidance as an embedding, as distilled networks (LCM) do",
+            "class_embed_type": "class labels",
+            "num_class_embeds": "class labels",
+            "encoder_hid_dim_type": "conditions that are no CLIP text",
+            "addition_embed_type": "conditions beside the prompt, such as SDXL's picture size",
+        },
+        "text_encoder": {"use_attention_mask": "a mask of the padded tokens"},
+        "scheduler": {
+            "thresholding": "dynamic thresholding in each step",
+            "clip_sample": "the clean latent clipped in each step",
+            "use_flow_sigmas": "the noise levels of a flow",
+        },
+    }
 
     def __init__(
         self, parts: Mapping[str, Any], index: Mapping[str, Any], device: torch.device,
@@ -45,7 +61,8 @@ class StableDiffusion(DiffusersModel):
             UserError: it has no discrete levels, or the network predicts neither noise nor
                 velocity.
         """
-        super().__init__(parts, index, device, training)
+        from diffusers import DDIMScheduler
+
         scheduler = parts["scheduler"]
         self.prediction = scheduler.config.get("prediction_type")
         # Those of EDM and of flows have no alphas: their networks expect other latents.
@@ -54,7 +71,20 @@ class StableDiffusion(DiffusersModel):
                 f"This model predicts {self.prediction!r} for a {type(scheduler).__name__}; only "
                 f"{' and '.join(KNOWN)} at discrete noise levels are supported. Use another model."
             )
-        self.process = VariancePreserving(scheduler.alphas_cumprod)
+        # Of the solvers, DDIM alone clips if it is not told.
+        config = {"clip_sample": False, **scheduler.config}
+        ddim = DDIMScheduler.from_config(config)
+        super().__init__({**parts, "scheduler": ddim}, index, device, training)
+
+        def timesteps(steps: int) -> Tensor:
+            ddim.set_timesteps(steps)
+            # Trailing spacing gives one more for some numbers of steps, such as 61.
+            found: Tensor = ddim.timesteps[:steps]
+            return found
+
+        self.process = VariancePreserving(
+            ddim.alphas_cumprod, timesteps=timesteps, last=ddim.final_alpha_cumprod
+        )
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
         tokens = token_ids(self.parts["tokenizer"], prompts)

@@ -25,6 +25,9 @@ from d3po_bench.runs.files import Row, read_csv, readable
 TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 """A run's text files but provenance.json, which holds their digests."""
 
+LORA, LAST = "lora", "checkpoints/last.safetensors"
+"""The weights that a finished run leaves: for others to load, and for the next round of votes."""
+
 IMAGE = ("round", "sampler", "prompt", "index")
 """Columns of eval.csv that name an evaluation image; the others, first the score, measure it."""
 
@@ -113,19 +116,69 @@ class RunFolder:
         """Whether the run has ended."""
         return "ended" in self.facts
 
-    def require_content(self) -> None:
-        """Refuse text files that are not those that the run ended with, where that is on record.
+    def require_content(self, *more: str) -> None:
+        """Refuse files that are not those that the run ended with.
+
+        Text files of runs that are older than that record are taken as they are; weights are not.
+
+        Args:
+            more: what is used beside the text files, `LORA` or `LAST`.
 
         Raises:
             UserError: naming the file.
         """
-        now = content(self.folder)
-        for name, digest in self.facts.get("content", {}).items():
-            if now.get(name) != digest:
+        known = self.facts.get("content")
+        # Every start writes a run_id since before any run without that record ended.
+        lost = known is None and self.finished and "run_id" in self.facts
+        if lost or not all(any(n.startswith(part) for n in known or ()) for part in more):
+            raise UserError(
+                f"{self.folder / 'provenance.json'} does not say what {(*more, TEXT[0])[0]} was "
+                "when the run ended: it was changed, or the run is of an earlier version. Restore "
+                "it, or remove that folder and run it again."
+            )
+        used = {n: digest for n, digest in (known or {}).items() if n.startswith((*TEXT, *more))}
+        now = content(self.folder, *more) if used else {}
+        for name in used | now:
+            if now.get(name) != used.get(name):
                 raise UserError(
                     f"{self.folder / name} is missing or was changed after the run had ended. "
                     "Restore it, or remove that folder and run it again."
                 )
+
+    def require_inputs(self, today: Mapping[str, Any], instead: str) -> None:
+        """Refuse other models, prompts or scorers than those that the run began with.
+
+        Args:
+            today: what names the content of each, as far as it is used.
+            instead: what else can be done, for people.
+
+        Raises:
+            UserError: naming what is another.
+        """
+        began = self.facts.get("inputs", {})
+        require_inputs(f"The run in {self.folder}", began, today, instead)
+
+
+def require_inputs(
+    owner: str, began: Mapping[str, Any], today: Mapping[str, Any], instead: str
+) -> None:
+    """Refuse other inputs than something began with, as far as those are on record.
+
+    Args:
+        owner: what began with them, for people.
+        began: input -> what names its content.
+        today: the same, of what would be used now.
+        instead: what else can be done, for people.
+
+    Raises:
+        UserError: naming what is another.
+    """
+    for name, value in today.items():
+        if began.get(name, value) != value:
+            raise UserError(
+                f"{owner} began with other inputs: {name} {began[name]}, not {value}. Bring those "
+                f"back, or {instead}."
+            )
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
@@ -134,17 +187,21 @@ def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
     return [RunFolder(folder) for folder in sorted(folders.values())]
 
 
-def content(run: Path) -> dict[str, str]:
-    """File -> SHA-256 of the text files of a run.
+def content(run: Path, *more: str) -> dict[str, str]:
+    """File -> SHA-256 of the text files of a run, and of `more`: other files and folders of it.
 
     Raises:
         UserError: one cannot be read.
     """
     digests = {}
-    for path in (run / name for name in TEXT):
-        with readable(path):
-            if path.exists():
-                digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for place in (run / name for name in (*TEXT, *more)):
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            with readable(path):
+                if path.is_file():
+                    # Not sha256_of, which trusts a time stamp that is coarse on some disks.
+                    with path.open("rb") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    digests[path.relative_to(run).as_posix()] = digest
     return digests
 
 

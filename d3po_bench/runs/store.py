@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d3po_bench.config import RunConfig
-from d3po_bench.errors import UserError, is_out_of_memory
+from d3po_bench.errors import RunError, UserError, is_out_of_memory
 from d3po_bench.runs.files import (
     Hold,
     Row,
@@ -27,27 +28,30 @@ from d3po_bench.runs.files import (
     write_folder,
 )
 from d3po_bench.runs.provenance import environment, now, packages
-from d3po_bench.runs.run import TEXT, RunFolder, content
+from d3po_bench.runs.run import LAST, LORA, TEXT, RunFolder, content
 from d3po_bench.runs.sessions import kept
 
-NEWEST, BEFORE = "checkpoints/last.safetensors", "checkpoints/previous.safetensors"
+NEWEST, BEFORE = LAST, "checkpoints/previous.safetensors"
 """Of a run's checkpoints."""
 
 
 class RunStore:
     """The files of one run. Open it with `RunStore.open`."""
 
-    def __init__(self, folder: Path, hold: Hold | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig | None = None, hold: Hold | None = None
+    ) -> None:
         """Read what is in `folder`.
 
         Args:
             folder: of the run.
+            config: the run's; None for a folder that is only read.
             hold: of the folder, by whoever writes.
 
         Raises:
             UserError: a file in it is damaged.
         """
-        self.folder, self.hold = folder, hold
+        self.folder, self.config, self.hold = folder, config, hold
         run = RunFolder(folder)
         self.metrics, self.timing = run.metrics, run.timing
         _ = run.evaluation  # refuses what is damaged
@@ -67,7 +71,7 @@ class RunStore:
         """
         with taken(folder) as hold:
             require_same(folder, config, resume)
-            yield cls(folder, hold)
+            yield cls(folder, config, hold)
 
     # ---- writing
 
@@ -93,15 +97,9 @@ class RunStore:
             how: where and how it is computed, beside what this process knows of itself.
 
         Raises:
-            UserError: an input is another than the run began with, or its config was exchanged.
+            UserError: an input is another than the run began with.
         """
-        self.require_inputs(inputs)
-        began = self.provenance().get("run_id", config.run_id)
-        if began != config.run_id:  # rows and a checkpoint of another run
-            raise UserError(
-                f"The run in {self.folder} began as {began}, and is {config.run_id} now: its "
-                "config.json was exchanged. Restore it, give another --out, or remove that folder."
-            )
+        RunFolder(self.folder).require_inputs(inputs, "give another --out")
         if not (self.folder / "config.json").exists():
             self._write("config.json", config.to_json().encode())
         known = {} if after is None else self.provenance()
@@ -112,20 +110,6 @@ class RunStore:
             "checkpointed": self._checkpointed,
             "sessions": [*kept(known, after or 0), {**session, "after_round": after or 0}],
         })  # fmt: skip
-
-    def require_inputs(self, inputs: Row) -> None:
-        """Refuse other models, prompts or scorers than those that the run began with.
-
-        Raises:
-            UserError: naming what is another.
-        """
-        began = self.provenance().get("inputs", {})
-        for name, value in inputs.items():
-            if began.get(name, value) != value:
-                raise UserError(
-                    f"The run in {self.folder} began with other inputs: {name} {began[name]}, not "
-                    f"{value}. Bring those back, or give another --out."
-                )
 
     def require_packages(self) -> None:
         """Refuse to resume with other package versions, on which scores depend.
@@ -174,10 +158,15 @@ class RunStore:
         self.evaluation.extend(rows)
         self._write("eval.csv", csv_bytes(self.evaluation))
 
-    def save_sample(self, round_: int, prompt: str, image: Tensor) -> None:
-        """Keep one evaluation image [3, h, w] uint8 as PNG."""
-        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
-        self._write(f"samples/round-{round_:05d}/{name}.png", png_bytes(image))
+    def save_samples(self, round_: int, images: Mapping[str, Tensor]) -> None:
+        """Keep the evaluation image [3, h, w] uint8 of each prompt as PNG."""
+        taken_names: set[str] = set()
+        for prompt, image in images.items():
+            name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
+            others = (f"{name}-{n}" for n in count(2))
+            name = next(n for n in chain([name], others) if n not in taken_names)
+            taken_names.add(name)
+            self._write(f"samples/round-{round_:05d}/{name}.png", png_bytes(image))
 
     def keep_until(self, round_: int) -> None:
         """Forget what was logged after round `round_`: the run resumes from there."""
@@ -186,26 +175,32 @@ class RunStore:
         self.evaluation = [e for e in self.evaluation if int(e["round"]) <= round_]
 
     def digests(self) -> dict[str, str]:
-        """File -> SHA-256 of what it says of the rounds that are kept."""
-        rows = {
+        """File -> SHA-256 of what it is to say: the config, and the rounds that are kept."""
+        texts = {
+            "config.json": self.config.to_json().encode() if self.config else b"",
             "metrics.jsonl": json_lines(self.metrics),
             "timing.jsonl": json_lines(self.timing),
-            "eval.csv": csv_bytes(self.evaluation),
+            "eval.csv": csv_bytes(self.evaluation) if self.evaluation else b"",
         }
-        return {name: hashlib.sha256(data).hexdigest() for name, data in rows.items()}
+        return {name: hashlib.sha256(data).hexdigest() for name, data in texts.items() if data}
 
     def require_digests(self, expected: Mapping[str, str]) -> None:
-        """Refuse rows that are not those of the checkpoint.
+        """Refuse rows that are not those of the checkpoint, or a checkpoint of another run.
 
         Raises:
             UserError: naming the file.
         """
-        for name, digest in self.digests().items():
-            if digest != expected.get(name):
-                raise UserError(
-                    f"{self.folder / name} is damaged or was changed: the checkpoint knows other "
-                    "rows. Restore it, or remove the run folder and start again."
-                )
+        found = self.digests()
+        for name in {**found, **expected}:
+            if found.get(name) == expected.get(name):
+                continue
+            raise UserError(
+                f"The checkpoint in {self.folder} is of another run, seed or version. Bring its "
+                "own back, or remove the run folder and start again."
+                if name == "config.json"
+                else f"{self.folder / name} is damaged or was changed: the checkpoint knows other "
+                "rows. Restore it, or remove the run folder and start again."
+            )
 
     def checkpoint(self, tensors: Mapping[str, Tensor], facts: Row) -> None:
         """Write the checkpoint of `tensors` and `facts`; the one before is kept beside it."""
@@ -254,7 +249,7 @@ class RunStore:
         """Let `save` fill the folder of the trained weights."""
         if self.hold is not None:
             self.hold.require()
-        write_folder(self.folder / "lora", save)
+        write_folder(self.folder / LORA, save)
 
     @property
     def finished(self) -> bool:
@@ -262,8 +257,19 @@ class RunStore:
         return RunFolder(self.folder).finished
 
     def finish(self, **facts: Any) -> None:
-        """Record that the run has ended, `facts`, and what names the content of its text files."""
-        self.write_provenance(ended=now(), content=content(self.folder), **facts)
+        """Record that the run has ended, `facts`, and what names the content of its files.
+
+        Raises:
+            RunError: a text file is not as the run wrote it.
+        """
+        found = content(self.folder, LORA, LAST)
+        for name, digest in self.digests().items():
+            if found.get(name) != digest:
+                raise RunError(
+                    f"{self.folder / name} was changed while the run was going. Restore it, and "
+                    "run the same command again."
+                )
+        self.write_provenance(ended=now(), content=found, **facts)
 
     def provenance(self) -> Row:
         """What is known about where the run was made."""

@@ -10,7 +10,7 @@ import torch
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from d3po_bench.models.sources import fingerprint, model_source
+from d3po_bench.models.sources import Source, commit, fingerprint, model_source
 from d3po_bench.prompts import digest
 from d3po_bench.runs.files import Row
 from d3po_bench.runs.run import RunFolder
@@ -26,7 +26,36 @@ def inputs_today(run: RunFolder, prompts: Sequence[str], tools: Tools) -> Row:
             today[name] = tools.fingerprint(_origin(name, source.scorers))
         except (UserError, ImportError):  # it cannot be loaded here, so it scores nothing
             today[name] = known
-    return {"model": fingerprint(source), "prompts": digest(prompts), "scorers": today}
+    return {**model_today(source), "prompts": digest(prompts), "scorers": today}
+
+
+def model_today(source: Source) -> dict[str, str]:
+    """What names the content of a base model, of a hub id the commit that is here, too."""
+    found = commit(source)
+    return {"model": fingerprint(source), **({"model_commit": found} if found else {})}
+
+
+def require_unchanged(run: RunFolder, weights: str, prompts: Sequence[str] | None) -> None:
+    """Refuse to put a run's weights on what they were not trained on.
+
+    Args:
+        run: a finished one.
+        weights: what is used of it, `LORA` or `LAST`.
+        prompts: what is taken for the prompts of its training; None where they are not used.
+
+    Raises:
+        UserError: the weights, the base model or the prompts are not the run's.
+    """
+    run.require_content(weights)
+    if not run.facts.get("inputs"):
+        raise UserError(
+            f"{run.folder / 'provenance.json'} does not say which model the run was trained on. "
+            "Restore that file, or run it again."
+        )
+    today = model_today(model_source(run.config.model))
+    if prompts is not None:
+        today["prompts"] = digest(prompts)
+    run.require_inputs(today, "go to the folder that its paths begin at")
 
 
 @cache

@@ -73,9 +73,9 @@ class Recorder(Listener):
         """Rows of all images; the first picture of some prompts, deployment sampler."""
         self.store.log_evaluation([{"round": round_, **row} for row in found.rows])
         prompts = list(found.prompts)
-        for prompt in spread(prompts, SHOWN):
-            picture = found.pictures["eta0"][prompts.index(prompt) * found.images]
-            self.store.save_sample(round_, prompt, picture)
+        drawn = found.pictures["eta0"][:: found.images]
+        shown = {prompt: drawn[prompts.index(prompt)] for prompt in spread(prompts, SHOWN)}
+        self.store.save_samples(round_, shown)
 
     def round(self, metrics: Row, timing: Row) -> None:
         """A line of metrics, and its seconds."""

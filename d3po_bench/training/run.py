@@ -65,7 +65,8 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         before = RunFolder(job.folder)
         if before.finished:
             before.require_content()
-            store.require_inputs(inputs_today(before, _prompts(job), job.tools))
+            today = inputs_today(before, _prompts(job), job.tools)
+            before.require_inputs(today, "give another --out")
             report(Progress(label(config), 1.0, "finished before"))
             return
         if store.hold and not store.hold.everywhere:

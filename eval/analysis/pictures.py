@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from d3po_bench.config import RunConfig
+from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from d3po_bench.runs.run import LORA
+from d3po_bench.training.inputs import require_unchanged
 from d3po_bench.training.tools import spread as spread_over
 from eval.analysis.gains import BASE, Groups, beside
 from eval.analysis.runs import Run
@@ -85,11 +87,12 @@ def measure(runs: Iterable[Run], told: Callable[[str], None] = lambda text: None
         path = beside(run)
         own: Row = {"objective": objective, "method": method, "seed": str(run.seed)}
         for row, weights in (
-            (own, run.folder / "lora"),
+            (own, run.folder / LORA),
             (own | {"method": BASE, "seed": ""}, None),
         ):
             rows = read_csv(path)
             if _key(row) not in map(_key, rows):
+                require_unchanged(run.files, LORA, read_prompts(run.config.prompt_source))
                 rows.append(row | _means(weights, run.config))
                 told(" ".join(map(str, rows[-1].values())))
                 write_atomically(path, csv_bytes(sorted(rows, key=_key)))
@@ -104,15 +107,15 @@ def _means(lora: Path | None, config: RunConfig) -> dict[str, float]:
     from d3po_bench.diffusion.policy import Policy
     from d3po_bench.diffusion.sampling import Draws, sample
     from d3po_bench.machine import device_of
-    from d3po_bench.models.adapters import Training
     from d3po_bench.models.sources import load, model_source
+    from d3po_bench.training.trainer import training_of
     from eval.golden import checked_scorer
     from eval.measure import NOISE_SEED
 
     if lora is not None and not lora.is_dir():
         raise UserError(f"{lora} is not there. Measuring needs the weights that a run trained.")
     source, device = model_source(config.model), device_of("auto")
-    model = load(source, device, Training())
+    model = load(source, device, training_of(config, Execution()))
     if lora is not None:
         model.load_saved(lora)
     policy = Policy(

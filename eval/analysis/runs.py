@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -54,11 +55,6 @@ class Run:
         return self.files.config
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """What names the content of model, prompts and scorers; {} where that is not on record."""
-        return dict(self.files.facts.get("inputs", {}))
-
-    @property
     def group(self) -> Group:
         """The runs that this one is averaged with."""
         return self.config.model, self.config.objective, self.config.method
@@ -85,16 +81,30 @@ def read_groups(paths: Iterable[Path], *, unfinished: bool = False) -> dict[Grou
     if not unfinished:
         for run in runs:
             _require_its_end(run)
+    require_alike([run.files for run in runs])
+    return {group: list(members) for group, members in groupby(runs, lambda run: run.group)}
+
+
+def require_alike(runs: Sequence[RunFolder]) -> None:
+    """Refuse runs that cannot be shown together.
+
+    Raises:
+        UserError: they are of several base models or weights of a model or scorer, or those of a
+            method have a seed twice or differ in more than the seed.
+    """
+    inputs = [(run, dict(run.facts.get("inputs", {}))) for run in runs]
     _require_one("base model", ((run, run.config.model) for run in runs))
-    _require_one("content of the base model", ((run, run.inputs.get("model")) for run in runs))
-    scorers = [run.inputs.get("scorers", {}) for run in runs]
-    for name in sorted({name for known in scorers for name in known}):
-        weights = (known.get(name) for known in scorers)  # others than these are in other units
-        _require_one(f"version of the scorer {name}", zip(runs, weights, strict=True))
-    groups = {group: list(members) for group, members in groupby(runs, lambda run: run.group)}
-    for members in groups.values():
+    _require_one("content of the base model", ((run, known.get("model")) for run, known in inputs))
+    scorers = [(run, known.get("scorers", {})) for run, known in inputs]
+    for name in sorted({name for _, known in scorers for name in known}):
+        # Others than these are in other units.
+        weights = ((run, known.get(name)) for run, known in scorers)
+        _require_one(f"version of the scorer {name}", weights)
+    cells: dict[tuple[str, str], list[RunFolder]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.config.seed):
+        cells[run.config.objective, run.config.method].append(run)
+    for members in cells.values():
         _require_seeds(members)
-    return groups
 
 
 def evaluated(paths: Iterable[Path]) -> list[RunFolder]:
@@ -183,7 +193,8 @@ def _require_its_end(run: Run) -> None:
     """Refuse a run that was stopped: its last scores are no end to compare with others'."""
     done, due = max(run.spent), run.config.rounds
     evaluated = max(n for sampler, n in run.scores.index if sampler == "eta1")
-    if done != due or evaluated != due:
+    cut = "run_id" in run.files.facts and not run.files.finished  # after its last round
+    if done != due or evaluated != due or cut:
         raise UserError(
             f"The run in {run.folder} has not ended: {done} of {due} rounds, evaluated up to round "
             f"{evaluated}. Resume it with its command, leave that folder out, or `plot "
@@ -191,7 +202,7 @@ def _require_its_end(run: Run) -> None:
         )
 
 
-def _require_one(what: str, found: Iterable[tuple[Run, Any]]) -> None:
+def _require_one(what: str, found: Iterable[tuple[RunFolder, Any]]) -> None:
     """Refuse runs that differ in what those shown together share; None: not on record.
 
     Raises:
@@ -207,19 +218,20 @@ def _require_one(what: str, found: Iterable[tuple[Run, Any]]) -> None:
             )
 
 
-def _require_seeds(members: Sequence[Run]) -> None:
+def _require_seeds(members: Sequence[RunFolder]) -> None:
     """Refuse runs of one method that differ in more than the seed: a mean would mix them.
 
     Raises:
         UserError: naming two such runs, or two of one seed.
     """
     for one, other in pairwise(members):  # sorted by seed
-        if one.seed == other.seed:
+        if one.config.seed == other.config.seed:
             raise UserError(
-                f"Seed {one.seed} of {one.config.method} is there twice, in {one.folder} and "
-                f"{other.folder}. Name one of the two."
+                f"Seed {one.config.seed} of {one.config.method} is there twice, in {one.folder} "
+                f"and {other.folder}. Name one of the two."
             )
-    _require_one("content of the prompts", ((run, run.inputs.get("prompts")) for run in members))
+    prompts = ((run, run.facts.get("inputs", {}).get("prompts")) for run in members)
+    _require_one("content of the prompts", prompts)
     for name in sorted(vars(members[0].config).keys() - {"seed"}):
         _require_one(f"setting {name}", ((run, getattr(run.config, name)) for run in members))
 

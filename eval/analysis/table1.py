@@ -8,9 +8,8 @@ is not judged by it.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,18 @@ import numpy as np
 import pandas as pd
 
 from d3po_bench import registry
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.models.sources import model_source
 from d3po_bench.runs.files import csv_bytes, read_csv, readable, write_atomically
-from d3po_bench.runs.run import RunFolder, find_runs, read_object
+from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
 from d3po_bench.training.progress import label
+from d3po_bench.training.run import Job
 from eval.analysis import choices
 from eval.analysis.choices import Choices
+from eval.analysis.runs import require_alike
 from eval.analysis.statistics import interval
 from eval.evaluate import plan, work
 from eval.tools import TOOLS
@@ -89,13 +91,21 @@ def run(request: Table1Request, tell: Callable[[str], None]) -> str:
         RunError: a run failed; the others are kept.
     """
     choices.read(request.out / "choices", (BASE_ROWS, *METHODS))  # not after hours of training
-    folders = _taken(request) if request.runs else _trained(request)
+    jobs = [] if request.runs else _jobs(request)
+    folders = _taken(request) if request.runs else {_name(job.config): job.folder for job in jobs}
+    configs = [job.config for job in jobs] or [RunFolder(f).config for f in folders.values()]
+    drawn = _drawn(configs)
+    targets = {BASE_ROWS: Path(request.model), **folders}
+    asked = {name: _asked(request, folder, name, drawn) for name, folder in targets.items()}
+    _require_room(request.out, asked)
+    _train(jobs, request)
     signal = _signal(request)
     write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
-    drawn = _drawn(folders)
     once = cache(tell)  # what is to be known of the scorers is the same for each model
-    for name, folder in {BASE_ROWS: Path(request.model), **folders}.items():
-        _score(request, folder, name, drawn, once)
+    for name, evaluation in asked.items():
+        tell(f"scoring {name}")
+        rows = (work.run(evaluation, note=once) / "rows.csv").read_bytes()
+        write_atomically(request.out / "rows" / f"{name}.csv", rows)
     return write(request.out)
 
 
@@ -107,9 +117,14 @@ def _signal(request: Table1Request) -> dict[str, str]:
 # ---- models
 
 
-def _trained(request: Table1Request) -> dict[str, Path]:
-    """Run folders by METHOD-SEED; what is finished is not trained again."""
-    jobs = [
+def _name(config: RunConfig) -> str:
+    """A run's name among files."""
+    return f"{config.method}-{config.seed}"
+
+
+def _jobs(request: Table1Request) -> list[Job]:
+    """The runs that are to be made; what is finished is not trained again."""
+    return [
         job
         for method in METHODS
         for job in launch.planned(
@@ -120,11 +135,13 @@ def _trained(request: Table1Request) -> dict[str, Path]:
             )
         )
     ]  # fmt: skip
+
+
+def _train(jobs: list[Job], request: Table1Request) -> None:
     names = {label(job.config): label(job.config) for job in jobs}
-    failed = launch.execute(jobs, request.jobs, names)
+    failed = launch.execute(jobs, request.jobs, names) if jobs else {}
     if failed:
         launch.finish(failed, request.out)
-    return {f"{job.config.method}-{job.config.seed}": job.folder for job in jobs}
 
 
 def preset(request: Table1Request) -> str | None:
@@ -136,9 +153,9 @@ def preset(request: Table1Request) -> str | None:
 def _taken(request: Table1Request) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for run in find_runs(request.runs):
-        if not (run.folder / "lora").is_dir():  # it has not ended
+        if not (run.folder / LORA).is_dir():  # it has not ended
             continue
-        made, name = run.config, f"{run.config.method}-{run.config.seed}"
+        made, name = run.config, _name(run.config)
         if (made.objective, made.model) != (request.objective, request.model):
             raise UserError(
                 f"{run.folder} is a run of {made.model} on {made.objective}, not of "
@@ -153,18 +170,19 @@ def _taken(request: Table1Request) -> dict[str, Path]:
             f"No finished run below {', '.join(map(str, request.runs))}. Make some with "
             "`d3po-bench run`, or leave RUNS out to train them now."
         )
+    require_alike([RunFolder(folder) for folder in found.values()])
     return found
 
 
-def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
+def _drawn(configs: Sequence[RunConfig]) -> dict[str, Any]:
     """How all runs sample, and their prompts: the base model must share it to be compared."""
     found: dict[str, dict[str, Any]] = {}
-    for name, folder in folders.items():
-        c = RunFolder(folder).config
+    for c in configs:
         prompts = model_source(c.model).prompts or c.prompt_source
-        found[name] = {
+        found[_name(c)] = {
             "steps": c.sampling_steps, "guidance": c.guidance, "prompts": prompts,
-            "sampler": c.sampler, "eta": c.eta, "long_prompts": c.long_prompts,
+            "sampler": c.sampler, "eta": c.eta, "dtype": c.dtype, "full": c.full,
+            "long_prompts": c.long_prompts,
         }  # fmt: skip
     first = next(iter(found))
     for name, how in found.items():
@@ -176,26 +194,37 @@ def _drawn(folders: Mapping[str, Path]) -> dict[str, Any]:
     return found[first]
 
 
-def _score(
-    request: Table1Request, target: Path, name: str, drawn: Mapping[str, Any],
-    tell: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Write rows/NAME.csv unless it is there."""
-    path = request.out / "rows" / f"{name}.csv"
-    if path.exists():
-        return
-    tell(f"scoring {name}")
+def _asked(
+    request: Table1Request, target: Path, name: str, drawn: Mapping[str, Any]
+) -> plan.EvaluateRequest:
+    """The evaluation of a model. It stays in OUT/scoring, which says what its rows were made from.
+
+    Raises:
+        UserError: another lies there.
+    """
     how = {**drawn, "prompts": request.prompts or drawn["prompts"]}
-    folder = work.run(
-        plan.EvaluateRequest(
-            target=target, scorers=request.scorers, model=None, count=request.count, images=1,
-            device=request.device, jobs=request.jobs or 1,
-            out=request.out / "scoring" / name, **how,
-        ),
-        note=tell,
+    place = request.out / "scoring" / name
+    asked = plan.EvaluateRequest(
+        target=target, scorers=request.scorers, model=None, count=request.count, images=1,
+        device=request.device, jobs=request.jobs or 1, out=place, **how,
     )  # fmt: skip
-    write_atomically(path, (folder / "rows.csv").read_bytes())
-    shutil.rmtree(folder)
+    if name == BASE_ROWS or (target / LORA).is_dir():  # else it is trained first
+        work.require_same(place, asdict(plan.planned(asked)))
+    return asked
+
+
+def _require_room(out: Path, names: Container[str]) -> None:
+    """Refuse rows of models that are not asked for: they would stay in the table.
+
+    Raises:
+        UserError: naming such rows.
+    """
+    for path in sorted((out / "rows").glob("*.csv")):
+        if path.stem not in names:
+            raise UserError(
+                f"{path} is of a model that this command does not ask for. Give another --out, or "
+                "remove that file."
+            )
 
 
 # ---- the table

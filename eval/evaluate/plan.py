@@ -11,14 +11,17 @@ from d3po_bench import registry
 from d3po_bench.config import FEEDBACK, RunConfig
 from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
-from d3po_bench.models.sources import content, fingerprint, model_source
+from d3po_bench.models.sources import Source, fingerprint, model_source
 from d3po_bench.pictures import read_pictures, table_of, without_table
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.run import RunFolder
+from d3po_bench.runs.run import LORA, RunFolder
+from d3po_bench.training.inputs import require_unchanged
 from d3po_bench.training.tools import spread
 
 if TYPE_CHECKING:
     from d3po_bench.diffusion.process import Sampler
+
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 HELD_OUT = "captions-held-out"
 """The list of prompts that no run may have been trained on."""
@@ -35,7 +38,7 @@ class Plan:
     model: str
     """Name or folder of the base model, or the folder of the pictures."""
     adapter: str
-    """Folder of a LoRA or a trained UNet; empty for the base model itself."""
+    """A LoRA's folder or file, or the folder of a trained UNet; empty for the base model itself."""
     prompts: tuple[str, ...]
     content: str = ""
     """What names the files of the model and the adapter, or the pictures."""
@@ -52,6 +55,9 @@ class Plan:
     """Which weights scorers have that do not say so themselves."""
     long_prompts: Literal["refuse", "cut"] = "refuse"
     samplers: tuple[str, ...] = ("eta1", "eta0")
+    dtype: Dtype = "fp32"
+    full: bool = False
+    """Whether the whole network was trained, which is then computed otherwise in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +78,10 @@ class EvaluateRequest:
     save: bool = False
     """Keep the pictures that were drawn, too."""
     sampler: Sampler | Literal["auto"] = "auto"
-    """Of a model that is no run, with its `eta`; a run has its own."""
+    """Of a model that is no run, with its `eta`, `dtype` and `full`; a run has its own."""
     eta: float = 1.0
+    dtype: Dtype = "fp32"
+    full: bool = False
     long_prompts: Literal["refuse", "cut"] | None = None
     """None: as a run has it, or refuse."""
 
@@ -103,22 +111,31 @@ def planned(request: EvaluateRequest) -> Plan:
     target = request.target
     if table_of(target):
         return _pictures(request)
-    if (target / "config.json").is_file() and (target / "lora").is_dir():
+    if (target / "config.json").is_file() and (target / LORA).is_dir():
         return _of_run(request)
     if (target / "config.json").is_file() and (target / "metrics.jsonl").is_file():
         raise UserError(
             f"The run in {target} is not finished. Run its command again: it resumes from the "
             "last checkpoint."
         )
-    network = any((target / name).is_dir() for name in ("unet", "transformer"))
-    network_alone = network and not (target / "model_index.json").is_file()
-    if (target / "pytorch_lora_weights.safetensors").is_file() or network_alone:
+    if _is_adapter(target):
         return _of_model(request, request.model or "tiny", str(target))
     named = str(target) in registry.names("model") or (target / "model_index.json").is_file()
     if not named and (lacking := without_table(target)):
         raise UserError(lacking)
     _require_no_other_model(request, str(target))
     return _of_model(request, str(target), "")
+
+
+def _is_adapter(target: Path) -> bool:
+    """Whether it is what goes onto a base model: a LoRA of any name, or a network alone."""
+    if (target / "pytorch_lora_weights.safetensors").is_file():
+        return True
+    if target.suffix == ".safetensors" and target.is_file():
+        return True
+    network = any((target / name).is_dir() for name in ("unet", "transformer"))
+    alone = network or any(target.glob("*.safetensors"))
+    return alone and not (target / "model_index.json").is_file()
 
 
 def _require_no_other_model(request: EvaluateRequest, model: str) -> None:
@@ -135,27 +152,29 @@ def _require_no_other_model(request: EvaluateRequest, model: str) -> None:
 
 
 def _of_run(request: EvaluateRequest) -> Plan:
-    config = RunFolder(request.target).config
+    run = RunFolder(request.target)
+    config = run.config
     _require_no_other_model(request, config.model)
-    plan = _of_model(request, config.model, str(request.target / "lora"), config)
-    if (request.prompts or _default_prompts(plan.model, config)) == HELD_OUT:
-        _require_unseen(plan, config, request.target)
-    return plan
-
-
-def _require_unseen(plan: Plan, config: RunConfig, run: Path) -> None:
-    """Refuse to call prompts held-out that the run was trained on.
-
-    Raises:
-        UserError: naming one.
-    """
-    trained_on = read_prompts(config.prompt_source)
-    seen = sorted(set(plan.prompts) & set(trained_on))
-    if seen:
+    wanted = request.prompts or _default_prompts(config.model, config)
+    if config.objective == FEEDBACK:
+        trained_on = None
+        if wanted == HELD_OUT:
+            raise UserError(
+                f"The run in {run.folder} was trained on votes, so nothing says which prompts it "
+                "has not seen. Give some with --prompts."
+            )
+    else:
+        used = wanted in (HELD_OUT, config.prompt_source)
+        trained_on = read_prompts(config.prompt_source) if used else None
+    require_unchanged(run, LORA, trained_on)
+    plan = _of_model(request, config.model, str(request.target / LORA), config)
+    seen = sorted(set(plan.prompts) & set(trained_on or ()))
+    if wanted == HELD_OUT and seen:
         raise UserError(
-            f"The run in {run} was trained on {seen[0]!r} and {len(seen) - 1} more of these "
+            f"The run in {run.folder} was trained on {seen[0]!r} and {len(seen) - 1} more of these "
             "prompts, so they are not held out. Give others with --prompts."
         )
+    return plan
 
 
 def _of_model(
@@ -163,9 +182,9 @@ def _of_model(
 ) -> Plan:
     source = model_source(model)
     prompts = read_prompts(request.prompts or _default_prompts(model, config))
-    trained = f" + {content(Path(adapter))[:12]}" if adapter else ""
+    trained = f" + {fingerprint(Source(path=adapter))}" if adapter else ""
     guidance = config.guidance if config else 5.0
-    sampler = config or request
+    how = config or request
     return Plan(
         model=model,
         adapter=adapter,
@@ -174,8 +193,10 @@ def _of_model(
         images=request.images,
         steps=request.steps or (config.sampling_steps if config else 20),
         guidance=guidance if request.guidance is None else request.guidance,
-        sampler=sampler.sampler,
-        eta=sampler.eta,
+        sampler=how.sampler,
+        eta=how.eta,
+        dtype=how.dtype,
+        full=how.full,
         long_prompts=request.long_prompts or (config.long_prompts if config else "refuse"),
         scorers=_checked(request.scorers),
         weights=source.scorers,

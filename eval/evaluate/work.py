@@ -14,17 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry
+from d3po_bench.digests import changed, short
 from d3po_bench.errors import UserError
 from d3po_bench.launch.job import End, attempt, died
 from d3po_bench.launch.local import Died, side_by_side
 from d3po_bench.pictures import open_picture
 from d3po_bench.runs.files import csv_bytes, png_bytes, read_csv, write_atomically
-from d3po_bench.runs.provenance import environment, now
+from d3po_bench.runs.provenance import environment, now, packages
+from d3po_bench.runs.run import read_object
+from d3po_bench.runs.sessions import differing
 from eval.evaluate.plan import EvaluateRequest, Plan, planned
 
 if TYPE_CHECKING:
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 
     from d3po_bench.types import Model
 
+
+PLAN = "plan.json"
 
 PIECE = 8
 """Prompts in a piece."""
@@ -84,10 +90,10 @@ def run(
     unchecked = golden.unchecked(_scorers(plan, request.device))
     starts = range(0, len(plan.prompts), PIECE)
     pieces = [(first, sampler) for sampler in plan.samplers for first in starts]
-    with _taken(out, plan):
+    with _taken(out, _described(plan, request.device)):
         if unchecked:
             note(golden.note(unchecked))
-        rest = [p for p in pieces if not _is_done(out, plan, p, request.save)]
+        rest = [p for p in pieces if not _is_done(out, plan, p, request)]
         numbers = count(len(pieces) - len(rest))
 
         def done() -> None:
@@ -105,22 +111,51 @@ def run(
     return out
 
 
+def require_same(out: Path, plan: Row) -> None:
+    """Refuse a folder that holds another evaluation.
+
+    Args:
+        out: where it would go; nothing is written.
+        plan: what decides its numbers, or a part of that.
+
+    Raises:
+        UserError: saying what differs.
+    """
+    if (out / PLAN).exists():
+        known = read_object(out / PLAN)
+        here = json.loads(json.dumps(plan))
+        other = differing({name: known.get(name) for name in here}, here)
+        if other:
+            raise UserError(
+                f"{out} holds another evaluation: {', '.join(other)} differs. Give another --out, "
+                "or remove that folder."
+            )
+
+
+def _described(plan: Plan, device: str) -> Row:
+    """What decides the numbers of an evaluation: its plan, scorers and package versions."""
+    from eval import golden
+
+    used = {name: golden.fingerprint(s) for name, s in _scorers(plan, device).items()}
+    return {**asdict(plan), "scorer_weights": used, "packages": packages()}
+
+
+def _name(plan: Plan, device: str) -> str:
+    """Names all that decides the numbers of a piece."""
+    return short(json.dumps(_described(plan, device), sort_keys=True))
+
+
 @contextmanager
-def _taken(out: Path, plan: Plan) -> Iterator[None]:
+def _taken(out: Path, plan: Row) -> Iterator[None]:
     """Write the plan, or refuse a folder that holds another.
 
     A folder that was made for input that is then refused, before any piece is done, is gone again.
     """
-    path = out / "plan.json"
-    data = (json.dumps(asdict(plan), indent=1, sort_keys=True) + "\n").encode()
+    path = out / PLAN
     fresh = [place for place in (out, *out.parents) if not place.exists()]
-    if path.exists() and path.read_bytes() != data:
-        raise UserError(
-            f"{out} holds another evaluation, or one of other weights or pictures. Give another "
-            "--out, or remove that folder."
-        )
+    require_same(out, plan)
     new = not path.exists()
-    write_atomically(path, data)
+    write_atomically(path, (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode())
     try:
         yield
     except UserError:
@@ -131,11 +166,18 @@ def _taken(out: Path, plan: Plan) -> Iterator[None]:
         raise
 
 
-def _is_done(out: Path, plan: Plan, piece: Piece, save: bool) -> bool:
-    """Whether the piece's rows are there, and its pictures where they are wanted."""
-    return _place(out, piece).exists() and not (
-        save and not all((out / name).exists() for name, _ in _named(plan, piece))
-    )
+def _is_done(out: Path, plan: Plan, piece: Piece, request: EvaluateRequest) -> bool:
+    """Whether the piece's rows are there as they were written, and pictures where wanted."""
+    try:
+        record = read_object(_place(out, piece).with_suffix(".json"))
+    except UserError:
+        return False
+    files = record.get("files")
+    if record.get("plan") != _name(plan, request.device) or not isinstance(files, dict):
+        return False
+    pictures = _named(plan, piece) if request.save else []
+    names = [str(_place(Path(), piece)), *(name for name, _ in pictures)]
+    return files.keys() >= {*names} and not changed(out, {name: files[name] for name in names})
 
 
 def _named(plan: Plan, piece: Piece) -> list[tuple[str, str]]:
@@ -167,7 +209,6 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: EvaluateReq
     if request.save:
         _list_pictures(out, plan, pieces)
     rows = [row for piece in pieces for row in read_csv(_place(out, piece))]
-    _require_one_set_of_weights(rows, out)
     write_atomically(out / "rows.csv", csv_bytes(rows))
     used = _scorers(plan, request.device)
     facts = {
@@ -189,16 +230,6 @@ def _plugins(plan: Plan) -> Row:
     return registry.plugins(used)
 
 
-def _require_one_set_of_weights(rows: Sequence[Row], out: Path) -> None:
-    """Refuse pieces that were scored before and after a scorer's weights changed."""
-    found = sorted({row["weights"] for row in rows})
-    if len(found) > 1:
-        raise UserError(
-            f"The weights of a scorer changed halfway through {out}: {found[0]}, then {found[1]}. "
-            "Remove that folder and run the command again."
-        )
-
-
 def _side_by_side(tasks: Sequence[Task], jobs: int, done: Callable[[], None]) -> None:
     def ended(task: Task, found: End | Died) -> bool:
         end = died(found.code, SMALLER) if isinstance(found, Died) else found
@@ -216,15 +247,22 @@ def _attempt(task: Task, tell: Callable[[Any], None]) -> End:
 
 
 def _do(plan: Plan, piece: Piece, out: Path, request: EvaluateRequest) -> None:
+    """Write the piece's files, then their digests: without those it is not done."""
     first, sampler = piece
+    files: dict[str, bytes] = {}
     if plan.files:
         rows = _score_pictures(plan, slice(first, first + PIECE), request.device)
     else:
         rows, pictures = _draw_and_score(plan, first, sampler, request.device)
         if request.save:
-            for (name, _), picture in zip(_named(plan, piece), pictures, strict=True):
-                write_atomically(out / name, png_bytes(picture))
-    write_atomically(_place(out, piece), csv_bytes(rows))
+            named = zip(_named(plan, piece), pictures, strict=True)
+            files = {name: png_bytes(picture) for (name, _), picture in named}
+    files[str(_place(Path(), piece))] = csv_bytes(rows)
+    for name, data in files.items():
+        write_atomically(out / name, data)
+    digests = {name: sha256(data).hexdigest() for name, data in files.items()}
+    record = {"plan": _name(plan, request.device), "files": digests}
+    write_atomically(_place(out, piece).with_suffix(".json"), json.dumps(record).encode())
 
 
 @cache
@@ -250,7 +288,8 @@ def _model(plan: Plan, device: str) -> Model:
 
     source = model_source(plan.model)
     torch.set_num_threads(threads_of(source))
-    model = load(source, device_of(device), Training(long_prompts=plan.long_prompts))
+    training = Training(dtype=plan.dtype, full=plan.full, long_prompts=plan.long_prompts)
+    model = load(source, device_of(device), training)
     if isinstance(model, DiffusersModel) and plan.long_prompts == "refuse":
         require_short(model.parts, model.TOKENS, plan.prompts)  # all, before any is drawn
     if plan.adapter:

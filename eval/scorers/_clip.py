@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d3po_bench.errors import UserError
+from d3po_bench.models.parts import complete
 from eval import downloads
 
 WEIGHTS = {
@@ -118,9 +119,7 @@ class Clip:
         logging.disable_progress_bar()
         _require_quick_gelu(path)
         try:
-            self.model = CLIPModel.from_pretrained(
-                path, local_files_only=True, use_safetensors=True, dtype="float32"
-            )
+            self.model = complete(CLIPModel, path, local_files_only=True, dtype="float32")
             self.tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
         except Exception as problem:  # a damaged file can raise anything on its way in
             raise UserError(

@@ -11,6 +11,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import Any
 
 import d3po_bench
 from d3po_bench.config import RunConfig
-from d3po_bench.digests import sha256_of
+from d3po_bench.digests import changed, sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.launch import grid
 from d3po_bench.prompts import digest, read_prompts
@@ -67,10 +68,12 @@ def record(folder: Path) -> Path:
     """Write the manifest of what is there now.
 
     Raises:
-        UserError: there is no such folder, or nothing in it.
+        UserError: there is no such folder, nothing in it, or a link.
     """
     if not folder.is_dir() or not _listed(folder):
         raise UserError(f"{folder} is no folder, or is empty. Name a folder of results.")
+    for name in _links(folder):
+        raise UserError(f"{folder / name} is a link. Put the file itself in its place.")
     path = folder / MANIFEST
     listed = {name: sha256_of(folder / name) for name in _listed(folder)}
     write_atomically(path, (json.dumps(listed, indent=1, sort_keys=True) + "\n").encode())
@@ -78,14 +81,20 @@ def record(folder: Path) -> Path:
 
 
 def _listed(folder: Path) -> list[str]:
-    """Every file but the manifest and what tools leave behind: compiled code, hidden files."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    names = (p.relative_to(folder) for p in paths if p.name != MANIFEST)
-    return sorted(n.as_posix() for n in names if not any(part[0] == "." for part in n.parts))
+    """Every file, hidden ones too, but the manifest and what Python caches, which is not run."""
+    names = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    cached = "__pycache__"
+    return sorted(n.as_posix() for n in names if str(n) != MANIFEST and cached not in n.parts)
+
+
+def _links(folder: Path) -> list[str]:
+    """Links, to folders too: what is behind them is not of the folder."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def check_manifest(folder: Path) -> Problems:
-    """Files that are missing, changed, or not in the manifest.
+    """Files that are missing, changed, links, or not in the manifest.
 
     Raises:
         UserError: there is no manifest, or it is damaged.
@@ -100,9 +109,10 @@ def check_manifest(folder: Path) -> Problems:
         yield f"{name} is missing"
     for name in sorted(there - manifest.keys()):
         yield f"{name} is not in the manifest"
-    for name in sorted(there & manifest.keys()):
-        if sha256_of(folder / name) != manifest[name]:
-            yield f"{name} has changed since the manifest was written"
+    for name in changed(folder, {n: manifest[n] for n in sorted(there & manifest.keys())}):
+        yield f"{name} has changed since the manifest was written"
+    for name in _links(folder):
+        yield f"{name} is a link: what is behind it is not checked"
 
 
 # ---- runs
@@ -260,7 +270,7 @@ import d3po_bench, eval
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs a script with this d3po-bench, whatever lies beside the script or where one is."""
+"""Runs a script with this d3po-bench, whatever lies beside the script."""
 
 
 def check_tables(folder: Path) -> Problems:
@@ -269,8 +279,11 @@ def check_tables(folder: Path) -> Problems:
     if not script.is_file():
         return
     home = Path(d3po_bench.__file__).parents[1]
-    command = [sys.executable, "-I", "-c", ALONE, str(home), str(script), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as place:
+        # No compiled code of the folder, no settings of where one is, such as a matplotlibrc.
+        alone = [sys.executable, "-I", "-B", "-X", f"pycache_prefix={place}"]
+        command = [*alone, "-c", ALONE, str(home), str(script.resolve()), "--check"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
     if done.returncode == 1 and done.stdout:
         yield from done.stdout.splitlines()
     elif done.returncode:

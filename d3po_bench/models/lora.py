@@ -1,0 +1,96 @@
+"""LoRAs of any trainer, read by diffusers' own loader, and wholly or not at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d3po_bench.errors import UserError
+from d3po_bench.models.one_file import in_one_file
+
+NAME = "pytorch_lora_weights.safetensors"
+"""The file that diffusers looks for first."""
+
+WHOLE = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
+"""How names of tensors begin in a model in one file."""
+
+
+def put_on(pipeline: Any, place: Path) -> None:
+    """Load a LoRA into the networks and text encoders of a pipeline.
+
+    Args:
+        pipeline: of diffusers, with `load_lora_weights`.
+        place: a file, or a folder that holds one.
+
+    Raises:
+        UserError: there is no file, there are several, or it is a whole model.
+        ValueError: diffusers leaves a tensor out, or makes one up.
+    """
+    from safetensors import safe_open
+
+    file = _file(place)
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+    if any(name.startswith(WHOLE) for name in names):
+        raise in_one_file(file)
+    if any(name.endswith("dora_scale") for name in names):
+        raise ValueError("it is a DoRA in a form of which diffusers leaves out the dora_scale.")
+    with _heard() as said:
+        pipeline.load_lora_weights(
+            file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True
+        )
+    # Every part without layers of its own in the file is told of, which is no fault.
+    said = [line for line in said if not line.startswith("No LoRA keys associated to")]
+    tensors = sum(not name.endswith(".alpha") for name in names)
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    placed = sum("lora_" in name for part in parts for name, _ in part.named_parameters())
+    if said or placed != tensors:
+        raise ValueError(f"the pipeline takes {placed} of its {tensors} tensors. {' '.join(said)}")
+
+
+def _file(place: Path) -> Path:
+    """The file of a LoRA.
+
+    Raises:
+        UserError: none, or more than one.
+    """
+    if place.is_file() or (place / NAME).is_file():
+        return place if place.is_file() else place / NAME
+    files = sorted(place.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UserError(
+            f"{place} holds {len(files)} files, of which any can be the LoRA: "
+            f"{', '.join(f.name for f in files[:3])}. Give the path of one file."
+        )
+    raise UserError(f"{place} holds no LoRA as .safetensors; no other files are loaded.")
+
+
+class _Notes(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Collect what the loaders warn of: they go on where a tensor does not fit."""
+    notes = _Notes()
+    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [(library.level, library.handlers) for library in libraries]
+    for library in libraries:
+        library.level, library.handlers = logging.WARNING, [notes]
+    try:
+        yield notes.said
+    finally:
+        for library, (level, handlers) in zip(libraries, before, strict=True):
+            library.level, library.handlers = level, handlers
