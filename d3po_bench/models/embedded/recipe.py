@@ -198,12 +198,13 @@ def new_vae(scaling_factor: float = 1.0) -> Any:
     )
 
 
-def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of pixels one below, and beside, the other."""
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def _inner(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` cut to the shapes that `_edges` returns."""
+def inner(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` cut to the shapes that `edges` returns."""
     return x[..., 1:, :], x[..., :, 1:]
 
 
@@ -222,8 +223,8 @@ def train_vae(recipe: Recipe, work: Path, rank: int, minutes: float | None) -> d
         z = vae.encoder(x.contiguous(memory_format=torch.channels_last))
         y = vae.decoder(z + recipe.latent_noise * torch.randn_like(z)).float()
         error = x - y
-        edges = zip(_edges(error), _inner(weight), strict=True)
-        sharp = sum((edge * w).abs().mean() for edge, w in edges)
+        pairs = zip(edges(error), inner(weight), strict=True)
+        sharp = sum((edge * w).abs().mean() for edge, w in pairs)
         far = (z.float().abs() - 3).clamp(min=0).square().mean()
         total: Tensor = (error * weight).abs().mean() + recipe.edge_weight * sharp + 0.1 * far
         return total / (1 + recipe.animal_weight / 3)
@@ -444,7 +445,8 @@ def held_out_accuracy(work: Path) -> float:
 # ---------------------------------------------------------------- export and command line
 
 
-def _halve(module: Any) -> Any:
+def halve(module: Any) -> Any:
+    """The module in half precision, its weights laid out as files have them."""
     return module.half().to(memory_format=torch.contiguous_format)
 
 
@@ -461,8 +463,8 @@ def export(recipe: Recipe, work: Path, out: Path) -> None:
     vae.load_state_dict(load_file(work / "vae.safetensors"))
     # The text encoder is stored in fp32: transformers loads what is stored, diffusers fp32.
     pipe = StableDiffusionPipeline(
-        vae=_halve(vae), text_encoder=_halve(denoiser.text).float(), tokenizer=tokenizer,
-        unet=_halve(denoiser.unet), scheduler=new_scheduler(), safety_checker=None,
+        vae=halve(vae), text_encoder=halve(denoiser.text).float(), tokenizer=tokenizer,
+        unet=halve(denoiser.unet), scheduler=new_scheduler(), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(out / "tiny", safe_serialization=True)

@@ -1,0 +1,128 @@
+"""How good the embedded model's version 2 is: GenEval by both judges, and sheets to look at.
+
+    python -m eval.embedded.version2 build/tiny-v2/out/tiny --judges build/tiny-v2
+
+draws the captions of version 2's three lists, scores them by kind with each judge that is there,
+asks the first how often the animal of a bare name is the one most likely seen, and writes
+measured.json and two sheets: one of animals in random order without their names, for people to
+name, with its key; one with captions.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.sampling import Draws, sample
+from d3po_bench.errors import said_in_one_line
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.embedded.v2 import judge, lists
+from d3po_bench.models.embedded.v2.captions import ANIMALS
+from d3po_bench.models.embedded.v2.sheet import save_sheet
+from d3po_bench.models.sources import Source, load
+from d3po_bench.types import Model
+from eval.scorers import _geneval
+
+SEED = 7_200_000
+
+
+def drawn(model: Model, prompts: Sequence[str], steps: int, eta: float = 1.0) -> Tensor:
+    """One picture [3, h, w] uint8 of each prompt, guidance 5."""
+    policy = Policy(model, steps=steps, eta=eta, guidance=5.0)
+    parts = []
+    for number in range(0, len(prompts), 60):
+        draws = Draws(seed=SEED, round=number, noise="eval-noise", steps="eval-steps")
+        part = sample(policy, list(prompts[number : number + 60]), draws)
+        parts.append(model.decode(part.latents[:, 0, -1]))
+    return torch.cat(parts)
+
+
+def likeliest(by: judge.Judge, images: Tensor) -> list[str]:
+    """The animal that is most probable in each picture."""
+    best = by.see(images).animals.flatten(2).amax(2).argmax(1)
+    return [ANIMALS[i] for i in best.tolist()]
+
+
+def measure(
+    model: Model, judges: dict[str, judge.Judge], images: int, steps: int
+) -> dict[str, Any]:
+    """Scores by kind of each list, hard and soft, by each judge; top-1 of bare names.
+
+    Agreement: the share of pictures on which both judges give the same hard verdict.
+    """
+    facts: dict[str, Any] = {"images": images, "steps": steps}
+    for name, captions in lists.lists().items():
+        prompts = [c for c in captions for _ in range(images)]
+        pictures = drawn(model, prompts, steps)
+        verdicts: list[Tensor] = []
+        for by, one in judges.items():
+            for rule in (_geneval.hard, _geneval.soft):
+                scores = _geneval.GenEval("geneval", one, rule, ())(pictures, prompts)
+                told = _geneval.by_kind(scores, prompts)
+                facts[f"{name} {by} {rule.__name__}"] = {k: round(v, 4) for k, v in told.items()}
+                verdicts += [scores] if rule is _geneval.hard else []
+        if len(verdicts) == 2:
+            same = (verdicts[0] == verdicts[1]).double().mean()
+            facts[f"{name} agreement"] = round(float(same), 4)
+    names = [animal for animal in ANIMALS for _ in range(images)]
+    pictures = drawn(model, names, steps)
+    for by, one in judges.items():
+        right = [g == n for g, n in zip(likeliest(one, pictures), names, strict=True)]
+        facts[f"names {by} top1"] = round(float(np.mean(right)), 4)
+    return facts
+
+
+def _shown(pictures: Tensor, labels: Sequence[str], path: Path) -> None:
+    save_sheet(list(pictures.permute(0, 2, 3, 1).numpy()), labels, path)
+
+
+def to_name(model: Model, out: Path, steps: int) -> None:
+    """naming.png, animals in random order, numbered; naming.json, which they were meant to be."""
+    animals = random.Random(SEED).sample(ANIMALS, len(ANIMALS))
+    numbers = [str(i + 1) for i in range(len(animals))]
+    _shown(drawn(model, animals, steps, eta=0.0), numbers, out / "naming.png")
+    key = dict(zip(numbers, animals, strict=True))
+    (out / "naming.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+
+
+def _judges(folder: Path | None) -> dict[str, judge.Judge]:
+    """Those in a folder, or those that ship."""
+    home = folder or judge.HERE
+    there = [name for name in judge.NETWORKS if (home / f"judge-{name}.json").exists()]
+    return {name: judge.load(name, torch.device("cpu"), home) for name in there}
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+@click.option("--judges", type=click.Path(exists=True, path_type=Path), help="Their folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the result; FOLDER's.")
+@click.option("--images", default=2, show_default=True, help="Pictures of each caption.")
+@click.option("--steps", default=20, show_default=True)
+def main(folder: Path, judges: Path | None, out: Path | None, images: int, steps: int) -> None:
+    """Measure the pipeline in FOLDER.
+
+    Example: python -m eval.embedded.version2 build/tiny-v2/out/tiny --judges build/tiny-v2
+    """
+    torch.set_num_threads(1)
+    out = out or folder.parent
+    model = load(Source(str(folder)), torch.device("cpu"), Training())
+    to_name(model, out, steps)
+    captions = lists.lists()["geneval-held-out"][::6]
+    _shown(drawn(model, captions, steps, eta=0.0), captions, out / "captions.png")
+    facts = measure(model, _judges(judges), images, steps)
+    (out / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    click.echo(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    with said_in_one_line():
+        main()
