@@ -51,9 +51,13 @@ def open_picture(path: Path) -> Image.Image:
         # Cameras write a preview as a second picture, which makes their JPEG an MPO.
         if picture.format in FORMATS and getattr(picture, "is_animated", False):
             raise ValueError("it is an animation of several pictures")
-        if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3] != (255, 255):
+        if picture.has_transparency_data and _lets_through(picture):
             raise ValueError("it is transparent in places, where any colour may be hidden")
         return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def _lets_through(picture: Image.Image) -> bool:
+    return picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 @contextmanager

@@ -206,8 +206,11 @@ def objective(name: str) -> Objective:
     """
     module = _module("objective", name)
     found = getattr(module, "OBJECTIVE", module)
-    whole = isinstance(found, Objective) and found.sign in (-1, 1)
-    if not whole or not isinstance(found.prompts, str) or not isinstance(found.scorer, str):
+    if (
+        not isinstance(found, Objective)
+        or found.sign not in (-1, 1)
+        or not all(isinstance(name, str) for name in (found.prompts, found.scorer))
+    ):
         raise UserError(
             f"The objective {name} is {ascii(found)[:80]}. Make it, for example, "
             "OBJECTIVE = Objective(prompts='animals', scorer='jpeg_size', sign=1)."

@@ -122,7 +122,7 @@ def _array(found: Any) -> Any:
     if np.iscomplexobj(found):  # numpy would drop the imaginary part
         raise TypeError("complex numbers")
     if isinstance(found, np.ma.MaskedArray):  # numpy would take what is beneath the mask
-        found = found.astype(np.float64).filled(np.nan)
+        found = np.ma.filled(found.astype(np.float64), np.nan)
     return np.array(found, dtype=np.float64)
 
 
@@ -169,6 +169,11 @@ def _folder() -> str | None:
     return None
 
 
+def _go_back(folder: str | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
+
+
 def _attributes(owner: Any, *names: str) -> Iterator[Setting]:
     for name in names:
         yield partial(getattr, owner, name), partial(setattr, owner, name)
@@ -206,7 +211,7 @@ _STATE: tuple[Setting, ...] = (
         torch.backends.cuda.matmul,
         "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction",
     ),
-    (_folder, lambda found: found and os.chdir(found)),  # a run's folder may be relative
+    (_folder, _go_back),  # a run's folder may be relative
 )  # fmt: skip
 """How to read and to set what foreign code changes for a whole process."""
 

@@ -88,13 +88,13 @@ def _of_file(path: str, device: torch.device, training: Training) -> Model:
         raise UserError(
             f"{path} has no FAMILY with a function load. Add it, as docs/own-model.md shows."
         )
-    model: Any = family.load(path, None, {}, device, training)  # type: ignore[union-attr]
-    if not isinstance(model, types.Model):
+    found: Any = family.load(path, None, {}, device, training)  # type: ignore[union-attr]
+    if not isinstance(found, types.Model):
         raise UserError(
-            f"The FAMILY of {path} loads a {type(model).__name__}, which lacks a part of "
+            f"The FAMILY of {path} loads a {type(found).__name__}, which lacks a part of "
             "d3po_bench.types.Model. docs/own-model.md names them all."
         )
-    return model
+    return found
 
 
 def threads_of(source: Source, wanted: int = 0) -> int:
