@@ -125,6 +125,8 @@ def test_an_output_replaces_its_like_alone(tmp_path: Path) -> None:
         assert path.read_bytes() == data
     for other in (b"SQLite format 3\0", b'{\n "kind": "pairs"\n}\n', b"my,own\n1,2\n"):
         path.write_bytes(other)
-        with pytest.raises(UserError, match="votes.csv is there already and holds something else"):
+        with pytest.raises(
+            UserError, match=r"votes\.csv is there already and holds something else"
+        ):
             write_output(path, b"prompt,rater\n")
         assert path.read_bytes() == other

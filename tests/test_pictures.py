@@ -195,5 +195,5 @@ def test_pictures_without_one_look_are_refused(tmp_path: Path) -> None:
 def test_a_row_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "pictures")
     (folder / "metadata.csv").write_text("file_name,text\n0.png,cat\n0.png,dog\n0.png,cat\n")
-    with pytest.raises(UserError, match="has '0.png' twice with the same text.*Remove row 3"):
+    with pytest.raises(UserError, match=r"has '0\.png' twice with the same text.*Remove row 3"):
         read_pictures(folder)

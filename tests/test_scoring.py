@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -102,7 +103,10 @@ def test_what_peoples_functions_return_becomes_numbers(says: Callable[[Tensor], 
         (lambda b: b + 1j, "no numbers but a Tensor: complex numbers"),
         (lambda b: b.numpy() + 1j, "no numbers but a ndarray: complex numbers"),
         (lambda b: b.to_sparse(), "no numbers but a Tensor: a nested or sparse tensor"),
-        (lambda b: torch.nested.nested_tensor([b, b]), "no numbers but a Tensor: a nested or"),
+        (
+            lambda b: torch.nested.nested_tensor([b, b], layout=torch.jagged),
+            "no numbers but a Tensor: a nested or",
+        ),
         (lambda b: b.to("meta"), "no numbers but a Tensor: Cannot copy out of meta tensor"),
         (lambda b: [10**400, 1, 2], "no numbers but a list: int too large to convert"),
         (lambda b: Broken(), "no numbers but a Broken: not today"),
@@ -117,7 +121,7 @@ def test_anything_else_is_one_line_with_the_scorers_name(
 
 
 def test_what_is_masked_is_no_score() -> None:
-    scorer = guarded(lambda b: np.ma.array(b.numpy(), mask=[0, 1, 0]))  # type: ignore[no-untyped-call]
+    scorer = guarded(lambda b: np.ma.array(b.numpy(), mask=[False, True, False]))
     found = scorer(IMAGES, PROMPTS)
     assert found.isnan().tolist() == [False, True, False]
     assert found[[0, 2]].tolist() == [10, 30]
@@ -260,7 +264,9 @@ def test_columns_that_are_none_are_one_line(odd: Any) -> None:
 # ---- a package's own, by its entry points
 
 PACKAGE = """
+from dataclasses import dataclass
 import torch
+from d3po_bench.d3po import D3PO
 from d3po_bench.types import Objective
 
 torch.set_grad_enabled(False)
@@ -281,6 +287,13 @@ def without_unit(device):
 
 def reward(images, prompts):
     return [0.0] * len(images)
+
+@dataclass(frozen=True)
+class Zeroes(D3PO):
+    def rows(self, rollout, rng):
+        found = super().rows(rollout, rng)
+        rollout.scores.zero_()
+        return found
 
 OBJECTIVE = Objective(prompts="animals", scorer="mine", sign=1)
 NO_SIGN = Objective(prompts="animals", scorer="mine", sign=0)
@@ -365,3 +378,12 @@ def test_a_package_that_ends_the_program_is_one_line(
         command(*run_of(micro), "--objective", "mine"), "does not load from goodbye: SystemExit"
     )
     assert not Path("runs").exists()
+
+
+def test_scores_on_record_are_those_before_a_method_wrote_into_them(
+    brings: Callable[..., None], command: Command, micro: Path
+) -> None:
+    brings(methods="Zeroes")
+    assert command(*run_of(micro, rounds=1, eval_every=0), "--method", "mine").code == 0
+    (path,) = Path("runs").rglob("metrics.jsonl")
+    assert json.loads(path.read_text())["score_mean"] > 0

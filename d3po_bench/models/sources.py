@@ -77,7 +77,7 @@ def load(source: Source, device: torch.device, training: Training) -> Model:
     found = commit(source)
     kind = str(index.get("_class_name", "pipeline without a _class_name"))
     family = registry.family(kind, source.path)
-    model = family.load(source.path, found or source.revision, index, device, training)
+    model: Model = family.load(source.path, found or source.revision, index, device, training)
     model.commit = found
     return model
 
@@ -88,13 +88,13 @@ def _of_file(path: str, device: torch.device, training: Training) -> Model:
         raise UserError(
             f"{path} has no FAMILY with a function load. Add it, as docs/own-model.md shows."
         )
-    found: Any = family.load(path, None, {}, device, training)  # type: ignore[union-attr]
-    if not isinstance(found, types.Model):
-        raise UserError(
-            f"The FAMILY of {path} loads a {type(found).__name__}, which lacks a part of "
-            "d3po_bench.types.Model. docs/own-model.md names them all."
-        )
-    return found
+    model = family.load(path, None, {}, device, training)  # type: ignore[union-attr]
+    if isinstance(model, types.Model):
+        return model
+    raise UserError(
+        f"The FAMILY of {path} loads a {type(model).__name__}, which lacks a part of "
+        "d3po_bench.types.Model. docs/own-model.md names them all."
+    )
 
 
 def threads_of(source: Source, wanted: int = 0) -> int:
