@@ -105,7 +105,7 @@ def test_what_peoples_functions_return_becomes_numbers(says: Callable[[Tensor], 
         (lambda b: b.to_sparse(), "no numbers but a Tensor: a nested or sparse tensor"),
         (
             lambda b: torch.nested.nested_tensor([b, b], layout=torch.jagged),
-            "no numbers but a Tensor: a nested or",
+            "no numbers but a NestedTensor: a nested or",
         ),
         (lambda b: b.to("meta"), "no numbers but a Tensor: Cannot copy out of meta tensor"),
         (lambda b: [10**400, 1, 2], "no numbers but a list: int too large to convert"),
