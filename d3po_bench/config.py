@@ -287,16 +287,39 @@ _ELSEWHERE = {
 
 
 def settings(method: str) -> dict[str, dict[str, Any]]:
-    """What `--set` can change: name -> type in each of the groups options, run, execution."""
+    """What `--set` can change: name -> type in each of the groups options, run, execution.
+
+    Raises:
+        UserError: a method of another package has options that cannot be told or read.
+    """
     kinds: dict[str, Any] = {
         "options": registry.method(method), "run": RunConfig, "execution": Execution
     }  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     for group, kind in kinds.items():
-        hints = get_type_hints(kind)
+        try:
+            hints = get_type_hints(kind)
+        except NameError as problem:
+            raise UserError(
+                f"The options of the method {method} cannot be read: {problem}. Correct the types "
+                "in its package."
+            ) from problem
         names = (f.name for f in fields(kind) if f.name not in {*_ELSEWHERE, "options"})
         found[group] = {name: hints[name] for name in names}
+    _require_options(method, found["options"], {*found["run"], *found["execution"]})
     return found
+
+
+def _require_options(method: str, options: Mapping[str, Any], taken: set[str]) -> None:
+    """Refuse an option that hides a setting of every run, or that a command line cannot give."""
+    for name, kind in options.items():
+        known = kind in (bool, int, float, str, tuple[str, ...]) or get_origin(kind) is Literal
+        if name in taken or not known:
+            fault = "as every run has" if name in taken else f"of the type {kind}"
+            raise UserError(
+                f"The method {method} has an option {name}, {fault}. Rename it in its package, or "
+                "make it bool, int, float, str, Literal or tuple[str, ...]."
+            )
 
 
 def method_of(config: RunConfig) -> Any:

@@ -37,15 +37,27 @@ KEPT_BY = {"parameters": "AUTOMATIC1111", "prompt": "ComfyUI"}
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture as RGB, whole in memory.
+    """A picture as RGB, whole in memory, turned as programs that show it turn it.
 
     Raises:
-        UserError: it is damaged, enormous, of another format, or of more than 8 bits a channel.
+        UserError: it is damaged, enormous, of another format, of more than 8 bits a channel, or
+            looks different by how it is shown: an animation, or transparent.
     """
+    from PIL import ImageOps
+
     with opened(path) as picture:
         if picture.mode not in MODES:
             raise ValueError(f"it has more than 8 bits a channel ({picture.mode})")
-        return picture.convert("RGB")
+        # Cameras write a preview as a second picture, which makes their JPEG an MPO.
+        if picture.format in FORMATS and getattr(picture, "is_animated", False):
+            raise ValueError("it is an animation of several pictures")
+        if picture.has_transparency_data and _lets_through(picture):
+            raise ValueError("it is transparent in places, where any colour may be hidden")
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def _lets_through(picture: Image.Image) -> bool:
+    return picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 @contextmanager
@@ -120,7 +132,7 @@ def read_pictures(folder: Path) -> list[tuple[str, str]]:
     rows = rows_of(path)
     first = rows[0] if rows and isinstance(rows[0], dict) else {}
     column = next((name for name in TEXTS if name in first), TEXTS[0])
-    pictures = []
+    pictures: dict[tuple[str, str], None] = {}
     for number, row in enumerate(rows, 1):
         name, text = (row.get(c) if isinstance(row, dict) else None for c in ("file_name", column))
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
@@ -130,10 +142,15 @@ def read_pictures(folder: Path) -> list[tuple[str, str]]:
             )
         _require_inside(folder, name, path)
         require_text(text, path)
-        pictures.append((name, text))
+        if (name, text) in pictures:
+            raise UserError(
+                f"{path} has {ascii(name)[:80]} twice with the same text, which would count twice. "
+                f"Remove row {number}."
+            )
+        pictures[name, text] = None
     if not pictures:
         raise UserError(f"{path} names no picture. Write a row for each.")
-    return pictures
+    return list(pictures)
 
 
 def _require_inside(folder: Path, name: str, table: Path) -> None:

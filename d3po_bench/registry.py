@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -81,8 +82,14 @@ def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
 def _plugins(kind: Kind) -> dict[str, EntryPoint]:
     """What other packages bring of a kind."""
     group = "families" if kind == "family" else f"{kind}s"
-    found = {e.name: e for e in entry_points(group=f"d3po_bench.{group}")}
-    for name, entry in found.items():
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=f"d3po_bench.{group}"):
+        name, other = entry.name, found.setdefault(entry.name, entry)
+        if other.value != entry.value:  # which one comes first is an accident of their places
+            raise UserError(
+                f"Two packages bring a {kind} called {name!a}: {_distribution(other)} and "
+                f"{_distribution(entry)}. Remove one of them, or rename it there."
+            )
         if not is_name(name):
             raise UserError(
                 f"The package {_distribution(entry)} brings a {kind} called {name!a}. A name "
@@ -151,7 +158,7 @@ def _module(kind: Kind, name: str) -> Any:
     try:
         with undisturbed():
             return entry.load()
-    except Exception as problem:  # of another package: whatever its code raises
+    except (Exception, SystemExit) as problem:  # of another package: whatever its code raises
         raise UserError(
             f"The {kind} {name} of {_distribution(entry)} does not load from {entry.value}: "
             f"{type(problem).__name__}: {problem}. Fix or remove that package."
@@ -159,10 +166,36 @@ def _module(kind: Kind, name: str) -> Any:
 
 
 def method(name: str) -> Callable[..., Method[Any]]:
-    """The class behind a method's name; its arguments are the method's options."""
+    """The class behind a method's name; its arguments are the method's options.
+
+    Raises:
+        UserError: there is none, or what a package brings by that name is something else.
+    """
     module = _module("method", name)
     found: Callable[..., Method[Any]] = getattr(module, "METHOD", module)
+    if fault := _fault_of(found):
+        raise UserError(
+            f"The method {name} {fault}. Correct it in its package; CONTRIBUTING.md shows one."
+        )
     return found
+
+
+_OF_A_METHOD = ("rows", "loss", "images_per_prompt", "shared_noise", "reference")
+
+
+def _fault_of(method: Any) -> str:
+    """What keeps something from being a method; "" where it is one."""
+    if not (isinstance(method, type) and is_dataclass(method)):
+        return f"is {ascii(method)[:80]}, not a dataclass"
+    if missing := [name for name in _OF_A_METHOD if not hasattr(method, name)]:
+        return f"has no {missing[0]}"
+    for name in ("images_per_prompt", "least_images"):
+        if type(number := getattr(method, name, 1)) is not int:
+            return f"has {name} = {ascii(number)[:40]}, not a whole number"
+    for option in fields(method):
+        if option.default is MISSING and option.default_factory is MISSING:
+            return f"has an option {option.name} without a default"
+    return ""
 
 
 def objective(name: str) -> Objective:
@@ -173,7 +206,11 @@ def objective(name: str) -> Objective:
     """
     module = _module("objective", name)
     found = getattr(module, "OBJECTIVE", module)
-    if not isinstance(found, Objective) or found.sign not in (-1, 1):
+    if (
+        not isinstance(found, Objective)
+        or found.sign not in (-1, 1)
+        or not all(isinstance(name, str) for name in (found.prompts, found.scorer))
+    ):
         raise UserError(
             f"The objective {name} is {ascii(found)[:80]}. Make it, for example, "
             "OBJECTIVE = Objective(prompts='animals', scorer='jpeg_size', sign=1)."
@@ -290,7 +327,7 @@ def from_file(path: Path) -> ModuleType:
     try:
         with undisturbed():
             spec.loader.exec_module(module)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         raise UserError(
             f"{path} does not load: {type(problem).__name__}: {problem}. Correct that file."
         ) from problem

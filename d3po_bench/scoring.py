@@ -6,8 +6,9 @@ rater comes through here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,11 @@ class Guarded:
                 f"The columns of the scorer {self.name} are a {type(found).__name__}, not a "
                 "dictionary from names to scores. Correct that scorer."
             )
+        if odd := [n for n in found if not n.isprintable() or not n.strip()]:
+            raise RunError(
+                f"The scorer {self.name} has a column {odd[0]!a}, which no table can have. Give it "
+                "a name of printable characters in that scorer."
+            )
         if wrong := sorted(TAKEN & found.keys()):
             raise RunError(
                 f"The scorer {self.name} has a column {wrong[0]}, as every evaluation has. Rename "
@@ -90,15 +96,13 @@ class Guarded:
 
     def _numbers(self, found: Any, count: int) -> Tensor:
         try:
-            values: Tensor = (
-                found
-                if isinstance(found, Tensor)
-                else torch.from_numpy(np.array(found, dtype=np.float64))
-            )
+            values = found if isinstance(found, Tensor) else torch.from_numpy(_array(found))
             if values.is_complex():
                 raise TypeError("complex numbers")
+            if values.is_nested or values.layout != torch.strided:
+                raise TypeError("a nested or sparse tensor")
             values = values.detach().to("cpu", torch.float32, copy=True)
-        except (TypeError, ValueError, RuntimeError) as problem:
+        except Exception as problem:  # what it returned may be an object of any package
             raise RunError(
                 f"The scorer {self.name} returned no numbers but a {type(found).__name__}: "
                 f"{problem}. Correct that scorer."
@@ -111,6 +115,15 @@ class Guarded:
                 f"{count} pictures. Correct that scorer: it must give one for each."
             )
         return values
+
+
+def _array(found: Any) -> Any:
+    """Numbers as numpy has them; NaN, so that it says nothing, where one is masked."""
+    if np.iscomplexobj(found):  # numpy would drop the imaginary part
+        raise TypeError("complex numbers")
+    if isinstance(found, np.ma.MaskedArray):  # numpy would take what is beneath the mask
+        found = np.ma.filled(found.astype(np.float64), np.nan)
+    return np.array(found, dtype=np.float64)
 
 
 def require_scores(scorer: Scorer, scores: Tensor) -> None:
@@ -135,6 +148,10 @@ def require_scores(scorer: Scorer, scores: Tensor) -> None:
 # ---- torch's global state
 
 
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+"""How it is read and set."""
+
+
 def _precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
@@ -142,7 +159,27 @@ def _precision() -> str:
         return "mixed"
 
 
-_STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+def _flushes_denormals() -> bool:
+    return not (torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1).item()
+
+
+def _folder() -> str | None:
+    with suppress(OSError):  # it may have been removed
+        return os.getcwd()  # noqa: PTH109  # to go back to, not to join
+    return None
+
+
+def _go_back(folder: str | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
+
+
+def _attributes(owner: Any, *names: str) -> Iterator[Setting]:
+    for name in names:
+        yield partial(getattr, owner, name), partial(setattr, owner, name)
+
+
+_STATE: tuple[Setting, ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
@@ -155,14 +192,27 @@ _STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
         ),
         lambda found: torch.use_deterministic_algorithms(found[0], warn_only=found[1]),
     ),
+    (_flushes_denormals, torch.set_flush_denormal),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    *(
+        (partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind))
+        for kind in ("cpu", "cuda")
+    ),
     *(
         (
-            partial(getattr, torch.backends.cudnn, name),
-            partial(setattr, torch.backends.cudnn, name),
+            getattr(torch.backends.cuda, f"{kind}_sdp_enabled"),
+            getattr(torch.backends.cuda, f"enable_{kind}_sdp"),
         )
-        for name in ("enabled", "benchmark", "deterministic")
+        for kind in ("flash", "mem_efficient", "math", "cudnn")
     ),
-)
+    *_attributes(torch.backends.cudnn, "enabled", "benchmark", "deterministic", "allow_tf32"),
+    *_attributes(
+        torch.backends.cuda.matmul,
+        "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction",
+    ),
+    (_folder, _go_back),  # a run's folder may be relative
+)  # fmt: skip
 """How to read and to set what foreign code changes for a whole process."""
 
 

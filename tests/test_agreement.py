@@ -187,3 +187,16 @@ def test_label_files_are_cut_and_averaged_as_in_the_published_code(
     scores = agreement.read_label_files(tmp_path)
     assert scores.tolist() == numbers["mean_after_truncation"]
     assert agreement.preferences(scores).tolist() == published(numbers["pairs_bs1"])
+
+
+def test_label_files_count_whatever_their_capitals_and_copies_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[[0, -1]]")
+    (tmp_path / "b.JSON").write_text("[[-1, 0]]")
+    assert agreement.read_label_files(tmp_path).tolist() == [[-0.5, -0.5]]
+    (tmp_path / "a (1).json").write_text("[[0, -1]]")
+    told: list[str] = []
+    agreement.read_label_files(tmp_path, told.append)
+    (line,) = told
+    assert line.endswith(
+        "a.json says what a (1).json says. If it is a copy, remove it: it counts twice."
+    )

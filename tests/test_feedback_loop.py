@@ -31,7 +31,7 @@ from d3po_bench.feedback import comparisons, simulated, training
 from d3po_bench.feedback.agreement import read_label_files
 from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.handout import hand_out
-from d3po_bench.feedback.invitations import find_rater, invite
+from d3po_bench.feedback.invitations import find_rater, invite, pool_of
 from d3po_bench.feedback.rounds import SOURCES, Round
 from d3po_bench.feedback.sampling import Before, Sampling, chosen_prompts, prepared, read_rollout
 from d3po_bench.feedback.schema import Answer, Kind, Question
@@ -447,8 +447,8 @@ def test_first_choices_by_hand(tmp_path: Path) -> None:
 
 
 def test_one_simulated_rater_makes_a_pool_simulated() -> None:
-    assert simulated.pool_of(["Ann"]) == simulated.pool_of(["simulated Ann"]) == "people"
-    assert simulated.pool_of(["Ann", "simulated 12"]) == "simulated"
+    assert pool_of(["Ann"]) == pool_of(["simulated Ann"]) == "people"
+    assert pool_of(["Ann", "simulated 12"]) == "simulated"
 
 
 def test_only_rounds_of_folders_in_pairs_have_first_choices(tmp_path: Path) -> None:
@@ -707,6 +707,23 @@ def test_export_writes_every_vote(own: Path, tmp_path: Path) -> None:
     out = tmp_path / "votes.json"
     assert runner.invoke(cli, ["feedback", "export", str(own), "--out", str(out)]).exit_code == 0
     assert [row["answer"] for row in json.loads(out.read_text())][-1] == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("labels.sqlite", "not 'labels.sqlite'"),
+        ("votes.xlsx", "Votes are written as .csv or .json, not 'votes.xlsx'"),
+        ("round.json", "round.json is there already and holds something else"),
+        ("files.json", "files.json is there already and holds something else"),
+    ],
+)
+def test_an_export_takes_the_place_of_no_other_file(own: Path, name: str, said: str) -> None:
+    before = files(own)
+    done = CliRunner().invoke(cli, ["feedback", "export", str(own), "--out", str(own / name)])
+    assert isinstance(done.exception, UserError)
+    assert said in str(done.exception)
+    assert files(own) == before
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", " ="])

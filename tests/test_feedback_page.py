@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sql
 import uvicorn
 from fastapi.testclient import TestClient
 from httpx2 import Response
@@ -38,7 +39,7 @@ from d3po_bench.feedback.page.connections import Connection
 from d3po_bench.feedback.page.routes import QUESTIONS
 from d3po_bench.feedback.page.sessions import Limiter, Limits, Sessions, session_key
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.store import HandoutSettings, LabelStore, MovedError, default_url
+from d3po_bench.feedback.store import VOTES, HandoutSettings, LabelStore, MovedError, default_url
 from d3po_bench.feedback.votes import cast_vote, effective_votes
 from tests import feedback_load
 from tests.feedback_round import new_round, picture
@@ -869,3 +870,27 @@ def test_acknowledged_votes_survive_kill_9(tmp_path: Path) -> None:
     outcome = feedback_load.run(tmp_path / "round", 3, 8, 2, think=0.2, every=0.7)
     assert (outcome.acknowledged, outcome.stored) == (24, 24)
     assert (outcome.lost, outcome.doubled, outcome.seen_twice) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), -1e300, 1e300])
+def test_a_vote_at_no_time_is_said_in_words(tags: Site, seconds: float) -> None:
+    client = tags.rater()
+    client.post("/vote", data=fields(client))
+    with tags.store.writing() as connection:
+        connection.execute(sql.update(VOTES).values(time=seconds))
+    refused(tags.browser(invite_admin(tags.store)).get("/admin"), 503)
+
+
+def test_a_rater_is_invited_under_one_name(tags: Site) -> None:
+    lines = list(
+        server.invitations(tags.store, ["Zo\u00e9", "Zoe\u0301", " Zo\u00e9 "], "http://x")
+    )
+    assert [line.partition(":")[0] for line in lines[1:]] == ["Zo\u00e9", "admin"]
+    with pytest.raises(UserError, match="'simulated 1' is a name of simulated raters"):
+        list(server.invitations(tags.store, ["simulated 1"], "http://x"))
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:a?uri=true"])
+def test_votes_are_not_taken_into_what_does_not_last(url: str, tags: Site) -> None:
+    with pytest.raises(UserError, match="would not last"):
+        server.serve(tags.folder, url, port=0)

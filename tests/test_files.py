@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.runs.files import write_atomically, write_folder, writing
+from d3po_bench.runs.files import csv_bytes, write_atomically, write_folder, write_output, writing
 from tests.damage import failing, listed
 
 # ---- a file
@@ -106,3 +108,25 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     assert listed(tmp_path) == ["lora", "lora/one"]
     write_folder(folder, save("two"))
     assert listed(tmp_path) == ["lora", "lora/two"]
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", 'a"b', "a,b", "\r", "", "a\u2028b"])
+def test_a_table_is_read_as_it_was_written(text: str) -> None:
+    rows = [{"prompt": text, "kl": "1"}, {"prompt": "b", "kl": "2"}]
+    written = csv_bytes(rows).decode()
+    assert written.startswith("prompt,kl\n")
+    assert list(csv.DictReader(io.StringIO(written, newline=""))) == rows
+
+
+def test_an_output_replaces_its_like_alone(tmp_path: Path) -> None:
+    path = tmp_path / "votes.csv"
+    for data in (b"prompt,rater\na,1\n", b"prompt,rater\nb,2\n"):
+        write_output(path, data)
+        assert path.read_bytes() == data
+    for other in (b"SQLite format 3\0", b'{\n "kind": "pairs"\n}\n', b"my,own\n1,2\n"):
+        path.write_bytes(other)
+        with pytest.raises(
+            UserError, match=r"votes\.csv is there already and holds something else"
+        ):
+            write_output(path, b"prompt,rater\n")
+        assert path.read_bytes() == other

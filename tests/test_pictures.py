@@ -164,3 +164,36 @@ def test_pictures_with_metadata_jsonl_are_scored(command: Command, tmp_path: Pat
     assert done.code == 0
     assert "(2 images)" in done.out
     assert (folder / "evaluation" / "rows.csv").read_text().startswith("file,size,prompt,jpeg_size")
+
+
+def test_a_photograph_is_turned_as_it_is_shown(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 4), "red")
+    picture.paste("blue", (0, 0, 4, 4))  # the left half, which orientation 6 turns to the top
+    orientation = Image.Exif()
+    orientation[0x112] = 6
+    for name in ("0.jpg", "0.png"):
+        picture.save(tmp_path / name, exif=orientation)
+        found = open_picture(tmp_path / name)
+        assert found.size == (4, 8)
+        assert found.getpixel((2, 1))[2] > 200  # type: ignore[index]  # blue
+
+
+def test_pictures_without_one_look_are_refused(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for name in ("0.png", "0.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        with pytest.raises(UserError, match="it is an animation"):
+            open_picture(tmp_path / name)
+    for alpha, mode in ((0, "RGBA"), (254, "LA")):
+        Image.new("RGBA", (4, 4), (255, 0, 0, alpha)).convert(mode).save(tmp_path / "1.png")
+        with pytest.raises(UserError, match="it is transparent in places"):
+            open_picture(tmp_path / "1.png")
+    Image.new("RGBA", (4, 4), (255, 0, 0, 255)).save(tmp_path / "1.png")
+    assert open_picture(tmp_path / "1.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_row_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pictures")
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,cat\n0.png,dog\n0.png,cat\n")
+    with pytest.raises(UserError, match=r"has '0\.png' twice with the same text.*Remove row 3"):
+        read_pictures(folder)

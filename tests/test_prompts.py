@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def test_a_line_break_within_a_prompt_becomes_a_space(tmp_path: Path) -> None:
         ("a.json", "[]", "a.json holds no prompt"),
         ("a.json", '["cat", 1]', "Say which field"),
         ("a.json", '["cat", ""]', "a.json has '' instead of a text in row 2"),
+        ("a.jsonl", '{"prompt": "cat", "prompt": "dog"}', "two fields of an object have the same"),
         ("a.json", '["d\\u0000g"]', "holds the control character '\\x00'"),
         ("a.json", '["\\ud800"]', "holds the control character '\\ud800'"),
         ("a.jsonl", '{"prompt": "cat"}\n{"prompt": null}', "has None instead of a text in row 2"),
@@ -201,3 +203,16 @@ def test_odd_prompts_are_paired_in_table_1(tmp_path: Path) -> None:
     assert table1._cell([found["clip"]], table1._rows(tmp_path)["no-fine-tune"]["clip"]) == (
         "7.500 (+2.000)"
     )
+
+
+@pytest.mark.parametrize("ending", ["\r", "\n", "\r\n"])
+def test_each_line_break_within_a_prompt_is_one_space(ending: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([f" a{ending}cat{ending}"]))
+    assert read_prompts(str(tmp_path / "a.json")) == ["a cat"]
+
+
+@pytest.mark.parametrize("args", [["run", "--prompts"], ["sweep"]])
+def test_a_pipe_is_refused_and_not_waited_for(args: list[str], command: Command) -> None:
+    os.mkfifo("pipe.txt")
+    more = ["--method", "d3po", "--objective", "incompress"] if args[0] == "run" else []
+    refused(command(*args, "pipe.txt", *more), "pipe.txt is a pipe or a device")

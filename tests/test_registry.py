@@ -13,10 +13,13 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from d3po_bench import prompts, registry
+from baselines.ddpo import DDPO
+from d3po_bench import config, prompts, registry
 from d3po_bench.cli import list as listing
 from d3po_bench.d3po import D3PO
 from d3po_bench.errors import UserError
+from d3po_bench.models.adapters import Training
+from d3po_bench.models.sources import Source, load
 from d3po_bench.prompts import read_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -93,15 +96,101 @@ def test_a_strangers_package_is_refused(tmp_path: Path, package: str) -> None:
 def test_plugins_come_after_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def entries(group: str) -> list[EntryPoint]:
         here = {"d3po_bench.methods": ["mine", "d3po"]}.get(group, [])
-        return [EntryPoint(name, "decimal:Decimal", group) for name in here]
+        return [EntryPoint(name, "baselines.ddpo:METHOD", group) for name in here]
 
     monkeypatch.setattr(registry, "entry_points", entries)
     assert "mine" in registry.names("method")
     assert registry.names("method").count("d3po") == 1
     found: Any = registry.method("mine")
-    assert found.__name__ == "Decimal"
+    assert found is DDPO
     assert registry.method("d3po") is D3PO
-    assert registry.summary("method", "mine") == "from decimal:Decimal"
+    assert registry.summary("method", "mine") == "from baselines.ddpo:METHOD"
+
+
+def test_two_packages_with_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entries(group: str) -> list[EntryPoint]:
+        return [EntryPoint("mine", f"{package}:load", group) for package in ("one", "other")]
+
+    monkeypatch.setattr(registry, "entry_points", entries)
+    with pytest.raises(UserError, match="Two packages bring a scorer called 'mine': "):
+        registry.require_scorer("mine")
+
+
+METHODS = """
+from dataclasses import dataclass
+from typing import ClassVar
+from d3po_bench.d3po import D3PO
+
+class Plain: ...
+
+@dataclass(frozen=True)
+class Lacks: ...
+
+@dataclass(frozen=True)
+class Text(D3PO):
+    least_images: ClassVar = "two"
+
+@dataclass(frozen=True, kw_only=True)
+class Needs(D3PO):
+    option: int
+
+@dataclass(frozen=True)
+class Union(D3PO):
+    option: int | None = None
+
+@dataclass(frozen=True)
+class Unknown(D3PO):
+    option: "Nowhere" = 3
+
+@dataclass(frozen=True)
+class Hides(D3PO):
+    guidance: float = 1.0
+
+MADE, NUMBER = D3PO(), 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("MADE", "not a dataclass"),
+        ("NUMBER", "is 3, not a dataclass"),
+        ("Plain", "not a dataclass"),
+        ("Lacks", "has no rows"),
+        ("Text", "has least_images = 'two', not a whole number"),
+        ("Needs", "has an option option without a default"),
+        ("Union", "has an option option, of the type int | None"),
+        ("Unknown", "cannot be read: name 'Nowhere' is not defined"),
+        ("Hides", "has an option guidance, as every run has"),
+    ],
+)
+def test_what_is_no_method_is_one_line(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_methods.py").write_text(METHODS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_methods", raising=False)
+    entry = EntryPoint("mine", f"own_methods:{name}", "d3po_bench.methods")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    with pytest.raises(UserError, match=f"method mine .*{re.escape(said)}") as refusal:
+        config.settings("mine")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import sys; sys.exit(0)", "does not load: SystemExit"),
+        ("", "has no FAMILY with a function load"),
+        ("FAMILY = 3", "has no FAMILY with a function load"),
+        ("class FAMILY:\n    load = lambda *given: 3", "loads a int, which lacks a part"),
+    ],
+)
+def test_a_file_without_a_family_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / f"own{abs(hash(text))}.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        load(Source(path=str(path)), torch.device("cpu"), Training())
 
 
 @pytest.mark.parametrize("kind", get_args(registry.Kind))

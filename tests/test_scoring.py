@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint
@@ -35,6 +37,13 @@ class Own:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Any:
         return self.says(images.float().mean((1, 2, 3)))
+
+
+class Broken:
+    """What cannot even be asked for its numbers."""
+
+    def __array__(self, *kind: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("not today")
 
 
 class OwnColumns(Own):
@@ -92,6 +101,15 @@ def test_what_peoples_functions_return_becomes_numbers(says: Callable[[Tensor], 
         (lambda b: (x for x in b), "no numbers but a generator"),
         (lambda b: [[1, 2], [3]], "no numbers but a list"),
         (lambda b: b + 1j, "no numbers but a Tensor: complex numbers"),
+        (lambda b: b.numpy() + 1j, "no numbers but a ndarray: complex numbers"),
+        (lambda b: b.to_sparse(), "no numbers but a Tensor: a nested or sparse tensor"),
+        (
+            lambda b: torch.nested.nested_tensor([b, b], layout=torch.jagged),
+            "no numbers but a NestedTensor: a nested or",
+        ),
+        (lambda b: b.to("meta"), "no numbers but a Tensor: Cannot copy out of meta tensor"),
+        (lambda b: [10**400, 1, 2], "no numbers but a list: int too large to convert"),
+        (lambda b: Broken(), "no numbers but a Broken: not today"),
     ],
 )
 def test_anything_else_is_one_line_with_the_scorers_name(
@@ -100,6 +118,13 @@ def test_anything_else_is_one_line_with_the_scorers_name(
     with pytest.raises(RunError) as refusal:
         guarded(says)(IMAGES, PROMPTS)
     assert str(refusal.value).startswith(f"The scorer mine returned {said}")
+
+
+def test_what_is_masked_is_no_score() -> None:
+    scorer = guarded(lambda b: np.ma.array(b.numpy(), mask=[False, True, False]))
+    found = scorer(IMAGES, PROMPTS)
+    assert found.isnan().tolist() == [False, True, False]
+    assert found[[0, 2]].tolist() == [10, 30]
 
 
 def test_nan_is_blamed_on_the_scorer() -> None:
@@ -149,6 +174,22 @@ STATE: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: torch.use_deterministic_algorithms(True, warn_only=True),
         torch.get_deterministic_debug_mode,
     ),
+    "autocast": (
+        lambda: torch.set_autocast_enabled("cpu", True), lambda: torch.is_autocast_enabled("cpu"),
+    ),
+    "oneDNN": (lambda: torch._C._set_mkldnn_enabled(False), torch._C._get_mkldnn_enabled),
+    "attention": (
+        lambda: torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.flash_sdp_enabled,
+    ),
+    "tf32": (
+        lambda: setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32),
+        lambda: torch.backends.cudnn.allow_tf32,
+    ),
+    "denormals": (
+        lambda: torch.set_flush_denormal(True), lambda: float(torch.tensor(1e-40) * 1),
+    ),
+    "anomalies": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
+    "folder": (lambda: os.chdir("/"), os.getcwd),
     "benchmark": (
         lambda: setattr(torch.backends.cudnn, "benchmark", True),
         lambda: torch.backends.cudnn.benchmark,
@@ -208,6 +249,12 @@ def test_columns_that_cannot_stand_together_are_refused() -> None:
         scored(IMAGES, PROMPTS, two)
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a\rb", "\u202eab"])
+def test_columns_have_names_that_a_table_can_have(name: str) -> None:
+    with pytest.raises(RunError, match="which no table can have"):
+        scored(IMAGES, PROMPTS, {"mine": Guarded("mine", OwnColumns(lambda b: {name: b}))})
+
+
 @pytest.mark.parametrize("odd", [[1, 2, 3], {1: [1, 2, 3]}, None])
 def test_columns_that_are_none_are_one_line(odd: Any) -> None:
     with pytest.raises(RunError, match="The columns of the scorer mine are a "):
@@ -217,7 +264,9 @@ def test_columns_that_are_none_are_one_line(odd: Any) -> None:
 # ---- a package's own, by its entry points
 
 PACKAGE = """
+from dataclasses import dataclass
 import torch
+from d3po_bench.d3po import D3PO
 from d3po_bench.types import Objective
 
 torch.set_grad_enabled(False)
@@ -239,8 +288,17 @@ def without_unit(device):
 def reward(images, prompts):
     return [0.0] * len(images)
 
+@dataclass(frozen=True)
+class Zeroes(D3PO):
+    def rows(self, rollout, rng):
+        found = super().rows(rollout, rng)
+        rollout.scores.zero_()
+        return found
+
 OBJECTIVE = Objective(prompts="animals", scorer="mine", sign=1)
 NO_SIGN = Objective(prompts="animals", scorer="mine", sign=0)
+NO_PROMPTS = Objective(prompts=3, scorer="mine", sign=1)
+NO_SCORER = Objective(prompts="animals", scorer=None, sign=1)
 """
 
 
@@ -291,7 +349,7 @@ def test_what_is_no_scorer_is_one_line(
     assert said in str(refusal.value)
 
 
-@pytest.mark.parametrize("value", ["load", "NO_SIGN"])
+@pytest.mark.parametrize("value", ["load", "NO_SIGN", "NO_PROMPTS", "NO_SCORER"])
 def test_what_is_no_objective_is_one_line(
     value: str, brings: Callable[..., None], command: Command, micro: Path
 ) -> None:
@@ -305,3 +363,27 @@ def test_an_objective_is_found_as_a_module_or_by_itself(brings: Callable[..., No
     for value in ("", "OBJECTIVE"):
         brings(objectives=value)
         assert registry.objective("mine") == expected
+
+
+def test_a_package_that_ends_the_program_is_one_line(
+    command: Command, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the command would end with 0, and nothing would have run."""
+    (tmp_path / "goodbye.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [EntryPoint("mine", "goodbye", group)]
+    )
+    refused(
+        command(*run_of(micro), "--objective", "mine"), "does not load from goodbye: SystemExit"
+    )
+    assert not Path("runs").exists()
+
+
+def test_scores_on_record_are_those_before_a_method_wrote_into_them(
+    brings: Callable[..., None], command: Command, micro: Path
+) -> None:
+    brings(methods="Zeroes")
+    assert command(*run_of(micro, rounds=1, eval_every=0), "--method", "mine").code == 0
+    (path,) = Path("runs").rglob("metrics.jsonl")
+    assert json.loads(path.read_text())["score_mean"] > 0

@@ -318,7 +318,7 @@ NAMES, SEEDS, SETS = '["d3po"]', "seeds = 1", "a setting is text, a number, true
 REFUSED: dict[str | bytes, str] = {
     "methods = [": "grid.toml is not TOML",
     "a = " + "[" * 5000: "grid.toml is not TOML",
-    b"\xff\xfe\x00": "grid.toml is not TOML",
+    b"\xff\xfe\x00": "grid.toml is not UTF-8 text",
     GOOD + "seeds = 3": "grid.toml is not TOML",  # a key twice
     "": "methods: it is missing",
     GOOD.replace('objectives = ["compress"]', ""): "objectives: it is missing",

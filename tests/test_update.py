@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d3po_bench.d3po import D3PO
+from d3po_bench.d3po import D3PO, Pairs
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import RunError
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from d3po_bench.types import Reference
+from d3po_bench.types import Metrics, Reference
 from tests.conftest import disturb, loaded
 from tests.rounds import KeepGradient, adam, gradient, near, rollout_of, rows_of, weights
 
@@ -143,6 +143,38 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(micro_model: StableDiff
     with pytest.raises(RunError, match=said):
         update(policy, D3PO(), broken, adam(micro_model), Updates(), shuffled())
     assert torch.equal(before, weights(micro_model))
+
+
+class Detached(D3PO):
+    """A loss that nothing can be learned from."""
+
+    def loss(self, policy: Any, items: Pairs) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().loss(policy, items)
+        return loss.detach(), metrics
+
+
+class Misnamed(D3PO):
+    """A measurement that has the name of the loss."""
+
+    def loss(self, policy: Any, items: Pairs) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().loss(policy, items)
+        return loss, {**metrics, "loss": torch.tensor(7.0)}
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (Detached(), "The loss of Detached has no gradient, so nothing would be trained"),
+        (Misnamed(), "The method Misnamed measures loss, as every run does"),
+    ],
+)
+def test_a_loss_that_would_mislead_stops(
+    method: D3PO, said: str, micro_model: StableDiffusion
+) -> None:
+    policy = Policy(micro_model, steps=4)
+    rows = rows_of(policy, untrained=True)
+    with pytest.raises(RunError, match=said):
+        update(policy, method, rows, adam(micro_model), Updates(), shuffled())
 
 
 # ---- ranks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -79,6 +79,18 @@ def update(
     return {**totals, "updates": len(groups)}
 
 
+def require_own_names(method: str, found: Iterable[str], ours: Iterable[str]) -> None:
+    """Refuse what a method measures under a name that every run has: one would be lost.
+
+    Raises:
+        RunError: naming both.
+    """
+    if twice := sorted({*found} & {*ours}):
+        raise RunError(
+            f"The method {method} measures {twice[0]}, as every run does. Rename it in its loss."
+        )
+
+
 def _groups(rows: Rows, updates: Updates, rng: Generator) -> list[tuple[Tensor, Tensor]]:
     """The (unit, step) items of each optimizer step of one pass."""
     trained = rows.steps - updates.skip
@@ -116,9 +128,14 @@ def _accumulate(
             continue
         share = len(u) / len(unit) * mine
         loss, metrics = method.loss(policy, rows.take(u, s))
+        require_own_names(type(method).__name__, metrics, ("loss", "grad_norm", "updates"))
         scaled = loss * share if scaler is None else scaler.scale(loss * share)
-        if scaled.requires_grad:
-            scaled.backward()
+        if not scaled.requires_grad:
+            raise RunError(
+                f"The loss of {type(method).__name__} has no gradient, so nothing would be "
+                "trained. Compute it from policy.step or policy.denoise, without detach or no_grad."
+            )
+        scaled.backward()
         for name, value in {"loss": loss, **metrics}.items():
             part = value.detach().double() * share
             totals[name] = totals[name] + part if name in totals else part

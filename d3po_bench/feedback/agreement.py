@@ -256,10 +256,14 @@ def read_label_files(folder: Path, say: Callable[[str], None] = lambda line: Non
     Raises:
         UserError: there is none, or one is not such a list.
     """
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() == ".json")
     tables = [
         np.array(schema.read(schema.LABELS, path, "Correct the file."), dtype=np.float64)
-        for path in sorted(folder.glob("*.json"))
+        for path in paths
     ]
+    for n, path in enumerate(paths):
+        if same := next((p for p in paths[:n] if p.read_bytes() == path.read_bytes()), None):
+            say(f"{path} says what {same.name} says. If it is a copy, remove it: it counts twice.")
     if not tables:
         raise UserError(f"There are no label files (*.json) in {folder}. Give another folder.")
     if len({table.shape[1] for table in tables}) > 1:

@@ -15,13 +15,13 @@ import numpy as np
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds, schema
 from d3po_bench.feedback.agreement import Floats
+from d3po_bench.feedback.invitations import pool_of
 from d3po_bench.feedback.rounds import SOURCES, Item, Pool, Round, Vote
 from d3po_bench.feedback.schema import Kind, Question
-from d3po_bench.feedback.simulated import pool_of
 from d3po_bench.feedback.store import LabelStore
 from d3po_bench.feedback.votes import effective_votes
 from d3po_bench.pictures import open_picture, opened, read_pictures
-from d3po_bench.runs.files import csv_bytes, taken, write_atomically
+from d3po_bench.runs.files import csv_bytes, taken, write_atomically, write_output
 
 REMEDY = "Make a round with `feedback new --kind pairs --pictures A --pictures B`."
 
@@ -207,4 +207,4 @@ def write_choices(path: Path, found: Sequence[Share]) -> None:
         | {"source": os.path.relpath(share.source, path.parent)}
         for share in found
     ]
-    write_atomically(path, csv_bytes(rows))
+    write_output(path, csv_bytes(rows))

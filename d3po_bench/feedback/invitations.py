@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sql
 
 from d3po_bench.errors import UserError
+from d3po_bench.feedback.rounds import Pool
 from d3po_bench.feedback.store import FACTS, RATERS, LabelStore
 
 
@@ -96,6 +99,16 @@ def has_left(store: LabelStore, nonce: str) -> bool:
 def _time(seconds: float) -> str:
     """Seconds as text that sorts as they do."""
     return f"{int(seconds):012d}"
+
+
+SIMULATED = "simulated {}"
+"""Name of a simulated rater, by number from 1."""
+
+
+def pool_of(names: Iterable[str]) -> Pool:
+    """Whether raters of these names are people; one who is simulated makes all of them so."""
+    simulated = re.compile(SIMULATED.format(r"\d+"))
+    return "simulated" if any(simulated.fullmatch(name) for name in names) else "people"
 
 
 def raters(store: LabelStore) -> list[Rater]:

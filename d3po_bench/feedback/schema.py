@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -244,8 +245,12 @@ SOURCES: TypeAdapter[list[str]] = TypeAdapter(Annotated[list[str], Field(min_len
 # ---- the votes in a database, which another program may have written
 
 VOTE: TypeAdapter[tuple[str, str, int, int, float]] = TypeAdapter(
-    tuple[str, str, int, int, float], config=ConfigDict(strict=True)
-)
+    tuple[
+        str, str, NonNegativeInt, NonNegativeInt,
+        Annotated[float, Field(ge=0, lt=2**53)],  # dates can be made of it
+    ],
+    config=ConfigDict(strict=True),
+)  # fmt: skip
 """Rater, item, repeat, milliseconds and time of a row."""
 
 

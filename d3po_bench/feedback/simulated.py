@@ -5,8 +5,7 @@ They go through the same store as people. What they find out is about the loop, 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -18,8 +17,8 @@ from torch import Generator, Tensor
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.handout import Hand, hand_out
-from d3po_bench.feedback.invitations import find_rater, invite
-from d3po_bench.feedback.rounds import Pool, Round
+from d3po_bench.feedback.invitations import SIMULATED, find_rater, invite
+from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.schema import Answer, Kind
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, open_labels
 from d3po_bench.feedback.votes import cast_vote
@@ -30,9 +29,6 @@ Rule = Callable[[Tensor, Sequence[str], Tools], Tensor]
 """Pictures [N, 3, h, w] uint8, their prompts, where scorers come from -> how good each is, [N].
 
 0 or less is bad."""
-
-NAME = "simulated {}"
-"""Of a simulated rater, by number from 1."""
 
 RED = 0.12
 """Share of a picture that may be red before the stand-in for safety calls it unsafe."""
@@ -158,7 +154,7 @@ def let_vote(
     place = {item.id: n for n, item in enumerate(store.round.items)}
     raters = []
     for n, annotator in enumerate(pool):
-        name = NAME.format(n + 1)
+        name = SIMULATED.format(n + 1)
         rater = find_rater(store, token=invite(store, name))
         if rater is None:
             raise UserError(f"{name!r} is blocked in this round. Unblock them on the admin page.")
@@ -177,9 +173,3 @@ def let_vote(
         if len(idle) == len(raters):
             break
     return votes
-
-
-def pool_of(names: Iterable[str]) -> Pool:
-    """Whether raters of these names are people; one who is simulated makes all of them so."""
-    simulated = re.compile(NAME.format(r"\d+"))
-    return "simulated" if any(simulated.fullmatch(name) for name in names) else "people"

@@ -265,12 +265,27 @@ def open_labels(
         UserError: no such round, no such labels, or labels of another round; or the database
             fails while it is used.
     """
-    if labels and not new:
-        _require_file(labels)
+    if labels:
+        (require_lasting if new else _require_file)(labels)
     made = new or (folder / LABELS).exists()
     url = labels or (default_url(folder) if made else "sqlite://")
     with LabelStore(url, Round.read(folder), settings) as store, _in_one_line(url):
         yield store
+
+
+def require_lasting(url: str) -> None:
+    """Refuse SQLite's databases in memory, and those whose file its URL hides.
+
+    Raises:
+        UserError: votes would be gone with this process, or nobody would see their file go.
+    """
+    with _in_one_line(url):
+        where = sql.make_url(url)
+    if where.get_backend_name() == "sqlite" and not _file(where):
+        raise UserError(
+            f"Votes in {_shown(url)} would not last. Give --labels the path of a file, such as "
+            "sqlite:///labels.sqlite."
+        )
 
 
 def _require_file(url: str) -> None:

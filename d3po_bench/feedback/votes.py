@@ -19,7 +19,7 @@ from d3po_bench.feedback.handout import Hand, hand_of, require_hand, set_state
 from d3po_bench.feedback.rounds import Progress, Vote
 from d3po_bench.feedback.schema import VOTE, Answer, answer_of, check_answer, order_of
 from d3po_bench.feedback.store import RATERS, VOTES, LabelStore, Row, open_labels
-from d3po_bench.runs.files import csv_bytes, write_atomically
+from d3po_bench.runs.files import csv_bytes, write_output
 
 MOST_MILLISECONDS = 24 * 60 * 60 * 1000
 
@@ -147,16 +147,20 @@ def export(store: LabelStore, out: Path) -> int:
     """Write the votes, one a row, as CSV or JSON by the name of `out`; returns their number.
 
     Raises:
-        UserError: the labels are damaged, or `out` cannot be written.
+        UserError: the labels are damaged, `out` has another suffix or holds something else, or it
+            cannot be written.
     """
+    kind = out.suffix.lower()
+    if kind not in (".csv", ".json"):
+        raise UserError(f"Votes are written as .csv or .json, not {out.name!a}. Change --out.")
     rows = [
         {"prompt": store.items[vote.item].prompt, **asdict(vote)} for vote in effective_votes(store)
     ]
-    if out.suffix == ".json":
+    if kind == ".json":
         data = (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
     else:
         data = csv_bytes([{k: _cell(v) for k, v in row.items()} for row in rows])
-    write_atomically(out, data)
+    write_output(out, data)
     return len(rows)
 
 

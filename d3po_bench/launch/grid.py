@@ -41,6 +41,7 @@ from d3po_bench.config import MOST_SEEDS, RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
+from d3po_bench.prompts.tables import read_text
 from d3po_bench.training.progress import label
 from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
@@ -136,7 +137,7 @@ def read(path: Path) -> Grid:
         UserError: it is not there, not TOML, or not a grid.
     """
     try:
-        return Grid.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        return Grid.model_validate(tomllib.loads(read_text(path)))
     except OSError as problem:
         raise UserError(
             f"The grid {path} cannot be read: {problem.strerror}. Give the path of a TOML file; "
@@ -153,7 +154,7 @@ def read(path: Path) -> Grid:
         raise UserError(
             f"{path}, {place}: {said}. `d3po-bench sweep --help` shows a grid."
         ) from problem
-    except (ValueError, RecursionError) as problem:  # no UTF-8, or no TOML
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{path} is not TOML: {problem}. Correct that place.") from problem
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3po_bench import registry
+from d3po_bench import registry, types
 from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.models.one_file import find, in_one_file
@@ -70,18 +70,31 @@ def load(source: Source, device: torch.device, training: Training) -> Model:
             not load.
     """
     if source.is_code:
-        family: Any = registry.from_file(Path(source.path)).FAMILY
-        model: Model = family.load(source.path, None, {}, device, training)
-        return model
+        return _of_file(source.path, device, training)
     _require_pinned(source)
     index = _model_index(source)
     # All parts of a hub id come from one commit, whatever happens to its branch meanwhile.
     found = commit(source)
     kind = str(index.get("_class_name", "pipeline without a _class_name"))
     family = registry.family(kind, source.path)
-    model = family.load(source.path, found or source.revision, index, device, training)
+    model: Model = family.load(source.path, found or source.revision, index, device, training)
     model.commit = found
     return model
+
+
+def _of_file(path: str, device: torch.device, training: Training) -> Model:
+    family = getattr(registry.from_file(Path(path)), "FAMILY", None)
+    if not callable(getattr(family, "load", None)):
+        raise UserError(
+            f"{path} has no FAMILY with a function load. Add it, as docs/own-model.md shows."
+        )
+    model = family.load(path, None, {}, device, training)  # type: ignore[union-attr]
+    if isinstance(model, types.Model):
+        return model
+    raise UserError(
+        f"The FAMILY of {path} loads a {type(model).__name__}, which lacks a part of "
+        "d3po_bench.types.Model. docs/own-model.md names them all."
+    )
 
 
 def threads_of(source: Source, wanted: int = 0) -> int:

@@ -40,7 +40,7 @@ def read_prompts(source: str) -> list[str]:
             f"No prompt list is called {source[:200]!r}, and no such file can be read: {reason}. "
             f"Give {', '.join(names())}, or a file with one prompt on each line."
         ) from problem
-    prompts = [" ".join(prompt.strip().split("\n")) for prompt in prompts]
+    prompts = [re.sub("\r\n?|\n", " ", prompt.strip()) for prompt in prompts]
     require_text("\n".join(prompts), path)
     if not prompts:
         raise UserError(f"{path} holds no prompt. Write one on each line.")

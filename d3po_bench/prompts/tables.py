@@ -20,9 +20,11 @@ def read_text(path: Path) -> str:
     """What is in a UTF-8 file, without the mark that Windows editors put first.
 
     Raises:
-        UserError: it is no UTF-8 text.
+        UserError: it is no UTF-8 text, or a pipe or device.
         OSError: it cannot be read.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device, which is read once. Give a file.")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -42,9 +44,9 @@ def rows_of(path: Path) -> list[Any]:
     kind, text = path.suffix.lower(), read_text(path)
     try:
         if kind == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            return [_json(line) for line in text.split("\n") if line.strip()]
         if kind == ".json":
-            found = json.loads(text)
+            found = _json(text)
             if not isinstance(found, list):
                 raise ValueError(f"it holds one {type(found).__name__}, not a list")
             return found
@@ -54,6 +56,17 @@ def rows_of(path: Path) -> list[Any]:
             f"{path} cannot be read as {kind[1:].upper()}: {problem}. Correct it; a text with "
             "commas needs quotes in CSV, and an object on each line is .jsonl."
         ) from problem
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("two fields of an object have the same name")
+    return found
 
 
 def _separated(text: str, delimiter: str) -> list[dict[str, str]]:

@@ -122,12 +122,39 @@ def writing(path: Path) -> Iterator[None]:
 
 def csv_bytes(rows: Sequence[Row]) -> bytes:
     """Rows as a table of all their columns; what a row lacks is empty."""
-    buffer = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(buffer, names, lineterminator="\n", restval="")
+    lines = _Lines()
+    # What is quoted depends on it: a lone \r, which ends lines too, would not be with \n.
+    writer = csv.DictWriter(lines, names, lineterminator="\r\n", restval="")
     writer.writeheader()
     writer.writerows(rows)
-    return buffer.getvalue().encode()
+    return "".join(lines).encode()
+
+
+class _Lines(list[str]):
+    """The lines that a CSV writer writes, each with our end."""
+
+    def write(self, line: str) -> None:
+        self.append(line.removesuffix("\r\n") + "\n")
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file that people named, in place of an earlier one of its kind alone.
+
+    Of its kind is what begins with the same line. Anything else may be all that there is of it,
+    such as a database of votes.
+
+    Raises:
+        UserError: something else is there, or as `write_atomically` does.
+    """
+    if path.is_file():
+        with writing(path), path.open("rb") as file:
+            first = file.readline(1000).strip()
+        if first not in (data.partition(b"\n")[0].strip(), b"", b"[", b"[]"):
+            raise UserError(
+                f"{path} is there already and holds something else. Give another --out."
+            )
+    write_atomically(path, data)
 
 
 def png_bytes(image: Tensor) -> bytes:

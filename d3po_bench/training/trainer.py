@@ -16,7 +16,7 @@ from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import images_used, with_reference
 from d3po_bench.diffusion.seeding import stream
-from d3po_bench.diffusion.update import Updates, update
+from d3po_bench.diffusion.update import Updates, require_own_names, update
 from d3po_bench.errors import RunError
 from d3po_bench.experience import Experience
 from d3po_bench.models.adapters import Training
@@ -173,27 +173,32 @@ class Trainer:
                 self.policy, rollout, self.method, untrained=untrained,
                 batch=self.execution.reference_batch, skip=self.config.skip_steps,
             )  # fmt: skip
+        # Before the method sees them, which may write into them.
+        measured = self._measured(rollout)
         with stage("update"):
             learned = self._learn(rollout, working)
         self.round += 1
+        metrics = {"round": self.round, **self._spent(), **measured}
+        require_own_names(self.config.method, learned, metrics)
+        timing = {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
+        return {**metrics, **learned}, timing
+
+    def _measured(self, rollout: Rollout) -> dict[str, float]:
         scores = rollout.scores * self.experience.objective.sign
-        drift = {"kl": self._kl(rollout)} if self.method.reference == "pretrained" else {}
-        metrics = {
-            "round": self.round,
-            **self._spent(),
+        found = {
             "score_mean": float(scores.mean()),
             "score_std": float(scores.std(correction=0)),
             "reward_mean": float(rollout.scores.mean()),
-            **drift,
-            **learned,
         }
-        return metrics, {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
+        drift = {"kl": self._kl(rollout)} if self.method.reference == "pretrained" else {}
+        return found | drift
 
     def _learn(self, rollout: Rollout, working: Callable[[float], None]) -> dict[str, float]:
         c = self.config
+        scores = rollout.scores.tolist()  # as they are before the method may write into them
         rows = self.method.rows(rollout, stream(c.seed, "rows", self.round))
         self.pairs += len(rows)
-        for prompt, rewards in zip(rollout.prompts, rollout.scores.tolist(), strict=True):
+        for prompt, rewards in zip(rollout.prompts, scores, strict=True):
             self.history[prompt] = (self.history.get(prompt, []) + rewards)[-HISTORY:]
         updates = Updates(
             units=c.units_per_update,

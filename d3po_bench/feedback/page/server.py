@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import unicodedata
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,14 +15,24 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from d3po_bench.errors import UserError
-from d3po_bench.feedback.invitations import admin_hash, check_name, invite, invite_admin, raters
+from d3po_bench.feedback.invitations import (
+    admin_hash,
+    check_name,
+    invite,
+    invite_admin,
+    pool_of,
+    raters,
+)
 from d3po_bench.feedback.page import access, routes
 from d3po_bench.feedback.page.sessions import HEADERS, HTTPS_ALONE, Limits, session_key
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
+from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url, require_lasting
 
 if TYPE_CHECKING:
     import uvicorn
+
+
+FAILED = "This could not be saved. Try again in a moment."
 
 
 def app(
@@ -55,14 +66,14 @@ def app(
             response.headers["retry-after"] = "2"
         return response
 
+    @made.exception_handler(UserError)  # rows that another program wrote, say
     @made.exception_handler(SQLAlchemyError)
-    async def failed(request: Request, problem: SQLAlchemyError) -> Response:
+    async def failed(request: Request, problem: Exception) -> Response:
         reason = str(getattr(problem, "orig", None) or problem)  # without the values of the query
         if reason not in said:  # once: raters' pages try again and again
             said.add(reason)
             logging.getLogger("uvicorn.error").error(reason)
-        words = "This could not be saved. Try again in a moment."
-        return site.page("error.html", status=503, words=words)
+        return site.page("error.html", status=503, words=FAILED)
 
     @made.middleware("http")
     async def guarded(
@@ -105,6 +116,8 @@ def serve(
     import uvicorn
 
     public_url = origin(public_url) if public_url is not None else None
+    if labels_url:
+        require_lasting(labels_url)
     round_ = Round.read(folder)
     with (
         LabelStore(labels_url or default_url(folder), round_, settings) as store,
@@ -139,9 +152,16 @@ def invitations(
     store: LabelStore, names: Iterable[str], url: str, *, renew: bool = False
 ) -> Iterator[str]:
     """Invite whoever is new, and the admin: a line for each, with a link that is shown once."""
-    names, known = list(dict.fromkeys(names)), {rater.name for rater in raters(store)}
+    # Written in another way, a name would be that of a second rater.
+    names = list(dict.fromkeys(unicodedata.normalize("NFC", name.strip()) for name in names))
+    known = {rater.name for rater in raters(store)}
     for name in names:
         check_name(name)
+        if pool_of([name]) == "simulated":
+            raise UserError(
+                f"{name!a} is a name of simulated raters, whose votes are not called people's. "
+                "Give another."
+            )
     yield f"Serving on {url}"
     for name in names:
         if name in known and not renew:
