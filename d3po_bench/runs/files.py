@@ -191,7 +191,7 @@ class Hold:
 def _lock_file(path: Path) -> IO[str]:
     """Open a file to lock, making it if need be; never what a link names, and without waiting."""
     how = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    return os.fdopen(os.open(path, how, 0o666), "w")
+    return open(path, "w", opener=lambda name, _: os.open(name, how, 0o666))
 
 
 def _lock(file: IO[str]) -> None:

@@ -190,7 +190,8 @@ def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
     files = (file for path in paths for file in files_below(path))
     folders = {f.parent.resolve(): f.parent for f in files if f.name == "config.json"}
     # A network that was trained has one, too, in the folder of its run.
-    own = {place: f for place, f in folders.items() if folders.keys().isdisjoint(place.parents)}
+    trained = {place / LORA for place in folders}
+    own = {place: f for place, f in folders.items() if trained.isdisjoint(place.parents)}
     return [RunFolder(folder) for folder in sorted(own.values())]
 
 
