@@ -157,10 +157,12 @@ def require_files(folder: Path, without: tuple[str, ...] = ()) -> None:
     known = recorded(folder)
     there = (path.relative_to(folder).as_posix() for path in _made(folder))
     # Of the files that are text, an earlier version recorded none.
-    more = [n for n in there if n not in known and not n.startswith((SAMPLING, SOURCES, *without))]
-    if more:
+    strange = [
+        n for n in there if n not in known and not n.startswith((SAMPLING, SOURCES, *without))
+    ]
+    if strange:
         raise UserError(
-            f"{folder / more[0]} was not there when the round was made. Remove it, or restore "
+            f"{folder / strange[0]} was not there when the round was made. Remove it, or restore "
             f"{FILES}."
         )
     broken = changed(folder, {n: d for n, d in known.items() if not n.startswith(without)})
