@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,23 @@ def changed(folder: Path, known: Mapping[str, str]) -> list[str]:
     """
     paths = {name: folder / name for name in known}
     return [n for n, p in paths.items() if not p.is_file() or sha256_of(p) != known[n]]
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file below a folder, also behind links to folders, in order; none where there is none.
+
+    Args:
+        folder: to look in.
+        above: the folders that it is in: a link to one of them has been looked at.
+    """
+    here = folder.resolve()
+    if here in above or not here.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from files_below(path, (*above, here))
+        elif path.is_file():
+            yield path
 
 
 def short(text: str) -> str:

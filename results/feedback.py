@@ -10,7 +10,7 @@ import numpy as np
 
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import read_csv
-from eval.analysis.gains import BASE
+from eval.analysis.measured import BASE
 from eval.analysis.statistics import interval
 from eval.analysis.tables import Cell, Record, Table, text
 from eval.figures.style import STYLE

@@ -15,7 +15,7 @@ from d3po_bench.config import RunConfig, make
 from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
 from d3po_bench.runs.files import Row
-from d3po_bench.runs.run import IMAGE, LAST, LORA, RunFolder, content, finite
+from d3po_bench.runs.run import IMAGE, LAST, LORA, SAMPLES, RunFolder, content, finite
 from d3po_bench.runs.sessions import differing, sessions
 from d3po_bench.text import section
 
@@ -172,7 +172,7 @@ def _content(run: RunFolder) -> dict[str, str]:
     found = run.facts.get("content")
     if not found:
         return {"hashes": ABSENT if run.finished else "when it has ended"}
-    now, told = content(run.folder, LORA, LAST), {}
+    now, told = content(run.folder, LORA, LAST, SAMPLES), {}
     for name, digest in found.items():
         since = ", gone since" if name not in now else ", CHANGED SINCE"
         told[name] = f"{digest}{'' if now.get(name) == digest else since}"

@@ -54,18 +54,17 @@ def draw_round(
     if judged[0] == "pairs" and images != 2:
         raise UserError(f"A pair has 2 images, not {images}. Leave --images out.")
     trained = Before.read(before) if before else None
-    last = trained.sampling if trained else None
-    model = last.settings["model"] if last else model
+    model = trained.settings["model"] if trained else model
     config, execution = make(
         "d3po", FEEDBACK, preset or model_source(model).preset, settings or {}, model=model
     )
     changed = next((key for key in settings or {} if key in FIXED), None)
-    if last and changed:
+    if trained and changed:
         raise UserError(f"--set {changed} does not go with --from, which keeps the settings of the "
                         "rounds before. Leave it out.")  # fmt: skip
-    seed, number = (last.seed, last.number + 1) if last else (seed, 0)
+    seed, number = (trained.seed, trained.number + 1) if trained else (seed, 0)
     sampling = Sampling(
-        settings=last.settings if last else {name: getattr(config, name) for name in FIXED},
+        settings=trained.settings if trained else {name: getattr(config, name) for name in FIXED},
         seed=seed, number=number, images=images,
         adapter=hashlib.sha256(adapter_bytes(trained.weights)).hexdigest() if trained else "",
         prompts=tuple(chosen_prompts(read_prompts(prompts), count, seed, number)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -135,8 +135,8 @@ class Round:
 
 
 def _made(folder: Path) -> Iterator[Path]:
-    for place in ("images", "rollout"):
-        yield from sorted(p for p in (folder / place).rglob("*") if p.is_file())
+    for files in ("images/*.png", "rollout/*.safetensors"):
+        yield from sorted(folder.glob(files))
     yield from (p for p in (folder / n for n in (SAMPLING, SOURCES, ADAPTER)) if p.is_file())
 
 
@@ -150,17 +150,22 @@ def require_files(folder: Path, without: tuple[str, ...] = ()) -> None:
         without: beginnings of the names that are not compared.
 
     Raises:
-        UserError: naming the first that is missing or altered.
+        UserError: naming the first that is missing or altered, or was not there then.
     """
-    path = folder / FILES
-    if not path.exists() and not (folder / SAMPLING).exists() and not (folder / SOURCES).exists():
+    if not any((folder / name).exists() for name in (FILES, SAMPLING, SOURCES)):
         return
-    try:
-        known: Mapping[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        used = {n: digest for n, digest in known.items() if not n.startswith(without)}
-        broken = changed(folder, used)
-    except (OSError, ValueError, AttributeError, TypeError) as problem:
-        raise UserError(f"The checksums in {path} cannot be read: {problem}. {REMEDY}") from problem
+    known = recorded(folder)
+    there = (path.relative_to(folder).as_posix() for path in _made(folder))
+    # Of the files that are text, an earlier version recorded none.
+    strange = [
+        n for n in there if n not in known and not n.startswith((SAMPLING, SOURCES, *without))
+    ]
+    if strange:
+        raise UserError(
+            f"{folder / strange[0]} was not there when the round was made. Remove it, or restore "
+            f"{FILES}."
+        )
+    broken = changed(folder, {n: d for n, d in known.items() if not n.startswith(without)})
     if broken:
         state = "was changed" if (folder / broken[0]).exists() else "is missing"
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
@@ -168,6 +173,19 @@ def require_files(folder: Path, without: tuple[str, ...] = ()) -> None:
             f"{folder / broken[0]} {state}{more}. Restore it, or make the round again in another "
             "folder."
         )
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """File -> sha256 of what a round, or the finished part of one, is made of.
+
+    Raises:
+        UserError: the record is missing or damaged.
+    """
+    path = folder / FILES
+    try:
+        return {str(n): str(d) for n, d in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, AttributeError, RecursionError) as problem:
+        raise UserError(f"The checksums in {path} cannot be read: {problem}. {REMEDY}") from problem
 
 
 def write_json(path: Path, data: object) -> None:

@@ -22,6 +22,7 @@ from d3po_bench.config import FEEDBACK, LATER, Execution, RunConfig
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.diffusion.seeding import stream
+from d3po_bench.digests import changed, sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
 from d3po_bench.feedback.rounds import Item, Round
@@ -116,7 +117,11 @@ class Before:
     """What a round goes on from: a finished training from the round before it."""
 
     weights: dict[str, Tensor]
-    sampling: Sampling
+    settings: Mapping[str, Any]
+    """The fields FIXED of RunConfig."""
+    seed: int
+    number: int
+    """Of the round before."""
 
     @classmethod
     def read(cls, run: Path) -> Self:
@@ -131,14 +136,17 @@ class Before:
                 f"{run} holds no finished `feedback train`. Run it to its end, or leave --from out."
             )
         found = trained.facts.get("round")
-        if not isinstance(found, dict):
+        number = found.get("number") if isinstance(found, dict) else None
+        if type(number) is not int or number < 0:
             raise UserError(
                 f"The run in {run} was not made by `feedback train`. Give one such as "
                 "round-1/trained/d3po."
             )
         require_unchanged(trained, LAST, None)  # not the checkpoint before a damaged one
         weights = {k.removeprefix("weight/"): v for k, v in state[0].items() if "weight/" in k}
-        return cls(weights, Sampling.of({**found, "prompts": ()}))
+        # Nothing checks provenance.json; the config is what the weights were trained with.
+        config = trained.config
+        return cls(weights, {n: getattr(config, n) for n in FIXED}, config.seed, number)
 
 
 # ---- drawing
@@ -174,9 +182,13 @@ def draw(
         rounds.write_json(folder / rounds.SAMPLING, asdict(sampling))
         if weights is not None:
             write_atomically(folder / rounds.ADAPTER, adapter_bytes(weights))
+        known = rounds.recorded(folder) if (folder / rounds.FILES).exists() else {}
         for start in range(0, len(sampling.prompts), sampling.block):
-            if not rollout_file(folder, start // sampling.block).exists():
+            names = _files_of_block(sampling, start)
+            if not known.keys() >= {*names} or changed(folder, {n: known[n] for n in names}):
                 _draw_block(folder, sampling, drawn_by, start, execution)
+                known |= {name: sha256_of(folder / name) for name in names}
+                rounds.write_json(folder / rounds.FILES, known)
             report(min(1.0, (start + sampling.block) / len(sampling.prompts)))
         return _described(sampling, judged).finish(folder)
 
@@ -193,15 +205,15 @@ def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question
         found = json.loads(json.dumps(asdict(Sampling.read(folder))))
         # A commit is known once the model has been fetched; an earlier version named nothing.
         found["inputs"] = {**mine["inputs"], **found["inputs"]}
-    changed = [name for name in mine if found[name] != mine[name]]
+    differing = [name for name in mine if found[name] != mine[name]]
     if (folder / rounds.FILE).exists():
         there = Round.read(folder)
-        changed += ["kind or question"] if (there.kind, there.question) != judged else []
-        changed += [] if (folder / rounds.SAMPLING).exists() else ["pictures"]
-    if changed:
+        differing += ["kind or question"] if (there.kind, there.question) != judged else []
+        differing += [] if (folder / rounds.SAMPLING).exists() else ["pictures"]
+    if differing:
         raise UserError(
-            f"{folder} holds another round: its {', '.join(changed)} differ. Give another folder, "
-            "or remove that one."
+            f"{folder} holds another round: its {', '.join(differing)} differ. Give another "
+            "folder, or remove that one."
         )
 
 
@@ -231,7 +243,7 @@ def _draw_block(
     start: int,
     execution: Execution,
 ) -> None:
-    """Pictures first: a block counts as drawn once its file in rollout/ is there."""
+    """Write the files of a block; it counts as drawn once their checksums are on record."""
     model, policy = drawn_by
     prompts = sampling.prompts[start : start + sampling.block]
     draws = Draws(seed=sampling.seed, round=sampling.number, first=start)
@@ -240,12 +252,19 @@ def _draw_block(
         batch=execution.sample_batch,
     )  # fmt: skip
     pictures = model.decode(rollout.latents[:, :, -1].flatten(0, 1))
-    names = [name for p in range(len(prompts)) for name in names_of(start + p, sampling.images)]
+    names = _files_of_block(sampling, start)[1:]
     for name, picture in zip(names, pictures, strict=True):
         write_atomically(folder / name, png_bytes(picture))
     kept = {"latents": rollout.latents, "means": rollout.means}
     data = save({name: t.cpu().contiguous() for name, t in kept.items()})
     write_atomically(rollout_file(folder, start // sampling.block), data)
+
+
+def _files_of_block(sampling: Sampling, start: int) -> list[str]:
+    """Its file in rollout/, and its pictures, as paths in the round's folder."""
+    end = min(start + sampling.block, len(sampling.prompts))
+    pictures = [name for p in range(start, end) for name in names_of(p, sampling.images)]
+    return [str(rollout_file(Path(), start // sampling.block)), *pictures]
 
 
 def names_of(prompt: int, images: int) -> list[str]:

@@ -101,11 +101,8 @@ class DiffusersModel(ABC):
         self.network: Any = self.parts[self.NETWORK]
         self.vae: Any = self.parts["vae"]
         self.pipeline = self._stock_pipeline()
-        require_followed(self.parts, self.NETWORK, self.NOT_FOLLOWED)
+        self.latent_shape = require_followed(self.parts, self.NETWORK, self.NOT_FOLLOWED)
         self._freeze()
-        size = self.network.config.sample_size
-        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        self.latent_shape: tuple[int, ...] = (self.network.config.in_channels, *sides)
         self.forwards = 0
         self.backwards = 0
         self.commit: str | None = None
@@ -159,7 +156,12 @@ class DiffusersModel(ABC):
             # In half precision some VAEs overflow to black.
             dtype = torch.float32 if name == "vae" else training.stored_dtype
             parts[name] = load_part(found, path, revision, name, dtype)
-        return cls(parts, index, device, training)
+        model = cls(parts, index, device, training)
+        with torch.no_grad():  # configs can hold anything
+            model._encode([""])
+            model._latents(torch.zeros(1, *model.latent_shape, device=device))
+        model.process.squares(model.process.levels(2))
+        return model
 
     def _stock_pipeline(self) -> Any:
         """Diffusers' own pipeline of the parts, which corrects outdated configs and reads LoRAs."""
@@ -283,7 +285,6 @@ class DiffusersModel(ABC):
                 if "lora_A" in name:
                     rng = stream(seed, "adapter", index=index)
                     weight.data.copy_(torch.randn(weight.shape, generator=rng) / t.lora_rank)
-        self.network.train()  # only gradient checkpointing looks at it: there is no dropout
         if t.compile:
             self._called = torch.compile(self.network)
 

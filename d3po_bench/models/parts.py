@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ def load_part(kind: str, path: str, revision: str | None, name: str, dtype: torc
         if issubclass(made, torch.nn.Module):
             folder = files_of(path, revision)
             variant = _variant(folder / name) if folder else None
+            if folder:
+                _require_own_shards(folder / name)
             return complete(made, path, variant=variant, dtype=dtype, **given)
         part = made.from_pretrained(path, **given)
         if getattr(part, "model_max_length", 0) > 10**6:
@@ -104,6 +107,19 @@ def files_of(path: str, revision: str | None) -> Path | None:
     return Path(index).parent if isinstance(index, str) else None
 
 
+def _require_own_shards(folder: Path) -> None:
+    """Refuse weights that lie elsewhere: nothing says whether those stay as they are.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        for name in shards:
+            if Path(name).name != name:
+                raise ValueError(f"{index.name} names {name!a}, which is not a file beside it.")
+
+
 def _variant(folder: Path) -> str | None:
     """The variant of the weights in a folder that has only one, such as fp16."""
     marks = [MARK.search(file.name) for file in folder.glob("*.safetensors")]
@@ -113,7 +129,7 @@ def _variant(folder: Path) -> str | None:
 
 def require_followed(
     parts: Mapping[str, Any], network: str, not_followed: Mapping[str, Mapping[str, str]]
-) -> None:
+) -> tuple[int, ...]:
     """Refuse parts that ask for more than latents, a time and prompts.
 
     Args:
@@ -121,11 +137,14 @@ def require_followed(
         network: the name of the part that trains.
         not_followed: part -> field of its config -> what a part that sets it asks for.
 
+    Returns:
+        The shape [C, H, W] of the network's latents.
+
     Raises:
         UserError: the network has other channels than the VAE or no size; or a config has such a
             field.
     """
-    _require_plain(parts, network)
+    shape = _latent_shape(parts, network)
     for part, fields in not_followed.items():
         for field, wish in fields.items():
             value = getattr(parts[part].config, field, None)
@@ -134,10 +153,11 @@ def require_followed(
                     f"The {part} of this pipeline asks for {wish} ({field} {value}), which is "
                     "not supported. Give --model another pipeline."
                 )
+    return shape
 
 
-def _require_plain(parts: Mapping[str, Any], name: str) -> None:
-    """Refuse a network that cannot be called with latents alone, as text-to-image calls it."""
+def _latent_shape(parts: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The latents of a network that can be called with them alone, as text-to-image calls it."""
     network = parts[name].config
     takes, gives, has = (
         network.in_channels, network.out_channels, parts["vae"].config.latent_channels
@@ -148,11 +168,14 @@ def _require_plain(parts: Mapping[str, Any], name: str) -> None:
             f"has {has}: it is no text-to-image network, but one that also takes a picture or a "
             "mask, as for inpainting. Give --model another pipeline."
         )
-    if network.sample_size is None:
+    size = network.sample_size
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise UserError(
             f"{name}/config.json of this pipeline does not say how large its pictures are. Set "
             '"sample_size" there to the side of its latents, such as 64 for 512 pixels.'
         )
+    return (takes, *sides)
 
 
 def quieten() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry, types
-from d3po_bench.digests import sha256_of
-from d3po_bench.errors import UserError
+from d3po_bench.digests import files_below, sha256_of
+from d3po_bench.errors import UserError, is_out_of_memory
 from d3po_bench.models.one_file import find, in_one_file
 
 if TYPE_CHECKING:
@@ -71,13 +71,25 @@ def load(source: Source, device: torch.device, training: Training) -> Model:
     """
     if source.is_code:
         return _of_file(source.path, device, training)
+    from d3po_bench.models.parts import in_a_line
+
     _require_pinned(source)
     index = _model_index(source)
     # All parts of a hub id come from one commit, whatever happens to its branch meanwhile.
     found = commit(source)
     kind = str(index.get("_class_name", "pipeline without a _class_name"))
     family = registry.family(kind, source.path)
-    model: Model = family.load(source.path, found or source.revision, index, device, training)
+    try:
+        model: Model = family.load(source.path, found or source.revision, index, device, training)
+    except UserError:
+        raise
+    except Exception as problem:  # a config can hold anything
+        if is_out_of_memory(problem):
+            raise
+        raise UserError(
+            f"The pipeline in {source.path} cannot be drawn with: {in_a_line(problem)} Correct "
+            "the config of its scheduler, tokenizer or VAE, or save the pipeline again."
+        ) from problem
     model.commit = found
     return model
 
@@ -117,7 +129,7 @@ def fingerprint(source: Source) -> str:
 def content(folder: Path) -> str:
     """sha256, hex, of all that a pipeline in `folder` is loaded from: names, sizes and bytes."""
     whole = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in LOADED):
+    for path in (p for p in files_below(folder) if p.suffix in LOADED):
         whole.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         whole.update(bytes.fromhex(sha256_of(path)))
     return whole.hexdigest()
@@ -164,7 +176,7 @@ def _model_index(source: Source) -> dict[str, Any]:
     try:
         index = DiffusionPipeline.load_config(source.path, revision=source.revision)
         return dict(index)
-    except (OSError, ValueError, TypeError) as problem:
+    except (OSError, ValueError, TypeError, RecursionError) as problem:
         checkpoint = find(Path(source.path))
         if checkpoint:
             raise in_one_file(checkpoint) from problem

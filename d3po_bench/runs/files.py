@@ -44,7 +44,8 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            part.unlink(missing_ok=True)  # of a kill; or a link, behind which nothing is written
+            with part.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -77,17 +78,24 @@ def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
     """
     part = folder.with_name(folder.name + ".part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
         with writing(folder):
+            _remove(part)
             save(part)
             for path in (*part.rglob("*"), part):
                 _sync(path)
-            if folder.exists():
-                shutil.rmtree(folder)
+            _remove(folder)
             part.replace(folder)
             _sync(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one with nothing of what is behind it."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def write_error(path: Path, problem: Exception) -> UserError:
@@ -207,6 +215,12 @@ class Hold:
             )
 
 
+def _lock_file(path: Path) -> IO[str]:
+    """Open a file to lock, making it if need be; never what a link names, and without waiting."""
+    how = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(path, "w", opener=lambda name, _: os.open(name, how, 0o666))
+
+
 def _lock(file: IO[str]) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -216,9 +230,7 @@ def _of_this_machine(folder: Path) -> Iterator[None]:
     """A lock where file systems have them, for a folder on one that has none."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     path = Path(tempfile.gettempdir(), f"d3po-bench-{os.getuid()}-{name}.lock")
-    # Others may write into /tmp, links included.
-    number = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(number, "w") as file:
+    with _lock_file(path) as file:
         _lock(file)
         yield  # the file stays: removing it would free the name for a second lock
 
@@ -237,7 +249,7 @@ def taken(folder: Path) -> Iterator[Hold]:
     try:
         fresh = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = _lock_file(path)
     except (FileExistsError, NotADirectoryError) as problem:
         raise UserError(
             f"{folder} cannot be made: there is a file in its place. Give another --out."
@@ -291,6 +303,8 @@ def readable(path: Path) -> Iterator[None]:
         UserError: naming the file.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise ValueError("it is no regular file")
         yield
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error,

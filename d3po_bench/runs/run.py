@@ -19,6 +19,7 @@ from typing import Any
 
 from d3po_bench import __version__
 from d3po_bench.config import RunConfig
+from d3po_bench.digests import files_below
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import Row, read_csv, readable
 
@@ -27,6 +28,9 @@ TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 
 LORA, LAST = "lora", "checkpoints/last.safetensors"
 """The weights that a finished run leaves: for others to load, and for the next round of votes."""
+
+SAMPLES = "samples"
+"""The pictures that a run leaves, to look at; runs of earlier versions have no record of them."""
 
 IMAGE = ("round", "sampler", "prompt", "index")
 """Columns of eval.csv that name an evaluation image; the others, first the score, measure it."""
@@ -122,7 +126,7 @@ class RunFolder:
         Text files of runs that are older than that record are taken as they are; weights are not.
 
         Args:
-            more: what is used beside the text files, `LORA` or `LAST`.
+            more: what is used beside the text files, `LORA`, `LAST` or `SAMPLES`.
 
         Raises:
             UserError: naming the file.
@@ -183,8 +187,12 @@ def require_inputs(
 
 def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
     """The runs at or below `paths`, at any depth, each once, sorted by folder."""
-    folders = {c.parent.resolve(): c.parent for path in paths for c in path.rglob("config.json")}
-    return [RunFolder(folder) for folder in sorted(folders.values())]
+    files = (file for path in paths for file in files_below(path))
+    folders = {f.parent.resolve(): f.parent for f in files if f.name == "config.json"}
+    # A network that was trained has one, too, in the folder of its run.
+    trained = {place / LORA for place in folders}
+    own = {place: f for place, f in folders.items() if trained.isdisjoint(place.parents)}
+    return [RunFolder(folder) for folder in sorted(own.values())]
 
 
 def content(run: Path, *more: str) -> dict[str, str]:
@@ -195,9 +203,9 @@ def content(run: Path, *more: str) -> dict[str, str]:
     """
     digests = {}
     for place in (run / name for name in (*TEXT, *more)):
-        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        for path in files_below(place) if place.is_dir() else [place]:
             with readable(path):
-                if path.is_file():
+                if path.exists():
                     # Not sha256_of, which trusts a time stamp that is coarse on some disks.
                     with path.open("rb") as file:
                         digest = hashlib.file_digest(file, "sha256").hexdigest()

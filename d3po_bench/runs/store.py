@@ -28,7 +28,7 @@ from d3po_bench.runs.files import (
     write_folder,
 )
 from d3po_bench.runs.provenance import environment, now, packages
-from d3po_bench.runs.run import LAST, LORA, TEXT, RunFolder, content
+from d3po_bench.runs.run import LAST, LORA, SAMPLES, TEXT, RunFolder, content
 from d3po_bench.runs.sessions import kept
 
 NEWEST, BEFORE = LAST, "checkpoints/previous.safetensors"
@@ -262,7 +262,7 @@ class RunStore:
         Raises:
             RunError: a text file is not as the run wrote it.
         """
-        found = content(self.folder, LORA, LAST)
+        found = content(self.folder, LORA, LAST, SAMPLES)
         for name, digest in self.digests().items():
             if found.get(name) != digest:
                 raise RunError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import Row
+from d3po_bench.runs.run import require_inputs
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.listeners import Evaluated, Listener
 from d3po_bench.training.trainer import Trainer
@@ -20,7 +21,8 @@ def restore(trainer: Trainer, store: RunStore) -> int | None:
         The checkpoint's round; None without one.
 
     Raises:
-        UserError: the folder has lost its checkpoint, or the rows are not the checkpoint's.
+        UserError: the folder has lost its checkpoint, the rows are not the checkpoint's, or the
+            model or prompts are not.
     """
     checkpoint = store.load_checkpoint()
     store.require_rest(checkpoint=checkpoint is not None)
@@ -28,6 +30,9 @@ def restore(trainer: Trainer, store: RunStore) -> int | None:
         store.keep_until(-1)
         return None
     tensors, facts = checkpoint
+    began = facts.get("inputs", {})  # none in those of an earlier version
+    require_inputs(f"The run of the checkpoint in {store.folder}", began, trainer.inputs,
+                   "remove that folder to start again")  # fmt: skip
     trainer.restore(tensors, facts)
     store.keep_until(trainer.round)
     store.require_digests(facts["rows"])
@@ -55,7 +60,7 @@ class Checkpoints(Listener):
     def _take(self) -> None:
         every, last = self.trainer.execution.checkpoint_every, self.trainer.config.rounds
         tensors, facts = self.trainer.state()
-        facts["rows"] = self.store.digests()
+        facts |= {"rows": self.store.digests(), "inputs": self.trainer.inputs}
         due = self.trainer.round % every == 0 or self.trainer.round == last
         if not due:  # the next round changes the tensors
             tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}

@@ -47,14 +47,14 @@ def require_unchanged(run: RunFolder, weights: str, prompts: Sequence[str] | Non
         UserError: the weights, the base model or the prompts are not the run's.
     """
     run.require_content(weights)
-    if not run.facts.get("inputs"):
-        raise UserError(
-            f"{run.folder / 'provenance.json'} does not say which model the run was trained on. "
-            "Restore that file, or run it again."
-        )
     today = model_today(model_source(run.config.model))
     if prompts is not None:
         today["prompts"] = digest(prompts)
+    for name in sorted({"model", "prompts"} & today.keys() - run.facts.get("inputs", {}).keys()):
+        raise UserError(
+            f"{run.folder / 'provenance.json'} does not say which {name} the run was trained on. "
+            "Restore that file, or run it again."
+        )
     run.require_inputs(today, "go to the folder that its paths begin at")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import pandas as pd
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from d3po_bench.runs.files import read_csv
+from eval.analysis import measured
 from eval.analysis.runs import Group, Run
 from eval.analysis.statistics import Difference, difference, holm, interval
 from eval.analysis.tables import Record, Table, change, number, spread, text
@@ -28,9 +27,6 @@ Groups = Mapping[Group, Sequence[Run]]
 
 RIVAL = "d3po"
 """The method that the others are compared with."""
-
-BASE = "no-fine-tune"
-"""The base model, in diversity.csv."""
 
 SIDES = {"tiny": 32, "sd15": 512}
 """Pixels a side of the pictures of the models that we know."""
@@ -146,7 +142,7 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
         **_named(("recognised_before", "recognised"), known),
         **_named(
             ("diversity_before", "diversity"),
-            _diversity(objective, method, runs) if np.isnan(differ).any() else differ,
+            _diversity(runs) if np.isnan(differ).any() else differ,
         ),
         "kl": float(np.mean([_ends(run, "kl")[1] for run in runs])),
         **{what: _spent(runs, what) for what in SPENT},
@@ -190,21 +186,15 @@ def flat_size(side: int) -> float:
     return float(registry.load_scorer("jpeg_size", torch.device("cpu"))(image, [""])[0])
 
 
-def beside(run: Run) -> Path:
-    """Where `report --measure` keeps what it measured of a run: in the folder of its model."""
-    return run.folder.resolve().parents[2] / "diversity.csv"
-
-
-def _diversity(objective: str, method: str, runs: Sequence[Run]) -> tuple[float, float]:
+def _diversity(runs: Sequence[Run]) -> tuple[float, float]:
     """The base model's and the mean over runs, as `report --measure` found them.
 
     NaN where it did not measure all of them.
     """
-    known = {(row["objective"], row["method"], row["seed"]): float(row["diversity"])
-             for row in read_csv(beside(runs[0]))}  # fmt: skip
-    after = [known.get((objective, method, str(run.seed)), math.nan) for run in runs]
-    before = known.get((objective, BASE, ""), math.nan)
-    return (before, float(np.mean(after)))
+    found = [[float(row["diversity"]) if row else math.nan for row in measured.numbers(run)]
+             for run in runs]  # fmt: skip
+    before, after = map(float, np.array(found).T.mean(1))
+    return before, after
 
 
 def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:

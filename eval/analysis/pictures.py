@@ -9,7 +9,6 @@ of the other scores? diversity.csv, beside the folders of the objectives, has a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ import numpy as np
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from d3po_bench.runs.files import csv_bytes, write_atomically
 from d3po_bench.runs.run import LORA
 from d3po_bench.training.inputs import require_unchanged
 from d3po_bench.training.tools import spread as spread_over
-from eval.analysis.gains import BASE, Groups, beside
+from eval.analysis import measured
+from eval.analysis.gains import Groups
 from eval.analysis.runs import Run
 from eval.analysis.statistics import interval
 from eval.analysis.tables import Record, Table, spread, text
@@ -45,17 +45,17 @@ def crossed(groups: Groups) -> Table:
     Raises:
         UserError: `measure` was not called before.
     """
-    places = list(dict.fromkeys(beside(run) for runs in groups.values() for run in runs))
-    rows = [row for place in places for row in read_csv(place)]
-    if not rows:
-        raise UserError(f"There is no {places[0]}. Measure it: d3po-bench report RUNS --measure.")
-    rows = sorted(rows, key=lambda row: (row["method"], row["objective"]))
-    bases = {row["objective"]: row for row in rows if row["method"] == BASE}
-    records = [
-        _crossed(method, objective, list(seeds), bases[objective])
-        for (method, objective), seeds in groupby(rows, lambda r: (r["method"], r["objective"]))
-        if method != BASE
-    ]
+    records = []
+    for (_, objective, method), runs in sorted(groups.items(), key=lambda g: g[0][::-1]):
+        pairs = [(base, own) for base, own in map(measured.numbers, runs) if base and own]
+        if pairs:
+            records.append(_crossed(method, objective, pairs))
+    if not records:
+        first = next(iter(groups.values()))[0]
+        raise UserError(
+            f"There is no diversity.csv of {first.folder}. Measure it: d3po-bench report RUNS "
+            "--measure."
+        )
     columns = {
         "method": text("method"), "trained on": text("objective"), "seeds": text("seeds"),
         **{SCORERS[name]: spread(name) for name in CROSSED},
@@ -63,10 +63,10 @@ def crossed(groups: Groups) -> Table:
     return Table(records, columns, left=("method", "trained on"))
 
 
-def _crossed(method: str, objective: str, seeds: Sequence[Row], base: Row) -> Record:
-    found: Record = {"method": method, "objective": objective, "seeds": len(seeds)}
+def _crossed(method: str, objective: str, pairs: Sequence[tuple[Row, Row]]) -> Record:
+    found: Record = {"method": method, "objective": objective, "seeds": len(pairs)}
     for name in CROSSED:
-        gains = np.array([float(seed[name]) - float(base[name]) for seed in seeds])
+        gains = np.array([float(own[name]) - float(base[name]) for base, own in pairs])
         low, high = map(float, interval(gains))
         found |= {name: float(gains.mean()), f"{name}_low": low, f"{name}_high": high}
     return found
@@ -75,32 +75,35 @@ def _crossed(method: str, objective: str, seeds: Sequence[Row], base: Row) -> Re
 def measure(runs: Iterable[Run], told: Callable[[str], None] = lambda text: None) -> None:
     """Add a row for each run that has none yet, and for its base model, to diversity.csv.
 
+    A row of another run in its place is replaced.
+
     Args:
         runs: finished ones, with the weights that they trained in lora/.
         told: called with every row.
 
     Raises:
-        UserError: a run's weights are not there, or those of a scorer.
+        UserError: a run's weights are not there, or those of a scorer, or it was taken out of the
+            folders of its objective and method.
     """
     for run in runs:
-        objective, method = run.group[1:]
-        path = beside(run)
-        own: Row = {"objective": objective, "method": method, "seed": str(run.seed)}
-        for row, weights in (
-            (own, run.folder / LORA),
-            (own | {"method": BASE, "seed": ""}, None),
-        ):
-            rows = read_csv(path)
-            if _key(row) not in map(_key, rows):
-                if weights is not None:
-                    require_unchanged(run.files, LORA, read_prompts(run.config.prompt_source))
-                rows.append(row | _means(weights, run.config))
-                told(" ".join(map(str, rows[-1].values())))
-                write_atomically(path, csv_bytes(sorted(rows, key=_key)))
-
-
-def _key(row: Row) -> tuple[str, str, str]:
-    return row["objective"], row["method"], row["seed"]
+        path = measured.place(run)
+        if path is None:
+            raise UserError(
+                f"The run in {run.folder} is not in a folder MODEL/OBJECTIVE/METHOD/seed-N of its "
+                "own names, beside which its numbers would lie. Move it to one."
+            )
+        for base, weights in ((False, run.folder / LORA), (True, None)):
+            rows, row = measured.read(path), measured.row_of(run, base=base)
+            known = measured.found(run, rows, base=base)
+            # Of a published run, an earlier version's row is all that there is.
+            if known and (known.get(measured.OF) or not (run.folder / LORA).is_dir()):
+                continue
+            if weights is not None:
+                require_unchanged(run.files, LORA, read_prompts(run.config.prompt_source))
+            made = row | _means(weights, run.config)
+            told(" ".join(str(made[name]) for name in made if name != measured.OF))
+            rest = [other for other in rows if measured.key(other) != measured.key(row)]
+            write_atomically(path, csv_bytes(sorted([*rest, made], key=measured.key)))
 
 
 def _means(lora: Path | None, config: RunConfig) -> dict[str, float]:

@@ -30,6 +30,10 @@ MOST = 2.0**53
 """Largest count that a float still tells from the next."""
 
 
+DRAWN = ("sampling_steps", "guidance", "sampler", "eta", "eval_prompts")
+"""Settings that decide what is drawn of which prompts: scores of others are no comparison."""
+
+
 Group: TypeAlias = tuple[str, str, str]
 """Model, objective, method: the runs that differ in nothing but the seed."""
 
@@ -100,6 +104,11 @@ def require_alike(runs: Sequence[RunFolder]) -> None:
         # Others than these are in other units.
         weights = ((run, known.get(name)) for run, known in scorers)
         _require_one(f"version of the scorer {name}", weights)
+    for objective in sorted({run.config.objective for run in runs}):
+        known = [(run, i) for run, i in inputs if run.config.objective == objective]
+        _require_one("content of the prompts", ((run, i.get("prompts")) for run, i in known))
+        for name in (*DRAWN, "eval_images"):
+            _require_one(f"setting {name}", ((run, getattr(run.config, name)) for run, _ in known))
     cells: dict[tuple[str, str], list[RunFolder]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.config.seed):
         cells[run.config.objective, run.config.method].append(run)
@@ -230,8 +239,6 @@ def _require_seeds(members: Sequence[RunFolder]) -> None:
                 f"Seed {one.config.seed} of {one.config.method} is there twice, in {one.folder} "
                 f"and {other.folder}. Name one of the two."
             )
-    prompts = ((run, run.facts.get("inputs", {}).get("prompts")) for run in members)
-    _require_one("content of the prompts", prompts)
     for name in sorted(vars(members[0].config).keys() - {"seed"}):
         _require_one(f"setting {name}", ((run, getattr(run.config, name)) for run in members))
 

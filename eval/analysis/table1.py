@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pandas as pd
 
 from d3po_bench import registry
 from d3po_bench.config import RunConfig
+from d3po_bench.digests import changed
 from d3po_bench.errors import UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
@@ -31,6 +33,7 @@ from eval.analysis import choices
 from eval.analysis.choices import Choices
 from eval.analysis.runs import require_alike
 from eval.analysis.statistics import interval
+from eval.analysis.tables import as_numbers
 from eval.evaluate import plan, work
 from eval.tools import TOOLS
 
@@ -99,13 +102,15 @@ def run(request: Table1Request, tell: Callable[[str], None]) -> str:
     asked = {name: _asked(request, folder, name, drawn) for name, folder in targets.items()}
     _require_room(request.out, asked)
     _train(jobs, request)
-    signal = _signal(request)
-    write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
     once = cache(tell)  # what is to be known of the scorers is the same for each model
+    made: dict[str, str] = {}
     for name, evaluation in asked.items():
         tell(f"scoring {name}")
         rows = (work.run(evaluation, note=once) / "rows.csv").read_bytes()
         write_atomically(request.out / "rows" / f"{name}.csv", rows)
+        made[f"rows/{name}.csv"] = sha256(rows).hexdigest()
+    signal = {**_signal(request), "rows": made}
+    write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
     return write(request.out)
 
 
@@ -247,8 +252,16 @@ def write(out: Path) -> str:
     return text
 
 
-def _recorded_signal(path: Path) -> dict[str, str]:
+def _recorded_signal(path: Path) -> Mapping[str, Any]:
     found = read_object(path)
+    rows = found.get("rows", {})  # of an earlier version, nothing is known of them
+    with readable(path):
+        other = changed(path.parent, {str(n): str(digest) for n, digest in rows.items()})
+    if other:
+        raise UserError(
+            f"{path.parent / other[0]} is missing or was changed since it was made. Give the "
+            "command again without --redraw."
+        )
     if not {"objective", "column"} <= found.keys():
         raise UserError(
             f"{path} lacks objective or column. Give the command again without --redraw."
@@ -267,7 +280,7 @@ def _choices(folder: Path, names: Sequence[str]) -> Choices | None:
     return found
 
 
-def _said(signal: Mapping[str, str], chosen: Choices | None) -> str:
+def _said(signal: Mapping[str, Any], chosen: Choices | None) -> str:
     return (
         f"Trained on the objective {signal['objective']}; † marks the score that a model was "
         f"trained on. Held-out prompts, sampler {SAMPLER}; means over seeds, and differences to "
@@ -283,7 +296,7 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
         with readable(path):
             rows = pd.DataFrame(read_csv(path))
             rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
-            rows = rows.apply(_numbers)
+            rows = rows.apply(as_numbers)
         found[path.stem] = rows
     if BASE_ROWS not in found:
         raise UserError(
@@ -297,17 +310,6 @@ def _rows(out: Path) -> dict[str, pd.DataFrame]:
             )
     _require_comparable(found, out)
     return found
-
-
-def _numbers(column: pd.Series) -> pd.Series:
-    """A column of text as numbers, where it has no other text; prompts are no column but the index.
-
-    pandas' own reader would take the prompts 1, 01 and 1.0 for one, and NA and null for none.
-    """
-    try:
-        return column.replace("", "nan").astype(float)
-    except ValueError:
-        return column
 
 
 def _require_comparable(found: Mapping[str, pd.DataFrame], out: Path) -> None:

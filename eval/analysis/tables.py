@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d3po_bench.runs.files import csv_bytes
 from eval.analysis.statistics import between
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Record = dict[str, Any]
 """Field -> text or number; NaN where a run did not measure it."""
@@ -83,3 +86,14 @@ def as_csv(records: Sequence[Record]) -> str:
 def finite(records: Sequence[Record]) -> list[Record]:
     """The records with None for a number that was not measured: JSON knows no NaN."""
     return [{k: None if v != v else v for k, v in record.items()} for record in records]
+
+
+def as_numbers(column: pd.Series) -> pd.Series:
+    """A column of text as numbers, where it has no other text; prompts are no column but the index.
+
+    pandas' own reader would take the prompts 1, 01 and 1.0 for one, and NA and null for none.
+    """
+    try:
+        return column.replace("", "nan").astype(float)
+    except ValueError:
+        return column

@@ -72,9 +72,10 @@ def record(run: RunFolder, name: str) -> Record:
     """
     own, facts, rounds = run.config, run.facts, run.metrics
     with readable(run.folder / "metrics.jsonl"):
-        scores, images = [line["score_mean"] for line in rounds], rounds[0]["images"]
-    first, last = ({name: line.get(name, math.nan) for name in _OF_A_ROUND}
-                   for line in (rounds[0], rounds[-1]))  # fmt: skip
+        scores = [_number(line, "score_mean") for line in rounds]
+        images = _number(rounds[0], "images")
+        first, last = ({name: _number(line, name) if name in line else math.nan
+                        for name in _OF_A_ROUND} for line in (rounds[0], rounds[-1]))  # fmt: skip
     best = min if registry.objective(own.objective).sign < 0 else max
     return {
         "run": name,
@@ -102,6 +103,17 @@ def record(run: RunFolder, name: str) -> Record:
 
 
 _OF_A_ROUND = ("denoising_error", "loss", "grad_norm", "kl", "saturated")
+
+
+def _number(line: Record, name: str) -> Any:
+    """A number of a round; NaN is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(line[name]) not in (int, float):
+        raise ValueError(f"{ascii(line[name])[:40]} as {name} of round {line['round']}")
+    return line[name]
 
 
 def _end(run: RunFolder, last: int) -> dict[str, float]:

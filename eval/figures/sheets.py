@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from d3po_bench.errors import UserError
 from d3po_bench.pictures import open_picture
+from d3po_bench.runs.run import SAMPLES
 from eval.analysis.runs import Run
 from eval.figures.style import INK, short_name, unit_of
 
@@ -46,11 +47,14 @@ def samples_sheet(runs: Sequence[Run]) -> bytes | None:
     each with the mean held-out score of the sampler that drew the images.
 
     Raises:
-        UserError: an image is damaged.
+        UserError: an image is damaged, or not of the run.
     """
     for run in sorted(runs, key=lambda run: run.seed):
         rounds = sorted({_round_of(path) for path in run.folder.glob("samples/round-*/*.png")})
         if rounds:
+            known = run.files.facts.get("content", {})
+            if any(name.startswith(SAMPLES) for name in known):
+                run.files.require_content(SAMPLES)
             shown = sorted({rounds[0], rounds[(len(rounds) - 1) // 2], rounds[-1]})
             model, objective, method = run.group
             title = f"{method} on {objective}, {short_name(model)}, seed {run.seed}"

@@ -83,8 +83,8 @@ def record(folder: Path) -> Path:
 def _listed(folder: Path) -> list[str]:
     """Every file, hidden ones too, but the manifest and what Python caches, which is not run."""
     names = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    cached = "__pycache__"
-    return sorted(n.as_posix() for n in names if str(n) != MANIFEST and cached not in n.parts)
+    kept = (n for n in names if n.suffix != ".pyc" or n.parent.name != "__pycache__")
+    return sorted(n.as_posix() for n in kept if str(n) != MANIFEST)
 
 
 def _links(folder: Path) -> list[str]:
