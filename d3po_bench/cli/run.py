@@ -106,7 +106,7 @@ def run(
     from d3po_bench.launch import launch
     from eval.tools import TOOLS
 
-    launch.run(
+    folders = launch.run(
         launch.RunRequest(
             method=method,
             objective=objective,
@@ -125,6 +125,7 @@ def run(
             deterministic="auto" if deterministic is None else "on" if deterministic else "off",
         )
     )
+    _say(folders, out)
 
 
 @click.command()
@@ -155,4 +156,15 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
     from d3po_bench.launch import grid as sweeping
     from eval.tools import TOOLS
 
-    sweeping.run(grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume)
+    _say(sweeping.run(grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume), out)
+
+
+def _say(folders: list[Path], out: Path) -> None:
+    """What the runs reached, and what to do with them next."""
+    from eval.analysis.ending import ending
+
+    table, lines = ending(folders, out)
+    if table:
+        click.echo(table)
+    for line in lines:
+        click.echo(line, err=True)

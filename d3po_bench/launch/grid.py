@@ -162,8 +162,11 @@ def read(path: Path) -> Grid:
 
 def run(
     path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool
-) -> None:
+) -> list[Path]:
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
+
+    Returns:
+        The folder of each run.
 
     Raises:
         UserError: bad input, before anything runs.
@@ -186,7 +189,7 @@ def run(
             "again to repeat those; the others are kept. Where a setting was wrong, correct the "
             "grid and remove the folders of those runs."
         )
-    launch.finish({}, out)
+    return [job.folder for job in work]
 
 
 def configs(grid: Grid, tools: Tools) -> list[RunConfig]:

@@ -36,22 +36,40 @@ SIDES = {"tiny": 32, "sd15": 512}
 """Pixels a side of the pictures of the models that we know."""
 
 
+NAMES = {"objective": text("objective"), "method": text("method")}
+
+LEARNED = {
+    **NAMES, "seeds": text("seeds"),
+    "base": number("base", ".3f"), "end": number("end", ".3f"),
+    "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
+    "share of excess": number("share_of_excess", "+.0%"),
+    f"difference to {RIVAL} (95 % interval)": spread("difference"),
+    "p, Holm": number("p_holm", ".2g"),
+    "gain, eta 0": number("gain_eta0", "+.3f"),
+}  # fmt: skip
+
+PAID = {
+    **NAMES, "recognised": change("recognised", ".2f"), "diversity": change("diversity", ".2f"),
+    "KL at the end": number("kl", ".3f"), "pairs (or single images)": number("pairs", ",.0f"),
+    "images": number("images", ",.0f"), "UNet passes": number("unet_forwards", ",.0f"),
+    "backward passes": number("unet_backwards", ",.0f"),
+    "seconds a seed": number("seconds", ",.0f"),
+}  # fmt: skip
+
+BRIEF = (
+    "method", "objective", "seeds", "base", "end", "gain (95 % interval)", "KL at the end",
+    "recognised", "images", "seconds a seed",
+)  # fmt: skip
+"""Of both, what a command shows when its runs have ended."""
+
+
 def gains(groups: Groups) -> Table:
     """A row for each objective and method: what was learned.
 
     Raises:
         UserError: methods were judged on different held-out images.
     """
-    columns = {
-        "objective": text("objective"), "method": text("method"), "seeds": text("seeds"),
-        "base": number("base", ".3f"), "end": number("end", ".3f"),
-        "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
-        "share of excess": number("share_of_excess", "+.0%"),
-        f"difference to {RIVAL} (95 % interval)": spread("difference"),
-        "p, Holm": number("p_holm", ".2g"),
-        "gain, eta 0": number("gain_eta0", "+.3f"),
-    }  # fmt: skip
-    return Table(records(groups), columns, left=("objective", "method"))
+    return Table(records(groups), LEARNED, left=(*NAMES,))
 
 
 def cost(groups: Groups) -> Table:
@@ -60,15 +78,17 @@ def cost(groups: Groups) -> Table:
     Raises:
         UserError: methods were judged on different held-out images.
     """
-    columns = {
-        "objective": text("objective"), "method": text("method"),
-        "recognised": change("recognised", ".2f"), "diversity": change("diversity", ".2f"),
-        "KL at the end": number("kl", ".3f"), "pairs (or single images)": number("pairs", ",.0f"),
-        "images": number("images", ",.0f"), "UNet passes": number("unet_forwards", ",.0f"),
-        "backward passes": number("unet_backwards", ",.0f"),
-        "seconds a seed": number("seconds", ",.0f"),
-    }  # fmt: skip
-    return Table(records(groups), columns, left=("objective", "method"))
+    return Table(records(groups), PAID, left=(*NAMES,))
+
+
+def brief(groups: Groups) -> Table:
+    """The most important columns of both tables.
+
+    Raises:
+        UserError: methods were judged on different held-out images.
+    """
+    every = LEARNED | PAID
+    return Table(records(groups), {name: every[name] for name in BRIEF}, left=(*NAMES,))
 
 
 def contrast(groups: Groups) -> Table:
