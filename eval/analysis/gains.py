@@ -101,7 +101,7 @@ def contrast(groups: Groups) -> Table:
     for (model, objective, method), runs in groups.items():
         for (other_model, other, name), against in groups.items():
             if (other_model, name) == (model, method) and _opposite(objective, other):
-                up, down = ({run.seed: float(np.diff(_ends(run))[0]) for run in part}
+                up, down = ({run.seed: float(np.diff(both_ends(run))[0]) for run in part}
                             for part in (runs, against))  # fmt: skip
                 seeds = sorted(up.keys() & down.keys())
                 pairs = np.array([(up[seed], down[seed]) for seed in seeds]).reshape(-1, 2)
@@ -145,11 +145,11 @@ def records(groups: Groups) -> list[Record]:
 
 def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
     model, objective, method = group
-    base, end = np.array([_ends(run) for run in runs]).T
-    first, last = np.array([_ends(run, sampler="eta0") for run in runs]).T
+    base, end = np.array([both_ends(run) for run in runs]).T
+    first, last = np.array([both_ends(run, sampler="eta0") for run in runs]).T
     gain, sign = end - base, registry.objective(objective).sign
-    known = np.mean([_ends(run, "animal") for run in runs], axis=0)
-    differ = np.mean([_ends(run, "diversity") for run in runs], axis=0)
+    known = np.mean([both_ends(run, "animal") for run in runs], axis=0)
+    differ = np.mean([both_ends(run, "diversity") for run in runs], axis=0)
     other = _against(runs, rivals) if rivals and runs != rivals else Difference(*[math.nan] * 4)
     return {
         "objective": objective,
@@ -168,7 +168,7 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
             ("diversity_before", "diversity"),
             _diversity(objective, method, runs) if np.isnan(differ).any() else differ,
         ),
-        "kl": float(np.mean([_ends(run, "kl")[1] for run in runs])),
+        "kl": float(np.mean([both_ends(run, "kl")[1] for run in runs])),
         **{what: _spent(runs, what) for what in SPENT},
     }
 
@@ -180,7 +180,7 @@ def _named(names: Sequence[str], values: Sequence[Any]) -> Record:
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
-def _ends(run: Run, column: str = "score", sampler: str = "eta1") -> tuple[float, float]:
+def both_ends(run: Run, column: str = "score", sampler: str = "eta1") -> tuple[float, float]:
     """Mean of a column at the first and last evaluation of a logged round; NaN where not known."""
     if column not in run.scores or sampler not in run.scores.index.levels[0]:
         return math.nan, math.nan
@@ -233,7 +233,7 @@ def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
     Raises:
         UserError: the held-out images are not the same.
     """
-    ours, theirs = ([_held_out(run) for run in part] for part in (runs, rivals))
+    ours, theirs = ([held_out(run) for run in part] for part in (runs, rivals))
     for run, scores in zip([*runs, *rivals], [*ours, *theirs], strict=True):
         if not scores.index.equals(ours[0].index):
             raise UserError(
@@ -244,7 +244,7 @@ def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
     return difference(*(np.stack(part)[:, scored].mean(1) for part in (ours, theirs)))
 
 
-def _held_out(run: Run) -> pd.Series:
+def held_out(run: Run) -> pd.Series:
     """Scores of the last evaluation, training sampler, by (prompt, index)."""
     rows = pd.DataFrame(run.files.evaluation)
     rows = rows[(rows["sampler"] == "eta1") & rows["round"].isin(list(run.spent))]

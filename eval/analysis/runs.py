@@ -92,6 +92,20 @@ def require_alike(runs: Sequence[RunFolder]) -> None:
         UserError: they are of several base models or weights of a model or scorer, or those of a
             method have a seed twice or differ in more than the seed.
     """
+    require_same_inputs(runs)
+    cells: dict[tuple[str, str], list[RunFolder]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.config.seed):
+        cells[run.config.objective, run.config.method].append(run)
+    for members in cells.values():
+        _require_seeds(members)
+
+
+def require_same_inputs(runs: Sequence[RunFolder]) -> None:
+    """Refuse runs of several base models, or scored in other units.
+
+    Raises:
+        UserError: naming two such runs.
+    """
     inputs = [(run, dict(run.facts.get("inputs", {}))) for run in runs]
     _require_one("base model", ((run, run.config.model) for run in runs))
     _require_one("content of the base model", ((run, known.get("model")) for run, known in inputs))
@@ -100,11 +114,6 @@ def require_alike(runs: Sequence[RunFolder]) -> None:
         # Others than these are in other units.
         weights = ((run, known.get(name)) for run, known in scorers)
         _require_one(f"version of the scorer {name}", weights)
-    cells: dict[tuple[str, str], list[RunFolder]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: run.config.seed):
-        cells[run.config.objective, run.config.method].append(run)
-    for members in cells.values():
-        _require_seeds(members)
 
 
 def evaluated(paths: Iterable[Path]) -> list[RunFolder]:

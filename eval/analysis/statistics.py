@@ -86,6 +86,40 @@ def difference(ours: Any, theirs: Any, confidence: float = 0.95) -> Difference:
     return Difference(found, float(ends.low), float(ends.high), float(test.pvalue))
 
 
+def paired_difference(ours: Any, theirs: Any, confidence: float = 0.95) -> Difference:
+    """Mean difference of two methods over the same seeds, by Student's paired t.
+
+    What a seed brings to both, prompts and first noise, cancels. As with `difference`, it covers
+    what other seeds would give on the same held-out images, and nothing else.
+
+    Args:
+        ours: [S] one number for each seed.
+        theirs: [S] of the same seeds, in the same order.
+        confidence: as in `interval`.
+
+    Returns:
+        Ours minus theirs, in their unit; ends and p are NaN with one seed.
+
+    Raises:
+        ValueError: there is no seed, their numbers differ, or a number is not finite.
+    """
+    import numpy as np
+    from scipy.stats import t
+
+    a, b = _seeds(ours), _seeds(theirs)
+    if len(a) != len(b):
+        raise ValueError(f"pairs need as many seeds of the one as of the other: {len(a)}, {len(b)}")
+    apart = a - b
+    found = float(apart.mean())
+    if len(apart) == 1:
+        return Difference(found, *[math.nan] * 3)
+    low, high = interval(apart, confidence)
+    error = apart.std(ddof=1) / np.sqrt(len(apart))
+    # Two runs of one thing differ nowhere, which is no difference and not 0 / 0.
+    p = 1.0 if found == 0 else 2 * t.sf(np.divide(abs(found), error or 1e-300), len(apart) - 1)
+    return Difference(found, float(low), float(high), float(p))
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """P-values adjusted for being several (Holm 1979); NaN stays, and counts as no test.
 
