@@ -75,8 +75,12 @@ def _counted(seeds: Any) -> Any:
     return list(range(seeds))
 
 
-def _as_set(value: Any) -> str:
-    """A setting as the text that `--set` takes."""
+def as_set(value: Any) -> str:
+    """A setting as the text that `--set` takes.
+
+    Raises:
+        ValueError: it is something that no setting is.
+    """
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ",".join(value)
     if not isinstance(value, str | int | float):
@@ -84,7 +88,7 @@ def _as_set(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-Settings = dict[str, Annotated[str, BeforeValidator(_as_set)]]
+Settings = dict[str, Annotated[str, BeforeValidator(as_set)]]
 
 
 class Grid(BaseModel):

@@ -147,10 +147,8 @@ def compare(ours: Path, theirs: Path) -> Comparison:
     require_same_inputs([run.files for run in every])
     first, *rest = (held_out(run).index for run in every)
     names = [one.method, other.method] if one.method != other.method else [str(ours), str(theirs)]
-    return Comparison(
-        *(Side(*side) for side in zip(names, (ours, theirs), sides, strict=True)),
-        same_images=all(index.equals(first) for index in rest),
-    )
+    a, b = (Side(*side) for side in zip(names, (ours, theirs), sides, strict=True))
+    return Comparison(a, b, same_images=all(index.equals(first) for index in rest))
 
 
 def _runs(folder: Path) -> Sequence[Run]:
