@@ -114,9 +114,9 @@ def paired_difference(ours: Any, theirs: Any, confidence: float = 0.95) -> Diffe
     if len(apart) == 1:
         return Difference(found, *[math.nan] * 3)
     low, high = interval(apart, confidence)
-    error = apart.std(ddof=1) / np.sqrt(len(apart))
-    # Two runs of one thing differ nowhere, which is no difference and not 0 / 0.
-    p = 1.0 if found == 0 else 2 * t.sf(np.divide(abs(found), error or 1e-300), len(apart) - 1)
+    error = float(apart.std(ddof=1) / np.sqrt(len(apart)))
+    # Runs that are compared with themselves differ nowhere: no difference, and not 0 / 0.
+    p = 2 * t.sf(abs(found) / error, len(apart) - 1) if error else float(found == 0)
     return Difference(found, float(low), float(high), float(p))
 
 
