@@ -91,8 +91,20 @@ def test_paired_difference_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("apart", "p"), [(0.0, 1), (2.0, 0)])
-def test_a_difference_that_all_seeds_share(apart: float, p: float) -> None:
+@pytest.mark.parametrize("function", [difference, paired_difference])
+def test_a_difference_that_all_seeds_share(
+    function: Callable[..., Any], apart: float, p: float
+) -> None:
+    assert function([1.0, 1.0], [1.0 - apart, 1.0 - apart]) == (apart, apart, apart, p)
     assert paired_difference([1.0, 2.0], [1.0 - apart, 2.0 - apart]) == (apart, apart, apart, p)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(5, 5), (5, 3), (2, 9)])
+def test_a_difference_is_scipys(ours: int, theirs: int) -> None:
+    a, b = RNG.normal(1, 2, ours), RNG.normal(0, 1, theirs)
+    test = ttest_ind(a, b, equal_var=False)
+    ends = test.confidence_interval()
+    np.testing.assert_allclose(difference(a, b)[1:], (ends.low, ends.high, test.pvalue))
 
 
 @pytest.mark.parametrize(
