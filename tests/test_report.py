@@ -267,7 +267,7 @@ def test_nothing_of_a_full_figure_overlaps(
     for i, objective in enumerate(objectives):
         for method, seed in itertools.product(style.LOOKS, range(5 - i)):
             write_run(tmp_path, objective, method, seed)
-    with figure_of._style():
+    with style.own_style():
         figure = figure_of.curves_figure(table(tmp_path, x), x)
         canvas: Any = FigureCanvasAgg(figure)
         canvas.draw()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu, norm, t, ttest_ind
+from scipy.stats import mannwhitneyu, norm, t, ttest_ind, ttest_rel
 
 from eval.analysis.statistics import (
     area_under_curve,
@@ -16,6 +16,7 @@ from eval.analysis.statistics import (
     holm,
     images_to_threshold,
     interval,
+    paired_difference,
     probability_of_improvement,
 )
 
@@ -53,6 +54,17 @@ def test_differences_hold_the_truth_as_often_as_they_say(count: int, spread: flo
     assert 0.925 <= np.mean([d.low <= 1 <= d.high for d in found]) <= 0.975
 
 
+@pytest.mark.parametrize("shared", [0.0, 3.0])
+def test_paired_differences_hold_the_truth_as_often_as_they_say(shared: float) -> None:
+    rng = np.random.default_rng(10)
+    seeds = shared * rng.normal(size=(1500, 5))
+    drawn = zip(
+        seeds + rng.normal(1, 1, (1500, 5)), seeds + rng.normal(0, 2, (1500, 5)), strict=True
+    )
+    found = [paired_difference(ours, theirs) for ours, theirs in drawn]
+    assert 0.94 <= np.mean([d.low <= 1 <= d.high for d in found]) <= 0.96
+
+
 @pytest.mark.parametrize("count", [5, 20])
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_improvements_hold_the_truth_as_often_as_they_say(count: int, shift: float) -> None:
@@ -69,6 +81,30 @@ def test_difference_by_hand() -> None:
     assert found.p == pytest.approx(ttest_ind([1, 3, 5], [0, 1, 2], equal_var=False).pvalue)
     assert (found.low + found.high) / 2 == pytest.approx(2)
     assert found.high - found.mean == pytest.approx(t.ppf(0.975, 2.9412) * (5 / 3) ** 0.5, rel=1e-3)
+
+
+def test_paired_difference_by_hand() -> None:
+    # 0.5, 0.6 and 0.4 apart: s = 0.1, and t(2) = 4.30265
+    ours, theirs = [1.0, 1.5, 2.0], [0.5, 0.9, 1.6]
+    found = paired_difference(ours, theirs)
+    assert found == pytest.approx((0.5, 0.25159, 0.74841, ttest_rel(ours, theirs).pvalue), rel=1e-4)
+
+
+@pytest.mark.parametrize(("apart", "p"), [(0.0, 1), (2.0, 0)])
+@pytest.mark.parametrize("function", [difference, paired_difference])
+def test_a_difference_that_all_seeds_share(
+    function: Callable[..., Any], apart: float, p: float
+) -> None:
+    assert function([1.0, 1.0], [1.0 - apart, 1.0 - apart]) == (apart, apart, apart, p)
+    assert paired_difference([1.0, 2.0], [1.0 - apart, 2.0 - apart]) == (apart, apart, apart, p)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(5, 5), (5, 3), (2, 9)])
+def test_a_difference_is_scipys(ours: int, theirs: int) -> None:
+    a, b = RNG.normal(1, 2, ours), RNG.normal(0, 1, theirs)
+    test = ttest_ind(a, b, equal_var=False)
+    ends = test.confidence_interval()
+    np.testing.assert_allclose(difference(a, b)[1:], (ends.low, ends.high, test.pvalue))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +207,7 @@ def test_the_order_of_seeds_changes_no_comparison(function: Callable[..., Any]) 
 
 def test_one_seed_says_nothing_about_the_spread() -> None:
     assert all(math.isnan(v) for v in difference([1.0], [2.0, 3])[1:])
+    assert all(math.isnan(v) for v in paired_difference([1.0], [2.0])[1:])
     assert all(math.isnan(v) for v in probability_of_improvement([1.0], [2.0, 3])[1:])
 
 
@@ -179,6 +216,7 @@ def test_one_seed_says_nothing_about_the_spread() -> None:
     [
         (lambda: difference([], [1]), r"at least one seed, got shape \(0,\)"),
         (lambda: difference([1, math.nan], [1]), r"finite numbers, got 1 others .* \(2,\)"),
+        (lambda: paired_difference([1, 2], [1]), "as many seeds .*: 2, 1"),
         (lambda: probability_of_improvement([[1]], [1]), r"each seed, got shape \(1, 1\)"),
         (lambda: area_under_curve([0], [1]), r"n >= 2 points, got \(1,\) and \(1,\)"),
         (lambda: area_under_curve([0, 0], [1, 1]), r"increasing x .* x = \[0. 0.\]"),

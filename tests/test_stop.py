@@ -329,6 +329,6 @@ def test_errors_of_several_seeds_become_one_line() -> None:
     one, two = RunError("one."), UserError("two.")
     failed = {"seed 0": one, "seed 1": two, "seed 3": one}
     with pytest.raises(RunError, match=r"^seed 0, seed 3: one\. seed 1: two\.$"):
-        launch.finish(failed, Path("runs"))
+        launch.require_all(failed)
     with pytest.raises(UserError, match=r"^two\.$"):
-        launch.finish({"": two}, Path("runs"))
+        launch.require_all({"": two})

@@ -33,8 +33,9 @@ def cli() -> None:
 
 
 for _command in (
-    run.run, results.plot, results.report, run.sweep, results.evaluate, results.table1,
-    results.verify, show.show, listing.list_, weights.doctor, weights.weights, feedback.feedback,
+    run.run, results.plot, results.report, results.compare, run.sweep, results.evaluate,
+    results.table1, results.verify, show.show, listing.list_, weights.doctor, weights.weights,
+    feedback.feedback,
 ):  # fmt: skip
     cli.add_command(_command)
 

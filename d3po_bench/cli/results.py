@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +52,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
     "--table",
     "tables",
     multiple=True,
-    type=click.Choice(["gains", "cost", "efficiency", "settings", "crossed", "runs"]),
+    type=click.Choice(["gains", "contrast", "cost", "efficiency", "settings", "crossed", "runs"]),
     help="Repeatable; default: gains and cost.",
 )
 @click.option(
@@ -90,6 +92,43 @@ def report(
         click.echo(text)
     else:
         write_atomically(out, f"{text}\n".encode())
+
+
+@click.command()
+@click.argument("a", type=PLACE)
+@click.argument("b", type=PLACE)
+@click.option(
+    "--require", "required", type=click.Choice(["not-worse", "better"]), default="not-worse",
+    show_default=True, help="What must hold of A, or the exit status is 1.",
+)  # fmt: skip
+@click.option(
+    "--plot", "drawn", type=PLACE, help="Draw the seeds and their difference: .png, .svg."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print every number as JSON instead.")
+def compare(a: Path, b: Path, required: str, drawn: Path | None, as_json: bool) -> None:
+    """Say whether the runs A are better than the runs B.
+
+    A and B are run folders, or folders with the seeds of one method on one objective. Their gains
+    are compared seed by seed where both have the same seeds and held-out images, else by
+    Welch's t. Exits with 0, or with 1 if A is shown to be worse (--require better: unless A is
+    shown to be better), and with 2 if they cannot be compared.
+
+    \b
+    Example:
+        d3po-bench compare runs/tiny/incompress/d3po runs/tiny/incompress/ddpo
+        d3po-bench compare runs-new/tiny/compress/d3po runs/tiny/compress/d3po --plot both.png
+    """  # noqa: D301
+    from eval.analysis.compare import compare as compared
+    from eval.figures import compare as figure
+
+    if drawn is not None:
+        figure.require_kind(drawn)
+    found = compared(a, b)
+    if drawn is not None:
+        figure.draw(found, drawn)
+    click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.sentence())
+    if found.verdict != "better" and (required == "better" or found.verdict == "worse"):
+        sys.exit(1)
 
 
 @click.command()

@@ -106,25 +106,13 @@ def run(
     from d3po_bench.launch import launch
     from eval.tools import TOOLS
 
-    launch.run(
-        launch.RunRequest(
-            method=method,
-            objective=objective,
-            model=model,
-            prompts=prompts,
-            preset=preset,
-            settings=pairs_of(settings),
-            rounds=rounds,
-            seeds=range(seed_start, seed_start + seeds),
-            device=device,
-            jobs=jobs,
-            out=out,
-            resume=resume,
-            track=track,
-            tools=TOOLS,
-            deterministic="auto" if deterministic is None else "on" if deterministic else "off",
-        )
-    )
+    request = launch.RunRequest(
+        method=method, objective=objective, model=model, prompts=prompts, preset=preset,
+        settings=pairs_of(settings), rounds=rounds, seeds=range(seed_start, seed_start + seeds),
+        device=device, jobs=jobs, out=out, resume=resume, track=track, tools=TOOLS,
+        deterministic="auto" if deterministic is None else "on" if deterministic else "off",
+    )  # fmt: skip
+    _say(launch.run(request), out)
 
 
 @click.command()
@@ -155,4 +143,15 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
     from d3po_bench.launch import grid as sweeping
     from eval.tools import TOOLS
 
-    sweeping.run(grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume)
+    _say(sweeping.run(grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume), out)
+
+
+def _say(folders: list[Path], out: Path) -> None:
+    """What the runs reached, and what to do with them next."""
+    from eval.analysis.ending import ending
+
+    table, lines = ending(folders, out)
+    if table:
+        click.echo(table)
+    for line in lines:
+        click.echo(line, err=True)

@@ -76,8 +76,12 @@ def _counted(seeds: Any) -> Any:
     return list(range(seeds))
 
 
-def _as_set(value: Any) -> str:
-    """A setting as the text that `--set` takes."""
+def as_set(value: Any) -> str:
+    """A setting as the text that `--set` takes.
+
+    Raises:
+        ValueError: it is something that no setting is.
+    """
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ",".join(value)
     if not isinstance(value, str | int | float):
@@ -85,7 +89,7 @@ def _as_set(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-Settings = dict[str, Annotated[str, BeforeValidator(_as_set)]]
+Settings = dict[str, Annotated[str, BeforeValidator(as_set)]]
 
 
 class Grid(BaseModel):
@@ -163,8 +167,11 @@ def read(path: Path) -> Grid:
 
 def run(
     path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool
-) -> None:
+) -> list[Path]:
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
+
+    Returns:
+        The folder of each run.
 
     Raises:
         UserError: bad input, before anything runs.
@@ -187,7 +194,7 @@ def run(
             "again to repeat those; the others are kept. Where a setting was wrong, correct the "
             "grid and remove the folders of those runs."
         )
-    launch.finish({}, out)
+    return [job.folder for job in work]
 
 
 def configs(grid: Grid, tools: Tools) -> list[RunConfig]:

@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import click
-
 from d3po_bench import registry
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.errors import UserError
@@ -54,8 +52,11 @@ class RunRequest:
     deterministic: Deterministic = "auto"
 
 
-def run(request: RunRequest) -> None:
+def run(request: RunRequest) -> list[Path]:
     """Run every seed of a request; a failed seed does not stop the others.
+
+    Returns:
+        The folder of each seed.
 
     Raises:
         UserError: bad input.
@@ -65,7 +66,8 @@ def run(request: RunRequest) -> None:
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
     failed = execute(jobs, request.jobs, names)
     alone = len(jobs) == 1
-    finish({"" if alone else names[run]: why for run, why in failed.items()}, request.out)
+    require_all({"" if alone else names[run]: why for run, why in failed.items()})
+    return [job.folder for job in jobs]
 
 
 def planned(request: RunRequest) -> list[Job]:
@@ -142,12 +144,11 @@ def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dic
     return {name: failed[name] for name in labels if name in failed}
 
 
-def finish(failed: Mapping[str, UserError], out: Path) -> None:
-    """Say where the runs are, or raise what went wrong; errors that are alike are said once.
+def require_all(failed: Mapping[str, UserError]) -> None:
+    """Raise what went wrong, if anything did; errors that are alike are said once.
 
     Args:
         failed: what to call a run -> its problem; "" for a run that was asked for alone.
-        out: folder of the run folders.
 
     Raises:
         UserError: there are problems.
@@ -159,7 +160,6 @@ def finish(failed: Mapping[str, UserError], out: Path) -> None:
         parts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
         kind = type(next(iter(failed.values())))
         raise kind(" ".join(parts).removeprefix(": "))
-    click.echo(f"Runs are in {out}. Draw them: d3po-bench plot {out}", err=True)
 
 
 @contextlib.contextmanager

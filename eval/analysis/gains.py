@@ -32,22 +32,40 @@ SIDES = {"tiny": 32, "sd15": 512}
 """Pixels a side of the pictures of the models that we know."""
 
 
+NAMES = {"objective": text("objective"), "method": text("method")}
+
+LEARNED = {
+    **NAMES, "seeds": text("seeds"),
+    "base": number("base", ".3f"), "end": number("end", ".3f"),
+    "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
+    "share of excess": number("share_of_excess", "+.0%"),
+    f"difference to {RIVAL} (95 % interval)": spread("difference"),
+    "p, Holm": number("p_holm", ".2g"),
+    "gain, eta 0": number("gain_eta0", "+.3f"),
+}  # fmt: skip
+
+PAID = {
+    **NAMES, "recognised": change("recognised", ".2f"), "diversity": change("diversity", ".2f"),
+    "KL at the end": number("kl", ".3f"), "pairs (or single images)": number("pairs", ",.0f"),
+    "images": number("images", ",.0f"), "UNet passes": number("unet_forwards", ",.0f"),
+    "backward passes": number("unet_backwards", ",.0f"),
+    "seconds a seed": number("seconds", ",.0f"),
+}  # fmt: skip
+
+BRIEF = (
+    "method", "objective", "seeds", "base", "end", "gain (95 % interval)", "KL at the end",
+    "recognised", "images", "seconds a seed",
+)  # fmt: skip
+"""Of both, what a command shows when its runs have ended."""
+
+
 def gains(groups: Groups) -> Table:
     """A row for each objective and method: what was learned.
 
     Raises:
         UserError: methods were judged on different held-out images.
     """
-    columns = {
-        "objective": text("objective"), "method": text("method"), "seeds": text("seeds"),
-        "base": number("base", ".3f"), "end": number("end", ".3f"),
-        "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
-        "share of excess": number("share_of_excess", "+.0%"),
-        f"difference to {RIVAL} (95 % interval)": spread("difference"),
-        "p, Holm": number("p_holm", ".2g"),
-        "gain, eta 0": number("gain_eta0", "+.3f"),
-    }  # fmt: skip
-    return Table(records(groups), columns, left=("objective", "method"))
+    return Table(records(groups), LEARNED, left=(*NAMES,))
 
 
 def cost(groups: Groups) -> Table:
@@ -56,15 +74,17 @@ def cost(groups: Groups) -> Table:
     Raises:
         UserError: methods were judged on different held-out images.
     """
-    columns = {
-        "objective": text("objective"), "method": text("method"),
-        "recognised": change("recognised", ".2f"), "diversity": change("diversity", ".2f"),
-        "KL at the end": number("kl", ".3f"), "pairs (or single images)": number("pairs", ",.0f"),
-        "images": number("images", ",.0f"), "UNet passes": number("unet_forwards", ",.0f"),
-        "backward passes": number("unet_backwards", ",.0f"),
-        "seconds a seed": number("seconds", ",.0f"),
-    }  # fmt: skip
-    return Table(records(groups), columns, left=("objective", "method"))
+    return Table(records(groups), PAID, left=(*NAMES,))
+
+
+def brief(groups: Groups) -> Table:
+    """The most important columns of both tables.
+
+    Raises:
+        UserError: methods were judged on different held-out images.
+    """
+    every = LEARNED | PAID
+    return Table(records(groups), {name: every[name] for name in BRIEF}, left=(*NAMES,))
 
 
 def contrast(groups: Groups) -> Table:
@@ -77,7 +97,7 @@ def contrast(groups: Groups) -> Table:
     for (model, objective, method), runs in groups.items():
         for (other_model, other, name), against in groups.items():
             if (other_model, name) == (model, method) and _opposite(objective, other):
-                up, down = ({run.seed: float(np.diff(_ends(run))[0]) for run in part}
+                up, down = ({run.seed: float(np.diff(both_ends(run))[0]) for run in part}
                             for part in (runs, against))  # fmt: skip
                 seeds = sorted(up.keys() & down.keys())
                 pairs = np.array([(up[seed], down[seed]) for seed in seeds]).reshape(-1, 2)
@@ -121,11 +141,11 @@ def records(groups: Groups) -> list[Record]:
 
 def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
     model, objective, method = group
-    base, end = np.array([_ends(run) for run in runs]).T
-    first, last = np.array([_ends(run, sampler="eta0") for run in runs]).T
+    base, end = np.array([both_ends(run) for run in runs]).T
+    first, last = np.array([both_ends(run, sampler="eta0") for run in runs]).T
     gain, sign = end - base, registry.objective(objective).sign
-    known = np.mean([_ends(run, "animal") for run in runs], axis=0)
-    differ = np.mean([_ends(run, "diversity") for run in runs], axis=0)
+    known = np.mean([both_ends(run, "animal") for run in runs], axis=0)
+    differ = np.mean([both_ends(run, "diversity") for run in runs], axis=0)
     other = _against(runs, rivals) if rivals and runs != rivals else Difference(*[math.nan] * 4)
     return {
         "objective": objective,
@@ -144,7 +164,7 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
             ("diversity_before", "diversity"),
             _diversity(runs) if np.isnan(differ).any() else differ,
         ),
-        "kl": float(np.mean([_ends(run, "kl")[1] for run in runs])),
+        "kl": float(np.mean([both_ends(run, "kl")[1] for run in runs])),
         **{what: _spent(runs, what) for what in SPENT},
     }
 
@@ -156,7 +176,7 @@ def _named(names: Sequence[str], values: Sequence[Any]) -> Record:
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
-def _ends(run: Run, column: str = "score", sampler: str = "eta1") -> tuple[float, float]:
+def both_ends(run: Run, column: str = "score", sampler: str = "eta1") -> tuple[float, float]:
     """Mean of a column at the first and last evaluation of a logged round; NaN where not known."""
     if column not in run.scores or sampler not in run.scores.index.levels[0]:
         return math.nan, math.nan
@@ -203,7 +223,7 @@ def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
     Raises:
         UserError: the held-out images are not the same.
     """
-    ours, theirs = ([_held_out(run) for run in part] for part in (runs, rivals))
+    ours, theirs = ([held_out(run) for run in part] for part in (runs, rivals))
     for run, scores in zip([*runs, *rivals], [*ours, *theirs], strict=True):
         if not scores.index.equals(ours[0].index):
             raise UserError(
@@ -214,7 +234,7 @@ def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
     return difference(*(np.stack(part)[:, scored].mean(1) for part in (ours, theirs)))
 
 
-def _held_out(run: Run) -> pd.Series:
+def held_out(run: Run) -> pd.Series:
     """Scores of the last evaluation, training sampler, by (prompt, index)."""
     rows = pd.DataFrame(run.files.evaluation)
     rows = rows[(rows["sampler"] == "eta1") & rows["round"].isin(list(run.spent))]

@@ -96,6 +96,20 @@ def require_alike(runs: Sequence[RunFolder]) -> None:
         UserError: they are of several base models or weights of a model or scorer, or those of a
             method have a seed twice or differ in more than the seed.
     """
+    require_same_inputs(runs)
+    cells: dict[tuple[str, str], list[RunFolder]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.config.seed):
+        cells[run.config.objective, run.config.method].append(run)
+    for members in cells.values():
+        _require_seeds(members)
+
+
+def require_same_inputs(runs: Sequence[RunFolder]) -> None:
+    """Refuse runs of several base models, or scored in other units.
+
+    Raises:
+        UserError: naming two such runs.
+    """
     inputs = [(run, dict(run.facts.get("inputs", {}))) for run in runs]
     _require_one("base model", ((run, run.config.model) for run in runs))
     _require_one("content of the base model", ((run, known.get("model")) for run, known in inputs))
@@ -109,11 +123,6 @@ def require_alike(runs: Sequence[RunFolder]) -> None:
         _require_one("content of the prompts", ((run, i.get("prompts")) for run, i in known))
         for name in (*DRAWN, "eval_images"):
             _require_one(f"setting {name}", ((run, getattr(run.config, name)) for run, _ in known))
-    cells: dict[tuple[str, str], list[RunFolder]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: run.config.seed):
-        cells[run.config.objective, run.config.method].append(run)
-    for members in cells.values():
-        _require_seeds(members)
 
 
 def evaluated(paths: Iterable[Path]) -> list[RunFolder]:

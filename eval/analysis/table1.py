@@ -146,7 +146,7 @@ def _train(jobs: list[Job], request: Table1Request) -> None:
     names = {label(job.config): label(job.config) for job in jobs}
     failed = launch.execute(jobs, request.jobs, names) if jobs else {}
     if failed:
-        launch.finish(failed, request.out)
+        launch.require_all(failed)
 
 
 def preset(request: Table1Request) -> str | None:

@@ -30,10 +30,28 @@ class Table:
     """Headings of text; the other columns hold numbers and are set to the right."""
     title: str = ""
 
+    def cells(self) -> list[list[str]]:
+        """The headings, and below them what each record shows."""
+        rows = [[show(record) for show in self.columns.values()] for record in self.records]
+        return [[*self.columns], *rows]
+
+    def plain(self) -> str:
+        """The cells in columns that are as wide as they need to be, for a terminal."""
+        rows = self.cells()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        sides = ["<" if name in self.left else ">" for name in self.columns]
+        forms = list(zip(sides, widths, strict=True))
+        lines = (
+            "  ".join(
+                f"{cell:{side}{width}}" for cell, (side, width) in zip(row, forms, strict=True)
+            )
+            for row in rows
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
     def markdown(self) -> str:
         """The cells as a Markdown table, below its title."""
-        rows = [[show(record) for show in self.columns.values()] for record in self.records]
-        head, *body = [f"| {' | '.join(cells)} |" for cells in ([*self.columns], *rows)]
+        head, *body = [f"| {' | '.join(cells)} |" for cells in self.cells()]
         rule = "|".join("---" if name in self.left else "--:" for name in self.columns)
         title = [self.title, ""] if self.title else []
         return "\n".join([*title, head, f"|{rule}|", *body])

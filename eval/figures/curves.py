@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.analysis.runs import Group, averages, curves, read_groups
 from eval.figures.sheets import samples_sheet
-from eval.figures.style import DPI, MUTED, STYLE, Looks, looks_of, objective_of, unit_of
+from eval.figures.style import (
+    MUTED,
+    Looks,
+    looks_of,
+    objective_of,
+    own_style,
+    rendered,
+    unit_of,
+)
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -77,24 +82,9 @@ def _sheet_name(group: Group) -> str:
 
 
 def _write_curves(table: Frame, x: str, out: Path) -> list[Path]:
-    with _style():
+    with own_style():
         figure = curves_figure(table, x)
-        return [_write(out / f"curves.{kind}", _rendered(figure, kind)) for kind in ("png", "svg")]
-
-
-def _style() -> AbstractContextManager[None]:
-    """Our settings over matplotlib's own defaults: a reader's matplotlibrc changes no figure."""
-    from matplotlib import style
-
-    return style.context(["default", STYLE])
-
-
-def _rendered(figure: Figure, kind: str) -> bytes:
-    """The figure as PNG or SVG, without the date and version that would make files differ."""
-    buffer = io.BytesIO()
-    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
-    figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-    return buffer.getvalue()
+        return [_write(out / f"curves.{kind}", rendered(figure, kind)) for kind in ("png", "svg")]
 
 
 def _write(path: Path, data: bytes) -> Path:

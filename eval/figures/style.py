@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from d3po_bench.errors import UserError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from matplotlib.figure import Figure
+
     from d3po_bench.types import Objective
 
 
@@ -90,6 +95,21 @@ def unit_of(objective: str) -> str:
     source = path.read_text(encoding="utf-8") if path.is_file() else ""
     found = re.search(r"""^    unit\b[^=\n]*=\s*["'](.*)["']""", source, re.MULTILINE)
     return found[1] if found else ""
+
+
+def own_style() -> AbstractContextManager[None]:
+    """Our settings over matplotlib's own defaults: a reader's matplotlibrc changes no figure."""
+    from matplotlib import style
+
+    return style.context(["default", STYLE])
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """The figure as PNG or SVG, without the date and version that would make files differ."""
+    buffer = io.BytesIO()
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+    return buffer.getvalue()
 
 
 def short_name(model: str) -> str:

@@ -1,0 +1,117 @@
+"""Runs from Python: what `import d3po_bench` offers. The command line stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from d3po_bench.config import MOST_SEEDS
+from d3po_bench.errors import RunError, UserError
+from d3po_bench.launch import launch
+from d3po_bench.launch.grid import as_set
+from d3po_bench.machine import device_of
+from d3po_bench.models.adapters import DiffusersModel, Training
+from d3po_bench.models.sources import load, model_source
+from d3po_bench.runs.run import LORA, RunFolder
+from d3po_bench.scoring import undisturbed
+from d3po_bench.training.inputs import require_unchanged
+from eval.analysis.loaded import Runs
+from eval.analysis.runs import evaluated
+from eval.tools import TOOLS
+
+__all__ = ["RunError", "Runs", "UserError", "load_pipeline", "load_runs", "run"]
+
+
+def run(
+    *, objective: str, method: str = "d3po", seeds: int | range = 1, model: str | Path = "tiny",
+    prompts: str | Path | None = None, preset: str | None = None,
+    settings: Mapping[str, object] | None = None, rounds: int | None = None, device: str = "auto",
+    jobs: int = 1, out: str | Path = "runs", resume: bool = True, track: str | None = None,
+    deterministic: launch.Deterministic = "auto",
+) -> Runs:  # fmt: skip
+    """Fine-tune a model, a run for each seed, as `d3po-bench run` does.
+
+    Progress goes to stderr. The same call resumes where it was interrupted, and reads what has
+    finished before. Torch's threads, seed and kernels are afterwards as they were.
+
+    Args:
+        objective: what is learned to please, as `d3po-bench list` names it.
+        method: what learns.
+        seeds: how many, from 0, or which, such as `range(5, 10)`.
+        model: tiny, sd15, a diffusers folder, a hub id, or a file with a model family.
+        prompts: a list or a file; None for the objective's own.
+        preset: settings to start from; None for the one made for the model.
+        settings: what `--set` takes, such as `{"learning_rate": 1e-3}`.
+        rounds: sampling rounds (the paper's epochs); None for the preset's.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        jobs: seeds side by side. With several, a script needs `if __name__ == "__main__":` around
+            its code, as with Python's multiprocessing.
+        out: folder of the run folders.
+        resume: continue runs that are already there.
+        track: a tracker, such as tensorboard.
+        deterministic: on: the same bits each time, or an error; auto: on a CPU alone.
+
+    Raises:
+        UserError: bad input, before anything is written.
+        RunError: a run failed; the others have finished.
+    """
+    request = launch.RunRequest(
+        method=method, objective=objective, model=str(model), preset=preset,
+        prompts=None if prompts is None else str(prompts), settings=_as_text(settings or {}),
+        rounds=rounds, seeds=_counted(seeds), device=device, jobs=jobs, out=Path(out),
+        resume=resume, track=track, tools=TOOLS, deterministic=deterministic,
+    )  # fmt: skip
+    with undisturbed():
+        return Runs(tuple(launch.run(request)))
+
+
+def _counted(seeds: int | range) -> range:
+    found = range(seeds) if isinstance(seeds, int) else seeds
+    if not 0 < len(found) <= MOST_SEEDS or min(found) < 0:
+        raise UserError(f"seeds={seeds} are no seeds. Give a number from 1 to {MOST_SEEDS}, or a "
+                        "range of numbers from 0.")  # fmt: skip
+    return found
+
+
+def _as_text(settings: Mapping[str, object]) -> dict[str, str]:
+    try:
+        return {name: as_set(value) for name, value in settings.items()}
+    except ValueError as problem:
+        raise UserError(f"{settings!r} are no settings: {problem}.") from problem
+
+
+def load_runs(*paths: str | Path) -> Runs:
+    """The evaluated runs at or below `paths`, at any depth, finished or not.
+
+    Raises:
+        UserError: there is none.
+    """
+    return Runs(tuple(run.folder for run in evaluated(map(Path, paths))))
+
+
+def load_pipeline(run: str | Path, device: str = "auto") -> Any:
+    """Diffusers' pipeline of a run's base model, with what the run trained on it.
+
+    Everything is in float32; `.to(torch.float16)` changes that. A LoRA is an adapter as that of
+    `load_lora_weights`: `disable_lora()` gives the base model.
+
+    Args:
+        run: the folder of a finished run.
+        device: where it computes.
+
+    Raises:
+        UserError: the run has not ended, the base model or the weights are not those that it
+            ended with, or its model is of a family without a pipeline.
+    """
+    made = RunFolder(Path(run))
+    config, weights = made.config, made.folder / LORA
+    if not weights.is_dir():
+        raise UserError(f"{weights} is not there: the run has not ended. Run it again: it resumes.")
+    require_unchanged(made, LORA, None)
+    model = load(model_source(config.model), device_of(device), Training())
+    if not isinstance(model, DiffusersModel):
+        raise UserError(f"The model {config.model} is no pipeline of diffusers. Load it as your "
+                        "file does.")  # fmt: skip
+    model.load_saved(weights)
+    return model.pipeline
