@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,8 @@ def export(request: ExportRequest) -> list[Path]:
     facts["ss_output_name"] = request.out.stem
     if sheet:
         write_atomically(sheet, shown)
-    write_atomically(card, card_of(run, source, request.out, sheet).encode())
+    beside = os.path.relpath(request.out.parent, card.parent)
+    write_atomically(card, card_of(run, source, Path(beside, request.out.name), sheet).encode())
     write_atomically(request.out, file_bytes(tensors, facts))
     return written
 
@@ -147,7 +149,14 @@ def short_name(model: str) -> str:
 
 
 def card_of(run: RunFolder, source: Source, out: Path, sheet: Path | None) -> str:
-    """A model card in Markdown, as the Hugging Face hub shows them."""
+    """A model card in Markdown, as the Hugging Face hub shows them.
+
+    Args:
+        run: a finished one.
+        source: its base model.
+        out: the LoRA, as seen from the card.
+        sheet: a picture beside it, if there is one.
+    """
     config = run.config
     hub = not Path(source.path).exists()
     head = [f"base_model: {source.path}"] if hub else []
@@ -165,7 +174,7 @@ def card_of(run: RunFolder, source: Source, out: Path, sheet: Path | None) -> st
     ]  # fmt: skip
     if sheet:
         told = "Above the model before training, below after it: the same prompts and noise."
-        parts += ["## Pictures", f"![before and after]({sheet.name})", told]
+        parts += ["## Pictures", f"![before and after]({out.with_suffix('.png').as_posix()})", told]
     return "\n\n".join(parts) + "\n"
 
 
@@ -212,9 +221,11 @@ def snippet(config: RunConfig, source: Source, out: Path) -> str:
         lines.append("from d3po_bench.models.sources import model_source")
     pinned = f', revision="{source.revision}"' if source.revision else ""
     lines += [
-        "", "# In the folder of this card.", f"pipeline = DiffusionPipeline.from_pretrained({place}{pinned})",
-        f'pipeline.load_lora_weights(".", weight_name={json.dumps(out.name)})',
-    ]  # fmt: skip
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({place}{pinned})",
+        f"pipeline.load_lora_weights({json.dumps(str(out.parent))}, "
+        f"weight_name={json.dumps(out.name)})  # from the folder of this card",
+    ]
     return "\n".join(["```python", *lines, "```"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ def layers_of(pipeline: Any, network: Any, place: Path) -> dict[str, Layer]:
         ValueError: it does not fit the pipeline, has layers of another part, or is a DoRA.
     """
     found: dict[str, Layer] = {}
-    try:
+    with _as_float32(network), ExitStack() as stack:
+        stack.callback(pipeline.unload_lora_weights)
         put_on(pipeline, place)
         for name, part in pipeline.components.items():
             if part is not network and getattr(part, "_hf_peft_config_loaded", False):
@@ -108,9 +109,21 @@ def layers_of(pipeline: Any, network: Any, place: Path) -> dict[str, Layer]:
                     raise ValueError("it is a DoRA, and only a plain LoRA trains here.")
                 down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
                 found[name] = Layer(down.detach().float(), up.detach().float() * scale)
-    finally:
-        pipeline.unload_lora_weights()
     return found
+
+
+@contextmanager
+def _as_float32(network: torch.nn.Module) -> Iterator[None]:
+    """Let a network look as if it were in float32: peft rounds a LoRA to what it lies on."""
+    kept = {parameter: parameter.data for parameter in network.parameters()}
+    for parameter in kept:
+        like = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        parameter.data = like.expand(parameter.shape)  # which takes no memory
+    try:
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
 
 
 class _Notes(logging.Handler):
