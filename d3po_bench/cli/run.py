@@ -111,26 +111,14 @@ def run(
     from d3po_bench.launch import launch
     from eval.tools import TOOLS
 
-    launch.run(
-        launch.RunRequest(
-            method=method,
-            objective=objective,
-            model=model,
-            prompts=prompts,
-            lora=lora,
-            preset=preset,
-            settings=pairs_of(settings),
-            rounds=rounds,
-            seeds=range(seed_start, seed_start + seeds),
-            device=device,
-            jobs=jobs,
-            out=out,
-            resume=resume,
-            track=track,
-            tools=TOOLS,
-            deterministic="auto" if deterministic is None else "on" if deterministic else "off",
-        )
-    )
+    request = launch.RunRequest(
+        method=method, objective=objective, model=model, prompts=prompts, lora=lora,
+        preset=preset, settings=pairs_of(settings), rounds=rounds,
+        seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs, out=out,
+        resume=resume, track=track, tools=TOOLS,
+        deterministic="auto" if deterministic is None else "on" if deterministic else "off",
+    )  # fmt: skip
+    launch.run(request)
 
 
 @click.command()
