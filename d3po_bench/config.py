@@ -21,7 +21,7 @@ MOST_SEEDS = 10_000
 """Of a command: more are a slip, since each is a run."""
 
 
-LATER = {"sampler": "auto", "long_prompts": "refuse"}
+LATER = {"sampler": "auto", "long_prompts": "refuse", "lora": ""}
 """Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
@@ -41,6 +41,8 @@ class RunConfig:
     """The method's own options that differ from its defaults."""
     prompts: str = ""
     """A prompt list's name or file; the objective's own if empty."""
+    lora: str = ""
+    """File or folder of the LoRA that training begins with; empty for the base model."""
     long_prompts: Literal["refuse", "cut"] = "refuse"
     """What becomes of prompts with more tokens than the text encoder reads."""
     rounds: int = 400
@@ -134,6 +136,11 @@ class RunConfig:
             UserError: naming the field, what it must be and what it is.
         """
         _check_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
+        if self.lora and self.full:
+            raise UserError(
+                "A run that trains the whole network cannot begin with a LoRA. Leave out --lora or "
+                "full=true."
+            )
         if self.objective != FEEDBACK:
             registry.objective(self.objective)
         method = method_of(self)
@@ -281,7 +288,7 @@ def make(
 
 _ELSEWHERE = {
     "method": "--method", "objective": "--objective", "model": "--model", "seed": "--seed-start",
-    "device": "--device",
+    "device": "--device", "lora": "--lora",
 }  # fmt: skip
 """Fields with an option of their own, which `--set` would only contradict."""
 

@@ -33,7 +33,8 @@ def leaves(
 def needed(parameter: click.Parameter) -> list[str]:
     """What stands for a required parameter."""
     known = {"method": "d3po", "objective": "incompress"}
-    value = known.get(parameter.name or "", "nowhere")
+    choices = getattr(parameter.type, "choices", ["nowhere"])
+    value = known.get(parameter.name or "", choices[0])
     return [value] if isinstance(parameter, click.Argument) else [parameter.opts[0], value]
 
 
@@ -109,6 +110,8 @@ SAID = (
     "table1 --objective nonsense", "feedback choices nowhere --out x.csv", "feedback choices ''",
     "verify nowhere", "verify nowhere --record", "verify ''",
     "sweep nowhere.toml", "sweep .", "sweep ''", "show ''", "table1 ''", "plot . ''",
+    f"{D3PO} --lora nowhere", f"{D3PO} --lora .", f"{D3PO} --set lora=x",
+    "export nowhere --format kohya --out x.safetensors", "export . --format kohya --out x",
 )  # fmt: skip
 """Command lines that a person may type; nothing lies in the folder."""
 
@@ -119,6 +122,7 @@ ODD = ("\udcff", "a\nb", "x" * 5000, "\x1b[31m", "caf\u00e9\u202e")
 def test_what_people_mistype_is_refused(command: Command) -> None:
     lines = [shlex.split(said) for said in SAID]
     lines += [[*D3PO.split(), "--model", odd] for odd in ODD] + [["plot", odd] for odd in ODD]
+    lines += [[*D3PO.split(), "--lora", odd] for odd in ODD]
     for line in lines:
         done = command(*line)
         assert done.code in (1, 2), line

@@ -50,6 +50,10 @@ RESUME = click.option(
     help="A list (`d3po-bench list`) or a file: .txt with one on each line, or a .csv, .tsv, .json "
     "or .jsonl with a field prompt, text or caption, or FILE:FIELD. Default: the objective's.",
 )
+@click.option(
+    "--lora", type=PROMPTS,
+    help="Begin where this LoRA ended: a .safetensors file, or the folder lora/ of a run.",
+)  # fmt: skip
 @click.option("--preset", help="Settings to start from; default: the one made for the model.")
 @click.option(
     "--set",
@@ -82,6 +86,7 @@ def run(
     seed_start: int,
     model: str,
     prompts: str | None,
+    lora: str | None,
     preset: str | None,
     settings: tuple[str, ...],
     rounds: int | None,
@@ -107,9 +112,10 @@ def run(
     from eval.tools import TOOLS
 
     request = launch.RunRequest(
-        method=method, objective=objective, model=model, prompts=prompts, preset=preset,
-        settings=pairs_of(settings), rounds=rounds, seeds=range(seed_start, seed_start + seeds),
-        device=device, jobs=jobs, out=out, resume=resume, track=track, tools=TOOLS,
+        method=method, objective=objective, model=model, prompts=prompts, lora=lora,
+        preset=preset, settings=pairs_of(settings), rounds=rounds,
+        seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs, out=out,
+        resume=resume, track=track, tools=TOOLS,
         deterministic="auto" if deterministic is None else "on" if deterministic else "off",
     )  # fmt: skip
     _say(launch.run(request), out)

@@ -67,7 +67,8 @@ class Sampling:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:
         """From JSON; of an older round the settings that came later have their defaults."""
-        own = {"settings": {**LATER, **data["settings"]}, "inputs": {**data.get("inputs", {})}}
+        later = {name: default for name, default in LATER.items() if name in FIXED}
+        own = {"settings": {**later, **data["settings"]}, "inputs": {**data.get("inputs", {})}}
         return cls(**{**data, **own, "prompts": tuple(data["prompts"])})
 
     @classmethod

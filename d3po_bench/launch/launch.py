@@ -20,6 +20,7 @@ from d3po_bench.launch.job import SMALLER, End, died, make_run
 from d3po_bench.launch.local import Died, side_by_side
 from d3po_bench.launch.progress import bars, noting
 from d3po_bench.machine import device_of
+from d3po_bench.models import start
 from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.store import require_same
@@ -46,6 +47,8 @@ class RunRequest:
     rounds: int | None = None
     prompts: str | None = None
     """A list or a file; None for the objective's own."""
+    lora: str | None = None
+    """File or folder of the LoRA to begin with; None for the base model."""
     jobs: int | None = None
     resume: bool = True
     track: str | None = None
@@ -91,6 +94,7 @@ def planned(request: RunRequest) -> list[Job]:
         folder = run_folder(request.out, own)
         # Refuse, before hours are spent, what would fail at the end of them.
         read_prompts(own.prompt_source)
+        start.digest(own.lora)
         require_same(folder, own, request.resume)
         jobs.append(
             Job(
@@ -186,7 +190,11 @@ def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     given: dict[str, Any] = {"model": model, "seed": request.seeds.start}
     given |= {
         name: value
-        for name, value in (("rounds", request.rounds), ("prompts", request.prompts))
+        for name, value in (
+            ("rounds", request.rounds),
+            ("prompts", request.prompts),
+            ("lora", request.lora),
+        )
         if value is not None
     }
     config, execution = make(request.method, request.objective, preset, request.settings, **given)

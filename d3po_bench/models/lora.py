@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d3po_bench.errors import UserError
 from d3po_bench.models.one_file import in_one_file
@@ -33,7 +35,7 @@ def put_on(pipeline: Any, place: Path) -> None:
     """
     from safetensors import safe_open
 
-    file = _file(place)
+    file = file_of(place)
     with safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
     if any(name.startswith(WHOLE) for name in names):
@@ -53,8 +55,8 @@ def put_on(pipeline: Any, place: Path) -> None:
         raise ValueError(f"the pipeline takes {placed} of its {tensors} tensors. {' '.join(said)}")
 
 
-def _file(place: Path) -> Path:
-    """The file of a LoRA.
+def file_of(place: Path) -> Path:
+    """The file of a LoRA: `place` itself, or the one in it.
 
     Raises:
         UserError: none, or more than one.
@@ -70,6 +72,58 @@ def _file(place: Path) -> Path:
             f"{', '.join(f.name for f in files[:3])}. Give the path of one file."
         )
     raise UserError(f"{place} holds no LoRA as .safetensors; no other files are loaded.")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a LoRA adds to a layer: up times down, the scale in `up`."""
+
+    down: Tensor
+    """[rank, in], or more dimensions for a convolution."""
+    up: Tensor
+    """[out, rank], as `down`."""
+
+
+def layers_of(pipeline: Any, network: Any, place: Path) -> dict[str, Layer]:
+    """What a LoRA adds to each layer of a network; the pipeline is left as it was.
+
+    Args:
+        pipeline: of diffusers, without a LoRA.
+        network: its part that trains.
+        place: a file, or a folder that holds one.
+
+    Raises:
+        UserError: there is no file, there are several, or it is a whole model.
+        ValueError: it does not fit the pipeline, has layers of another part, or is a DoRA.
+    """
+    found: dict[str, Layer] = {}
+    with _as_float32(network), ExitStack() as stack:
+        stack.callback(pipeline.unload_lora_weights)
+        put_on(pipeline, place)
+        for name, part in pipeline.components.items():
+            if part is not network and getattr(part, "_hf_peft_config_loaded", False):
+                raise ValueError(f"it has layers of the {name}, which does not train here.")
+        for name, module in network.named_modules():
+            for adapter, scale in getattr(module, "scaling", {}).items():
+                if module.use_dora[adapter]:
+                    raise ValueError("it is a DoRA, and only a plain LoRA trains here.")
+                down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                found[name] = Layer(down.detach().float(), up.detach().float() * scale)
+    return found
+
+
+@contextmanager
+def _as_float32(network: torch.nn.Module) -> Iterator[None]:
+    """Let a network look as if it were in float32: peft rounds a LoRA to what it lies on."""
+    kept = {parameter: parameter.data for parameter in network.parameters()}
+    for parameter in kept:
+        like = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        parameter.data = like.expand(parameter.shape)  # which takes no memory
+    try:
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
 
 
 class _Notes(logging.Handler):

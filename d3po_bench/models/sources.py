@@ -74,7 +74,7 @@ def load(source: Source, device: torch.device, training: Training) -> Model:
     from d3po_bench.models.parts import in_a_line
 
     _require_pinned(source)
-    index = _model_index(source)
+    index = model_index(source)
     # All parts of a hub id come from one commit, whatever happens to its branch meanwhile.
     found = commit(source)
     kind = str(index.get("_class_name", "pipeline without a _class_name"))
@@ -162,7 +162,7 @@ def _require_pinned(source: Source) -> None:
         )
 
 
-def _model_index(source: Source) -> dict[str, Any]:
+def model_index(source: Source) -> dict[str, Any]:
     """The pipeline's model_index.json.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from d3po_bench.config import RunConfig
+from d3po_bench.config import LATER, RunConfig
 from d3po_bench.errors import RunError, UserError, is_out_of_memory
 from d3po_bench.runs.files import (
     Hold,
@@ -327,11 +327,11 @@ def require_same(folder: Path, config: RunConfig, resume: bool) -> None:
         return
     run = RunFolder(folder)
     _ = run.config  # refuses what no run can have
-    mine = json.loads(config.to_json())
-    changed = [k for k in sorted(mine | run.recorded) if run.recorded.get(k) != mine.get(k)]
+    mine, there = LATER | json.loads(config.to_json()), LATER | run.recorded
+    changed = [k for k in sorted(mine | there) if there.get(k) != mine.get(k)]
     settings = [k for k in changed if k != "run_id"] or changed
     if changed:
-        told = (f"{k} is {run.recorded.get(k)!r} there, not {mine.get(k)!r}" for k in settings[:3])
+        told = (f"{k} is {there.get(k)!r} there, not {mine.get(k)!r}" for k in settings[:3])
         raise UserError(
             f"{folder} holds another run: {', '.join(told)}. Give another --out, or remove that "
             "folder."

@@ -10,6 +10,7 @@ import torch
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
+from d3po_bench.models import start
 from d3po_bench.models.sources import Source, commit, fingerprint, model_source
 from d3po_bench.prompts import digest
 from d3po_bench.runs.files import Row
@@ -26,7 +27,8 @@ def inputs_today(run: RunFolder, prompts: Sequence[str], tools: Tools) -> Row:
             today[name] = tools.fingerprint(_origin(name, source.scorers))
         except (UserError, ImportError):  # it cannot be loaded here, so it scores nothing
             today[name] = known
-    return {**model_today(source), "prompts": digest(prompts), "scorers": today}
+    lora = start.digest(run.config.lora)
+    return {**model_today(source), **lora, "prompts": digest(prompts), "scorers": today}
 
 
 def model_today(source: Source) -> dict[str, str]:

@@ -96,7 +96,8 @@ class ProgressListener(Listener):
     def evaluating(self, round_: int) -> None:
         """Say so where nothing else has happened yet."""
         if round_ == 0:
-            self._tell(0, "evaluating the base model")
+            first = "the LoRA to begin with" if self.config.lora else "the base model"
+            self._tell(0, f"evaluating {first}")
 
     def evaluated(self, round_: int, found: Evaluated) -> None:
         """Remember the score of the base model."""

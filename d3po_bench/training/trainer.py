@@ -19,6 +19,7 @@ from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, require_own_names, update
 from d3po_bench.errors import RunError
 from d3po_bench.experience import Experience
+from d3po_bench.models import start
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import fingerprint, load, model_source
 from d3po_bench.prompts import digest
@@ -72,7 +73,8 @@ class Trainer:
         if self.model.commit:
             self.inputs["model_commit"] = self.model.commit
         self.model.encode([*experience.prompts, ""])
-        self.model.add_adapter(config.seed)
+        self.inputs |= start.digest(config.lora)
+        start.begin(self.model, config.seed, config.lora)
         self.policy = Policy(
             self.model,
             steps=config.sampling_steps,
@@ -168,7 +170,8 @@ class Trainer:
         )
         rollout = replace(rollout, history=self.history, memory=self.memory)
         with stage("reference"):
-            untrained = self.round == 0 and self.experience.initial is None
+            from_base = self.experience.initial is None and not self.config.lora
+            untrained = self.round == 0 and from_base
             rollout = with_reference(
                 self.policy, rollout, self.method, untrained=untrained,
                 batch=self.execution.reference_batch, skip=self.config.skip_steps,

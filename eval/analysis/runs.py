@@ -93,8 +93,8 @@ def require_alike(runs: Sequence[RunFolder]) -> None:
     """Refuse runs that cannot be shown together.
 
     Raises:
-        UserError: they are of several base models or weights of a model or scorer, or those of a
-            method have a seed twice or differ in more than the seed.
+        UserError: they are of several base models, LoRAs to begin with or weights of a model or
+            scorer, or those of a method have a seed twice or differ in more than the seed.
     """
     require_same_inputs(runs)
     cells: dict[tuple[str, str], list[RunFolder]] = defaultdict(list)
@@ -113,6 +113,7 @@ def require_same_inputs(runs: Sequence[RunFolder]) -> None:
     inputs = [(run, dict(run.facts.get("inputs", {}))) for run in runs]
     _require_one("base model", ((run, run.config.model) for run in runs))
     _require_one("content of the base model", ((run, known.get("model")) for run, known in inputs))
+    _require_one("LoRA that training began with", ((r, known.get("lora")) for r, known in inputs))
     scorers = [(run, known.get("scorers", {})) for run, known in inputs]
     for name in sorted({name for _, known in scorers for name in known}):
         # Others than these are in other units.

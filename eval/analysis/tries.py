@@ -152,9 +152,10 @@ def arguments(own: RunConfig) -> list[str]:
     """What follows `d3po-bench` to make a run of that config, whatever the presets are by then."""
     pairs = [part for k, v in settings(own).items() for part in ("--set", f"{k}={v}")]
     model = [] if own.model == "tiny" else ["--model", own.model]
+    lora = ["--lora", own.lora] if own.lora else []
     return [
-        "run", "--method", own.method, "--objective", own.objective, *model, "--preset", "quick",
-        "--seed-start", str(own.seed), *pairs,
+        "run", "--method", own.method, "--objective", own.objective, *model, *lora,
+        "--preset", "quick", "--seed-start", str(own.seed), *pairs,
     ]  # fmt: skip
 
 

@@ -78,7 +78,8 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _strip(run: Run, round_: int) -> Strip:
-    label = _when(round_, run.spent.get(round_, {}))
+    first = "LoRA to begin with" if run.files.config.lora else "base model"
+    label = _when(round_, run.spent.get(round_, {}), first)
     # The samples are drawn with the deployment sampler, so its mean is the one beside them.
     means = run.scores["score"]
     if ("eta0", round_) in means.index:
@@ -93,10 +94,10 @@ def _digits(mean: float) -> str:
     return f"{mean:,.0f}" if abs(mean) >= 100 else f"{mean:#.3g}"
 
 
-def _when(round_: int, spent: Mapping[str, float]) -> str:
-    """'base model', or how much it had been trained on by then."""
+def _when(round_: int, spent: Mapping[str, float], first: str = "base model") -> str:
+    """What training began with, or how much it had been trained on by then."""
     if round_ == 0:
-        return "base model"
+        return first
     if "pairs" not in spent:
         return f"after round {round_}"
     # A method that learns from single images counts as many units as images.
