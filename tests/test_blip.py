@@ -111,6 +111,7 @@ def test_cropping_instead_of_squeezing_shows(recording: Recording, scorer: blip.
         assert gap <= 1e-5 if square else gap > SEEN
 
 
+@pytest.mark.slow
 def test_another_filter_shows(recording: Recording, scorer: blip.Blip) -> None:
     scorer.resize = lambda image: image.resize((384, 384), Image.Resampling.BILINEAR)
     assert gaps(recording, scorer).max(1).values.min() > 1e-4

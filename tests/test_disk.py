@@ -35,10 +35,15 @@ PAGE = 4096
         ("config.json", errno.EROFS, 2, "Read-only file system"),
         ("provenance.json", errno.EACCES, 2, "Permission denied"),
         ("metrics.jsonl", errno.ENOSPC, 1, "the disk is full"),
-        ("timing.jsonl", errno.EFBIG, 1, "there is a limit on the size of files"),
-        ("eval.csv", errno.EIO, 1, "the disk has an input/output error"),
         ("last.safetensors", errno.ENOSPC, 1, "the disk is full"),
-        ("butterfly.png", errno.EDQUOT, 1, "the disk quota is used up"),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("timing.jsonl", errno.EFBIG, 1, "there is a limit on the size of files"),
+                ("eval.csv", errno.EIO, 1, "the disk has an input/output error"),
+                ("butterfly.png", errno.EDQUOT, 1, "the disk quota is used up"),
+            )
+        ),
     ],
 )
 def test_a_file_that_cannot_be_written_is_named_and_the_run_resumes_later(
@@ -79,7 +84,12 @@ def at_most(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("size", "name"), [(0, "config.json"), (2 * PAGE, "last.safetensors"), (20, "config.json")]
+    ("size", "name"),
+    [
+        (2 * PAGE, "last.safetensors"),
+        pytest.param(0, "config.json", marks=pytest.mark.slow),
+        pytest.param(20, "config.json", marks=pytest.mark.slow),
+    ],
 )
 def test_a_limit_on_the_size_of_files_is_told(
     size: int, name: str, command: Command, micro: Path, finished: Path

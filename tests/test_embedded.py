@@ -121,6 +121,7 @@ def test_every_glyph_is_in_the_font() -> None:
     assert [animal for animal in render.GLYPHS if not inked(animal)] == []
 
 
+@pytest.mark.slow
 @needs_font
 def test_the_recipe_runs_from_font_to_pipeline(tmp_path: Path) -> None:
     settings = ["pictures=2600", "processes=1", "bf16=false"]

@@ -26,6 +26,7 @@ from torch import Tensor
 from d3po_bench.cli import cli, main
 from d3po_bench.config import Execution
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import comparisons, simulated, training
 from d3po_bench.feedback.agreement import read_label_files
@@ -458,7 +459,9 @@ def test_only_rounds_of_folders_in_pairs_have_first_choices(tmp_path: Path) -> N
     refused("feedback", "choices", tmp_path / "tags", match="does not compare every two of the 3")
     comparisons.take(tmp_path / "pairs", sources, PAIRS)
     (tmp_path / "pairs" / SOURCES).write_text('["a", "b"]')
-    (tmp_path / "pairs" / "files.json").write_text("{}")  # an earlier version left it out
+    known = json.loads((tmp_path / "pairs" / "files.json").read_text())
+    known[SOURCES] = sha256_of(tmp_path / "pairs" / SOURCES)
+    (tmp_path / "pairs" / "files.json").write_text(json.dumps(known))
     refused("feedback", "choices", tmp_path / "pairs", match="does not compare every two of the 2")
     new_round(tmp_path / "plain", "pairs", 1)
     refused("feedback", "choices", tmp_path / "plain", match="does not compare folders")

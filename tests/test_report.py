@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import UserError
 from d3po_bench.runs.run import RunFolder
 from eval.analysis.runs import Run, averages, curves, evaluated, read_groups
 from eval.analysis.runs import read_run as read
@@ -555,14 +555,6 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "runs")
     with pytest.raises(UserError, match=r"curves\.png cannot be written: .* --out"):
         figure_of.plot([folder], tmp_path / "file" / "figures")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_full_disk(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "runs")
-    (tmp_path / "curves.png.part").symlink_to("/dev/full")
-    with pytest.raises(RunError, match="the disk is full"):
-        figure_of.plot([folder], tmp_path)
 
 
 def test_seeds_of_other_inputs_are_not_averaged(tmp_path: Path) -> None:

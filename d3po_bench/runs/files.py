@@ -303,7 +303,7 @@ def readable(path: Path) -> Iterator[None]:
         UserError: naming the file.
     """
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would never end
             raise ValueError("it is no regular file")
         yield
     except (

@@ -65,7 +65,7 @@ _PLACES = {name: i for i, name in enumerate(n for v in DRAWINGS.values() for n i
 
 @cache
 def _sheet() -> Image.Image:
-    return Image.open(SHEET).convert("RGBA")
+    return Image.open(SHEET, formats=("PNG",)).convert("RGBA")
 
 
 @cache
@@ -97,7 +97,7 @@ def _rasterised(icons: dict[str, Any], name: str) -> Image.Image:
         f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
     )
     drawn = resvg_py.svg_to_bytes(svg_string=svg, width=512, height=512)
-    large = Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
+    large = Image.open(io.BytesIO(bytes(drawn)), formats=("PNG",)).convert("RGBA")
     ink = large.crop(large.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
     side = max(ink.size)
     square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
