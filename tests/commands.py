@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,13 @@ def written(folder: Path, names: tuple[str, ...] = WRITTEN) -> dict[str, bytes]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return written(folder, tuple(files(folder)))
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    """Change what a JSON file holds, in place."""
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
 
 
 def refused(outcome: Outcome, *words: str, code: int = 2) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from d3po_bench.runs.run import find_runs
 from eval.analysis.measured import place, row_of
 from eval.analysis.pictures import crossed
 from eval.analysis.runs import read_groups, read_run
-from tests.commands import Command, contents, refused, run_of
+from tests.commands import Command, contents, edit_json, refused, run_of
 from tests.conftest import loaded
 from tests.made_up import write_run
 
@@ -50,20 +49,6 @@ def made(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         main(["feedback", "simulate", "one"])
         main(["feedback", "train", "one", "--passes", "1", *TRAIN])
     return home
-
-
-@pytest.fixture
-def home(made: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, in which commands are called."""
-    home = shutil.copytree(made, tmp_path / "home")
-    monkeypatch.chdir(home)
-    return home
-
-
-def edit(path: Path, change: Callable[[Any], object]) -> None:
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
 
 
 def scaled(path: Path) -> None:
@@ -154,7 +139,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_dropout_of_a_network_is_off(micro: Path, tmp_path: Path) -> None:
     model = shutil.copytree(micro, tmp_path / "model")
-    edit(model / "unet" / "config.json", lambda config: config.update(dropout=0.5))
+    edit_json(model / "unet" / "config.json", lambda config: config.update(dropout=0.5))
     x, s = torch.ones(1, 4, 4, 4), torch.tensor([500])
     outputs = []
     for folder in (micro, model, model):
@@ -184,9 +169,10 @@ def test_a_config_that_cannot_be_drawn_with_is_told_as_the_model_loads(
     name: str, changes: dict[str, Any], said: str, micro: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(micro, tmp_path / "model")
-    edit(model / name, lambda config: config.update(changes))
+    edit_json(model / name, lambda config: config.update(changes))
     if kind := changes.get("_class_name"):
-        edit(model / "model_index.json", lambda index: index.update(scheduler=["diffusers", kind]))
+        scheduler = ["diffusers", kind]
+        edit_json(model / "model_index.json", lambda index: index.update(scheduler=scheduler))
     with pytest.raises(UserError, match=said) as raised:
         loaded(model)
     assert "\n" not in str(raised.value)
@@ -197,7 +183,7 @@ def test_a_vae_without_a_scale_is_told_as_the_model_loads(
     factor: object, micro: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(micro, tmp_path / "model")
-    edit(model / "vae" / "config.json", lambda config: config.update(scaling_factor=factor))
+    edit_json(model / "vae" / "config.json", lambda config: config.update(scaling_factor=factor))
     with pytest.raises(UserError, match=r"cannot be drawn with: .*float"):
         loaded(model)
 
@@ -228,7 +214,7 @@ def test_weights_outside_of_a_model_are_not_its_own(part: str, micro: Path, tmp_
 def test_a_run_that_lost_one_input_is_not_evaluated(
     name: str, home: Path, command: Command
 ) -> None:
-    edit(CELL / "seed-0" / "provenance.json", lambda facts: facts["inputs"].pop(name))
+    edit_json(CELL / "seed-0" / "provenance.json", lambda facts: facts["inputs"].pop(name))
     refused(command("evaluate", CELL / "seed-0"), f"does not say which {name} the run was trained")
 
 
@@ -242,7 +228,7 @@ def test_a_checkpoint_of_another_model_is_refused(home: Path, command: Command) 
     run, other = CELL / "seed-0", Path("other", *CELL.parts[1:], "seed-0")
     for name in ("metrics.jsonl", "timing.jsonl", "eval.csv", "checkpoints/last.safetensors"):
         shutil.copy(other / name, run / name)
-    edit(run / "provenance.json", lambda facts: [facts.pop(k) for k in ("ended", "content")])
+    edit_json(run / "provenance.json", lambda facts: [facts.pop(k) for k in ("ended", "content")])
     done = command(*run_of("model", **SETTINGS))
     refused(done, "The run of the checkpoint in", "began with other inputs: model ")
 
@@ -312,7 +298,7 @@ def test_a_run_in_the_place_of_another_has_none_of_its_numbers(tmp_path: Path) -
     folder = write_run(tmp_path)
     measured_by_hand(folder, diversity=0.5)
     assert crossed(read_groups([folder])).records[0]["jpeg_size"] == 1
-    edit(folder / "config.json", lambda config: config.update(learning_rate=1.0))
+    edit_json(folder / "config.json", lambda config: config.update(learning_rate=1.0))
     (folder / "provenance.json").write_text(json.dumps({"inputs": {"model": "another"}}))
     with pytest.raises(UserError, match=r"no diversity.csv of .* --measure"):
         crossed(read_groups([folder]))
@@ -366,7 +352,7 @@ def test_weights_that_were_put_into_a_round_do_not_train(home: Path, command: Co
 
 
 def test_a_rollout_that_is_not_on_record_does_not_train(home: Path, command: Command) -> None:
-    edit(Path("one", "files.json"), lambda known: known.pop("rollout/00000.safetensors"))
+    edit_json(Path("one", "files.json"), lambda known: known.pop("rollout/00000.safetensors"))
     done = command("feedback", "train", "one", "--passes", "1", "--out", "again", *TRAIN)
     refused(done, "rollout/00000.safetensors was not there when the round was made")
 
@@ -376,7 +362,7 @@ def test_a_training_whose_round_is_not_on_record_is_refused(
     round_: object, home: Path, command: Command
 ) -> None:
     path = Path("one", "trained", "d3po", "provenance.json")
-    edit(path, lambda facts: facts.update(round=round_))
+    edit_json(path, lambda facts: facts.update(round=round_))
     refused(command(*NEXT), "was not made by `feedback train`")
 
 
@@ -384,7 +370,7 @@ def test_the_next_round_is_drawn_with_the_settings_of_the_training(
     home: Path, command: Command
 ) -> None:
     path = Path("one", "trained", "d3po", "provenance.json")
-    edit(path, lambda facts: facts["round"].update(seed=9, settings={"guidance": 1}))
+    edit_json(path, lambda facts: facts["round"].update(seed=9, settings={"guidance": 1}))
     assert command(*NEXT).code == 0
     found, before = (json.loads(Path(n, "sampling.json").read_text()) for n in ("next", "one"))
     assert (found["seed"], found["settings"]) == (before["seed"], before["settings"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from d3po_bench.errors import UserError
 from d3po_bench.models.adapters import Training
+from d3po_bench.models.embedded import classifier
 from d3po_bench.models.embedded.render import COLOURS
 from d3po_bench.models.embedded.v2 import judge, judge_recipe, lists, pictures, recipe, render
 from d3po_bench.models.embedded.v2 import scenes as world
@@ -216,7 +217,7 @@ def test_a_judge_learns_what_it_is_shown(name: str) -> None:
     images, shown = judge_recipe.held_out(8)
     places, facts = judge_recipe.targets([asdict(s) for s in shown])
     network = judge.NETWORKS[name]()
-    x = judge.pixels(images, CPU)
+    x = classifier.pictures(images, CPU, render.SIZE)
     first = judge_recipe.loss_of(network(x), places, facts).item()
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     for _ in range(8):

@@ -26,7 +26,7 @@ from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.types import Model
 from eval import golden
-from tests.commands import Command, contents, refused, run_of
+from tests.commands import Command, contents, edit_json, refused, run_of
 from tests.damage import truncated
 from tests.feedback_round import new_round
 from tests.gallery import gallery
@@ -50,24 +50,10 @@ def made(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture
-def home(made: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, in which commands are called."""
-    home = shutil.copytree(made, tmp_path / "home")
-    monkeypatch.chdir(home)
-    return home
-
-
 def flip(path: Path) -> None:
     """Change the last byte of a file: weights load all the same."""
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-
-def edit_json(path: Path, change: Callable[[Any], object]) -> None:
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
 
 
 # ---- weights of a run on something else
@@ -150,7 +136,7 @@ def test_a_run_that_lost_its_record_is_not_taken_for_one_without(
         refused(command(*words), "provenance.json does not say what config.json was")
 
 
-# ---- a run that goes on
+# ---- a run that resumes
 
 
 def test_a_run_does_not_go_on_from_another_seed(home: Path, command: Command) -> None:

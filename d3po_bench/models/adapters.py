@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from d3po_bench.diffusion.seeding import stream
-from d3po_bench.errors import RunError, UserError, is_out_of_memory
+from d3po_bench.errors import RunError, UserError
 from d3po_bench.models.lora import put_on
-from d3po_bench.models.parts import complete, in_a_line, load_part, quieten, require_followed
+from d3po_bench.models.parts import complete, load_part, quieten, refused, require_followed
 from d3po_bench.models.text_encoders import require_short
 from d3po_bench.types import Conditions, Prediction, Process, Weights
 
@@ -346,20 +346,14 @@ class DiffusersModel(ABC):
         Raises:
             UserError: there is neither, or one of another model.
         """
-        try:
+        with refused(
+            f"The LoRA or {self.NETWORK} in {folder} does not fit this model:",
+            "Give --model the model that it was trained on.",
+        ):
             if (folder / self.NETWORK).is_dir():
                 self._load_network(folder / self.NETWORK)
             else:
                 put_on(self.pipeline, folder)
-        except UserError:
-            raise
-        except Exception as problem:  # a damaged or strange file can raise anything
-            if is_out_of_memory(problem):
-                raise
-            raise UserError(
-                f"The LoRA or {self.NETWORK} in {folder} does not fit this model: "
-                f"{in_a_line(problem)} Give --model the model that it was trained on."
-            ) from problem
         self._encoded.clear()  # a LoRA can have layers of the text encoders
         self._freeze()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ def load_part(kind: str, path: str, revision: str | None, name: str, dtype: torc
 
     library = diffusers if hasattr(diffusers, kind) else transformers
     given: dict[str, Any] = {"revision": revision, "subfolder": name}
-    try:
+    with refused(
+        f"The {name} of the pipeline in {path} does not load:",
+        "Fetch or save the pipeline again, with its weights as .safetensors: no others are loaded.",
+    ):
         made = getattr(library, kind)
         if issubclass(made, torch.nn.Module):
             folder = files_of(path, revision)
@@ -50,14 +54,28 @@ def load_part(kind: str, path: str, revision: str | None, name: str, dtype: torc
         part = made.from_pretrained(path, **given)
         if getattr(part, "model_max_length", 0) > 10**6:
             raise OSError("its tokenizer is not there.")  # made up, for want of any file
-    except Exception as problem:  # a damaged file can raise anything in the loaders
+        return part
+
+
+@contextmanager
+def refused(fault: str, remedy: str) -> Iterator[None]:
+    """Around the loading of files of others: whatever that raises becomes one line.
+
+    Args:
+        fault: what cannot be done, before the loaders' own words.
+        remedy: what helps, after them.
+
+    Raises:
+        UserError: of both; what is one already stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:  # a damaged file or a strange config can raise anything
         if is_out_of_memory(problem):
             raise
-        raise UserError(
-            f"The {name} of the pipeline in {path} does not load: {in_a_line(problem)} Fetch or "
-            "save the pipeline again, with its weights as .safetensors: no others are loaded."
-        ) from problem
-    return part
+        raise UserError(f"{fault} {in_a_line(problem)} {remedy}") from problem
 
 
 def complete(kind: Any, path: str | Path, **given: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from d3po_bench import registry, types
 from d3po_bench.digests import files_below, sha256_of
-from d3po_bench.errors import UserError, is_out_of_memory
+from d3po_bench.errors import UserError
 from d3po_bench.models.one_file import find, in_one_file
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def load(source: Source, device: torch.device, training: Training) -> Model:
     """
     if source.is_code:
         return _of_file(source.path, device, training)
-    from d3po_bench.models.parts import in_a_line
+    from d3po_bench.models.parts import refused
 
     _require_pinned(source)
     index = model_index(source)
@@ -79,17 +79,11 @@ def load(source: Source, device: torch.device, training: Training) -> Model:
     found = commit(source)
     kind = str(index.get("_class_name", "pipeline without a _class_name"))
     family = registry.family(kind, source.path)
-    try:
+    with refused(
+        f"The pipeline in {source.path} cannot be drawn with:",
+        "Correct the config of its scheduler, tokenizer or VAE, or save the pipeline again.",
+    ):
         model: Model = family.load(source.path, found or source.revision, index, device, training)
-    except UserError:
-        raise
-    except Exception as problem:  # a config can hold anything
-        if is_out_of_memory(problem):
-            raise
-        raise UserError(
-            f"The pipeline in {source.path} cannot be drawn with: {in_a_line(problem)} Correct "
-            "the config of its scheduler, tokenizer or VAE, or save the pipeline again."
-        ) from problem
     model.commit = found
     return model
 

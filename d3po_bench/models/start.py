@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from d3po_bench.digests import sha256_of
-from d3po_bench.errors import UserError, is_out_of_memory
+from d3po_bench.errors import UserError
 from d3po_bench.models.adapters import DiffusersModel
 from d3po_bench.models.lora import Layer, file_of, layers_of
-from d3po_bench.models.parts import in_a_line
+from d3po_bench.models.parts import refused
 from d3po_bench.types import Model
 
 
@@ -41,17 +41,9 @@ def begin(model: Model, seed: int, lora: str = "") -> None:
         return
     if not isinstance(model, DiffusersModel):
         raise UserError("A model family of your own cannot begin with a LoRA. Leave out --lora.")
-    try:
+    remedy = f"Give --lora one of the {model.NETWORK} of --model."
+    with refused(f"The LoRA in {lora} cannot be trained on:", remedy):
         layers = layers_of(model.pipeline, model.network, Path(lora))
-    except UserError:
-        raise
-    except Exception as problem:  # a damaged or strange file can raise anything
-        if is_out_of_memory(problem):
-            raise
-        raise UserError(
-            f"The LoRA in {lora} cannot be trained on: {in_a_line(problem)} Give --lora one of "
-            f"the {model.NETWORK} of --model."
-        ) from problem
     model.add_adapter(seed)
     _fill(model, layers, lora)
 

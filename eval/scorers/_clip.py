@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d3po_bench.errors import UserError
-from d3po_bench.models.parts import complete
+from d3po_bench.models.parts import complete, refused
 from eval import downloads
 
 WEIGHTS = {
@@ -118,13 +118,9 @@ class Clip:
 
         logging.disable_progress_bar()
         _require_quick_gelu(path)
-        try:
+        with refused(f"The CLIP model in {path} does not load:", "Fetch or save it again."):
             self.model = complete(CLIPModel, path, local_files_only=True, dtype="float32")
             self.tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-        except Exception as problem:  # a damaged file can raise anything on its way in
-            raise UserError(
-                f"The CLIP model in {path} does not load: {problem}. Fetch or save it again."
-            ) from problem
         self.model = self.model.to(device).eval().requires_grad_(False)
         self.device = device
         self.size = int(self.model.config.vision_config.image_size)

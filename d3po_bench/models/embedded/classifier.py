@@ -16,14 +16,18 @@ from d3po_bench.errors import UserError
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """Two convolutions beside an identity."""
+
     def __init__(self, width: int) -> None:
+        """Fresh weights for `width` channels."""
         super().__init__()
         self.one = nn.Conv2d(width, width, 3, padding=1)
         self.norm = nn.GroupNorm(8, width)
         self.two = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of [N, width, h, w], the same shape."""
         change: Tensor = self.two(F.silu(self.norm(self.one(F.silu(x)))))
         return x + change
 
@@ -37,9 +41,9 @@ class Classifier(nn.Module):
             nn.Conv2d(3, 32, 3, padding=1),
             nn.SiLU(),
             nn.Conv2d(32, 64, 4, stride=2, padding=1),
-            _Residual(64),
+            Residual(64),
             nn.Conv2d(64, 96, 4, stride=2, padding=1),
-            _Residual(96),
+            Residual(96),
             nn.GroupNorm(8, 96),
             nn.SiLU(),
         )
@@ -72,9 +76,9 @@ def load(classes: int, device: torch.device) -> Classifier:
     return network.to(device).eval()
 
 
-def pictures(images: Tensor, device: torch.device) -> Tensor:
-    """Images [N, 3, h, w] uint8 as the classifier takes them: [N, 3, 32, 32] in [-1, 1]."""
+def pictures(images: Tensor, device: torch.device, side: int = 32) -> Tensor:
+    """Images [N, 3, h, w] uint8 as judges take them: [N, 3, side, side] in [-1, 1]."""
     x = images.to(device).float().div(127.5).sub(1)
-    if x.shape[-2:] != (32, 32):
-        x = F.interpolate(x, (32, 32), mode="bilinear", antialias=True)
+    if x.shape[-2:] != (side, side):
+        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
     return x

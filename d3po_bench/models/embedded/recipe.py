@@ -38,7 +38,18 @@ TEXT_LENGTH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Losses:
+    """What the losses of autoencoder and UNet weigh."""
+
+    latent_noise: float = 0.06
+    animal_weight: float = 3.0
+    edge_weight: float = 0.5
+    caption_dropout: float = 0.1
+    snr_cap: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Losses):
     """Everything that decides the weights, up to the order of floating-point additions."""
 
     pictures: int = 80_000
@@ -46,15 +57,10 @@ class Recipe:
     vae_steps: int = 2_800
     vae_batch: int = 32
     vae_lr: float = 2e-3
-    latent_noise: float = 0.06
-    animal_weight: float = 3.0
-    edge_weight: float = 0.5
     unet_steps: int = 7_600
     unet_batch: int = 64
     unet_lr: float = 1.2e-3
     unet_channels: tuple[int, int] = (64, 112)
-    caption_dropout: float = 0.1
-    snr_cap: float = 5.0
     ema: float = 0.999
     classifier_steps: int = 1_500
     classifier_batch: int = 64
@@ -114,12 +120,12 @@ class _Average:
             self.shadow[name].lerp_(value, 1 - decay)
 
 
-def _learning_rate(progress: float, step: int, warmup: int = 100) -> float:
+def rate(progress: float, step: int, warmup: int = 100) -> float:
     """Cosine from 1 to 0.02 with a linear warm-up."""
     return min(1.0, (step + 1) / warmup) * (0.51 + 0.49 * math.cos(math.pi * min(progress, 1.0)))
 
 
-def _sum_gradients(module: nn.Module) -> None:
+def share_gradients(module: nn.Module) -> None:
     """Average gradients over the processes, in one message."""
     if not dist.is_initialized():
         return
@@ -152,12 +158,12 @@ def fit(
     step, progress = 0, 0.0
     while progress < 1:
         for group in optimizer.param_groups:
-            group["lr"] = lr * _learning_rate(progress, step)
+            group["lr"] = lr * rate(progress, step)
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
             value = loss()
         optimizer.zero_grad()
         value.backward()
-        _sum_gradients(module)
+        share_gradients(module)
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         average.update(module, step)
@@ -198,36 +204,49 @@ def new_vae(scaling_factor: float = 1.0) -> Any:
     )
 
 
-def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
     """Differences of pixels one below, and beside, the other."""
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
-def inner(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` cut to the shapes that `edges` returns."""
+def _inner(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` cut to the shapes that `_edges` returns."""
     return x[..., 1:, :], x[..., :, 1:]
 
 
-def train_vae(recipe: Recipe, work: Path, rank: int, minutes: float | None) -> dict[str, float]:
-    """Fit the autoencoder: L1 on pixels and their differences, the animal's weighing more.
+def reconstruction(
+    vae: Any, x: Tensor, mask: Tensor, losses: Losses, noise: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The autoencoder's loss: L1 on pixels and their differences, the animals' weighing more.
 
     Noise on the latents keeps neighbouring latents decodable, which the UNet's samples need.
+
+    Args:
+        vae: an AutoencoderTiny.
+        x: pictures [N, 3, h, w] in [-1, 1].
+        mask: [N, 1, h, w], 1 on animals.
+        losses: what its parts weigh.
+        noise: standard normal, of the shape and device of its argument.
     """
+    weight = 1 + losses.animal_weight * mask
+    z = vae.encoder(x.contiguous(memory_format=torch.channels_last))
+    error = x - vae.decoder(z + losses.latent_noise * noise(z)).float()
+    steps = zip(_edges(error), _inner(weight), strict=True)
+    sharp = sum((edge * w).abs().mean() for edge, w in steps)
+    far = (z.float().abs() - 3).clamp(min=0).square().mean()
+    total: Tensor = (error * weight).abs().mean() + losses.edge_weight * sharp + 0.1 * far
+    return total / (1 + losses.animal_weight / 3)
+
+
+def train_vae(recipe: Recipe, work: Path, rank: int, minutes: float | None) -> dict[str, float]:
+    """Fit the autoencoder."""
     vae = new_vae().to(memory_format=torch.channels_last)
     images, rng = _images(work), np.random.default_rng([recipe.seed, 1, rank])
     batch = recipe.vae_batch // recipe.processes
 
     def loss() -> Tensor:
         x, mask = _pixels_and_masks(images, rng.integers(0, len(images), batch))
-        weight = 1 + recipe.animal_weight * mask
-        z = vae.encoder(x.contiguous(memory_format=torch.channels_last))
-        y = vae.decoder(z + recipe.latent_noise * torch.randn_like(z)).float()
-        error = x - y
-        pairs = zip(edges(error), inner(weight), strict=True)
-        sharp = sum((edge * w).abs().mean() for edge, w in pairs)
-        far = (z.float().abs() - 3).clamp(min=0).square().mean()
-        total: Tensor = (error * weight).abs().mean() + recipe.edge_weight * sharp + 0.1 * far
-        return total / (1 + recipe.animal_weight / 3)
+        return reconstruction(vae, x, mask, recipe, torch.randn_like)
 
     return fit(
         vae, loss, name="vae", steps=recipe.vae_steps, lr=recipe.vae_lr, ema=recipe.ema,
@@ -283,14 +302,14 @@ def new_tokenizer(captions: list[str], work: Path) -> Any:
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TEXT_LENGTH)
 
 
-def new_text_encoder(tokenizer: Any) -> Any:
-    """A two-layer CLIP text encoder, 96 wide, 16 positions."""
+def new_text_encoder(tokenizer: Any, layers: int = 2) -> Any:
+    """A small CLIP text encoder, 96 wide, 16 positions."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192,
-            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TEXT_LENGTH,
+            num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=TEXT_LENGTH,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, projection_dim=96,
         )
@@ -328,16 +347,37 @@ def new_scheduler() -> Any:
 class Denoiser(nn.Module):
     """UNet and text encoder, trained together."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+    def __init__(self, unet: Any, text: Any) -> None:
+        """Of a UNet2DConditionModel and a CLIPTextModel."""
         super().__init__()
-        self.unet = new_unet(recipe)
-        self.text = new_text_encoder(tokenizer)
+        self.unet, self.text = unet, text
 
     def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """Noise predicted in `x_t` [N, 12, 8, 8] at `t` [N] under captions `tokens` [N, 16]."""
+        """Noise predicted in `x_t` [N, c, s, s] at `t` [N] under captions `tokens` [N, 16]."""
         text = self.text(tokens).last_hidden_state
         noise: Tensor = self.unet(x_t, t, text, return_dict=False)[0]
         return noise
+
+
+def denoising(
+    model: Denoiser, x: Tensor, noise: Tensor, alphas: Tensor, t: Tensor, tokens: Tensor, cap: float
+) -> Tensor:
+    """Error of the predicted noise with min-SNR weights (arXiv:2303.09556).
+
+    Args:
+        model: what predicts.
+        x: latents [N, c, s, s].
+        noise: likewise, standard normal.
+        alphas: cumulative products at `t`, [N].
+        t: timesteps [N].
+        tokens: of the captions, [N, 16].
+        cap: of the signal-to-noise ratio.
+    """
+    a = alphas.view(-1, 1, 1, 1)
+    predicted = model(a.sqrt() * x + (1 - a).sqrt() * noise, t, tokens).float()
+    error: Tensor = (predicted - noise).square().flatten(1).mean(1)
+    weighted: Tensor = error * (cap / (alphas / (1 - alphas))).clamp(max=1)
+    return weighted.mean()
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> Tensor:
@@ -365,12 +405,12 @@ def _batches(recipe: Recipe, work: Path, tokenizer: Any, rank: int) -> Iterator[
 
 
 def train_unet(recipe: Recipe, work: Path, rank: int, minutes: float | None) -> dict[str, float]:
-    """Fit UNet and text encoder: noise prediction with min-SNR weights (arXiv:2303.09556)."""
+    """Fit UNet and text encoder: noise prediction as `denoising` measures it."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     torch.manual_seed(recipe.seed)
-    model = Denoiser(recipe, tokenizer)
+    model = Denoiser(new_unet(recipe), new_text_encoder(tokenizer))
     batches = _batches(recipe, work, tokenizer, rank)
     alphas = new_scheduler().alphas_cumprod
     rng = torch.Generator().manual_seed(recipe.seed * 1000 + 3 * 100 + rank)
@@ -381,12 +421,7 @@ def train_unet(recipe: Recipe, work: Path, rank: int, minutes: float | None) -> 
         # One timestep from each of n equal slices of 0..999: less noise in the mean.
         t = ((torch.arange(n) + torch.rand(n, generator=rng)) * 1000 / n).long().clamp(max=999)
         noise = torch.randn(x.shape, generator=rng)
-        a = alphas[t].view(-1, 1, 1, 1)
-        predicted = model(a.sqrt() * x + (1 - a).sqrt() * noise, t, tokens).float()
-        snr = alphas[t] / (1 - alphas[t])
-        error: Tensor = (predicted - noise).square().flatten(1).mean(1)
-        weighted: Tensor = error * (recipe.snr_cap / snr).clamp(max=1)
-        return weighted.mean()
+        return denoising(model, x, noise, alphas[t], t, tokens, recipe.snr_cap)
 
     return fit(
         model, loss, name="unet", steps=recipe.unet_steps, lr=recipe.unet_lr, ema=recipe.ema,
@@ -456,7 +491,7 @@ def export(recipe: Recipe, work: Path, out: Path) -> None:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    denoiser = Denoiser(recipe, tokenizer)
+    denoiser = Denoiser(new_unet(recipe), new_text_encoder(tokenizer))
     denoiser.load_state_dict(load_file(work / "unet.safetensors"))
     facts = json.loads((work / "latents.json").read_text())
     vae = new_vae(scaling_factor=1 / facts["std"])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d3po_bench.errors import UserError
+from d3po_bench.models.embedded.classifier import Residual, pictures
 from d3po_bench.models.embedded.render import COLOURS
 from d3po_bench.models.embedded.v2.captions import ANIMALS
 from d3po_bench.models.embedded.v2.render import SIZE
@@ -93,18 +93,6 @@ def objects(seen: Seen, threshold: float = 0.3) -> list[list[Found]]:
     return found
 
 
-class _Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(width, width, 3, padding=1)
-        self.norm = nn.GroupNorm(8, width)
-        self.two = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        change: Tensor = self.two(F.silu(self.norm(self.one(F.silu(x)))))
-        return x + change
-
-
 def _rare(head: nn.Module) -> nn.Module:
     """The last layer, at first sure of no animal anywhere, as nearly everywhere is right."""
     with torch.no_grad():
@@ -121,11 +109,11 @@ class First(nn.Module):
         """Fresh weights; 0.5M parameters."""
         super().__init__()
         self.fine = nn.Sequential(
-            nn.Conv2d(3, 32, 4, stride=2, padding=1), _Residual(32),
-            nn.Conv2d(32, 64, 4, stride=2, padding=1), _Residual(64),
+            nn.Conv2d(3, 32, 4, stride=2, padding=1), Residual(32),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1), Residual(64),
         )  # fmt: skip
         self.coarse = nn.Sequential(
-            nn.Conv2d(64, 96, 4, stride=2, padding=1), _Residual(96),
+            nn.Conv2d(64, 96, 4, stride=2, padding=1), Residual(96),
             nn.Upsample(scale_factor=2), nn.Conv2d(96, 64, 3, padding=1),
         )  # fmt: skip
         self.head = nn.Sequential(nn.GroupNorm(8, 64), nn.SiLU(), _rare(nn.Conv2d(64, CHANNELS, 1)))
@@ -163,14 +151,6 @@ class Second(nn.Module):
 NETWORKS: dict[str, type[First] | type[Second]] = {"first": First, "second": Second}
 
 
-def pixels(images: Tensor, device: torch.device) -> Tensor:
-    """Images [N, 3, h, w] uint8 as the judges take them: [N, 3, 64, 64] in [-1, 1]."""
-    x = images.to(device).float().div(127.5).sub(1)
-    if x.shape[-2:] != (SIZE, SIZE):
-        x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True)
-    return x
-
-
 class Judge:
     """A trained judge."""
 
@@ -182,7 +162,8 @@ class Judge:
     @torch.no_grad()
     def see(self, images: Tensor) -> Seen:
         """What is in images [N, 3, h, w] uint8, on the CPU."""
-        parts = [self.network(pixels(x, self.device)).float().cpu() for x in images.split(64)]
+        batches = (pictures(x, self.device, SIZE) for x in images.split(64))
+        parts = [self.network(x).float().cpu() for x in batches]
         return interpret(torch.cat(parts))
 
     def find(self, images: Tensor) -> list[list[Found]]:

@@ -3,7 +3,7 @@
     python -m d3po_bench.models.embedded.v2.recipe all --work build/tiny-v2
 
 renders captioned pictures, trains the autoencoder, then the text encoder with the UNet, and writes
-the pipeline folder. Each stage leaves its result in the work folder, goes on from its checkpoint
+the pipeline folder. Each stage leaves its result in the work folder, resumes from its checkpoint
 when it was killed, and is skipped when it is done. On a GPU, in minutes:
 
     R="python -m d3po_bench.models.embedded.v2.recipe --work build/tiny-v2"
@@ -28,30 +28,32 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.embedded.recipe import (
-    TEXT_LENGTH,
-    edges,
+    Denoiser,
+    Losses,
+    denoising,
     halve,
-    inner,
     new_scheduler,
+    new_text_encoder,
     new_tokenizer,
+    reconstruction,
     tokenize,
 )  # fmt: skip
 from d3po_bench.models.embedded.v2 import render
 from d3po_bench.models.embedded.v2.lists import vocabulary
 from d3po_bench.models.embedded.v2.pictures import Pictures, render_pictures
 from d3po_bench.models.embedded.v2.sheet import draw_sheet
-from d3po_bench.models.embedded.v2.training import Plan, State, fit
+from d3po_bench.models.embedded.v2.training import EVERY, Plan, State, fit
 from d3po_bench.models.sources import content
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Losses):
     """Everything that decides the weights, up to the order of floating-point additions."""
 
     pictures: int = 160_000
@@ -63,15 +65,11 @@ class Recipe:
     vae_levels: int = 3
     latent_channels: int = 8
     latent_noise: float = 0.08
-    animal_weight: float = 3.0
-    edge_weight: float = 0.5
     unet_images: int = 2_000_000
     unet_batch: int = 64
     unet_lr: float = 1.2e-3
     unet_channels: tuple[int, ...] = (48, 80, 112)
     text_layers: int = 3
-    caption_dropout: float = 0.1
-    snr_cap: float = 5.0
 
     @property
     def latent_size(self) -> int:
@@ -98,10 +96,7 @@ def new_vae(recipe: Recipe, scaling_factor: float = 1.0) -> Any:
 
 
 def train_vae(recipe: Recipe, work: Path, plan: Plan) -> State:
-    """Fit the autoencoder: L1 on pixels and their differences, the animals' weighing more.
-
-    Noise on the latents keeps neighbouring latents decodable, which the UNet's samples need.
-    """
+    """Fit the autoencoder."""
     torch.manual_seed(recipe.seed)
     vae = new_vae(recipe).to(plan.device, memory_format=torch.channels_last)
     pictures = Pictures(work / "pictures", plan.device)
@@ -110,15 +105,8 @@ def train_vae(recipe: Recipe, work: Path, plan: Plan) -> State:
         index = torch.randint(len(pictures), (count,), generator=rng, device=plan.device)
         whole = pictures.batch(index).float()
         x, mask = whole[:, :3].div(127.5).sub(1), whole[:, 3:].div(255)
-        weight = 1 + recipe.animal_weight * mask
-        z = vae.encoder(x.contiguous(memory_format=torch.channels_last))
-        noise = torch.randn(z.shape, generator=rng, device=plan.device)
-        error = vae.decoder(z + recipe.latent_noise * noise).float() - x
-        steps = zip(edges(error), inner(weight), strict=True)
-        sharp = sum((edge * w).abs().mean() for edge, w in steps)
-        far = (z.float().abs() - 3).clamp(min=0).square().mean()
-        total: Tensor = (error * weight).abs().mean() + recipe.edge_weight * sharp + 0.1 * far
-        return total / (1 + recipe.animal_weight / 3)
+        noise = partial(torch.randn, generator=rng, device=plan.device)
+        return reconstruction(vae, x, mask, recipe, lambda z: noise(z.shape))
 
     return fit(plan, vae, loss)
 
@@ -162,21 +150,6 @@ def encode_latents(recipe: Recipe, work: Path, device: torch.device) -> None:
 # ---------------------------------------------------------------- text and UNet
 
 
-def new_text_encoder(recipe: Recipe, tokenizer: Any) -> Any:
-    """A small CLIP text encoder, 96 wide, 16 positions."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192,
-            num_hidden_layers=recipe.text_layers, num_attention_heads=4,
-            max_position_embeddings=TEXT_LENGTH, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            projection_dim=96,
-        )
-    )  # fmt: skip
-
-
 def new_unet(recipe: Recipe) -> Any:
     """Stable Diffusion's UNet class; of three levels the first and finest only convolves."""
     from diffusers import UNet2DConditionModel
@@ -196,20 +169,9 @@ def new_unet(recipe: Recipe) -> Any:
     )
 
 
-class Denoiser(nn.Module):
-    """UNet and text encoder, trained together."""
-
-    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
-        """Fresh weights."""
-        super().__init__()
-        self.unet = new_unet(recipe)
-        self.text = new_text_encoder(recipe, tokenizer)
-
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """Noise predicted in `x_t` [N, c, s, s] at `t` [N] under captions `tokens` [N, 16]."""
-        text = self.text(tokens).last_hidden_state
-        noise: Tensor = self.unet(x_t, t, text, return_dict=False)[0]
-        return noise
+def new_denoiser(recipe: Recipe, tokenizer: Any) -> Denoiser:
+    """UNet and text encoder with fresh weights."""
+    return Denoiser(new_unet(recipe), new_text_encoder(tokenizer, recipe.text_layers))
 
 
 def _tokenizer(work: Path) -> Any:
@@ -219,10 +181,10 @@ def _tokenizer(work: Path) -> Any:
 
 
 def train_unet(recipe: Recipe, work: Path, plan: Plan) -> State:
-    """Fit UNet and text encoder: noise prediction with min-SNR weights (arXiv:2303.09556)."""
+    """Fit UNet and text encoder: noise prediction as `denoising` measures it."""
     tokenizer, device = _tokenizer(work), plan.device
     torch.manual_seed(recipe.seed)
-    model = Denoiser(recipe, tokenizer).to(device)
+    model = new_denoiser(recipe, tokenizer).to(device)
     captions = json.loads((work / "captions.json").read_text())
     unique = ["", *sorted(set(captions))]
     table, number = tokenize(tokenizer, unique).to(device), {c: i for i, c in enumerate(unique)}
@@ -237,18 +199,14 @@ def train_unet(recipe: Recipe, work: Path, plan: Plan) -> State:
         chosen = torch.where(rand(count) < recipe.caption_dropout, 0, rows[index])
         # One timestep from each of `count` equal slices of 0..999: less noise in the mean.
         t = ((torch.arange(count, device=device) + rand(count)) * 1000 / count).long()
-        a = alphas[t.clamp_(max=999)].view(-1, 1, 1, 1)
+        t.clamp_(max=999)
         noise = torch.randn(x.shape, generator=rng, device=device)
-        predicted = model(a.sqrt() * x + (1 - a).sqrt() * noise, t, table[chosen]).float()
-        error: Tensor = (predicted - noise).square().flatten(1).mean(1)
-        snr = alphas[t] / (1 - alphas[t])
-        weighted: Tensor = error * (recipe.snr_cap / snr).clamp(max=1)
-        return weighted.mean()
+        return denoising(model, x, noise, alphas[t], t, table[chosen], recipe.snr_cap)
 
     def look(weights: dict[str, Tensor], state: State) -> None:
-        if state.progress < 1 and state.seconds // 1200 == (state.seconds - 180) // 1200:
+        if state.progress < 1 and state.seconds // 1200 == (state.seconds - EVERY) // 1200:
             return
-        model_now = Denoiser(recipe, tokenizer).to(device)
+        model_now = new_denoiser(recipe, tokenizer).to(device)
         model_now.load_state_dict(weights)
         path = work / "sheets" / f"{state.images:09}.png"
         draw_sheet(pipeline(recipe, work, model_now), path)
@@ -274,7 +232,7 @@ def pipeline(recipe: Recipe, work: Path, denoiser: Denoiser) -> Any:
 
 def export(recipe: Recipe, work: Path, out: Path) -> None:
     """Write the pipeline folder in fp16, its pin and card.json."""
-    denoiser = Denoiser(recipe, _tokenizer(work))
+    denoiser = new_denoiser(recipe, _tokenizer(work))
     denoiser.load_state_dict(load_file(work / "unet.safetensors"))
     pipe = pipeline(recipe, work, denoiser)
     # The text encoder is stored in fp32: transformers loads what is stored, diffusers fp32.

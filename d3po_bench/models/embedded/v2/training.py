@@ -1,9 +1,8 @@
-"""The training loop of version 2: goes on where a killed run stopped, on a CPU or a CUDA device."""
+"""The training loop of version 2: it resumes where a killed run stopped, on a CPU or a GPU."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from d3po_bench.models.embedded.recipe import rate, share_gradients
 
 EVERY = 180.0
 """Seconds between checkpoints."""
@@ -41,7 +42,7 @@ class Plan:
 
     @property
     def checkpoint(self) -> Path:
-        """Everything needed to go on."""
+        """Everything needed to resume."""
         return self.folder / f"{self.name}.checkpoint"
 
     @property
@@ -74,23 +75,6 @@ class Average:
         now = module.state_dict()
         names = [k for k, v in now.items() if v.is_floating_point()]
         torch._foreach_lerp_([self.shadow[k] for k in names], [now[k] for k in names], 1 - decay)
-
-
-def _share_gradients(module: nn.Module) -> None:
-    """Average gradients over the processes, in one message."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def rate(progress: float, step: int, warmup: int = 200) -> float:
-    """Cosine from 1 to 0.02 with a linear warm-up."""
-    return min(1.0, (step + 1) / warmup) * (0.51 + 0.49 * math.cos(math.pi * min(progress, 1.0)))
 
 
 def random(plan: Plan, step: int) -> torch.Generator:
@@ -164,7 +148,7 @@ def fit(
     losses: list[Tensor] = []
     while state.progress < 1:
         for group in optimizer.param_groups:
-            group["lr"] = plan.lr * rate(state.progress, state.step)
+            group["lr"] = plan.lr * rate(state.progress, state.step, warmup=200)
         with cast:
             value = loss(random(plan, state.step), share)
         losses.append(value.detach())
@@ -188,7 +172,7 @@ def _descend(module: nn.Module, optimizer: torch.optim.Optimizer, value: Tensor)
     """One step down the gradient, whose length is at most 1."""
     optimizer.zero_grad()
     value.backward()
-    _share_gradients(module)
+    share_gradients(module)
     nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
 
