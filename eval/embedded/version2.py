@@ -26,7 +26,7 @@ from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.embedded.v2 import judge, lists
-from d3po_bench.models.embedded.v2.captions import ANIMALS
+from d3po_bench.models.embedded.v2.captions import ANIMALS, read
 from d3po_bench.models.embedded.v2.sheet import save_sheet
 from d3po_bench.models.sources import Source, load
 from d3po_bench.types import Model
@@ -62,11 +62,12 @@ def measure(
     facts: dict[str, Any] = {"images": images, "steps": steps}
     for name, captions in lists.lists().items():
         prompts = [c for c in captions for _ in range(images)]
-        pictures = drawn(model, prompts, steps)
+        pictures, asked = drawn(model, prompts, steps), [a for c in prompts if (a := read(c))]
         verdicts: list[Tensor] = []
         for by, one in judges.items():
+            seen = one.see(pictures)
             for rule in (_geneval.hard, _geneval.soft):
-                scores = _geneval.GenEval("geneval", one, rule, ())(pictures, prompts)
+                scores = torch.tensor(rule(seen, asked))
                 told = _geneval.by_kind(scores, prompts)
                 facts[f"{name} {by} {rule.__name__}"] = {k: round(v, 4) for k, v in told.items()}
                 verdicts += [scores] if rule is _geneval.hard else []

@@ -146,23 +146,21 @@ class GenEval:
     def columns(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The score, and again for each kind of caption alone, each [N]."""
         scores = self(images, prompts)
-        kinds = [a.kind if (a := read(prompt)) else "" for prompt in prompts]
-        nothing = torch.full_like(scores, float("nan"))
         alone = {
-            f"{self.name}_{kind}": torch.where(
-                torch.tensor([k == kind for k in kinds]), scores, nothing
-            )
-            for kind in KINDS
+            f"{self.name}_{kind}": scores.masked_fill(~here, float("nan"))
+            for kind, here in _places(prompts).items()
         }
         return {self.name: scores} | alone
 
 
+def _places(prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Kind -> which captions are of it, [N]."""
+    kinds = [a.kind if (a := read(prompt)) else "" for prompt in prompts]
+    return {kind: torch.tensor([k == kind for k in kinds]) for kind in KINDS}
+
+
 def by_kind(scores: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     """Mean score [N] of each kind of caption, and "mean": the mean of those."""
-    kinds = [a.kind if (a := read(prompt)) else "" for prompt in prompts]
-    told = {
-        kind: float(scores[torch.tensor([k == kind for k in kinds])].mean())
-        for kind in KINDS
-        if kind in kinds
-    }
+    places = _places(prompts)
+    told = {kind: float(scores[here].mean()) for kind, here in places.items() if here.any()}
     return told | {"mean": sum(told.values()) / len(told)} if told else {}
