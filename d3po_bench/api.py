@@ -27,8 +27,8 @@ def run(
     *, objective: str, method: str = "d3po", seeds: int | range = 1, model: str | Path = "tiny",
     prompts: str | Path | None = None, preset: str | None = None,
     settings: Mapping[str, object] | None = None, rounds: int | None = None, device: str = "auto",
-    jobs: int = 1, out: str | Path = "runs", resume: bool = True, track: str | None = None,
-    deterministic: launch.Deterministic = "auto",
+    jobs: int = 1, ranks: int = 1, out: str | Path = "runs", resume: bool = True,
+    track: str | None = None, deterministic: launch.Deterministic = "auto",
 ) -> Runs:  # fmt: skip
     """Fine-tune a model, a run for each seed, as `d3po-bench run` does.
 
@@ -47,6 +47,7 @@ def run(
         device: auto, cpu, cuda, cuda:1 or mps.
         jobs: seeds side by side. With several, a script needs `if __name__ == "__main__":` around
             its code, as with Python's multiprocessing.
+        ranks: processes that share each run, a GPU for each, as for `jobs`.
         out: folder of the run folders.
         resume: continue runs that are already there.
         track: a tracker, such as tensorboard.
@@ -59,8 +60,8 @@ def run(
     request = launch.RunRequest(
         method=method, objective=objective, model=str(model), preset=preset,
         prompts=None if prompts is None else str(prompts), settings=_as_text(settings or {}),
-        rounds=rounds, seeds=_counted(seeds), device=device, jobs=jobs, out=Path(out),
-        resume=resume, track=track, tools=TOOLS, deterministic=deterministic,
+        rounds=rounds, seeds=_counted(seeds), device=device, jobs=jobs, ranks=ranks,
+        out=Path(out), resume=resume, track=track, tools=TOOLS, deterministic=deterministic,
     )  # fmt: skip
     with undisturbed():
         return Runs(tuple(launch.run(request)))

@@ -60,7 +60,7 @@ ALLOWED = {
     "d3po_bench.models": {*CORE, "registry", "prompts", "models"},
     "d3po_bench.runs": {*SETTINGS, "runs"},
     "d3po_bench.training": {*SETTINGS, "diffusion", "models", "experience", "runs", "training"},
-    "d3po_bench.launch": {*SETTINGS, "models", "runs", "training", "launch"},
+    "d3po_bench.launch": {*SETTINGS, "diffusion", "models", "runs", "training", "launch"},
     "d3po_bench.feedback": {
         *SETTINGS, "pictures", "diffusion", "models", "experience", "runs", "training", "feedback",
     },
@@ -76,6 +76,7 @@ Python door, `d3po_bench.api`, put everything together."""
 ONLY_IN = {
     "diffusers": ("d3po_bench.models",),
     "peft": ("d3po_bench.models",),
+    "accelerate": ("d3po_bench.launch",),
     "transformers": ("d3po_bench.models", "eval.embedded", "eval.scorers"),
     "matplotlib": ("eval.figures",),
     "scipy": ("eval",),

@@ -8,6 +8,7 @@ import click
 
 from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS
 from d3po_bench.config import MOST_SEEDS
+from d3po_bench.errors import leads
 
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
@@ -15,6 +16,10 @@ DEVICE = click.option(
 JOBS = click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS),
     help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
+)  # fmt: skip
+RANKS = click.option(
+    "--ranks", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True,
+    help="Processes that share each run, a GPU for each; the bytes are those of one.",
 )  # fmt: skip
 OUT = click.option(
     "--out", type=PLACE, default=Path("runs"), show_default=True, help="Folder of run folders."
@@ -67,6 +72,7 @@ RESUME = click.option(
 )
 @DEVICE
 @JOBS
+@RANKS
 @OUT
 @RESUME
 @click.option(
@@ -92,6 +98,7 @@ def run(
     rounds: int | None,
     device: str,
     jobs: int | None,
+    ranks: int,
     out: Path,
     resume: bool,
     deterministic: bool | None,
@@ -114,8 +121,8 @@ def run(
     request = launch.RunRequest(
         method=method, objective=objective, model=model, prompts=prompts, lora=lora,
         preset=preset, settings=pairs_of(settings), rounds=rounds,
-        seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs, out=out,
-        resume=resume, track=track, tools=TOOLS,
+        seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs,
+        ranks=ranks, out=out, resume=resume, track=track, tools=TOOLS,
         deterministic="auto" if deterministic is None else "on" if deterministic else "off",
     )  # fmt: skip
     _say(launch.run(request), out)
@@ -125,9 +132,10 @@ def run(
 @click.argument("grid", type=PLACE)
 @DEVICE
 @JOBS
+@RANKS
 @OUT
 @RESUME
-def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) -> None:
+def sweep(grid: Path, device: str, jobs: int | None, ranks: int, out: Path, resume: bool) -> None:
     """Run methods x objectives x seeds from the TOML file GRID.
 
     Finished runs are skipped, interrupted ones resumed; a failed one is named at the end and
@@ -149,13 +157,16 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
     from d3po_bench.launch import grid as sweeping
     from eval.tools import TOOLS
 
-    _say(sweeping.run(grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume), out)
+    made = sweeping.run(grid, TOOLS, out=out, jobs=jobs, ranks=ranks, device=device, resume=resume)
+    _say(made, out)
 
 
 def _say(folders: list[Path], out: Path) -> None:
     """What the runs reached, and what to do with them next."""
     from eval.analysis.ending import ending
 
+    if not leads():
+        return
     table, lines = ending(folders, out)
     if table:
         click.echo(table)

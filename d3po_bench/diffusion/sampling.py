@@ -13,7 +13,7 @@ from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import Purpose, normal, stream
-from d3po_bench.types import Conditions, Method, Rollout, UsesSomeImages
+from d3po_bench.types import Conditions, Method, Model, Rollout, UsesSomeImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,18 @@ def sample(
     means = torch.empty(total, k, steps, *shape, device=model.device)
     block = max(1, batch // k)
     blocks = [range(start, min(start + block, total)) for start in range(0, total, block)]
-    for number, rows in enumerate(blocks):
-        if not parallel.mine(number):
-            continue
-        part = slice(rows.start, rows.stop)
-        latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
-        noise = draws.along(rows, k, steps, shape).to(model.device)
-        _walk(policy, latents[part], means[part], noise, conditions.take(part), shared_noise)
-        progress(rows.stop / total)
+
+    def walk() -> None:
+        for number, rows in enumerate(blocks):
+            if parallel.mine(number):
+                part = slice(rows.start, rows.stop)
+                latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
+                noise = draws.along(rows, k, steps, shape).to(model.device)
+                about = conditions.take(part)
+                _walk(policy, latents[part], means[part], noise, about, shared_noise)
+                progress(rows.stop / total)
+
+    parallel.together(walk)
     for number, rows in enumerate(blocks):
         parallel.send(latents[rows.start : rows.stop], number)
         parallel.send(means[rows.start : rows.stop], number)
@@ -145,15 +149,36 @@ def pretrained_means(
     prompt, image = chosen.to(device).nonzero(as_tuple=True)
     flat = torch.empty(len(prompt) * steps, *out.shape[3:], device=device)
     pieces = torch.arange(len(flat), device=device).split(batch)
-    for number, items in enumerate(pieces):
-        if parallel.mine(number):
-            i, j, s = prompt[items // steps], image[items // steps], items % steps
-            x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
-            flat[items] = policy.step(x, s, conditions, weights="base").mean
+
+    def compute() -> None:
+        for number, items in enumerate(pieces):
+            if parallel.mine(number):
+                i, j, s = prompt[items // steps], image[items // steps], items % steps
+                x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
+                flat[items] = policy.step(x, s, conditions, weights="base").mean
+
+    parallel.together(compute)
     for number, items in enumerate(pieces):
         parallel.send(flat[int(items[0]) : int(items[-1]) + 1], number)
     out[prompt, image] = flat.view(len(prompt), *out.shape[2:])
     return out
+
+
+def pictures(model: Model, latents: Tensor, batch: int) -> Tensor:
+    """Pictures [N, 3, h, w] uint8 of final latents [N, C, H, W], as `Model.decode` gives them.
+
+    Args:
+        model: whose decoder.
+        latents: of all pictures.
+        batch: pictures in a piece of the work, which decides bits where decoders' do.
+    """
+    pieces = latents.split(batch)
+
+    def decode() -> dict[int, Tensor]:
+        return {n: model.decode(x) for n, x in enumerate(pieces) if parallel.mine(n)}
+
+    shares = parallel.gather(parallel.together(decode))
+    return torch.cat([shares[n % len(shares)][n] for n in range(len(pieces))])
 
 
 def images_used(method: Method[Any], rollout: Rollout) -> Tensor:

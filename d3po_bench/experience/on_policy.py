@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.policy import Policy
-from d3po_bench.diffusion.sampling import Draws, sample
+from d3po_bench.diffusion.sampling import Draws, pictures, sample
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.experience import Stage
 from d3po_bench.scoring import require_scores
@@ -30,6 +31,7 @@ class OnPolicy:
     """Whether the images of a prompt start from one noise."""
     batch: int
     """Images drawn side by side."""
+    decode_batch: int = 16
     counts: dict[str, int] = field(default_factory=lambda: {"images": 0, "scorer_calls": 0})
     initial: Mapping[str, Tensor] | None = None
 
@@ -58,9 +60,11 @@ class OnPolicy:
 
     def _scored(self, policy: Policy, rollout: Rollout) -> Rollout:
         p, k = rollout.scores.shape
-        images = policy.model.decode(rollout.latents[:, :, -1].flatten(0, 1))
+        latents = rollout.latents[:, :, -1].flatten(0, 1)
+        images = pictures(policy.model, latents, self.decode_batch)
         prompts = [prompt for prompt in rollout.prompts for _ in range(k)]
-        scores = self.scorer(images, prompts).view(p, k)
+        # By one rank, at once: of many scorers the bits depend on what is scored together.
+        scores = parallel.tell(lambda: self.scorer(images, prompts)).view(p, k)
         require_scores(self.scorer, scores)
         self.counts["images"] += p * k
         self.counts["scorer_calls"] += p * k

@@ -13,12 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import registry
+from d3po_bench import errors, registry
 from d3po_bench.config import Execution, RunConfig, make
+from d3po_bench.diffusion import parallel
 from d3po_bench.errors import UserError
+from d3po_bench.launch import ranks
 from d3po_bench.launch.job import SMALLER, End, died, make_run
 from d3po_bench.launch.local import Died, side_by_side
-from d3po_bench.launch.progress import bars, noting
+from d3po_bench.launch.progress import bars, noting, silent
 from d3po_bench.machine import device_of
 from d3po_bench.models import start
 from d3po_bench.models.sources import model_source
@@ -50,6 +52,8 @@ class RunRequest:
     lora: str | None = None
     """File or folder of the LoRA to begin with; None for the base model."""
     jobs: int | None = None
+    ranks: int = 1
+    """Processes on each run; where a launcher has started them, 1."""
     resume: bool = True
     track: str | None = None
     deterministic: Deterministic = "auto"
@@ -65,9 +69,11 @@ def run(request: RunRequest) -> list[Path]:
         UserError: bad input.
         RunError: a run failed, or its process was killed; the others have finished.
     """
-    jobs = planned(request)
+    ranks.require(request.ranks, request.jobs, request.device)
+    ranks.join(request.device, configured(request)[1].rank_timeout)
+    jobs = parallel.together(lambda: planned(request))
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
-    failed = execute(jobs, request.jobs, names)
+    failed = execute(jobs, request.jobs, names, request.ranks)
     alone = len(jobs) == 1
     require_all({"" if alone else names[run]: why for run, why in failed.items()})
     return [job.folder for job in jobs]
@@ -111,7 +117,9 @@ def run_folder(out: Path, config: RunConfig) -> Path:
     return out / model / config.objective / config.method / f"seed-{config.seed}"
 
 
-def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dict[str, UserError]:
+def execute(
+    jobs: list[Job], count: int | None, names: Mapping[str, str], processes: int = 1
+) -> dict[str, UserError]:
     """Make the runs, side by side where there are cores; what failed, by its label.
 
     A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
@@ -121,6 +129,8 @@ def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dic
         jobs: the runs.
         count: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
+        processes: to start for each run; then runs are made one after the other, as they are
+            where this process is a rank itself.
     """
     failed: dict[str, UserError] = {}
     printed = {""}
@@ -130,20 +140,24 @@ def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dic
         name = label(job.config)
         if end.problem is not None:
             failed[name] = end.problem
-        if end.trace not in printed:  # once for all runs that end in the same
+        if end.trace not in printed and (
+            errors.leads() or parallel.lost()
+        ):  # once for all runs that end in it
             printed.add(end.trace)
             print(f"{name}:\n{end.trace}", end="", file=sys.stderr)
         # What nobody expected may have left a process in which nothing works, a GPU's context say.
         return not end.trace
 
-    count = count or _as_many_as_fit(jobs[0])
-    with bars(names) as shown, _terminable():
+    alone = max(processes, parallel.world()) == 1
+    count = (count or _as_many_as_fit(jobs[0])) if alone else 1
+    with bars(names) if errors.leads() else silent() as shown, _terminable():
         report = noting(shown)
-        if min(count, len(jobs)) > 1:
+        if processes > 1:
+            ranks.on_ranks(jobs, processes, ended, report)
+        elif min(count, len(jobs)) > 1:
             side_by_side(make_run, jobs, count, ended, report)
         else:
-            for job in jobs:
-                ended(job, make_run(job, report))
+            ranks.one_by_one(jobs, ended, report)
     labels = [label(job.config) for job in jobs]
     return {name: failed[name] for name in labels if name in failed}
 

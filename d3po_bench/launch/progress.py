@@ -50,6 +50,12 @@ def bars(names: Mapping[str, str]) -> Iterator[Report]:
         yield show
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[Report]:
+    """For a process beside the one that shows it."""
+    yield lambda progress: None
+
+
 def noting(report: Report) -> Report:
     """Print each note once, above the bars; pass all else on."""
     said: set[str] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from d3po_bench.config import Execution, RunConfig
+from d3po_bench.diffusion import parallel
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.experience import Experience
 from d3po_bench.models.sources import model_source
@@ -53,6 +54,7 @@ class Evaluation:
             sampler=config.sampler,
             eta=config.eta,
             batch=execution.sample_batch,
+            decode_batch=execution.decode_batch,
         )
 
     def due(self, round_: int) -> bool:
@@ -68,7 +70,8 @@ class Evaluation:
         """
         spent = model.forwards, model.backwards
         try:
-            rows, pictures = self.tools.evaluate(model, self.what, self.scorers)
+            with parallel.at("evaluation"):
+                rows, pictures = self.tools.evaluate(model, self.what, self.scorers)
         except RunError as problem:
             where = f"Evaluation after round {round_}, seed {self.config.seed}"
             raise RunError(f"{where}: {problem}") from problem

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from d3po_bench import registry
 from d3po_bench.config import Execution, RunConfig, method_of
+from d3po_bench.diffusion import parallel
 from d3po_bench.experience import Experience
 from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.machine import determine, device_of
@@ -21,7 +23,7 @@ from d3po_bench.runs.store import RunStore
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
-from d3po_bench.training.listeners import Listener, ProgressListener, Recorder
+from d3po_bench.training.listeners import Listener, OfFirstRank, ProgressListener, Recorder
 from d3po_bench.training.progress import Progress, Report, label
 from d3po_bench.training.tools import Tools
 from d3po_bench.training.trainer import Trainer
@@ -61,41 +63,88 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         RunError: the run failed on the way; what it had written is kept.
     """
     config, execution = job.config, job.execution
-    with RunStore.open(job.folder, config, resume=job.resume) as store:
-        before = RunFolder(job.folder)
-        if before.finished:
-            before.require_content()
-            today = inputs_today(before, _prompts(job), job.tools)
-            before.require_inputs(today, "give another --out")
-            report(Progress(label(config), 1.0, "finished before"))
+    if parallel.rank():
+        job = replace(job, tools=replace(job.tools, scorer=lambda *_: Elsewhere()))
+    with contextlib.ExitStack() as held, parallel.at("loading"):
+        opened = RunStore.open(job.folder, config, resume=job.resume)
+        store = parallel.lead(lambda: held.enter_context(opened))
+        if parallel.tell(lambda: store is not None and _finished(job, store, report)):
             return
-        if store.hold and not store.hold.everywhere:
-            report(Progress(label(config), 0.0, "", WITHOUT_LOCKS))
-        store.require_packages()
         source = model_source(config.model)
         torch.set_num_threads(threads_of(source, execution.threads))
         device = device_of(execution.device)
         deterministic = determine(device, execution.deterministic)
-        experience = job.experience or on_policy(job, device, source.scorers)
-        trainer = Trainer(config, execution, experience, device)
+        trainer = parallel.together(lambda: _trainer(job, device))
         after = restore(trainer, store)
-        progress = ProgressListener(config, experience.scorer.unit, report)
-        if store.damaged:
-            text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
-            report(Progress(label(config), trainer.round / config.rounds, text))
-        evaluation = Evaluation(config, execution, experience, job.tools, device)
-        scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
-        store.start(
-            config, {**trainer.inputs, "scorers": scorers}, after=after,
-            facts={"unchecked_scorers": _unchecked(job, trainer, evaluation, report), **job.facts},
-            device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
-            execution=vars(execution).copy(), **_plugins(config, evaluation),
-        )  # fmt: skip
-        trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
-        listeners = [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
-        trainer.train(evaluation, listeners, measured=bool(store.evaluation))
-        store.save_lora(trainer.model.save)
-        store.finish()
+        experience, tools = trainer.experience, job.tools
+        evaluation = parallel.together(
+            lambda: Evaluation(config, execution, experience, tools, device)
+        )
+
+        def begin(store: RunStore) -> list[Listener]:
+            scorers = {n: tools.fingerprint(s) for n, s in evaluation.named.items()}
+            unchecked = _unchecked(job, trainer, evaluation, report)
+            store.start(
+                config, {**trainer.inputs, "scorers": scorers}, after=after,
+                facts={"unchecked_scorers": unchecked, **job.facts},
+                device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
+                execution=vars(execution).copy(), **_ranks(), **_plugins(config, evaluation),
+            )  # fmt: skip
+            progress = ProgressListener(config, experience.scorer.unit, report)
+            if store.damaged:
+                text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
+                report(Progress(label(config), trainer.round / config.rounds, text))
+            trackers: list[Listener] = [registry.tracker(n)(job.folder) for n in job.trackers]
+            return [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
+
+        listeners = parallel.lead(lambda: begin(store) if store else [])
+        measured = parallel.tell(lambda: store is not None and bool(store.evaluation))
+        trainer.train(evaluation, [OfFirstRank(listeners or [])], measured)
+
+        def end(store: RunStore) -> None:
+            store.save_lora(trainer.model.save)
+            store.finish()
+
+        parallel.lead(lambda: end(store) if store else None)
+
+
+class Elsewhere:
+    """Stands where the first rank has its scorers, which tells the others what they say."""
+
+    unit = ""
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Not possible.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("the first rank scores")
+
+
+def _finished(job: Job, store: RunStore, report: Report) -> bool:
+    """Whether the run had ended before, with what is there today; else it may be resumed."""
+    before = RunFolder(job.folder)
+    if before.finished:
+        before.require_content()
+        today = inputs_today(before, _prompts(job), job.tools)
+        before.require_inputs(today, "give another --out")
+        report(Progress(label(job.config), 1.0, "finished before"))
+        return True
+    if store.hold and not store.hold.everywhere:
+        report(Progress(label(job.config), 0.0, "", WITHOUT_LOCKS))
+    store.require_packages()
+    return False
+
+
+def _trainer(job: Job, device: torch.device) -> Trainer:
+    scorers = model_source(job.config.model).scorers
+    experience = job.experience or on_policy(job, device, scorers)
+    return Trainer(job.config, job.execution, experience, device)
+
+
+def _ranks() -> dict[str, int]:
+    return {"ranks": parallel.world()} if parallel.world() > 1 else {}
 
 
 def _prompts(job: Job) -> Sequence[str]:
@@ -124,6 +173,7 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
         images_per_prompt=config.images_per_prompt or method.images_per_prompt,
         shared_noise=method.shared_noise,
         batch=job.execution.sample_batch,
+        decode_batch=job.execution.decode_batch,
     )
 
 
