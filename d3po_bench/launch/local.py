@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-METHOD = "spawn"
+METHOD: Literal["spawn", "fork"] = "spawn"
 """How processes are started."""
 
 GRACE = 5.0

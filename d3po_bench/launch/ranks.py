@@ -160,8 +160,6 @@ class _Made:
 
     job: int
     end: End
-    lost: bool
-    """Whether it only heard that another rank is no more."""
 
 
 def on_ranks(jobs: Sequence[Job], count: int, ended: Ended, report: Report) -> None:
@@ -180,7 +178,7 @@ def on_ranks(jobs: Sequence[Job], count: int, ended: Ended, report: Report) -> N
     def told(said: Any) -> None:
         if not isinstance(said, _Made):
             report(said)
-        elif said.job not in made or made[said.job].lost:
+        elif said.job not in made or made[said.job].end.lost:  # which only heard of it
             made[said.job] = said
 
     # Here, it outlives every rank.
@@ -252,7 +250,7 @@ def _make_runs(task: _Rank, tell: Callable[[Any], None]) -> End:
 
     def ended(job: Job, end: End) -> None:
         if task.number == 0 or parallel.lost():
-            tell(_Made(numbers[id(job)], end, end.lost))
+            tell(_Made(numbers[id(job)], end))
 
     def make() -> None:
         execution = task.jobs[0].execution
@@ -262,5 +260,5 @@ def _make_runs(task: _Rank, tell: Callable[[Any], None]) -> End:
     end = attempt(make, SMALLER)
     if end.problem is not None:  # there was no group
         for job in task.jobs:
-            tell(_Made(numbers[id(job)], end, lost=False))
+            tell(_Made(numbers[id(job)], end))
     return end
