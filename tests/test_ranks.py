@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -23,11 +24,11 @@ import torch
 from d3po_bench.cli import main
 from d3po_bench.diffusion import parallel, sampling
 from d3po_bench.diffusion import update as updating
-from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.launch import local, ranks
 from d3po_bench.runs.files import taken
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
+from d3po_bench.scoring import Guarded
 from d3po_bench.training.trainer import Trainer
 from tests.commands import (
     ROOT,
@@ -79,21 +80,31 @@ def bytes_of(out: Path, model: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(paths) if p not in own}
 
 
-def test_ranks_write_the_bytes_of_one_process(forked: None, micro: Path, command: Command) -> None:
-    Path("grid.toml").write_text(GRID.replace("MODEL", str(micro)))
-    for count in (1, 2, 3):
-        more = ("--jobs", "1") if count == 1 else ("--ranks", str(count))
-        done = command("sweep", "grid.toml", "--device", "cpu", "--out", str(count), *more)
-        assert done.code == 0, done.err
-    alone = bytes_of(Path("1"), micro)
+@pytest.fixture(scope="module")
+def grid(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a grid of all methods, and in `alone` its runs by one process."""
+    home = tmp_path_factory.mktemp("grid")
+    (home / "grid.toml").write_text(GRID.replace("MODEL", str(micro)))
+    torch.set_num_threads(1)
+    given = ["--device", "cpu", "--jobs", "1", "--out", str(home / "alone")]
+    main(["sweep", str(home / "grid.toml"), *given])
+    return home
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_ranks_write_the_bytes_of_one_process(
+    count: int, forked: None, micro: Path, grid: Path, command: Command
+) -> None:
+    given = ("--device", "cpu", "--ranks", str(count))
+    done = command("sweep", grid / "grid.toml", *given, "--out", "several")
+    assert done.code == 0, done.err
+    alone, found = bytes_of(grid / "alone", micro), bytes_of(Path("several"), micro)
     assert sum(name.endswith(".safetensors") for name in alone) == len(METHODS)
     assert sum(name.endswith(("metrics.jsonl", "eval.csv")) for name in alone) == 2 * len(METHODS)
-    for count in (2, 3):
-        found = bytes_of(Path(str(count)), micro)
-        assert found.keys() == alone.keys()
-        assert [name for name in alone if found[name] != alone[name]] == []
-        facts = RunFolder(seed_folder(Path(str(count)), micro)).facts
-        assert [session["ranks"] for session in facts["sessions"]] == [count]
+    assert found.keys() == alone.keys()
+    assert [name for name in alone if found[name] != alone[name]] == []
+    facts = RunFolder(seed_folder(Path("several"), micro)).facts
+    assert [session["ranks"] for session in facts["sessions"]] == [count]
 
 
 # ---- ranks that end
@@ -138,7 +149,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], N
     monkeypatch.setattr(Trainer, "train_round", counted)
     places = {
         "sample": (sampling, "_walk"), "update": (updating, "_backward"),
-        "score": (OnPolicy, "_scored"), "checkpoint": (RunStore, "checkpoint"),
+        "score": (Guarded, "__call__"), "checkpoint": (RunStore, "checkpoint"),
     }  # fmt: skip
 
     def place(stage: str, act: Callable[[], None]) -> None:
@@ -159,7 +170,13 @@ At = Callable[[str, Callable[[], None]], None]
 
 @pytest.mark.parametrize(
     ("stage", "rank", "kept"),
-    [("sample", 1, 1), ("update", 0, 1), ("update", 2, 1), ("checkpoint", 0, 1)],
+    [
+        ("update", 2, 1),
+        *(
+            pytest.param(stage, rank, 1, marks=pytest.mark.slow)
+            for stage, rank in (("sample", 1), ("update", 0), ("checkpoint", 0))
+        ),
+    ],
 )
 def test_a_killed_rank_ends_the_others_and_any_number_resumes(
     stage: str, rank: int, kept: int, forked: None, micro: Path, alone: Path, at: At,
@@ -182,13 +199,14 @@ def test_a_killed_rank_ends_the_others_and_any_number_resumes(
     assert [s.get("ranks") for s in RunFolder(folder).facts["sessions"]] == [3, 2]
 
 
+@pytest.mark.slow
 def test_a_rank_that_takes_too_long_is_told(
     forked: None, micro: Path, at: At, command: Command
 ) -> None:
-    at("update", lambda: time.sleep(4 * (parallel.rank() == 1 and NOW["round"] == 2)))
-    done = command(*run_of(micro, "--ranks", "2", micro_batch=1, rank_timeout=2))
+    at("update", lambda: time.sleep(30 * (parallel.rank() == 1 and NOW["round"] == 2)))
+    done = command(*run_of(micro, "--ranks", "2", micro_batch=1, rank_timeout=10))
     refused(done, "Round 2, seed 0: Rank 0 of 2 lost the others in the stage update: ",
-            "or took more than 2 s (--set rank_timeout=...)", code=1)  # fmt: skip
+            "or took more than 10 s (--set rank_timeout=...)", code=1)  # fmt: skip
 
 
 def fails(rank: int, problem: BaseException) -> Callable[[], None]:
@@ -200,6 +218,7 @@ def fails(rank: int, problem: BaseException) -> Callable[[], None]:
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "rank", "problem", "said"),
     [
@@ -226,6 +245,7 @@ def test_what_fails_on_one_rank_fails_on_all_and_the_next_seed_runs(
     assert RunFolder(seed_folder(Path("runs"), micro, 1)).finished
 
 
+@pytest.mark.slow
 def test_what_the_first_rank_refuses_all_refuse(
     forked: None, micro: Path, command: Command
 ) -> None:
@@ -236,6 +256,7 @@ def test_what_the_first_rank_refuses_all_refuse(
     refused(wrong, "lora_targets=nothing names no layer")
 
 
+@pytest.mark.slow
 def test_different_weights_on_the_ranks_stop_the_run(
     forked: None, micro: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +312,7 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         ranks.require(2, None, "auto")
 
 
+@pytest.mark.slow
 def test_machines_of_several_kinds_are_refused(
     forked: None, micro: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,40 +333,36 @@ LAUNCHERS = {
 
 @contextlib.contextmanager
 def started(launcher: str, count: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A command on so many ranks, in a process group of its own that does not outlive the test."""
+    """A command on so many ranks, none of which outlives the test."""
     ours = [sys.executable, "-m", "d3po_bench", *arguments, "--ranks", str(count)]
     if launcher != "ours":
         ours = [sys.executable, "-m", *LAUNCHERS[launcher], str(count), "-m", "d3po_bench"]
         ours += arguments
+    MARK["D3PO_BENCH_TEST"] = secrets.token_hex(8)
     with subprocess.Popen(
         ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        start_new_session=True,
+        env={**os.environ, **MARK},
     ) as process:  # fmt: skip
         try:
             yield process
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for number in processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
 
 
-def processes(group: int) -> list[int]:
-    """Those of a process group that have not ended, from Linux's /proc."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group and fields[0] != "Z":
+MARK: dict[str, str] = {}
+"""In the environment of a command and of all that it starts."""
+
+
+def processes(**also: str) -> list[int]:
+    """Those of the command that have not ended, with these in their environment, too."""
+    found, wanted = [], {f"{key}={value}".encode() for key, value in {**MARK, **also}.items()}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            if wanted <= set(path.read_bytes().split(b"\0")):
                 found.append(int(path.parent.name))
     return found
-
-
-def rank_of(number: int) -> str | None:
-    """The rank of a process, from its environment or its socket to the others."""
-    with contextlib.suppress(OSError):
-        for entry in Path(f"/proc/{number}/environ").read_bytes().split(b"\0"):
-            if entry.startswith(b"RANK="):
-                return entry.removeprefix(b"RANK=").decode()
-    return None
 
 
 @pytest.mark.slow
@@ -356,7 +374,7 @@ def test_every_launcher_gives_the_bytes_of_one_process(
     with started(launcher, count, *run_of(micro, "--out", out, "--seeds", "2", **SMALL)) as process:
         said, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-        assert not processes(process.pid)
+        assert not processes()
     assert said.count("incompress") == 1  # one table
     for seed in (0, 1):
         folder = seed_folder(out, micro, seed)
@@ -376,10 +394,10 @@ def test_a_killed_rank_of_a_launcher_ends_all_with_one_line(
         end = time.monotonic() + 120
         while not list(tmp_path.rglob("last.safetensors")) and time.monotonic() < end:
             time.sleep(0.1)
-        (victim,) = [n for n in processes(process.pid) if rank_of(n) == rank]
+        (victim,) = processes(RANK=rank)
         os.kill(victim, signal.SIGKILL)
         error = process.communicate(timeout=100)[1]
-        assert not processes(process.pid)
+        assert not processes()
     assert process.returncode == 1
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, error
@@ -398,9 +416,9 @@ def test_ranks_end_with_the_command_that_started_them(
             time.sleep(0.1)
         process.send_signal(number)
         error = process.communicate(timeout=100)[1]
-        while processes(process.pid) and time.monotonic() < end:
+        while processes() and time.monotonic() < end:
             time.sleep(0.1)
-        assert not processes(process.pid)
+        assert not processes()
     assert not list(tmp_path.rglob(".lock"))
     if number != signal.SIGKILL:
         assert process.returncode == 1
