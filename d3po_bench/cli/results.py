@@ -21,7 +21,12 @@ from d3po_bench.errors import RunError, UserError
     "--x",
     type=click.Choice(
         [
-            "rounds", "pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards",
+            "rounds",
+            "pairs",
+            "images",
+            "scorer_calls",
+            "unet_forwards",
+            "unet_backwards",
             "seconds",
         ]
     ),

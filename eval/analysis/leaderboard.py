@@ -72,16 +72,12 @@ def boards(folders: Sequence[Path]) -> tuple[list[Board], list[Path]]:
         UserError: no run has been evaluated, one cannot be read, or those of a model do not belong
             together.
     """
+    found = find_runs(folders)
+    waiting = [run.folder for run in found
+               if run.config.eval_every > 0 and not (run.folder / "eval.csv").is_file()]  # fmt: skip
     there: dict[str, list[Path]] = defaultdict(list)
-    waiting = []
-    for run in find_runs(folders):
-        if (run.folder / "eval.csv").is_file():
-            there[run.config.model].append(run.folder)
-        else:
-            waiting.append(run.folder)
-    if not there:
-        evaluated(folders)  # says what is missing
-        raise UserError(f"No run below {', '.join(map(str, folders))} has been evaluated.")
+    for run in evaluated([run.folder for run in found if run.folder not in waiting] or folders):
+        there[run.config.model].append(run.folder)
     return [_board(model, places) for model, places in sorted(there.items())], waiting
 
 
@@ -105,7 +101,7 @@ def _abreast(runs: Sequence[Run]) -> Sequence[Run]:
     """Those that have ended, or else all of them up to the last evaluation that they share."""
     if whole := [run for run in runs if run.ended]:
         return whole
-    common = set.intersection(*({n for s, n in run.scores.index if s == "eta1"} & run.spent.keys()
+    common = set.intersection(*({*run.scores.loc["eta1"].index} & run.spent.keys()
                                 for run in runs))  # fmt: skip
     if not common:
         raise UserError(

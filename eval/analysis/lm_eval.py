@@ -60,7 +60,7 @@ def _metrics(name: str, runs: Sequence[Run]) -> dict[str, Any]:
     found: dict[str, Any] = {"name": name, "alias": name,
                              "sample_len": _samples(runs[0])["effective"]}  # fmt: skip
     for metric, sampler, values in _measured(runs):
-        error = "N/A"
+        error: float | str = "N/A"
         if len(values) > 1:
             error = float(values.std(ddof=1) / math.sqrt(len(values)))
         found |= {f"{metric},{sampler}": float(values.mean()),
@@ -82,7 +82,7 @@ def _measured(runs: Sequence[Run]) -> Iterator[tuple[str, str, Any]]:
 
 def _directions(run: Run) -> dict[str, bool | None]:
     larger = registry.objective(run.config.objective).sign > 0
-    return {"score": larger, "base": larger, "gain": larger, "recognised": True, "kl": False}
+    return {"score": larger, "base": None, "gain": larger, "recognised": True, "kl": False}
 
 
 def _scorer(run: Run) -> str | None:

@@ -71,7 +71,7 @@ class Run:
     @property
     def last(self) -> int:
         """The round of its last evaluation, training sampler."""
-        return max(round_ for sampler, round_ in self.scores.index if sampler == "eta1")
+        return int(self.scores.loc["eta1"].index.max())
 
     @property
     def ended(self) -> bool:

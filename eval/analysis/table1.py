@@ -370,4 +370,3 @@ def _cell(runs: Sequence[pd.Series], base: pd.Series) -> str:
     low, high = map(float, interval(gains))
     spread = "" if np.isnan(low) else f", {low:+.3f} to {high:+.3f}"
     return f"{ends.mean():.3f} ({gains.mean():+.3f}{spread})"
-

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from d3po_bench import __version__
 from d3po_bench.errors import UserError
 from eval.analysis import tries
 from eval.analysis.gains import RIVAL
-from eval.analysis.leaderboard import Board, Entry, boards, provenance
+from eval.analysis.leaderboard import Board, boards, provenance
 from eval.analysis.runs import averages, curves
 from eval.analysis.tables import Cell, Record, change, number, shown, spread, text
 from eval.figures.strips import pairs_of
@@ -112,7 +112,8 @@ def page(runs: Sequence[Path]) -> str:
     style += _look_rules(looks)
     return _environment().get_template("page.html").render(
         version=__version__, style=style, script=script, style_hash=_hash(style),
-        script_hash=_hash(script), entries=entries, waiting=["/".join(path.parts[-3:]) for path in waiting],
+        script_hash=_hash(script), entries=entries,
+        waiting=["/".join(path.parts[-3:]) for path in waiting],
         models=sorted({entry.group[0] for entry in entries}),
         objectives=sorted({entry.group[1] for entry in entries}),
         looks={method: (i, marker_shape(marker, MARK))

@@ -155,9 +155,10 @@ def marker_shape(marker: str, size: float) -> str:
         marker: as in `LOOKS`.
         size: across, in pixels.
     """
+    import numpy as np
     from matplotlib.markers import MarkerStyle
 
     style = MarkerStyle(marker)
     shape = style.get_path().transformed(style.get_transform())
-    (corners,) = shape.to_polygons()
-    return " ".join(f"{x * size:.1f},{-y * size:.1f}" for x, y in corners[:-1])
+    corners = np.array(shape.to_polygons()[0])[:-1] * (size, -size)
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)

@@ -1,7 +1,7 @@
 "use strict";
 
-// The page is readable without this file. It adds sorting, filters, details of rows, the numbers
-// of points, and the slider.
+// Tables and curves can be read without this file. It adds sorting, filters, what is behind a row,
+// the numbers of points, and the slider.
 
 const all = (what, within = document) => [...within.querySelectorAll(what)];
 const one = (what) => document.querySelector(what);
@@ -45,8 +45,8 @@ const filters = one("#filters");
 function filter() {
   const off = all("input:not(:checked)", filters).map((box) => [box.name, box.value]);
   for (const part of all("main [data-method], main [data-objective]")) {
+    // As an attribute, since elements of SVG have no such property.
     part.toggleAttribute("hidden", off.some(([name, value]) => part.dataset[name] === value));
-    // SVG has no hidden attribute of its own; the style sheet knows it.
   }
   const shown = all("tbody tr:not([hidden])", table).length;
   one("#none").hidden = shown > 0;
@@ -131,4 +131,4 @@ for (const panel of all(".panel")) {
     points[now < 0 ? 0 : (now + step + points.length) % points.length]?.focus();
   });
 }
-addEventListener("scroll", () => tell(null), { passive: true });
+addEventListener("scroll", () => tell(one(".point.on")), { passive: true });
