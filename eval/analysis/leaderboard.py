@@ -73,8 +73,8 @@ def boards(folders: Sequence[Path]) -> tuple[list[Board], list[Path]]:
             together.
     """
     found = find_runs(folders)
-    waiting = [run.folder for run in found
-               if run.config.eval_every > 0 and not (run.folder / "eval.csv").is_file()]  # fmt: skip
+    due = [run.folder for run in found if run.config.eval_every > 0]
+    waiting = [folder for folder in due if not (folder / "eval.csv").is_file()]
     there: dict[str, list[Path]] = defaultdict(list)
     for run in evaluated([run.folder for run in found if run.folder not in waiting] or folders):
         there[run.config.model].append(run.folder)
