@@ -127,9 +127,8 @@ def provenance(entries: Sequence[Entry]) -> dict[str, list[str]]:
     """What runs were made with: each fact with all its values, and the days of their ends."""
     found: dict[str, set[str]] = defaultdict(set)
     for facts in (run.files.facts for entry in entries for run in entry.runs):
-        known: dict[str, Any] = {name: facts.get(name) for name in MADE_WITH}
-        known |= facts.get("packages", {})
-        known["ended"] = str(facts.get("ended", ""))[:10]
+        known: dict[str, Any] = {"ended": str(facts.get("ended", ""))[:10]}
+        known |= {name: facts.get(name) for name in MADE_WITH} | facts.get("packages", {})
         for name, value in known.items():
             if value not in (None, ""):
                 found[name].add(str(value)[:80])
