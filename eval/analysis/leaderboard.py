@@ -84,15 +84,18 @@ def boards(folders: Sequence[Path]) -> tuple[list[Board], list[Path]]:
 def _board(model: str, folders: Sequence[Path]) -> Board:
     groups: Groups = read_groups(folders, unfinished=True)
     shown: Groups = {group: _abreast(runs) for group, runs in groups.items()}
-    numbers = zip(shown, records(shown), strict=True)
-    halves = {(objective, record["method"]): record for record in contrast(shown).records
+    # What has not been trained to its end is compared with nothing.
+    whole: Groups = {group: runs for group, runs in shown.items() if runs[0].ended}
+    numbers = dict(zip(whole, records(whole), strict=True))
+    halves = {(objective, record["method"]): record for record in contrast(whole).records
               for objective in record["objectives"].split(", ")}  # fmt: skip
     entries = [
         Entry(
-            group, groups[group], shown[group], halves.get(group[1:], NO_HALVES) | record,
-            [records({group: [run]})[0] for run in shown[group]], _apart(group, shown),
+            group, groups[group], runs,
+            halves.get(group[1:], NO_HALVES) | (numbers.get(group) or records({group: runs})[0]),
+            [records({group: [run]})[0] for run in runs], _apart(group, shown),
         )
-        for group, record in numbers
+        for group, runs in shown.items()
     ]  # fmt: skip
     return Board(model, entries)
 

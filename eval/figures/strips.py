@@ -87,13 +87,17 @@ def _cut(path: Path) -> Pairs | None:
         left, top, side, gap = (int(found[key]) for key in ("left", "top", "side", "gap"))
         rounds = [int(n) for n in found["rounds"]]
         prompts = [str(name).replace("-", " ") for name in found["prompts"]][:COLUMNS]
-        pictures = []
-        for i, prompt in enumerate(prompts):
-            x = left + i * (side + gap)
-            ends = (top, top + (len(rounds) - 1) * (side + gap))
-            cells = [sheet.crop((x, y, x + side, y + side)) for y in ends]
-            pictures.append(_pair(prompt, *cells))
-        return Pairs(int(found["seed"]), rounds[-1], path.name, pictures)
+        rows = (top, top + (len(rounds) - 1) * (side + gap))
+        columns = range(left, left + len(prompts) * (side + gap), side + gap)
+        pictures = [_pair(prompt, *(_cell(sheet, x, y, side) for y in rows))
+                    for prompt, x in zip(prompts, columns, strict=True)]  # fmt: skip
+        return Pairs(int(found["seed"]), max(rounds), path.name, pictures)
+
+
+def _cell(sheet: Image.Image, x: int, y: int, side: int) -> Image.Image:
+    if min(x, y) < 0 or side < 1 or x + side > sheet.width or y + side > sheet.height:
+        raise ValueError("its text names a picture outside of it")
+    return sheet.crop((x, y, x + side, y + side))
 
 
 def _pair(prompt: str, before: Image.Image, after: Image.Image) -> Pair:
