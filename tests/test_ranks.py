@@ -21,9 +21,11 @@ import accelerate.state  # noqa: F401  # once, for all forked ranks
 import pytest
 import torch
 
+from d3po_bench import machine
 from d3po_bench.cli import main
 from d3po_bench.diffusion import parallel, sampling
 from d3po_bench.diffusion import update as updating
+from d3po_bench.errors import UserError
 from d3po_bench.launch import local, ranks
 from d3po_bench.runs.files import taken
 from d3po_bench.runs.run import RunFolder
@@ -305,10 +307,10 @@ def test_of_ranks_only_the_first_tells_what_all_refuse(
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(ranks, "device_of", lambda name: torch.device("cuda"))
-    with pytest.raises(ranks.UserError, match="4 ranks need 4 GPUs, and this machine has 1"):
+    with pytest.raises(UserError, match="4 ranks need 4 GPUs, and this machine has 1"):
         ranks.require(4, None, "auto")
     monkeypatch.setattr(ranks, "device_of", lambda name: torch.device("mps"))
-    with pytest.raises(ranks.UserError, match="on CUDA GPUs or on CPUs, not on mps"):
+    with pytest.raises(UserError, match="on CUDA GPUs or on CPUs, not on mps"):
         ranks.require(2, None, "auto")
 
 
@@ -316,7 +318,7 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_machines_of_several_kinds_are_refused(
     forked: None, micro: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks.machine, "processors", lambda: {"cpu": f"kind {parallel.rank()}"})
+    monkeypatch.setattr(machine, "processors", lambda: {"cpu": f"kind {parallel.rank()}"})
     done = command(*run_of(micro, "--ranks", "2"))
     refused(done, "Rank 1 has another cpu than rank 0: kind 1, not kind 0.")
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,11 +55,6 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def mine(number: int) -> bool:
-    """Whether this rank does piece `number` of the work."""
-    return number % world() == rank()
-
-
 def lost() -> bool:
     """Whether the other ranks are no longer where this one is, and nothing can be shared."""
     return _state.lost
@@ -86,10 +81,9 @@ def settle(seconds: float | None) -> None:
         _state.lost = True
 
 
-def the_store() -> dist.Store:
+def the_store() -> Any:
     """Small things that the ranks share, which need not be there at one time."""
-    store: dist.Store = dist.distributed_c10d._get_default_store()
-    return store
+    return dist.distributed_c10d._get_default_store()
 
 
 def begin(limit: float) -> None:
@@ -182,6 +176,20 @@ def together(work: Callable[[], T]) -> T:
             alone = sum(f is not None for f in failures) < world() and number
             raise failure.raised(f"Rank {number}: " if alone else "")
     return found
+
+
+def share(count: int, work: Callable[[int], None]) -> None:
+    """Do the pieces of some work that are this rank's; the owner of piece n is rank n % world().
+
+    Raises:
+        Exception: on all ranks, as `work` does on any.
+    """
+
+    def own() -> None:
+        for number in range(rank(), count, world()):
+            work(number)
+
+    together(own)
 
 
 def lead(work: Callable[[], T]) -> T | None:

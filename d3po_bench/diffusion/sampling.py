@@ -78,17 +78,15 @@ def sample(
     block = max(1, batch // k)
     blocks = [range(start, min(start + block, total)) for start in range(0, total, block)]
 
-    def walk() -> None:
-        for number, rows in enumerate(blocks):
-            if parallel.mine(number):
-                part = slice(rows.start, rows.stop)
-                latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
-                noise = draws.along(rows, k, steps, shape).to(model.device)
-                about = conditions.take(part)
-                _walk(policy, latents[part], means[part], noise, about, shared_noise)
-                progress(rows.stop / total)
+    def walk(number: int) -> None:
+        rows = blocks[number]
+        part = slice(rows.start, rows.stop)
+        latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
+        noise = draws.along(rows, k, steps, shape).to(model.device)
+        _walk(policy, latents[part], means[part], noise, conditions.take(part), shared_noise)
+        progress(rows.stop / total)
 
-    parallel.together(walk)
+    parallel.share(len(blocks), walk)
     for number, rows in enumerate(blocks):
         parallel.send(latents[rows.start : rows.stop], number)
         parallel.send(means[rows.start : rows.stop], number)
@@ -150,14 +148,13 @@ def pretrained_means(
     flat = torch.empty(len(prompt) * steps, *out.shape[3:], device=device)
     pieces = torch.arange(len(flat), device=device).split(batch)
 
-    def compute() -> None:
-        for number, items in enumerate(pieces):
-            if parallel.mine(number):
-                i, j, s = prompt[items // steps], image[items // steps], items % steps
-                x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
-                flat[items] = policy.step(x, s, conditions, weights="base").mean
+    def compute(number: int) -> None:
+        items = pieces[number]
+        i, j, s = prompt[items // steps], image[items // steps], items % steps
+        x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
+        flat[items] = policy.step(x, s, conditions, weights="base").mean
 
-    parallel.together(compute)
+    parallel.share(len(pieces), compute)
     for number, items in enumerate(pieces):
         parallel.send(flat[int(items[0]) : int(items[-1]) + 1], number)
     out[prompt, image] = flat.view(len(prompt), *out.shape[2:])
@@ -174,10 +171,13 @@ def pictures(model: Model, latents: Tensor, batch: int) -> Tensor:
     """
     pieces = latents.split(batch)
 
-    def decode() -> dict[int, Tensor]:
-        return {n: model.decode(x) for n, x in enumerate(pieces) if parallel.mine(n)}
+    own: dict[int, Tensor] = {}
 
-    shares = parallel.gather(parallel.together(decode))
+    def decode(number: int) -> None:
+        own[number] = model.decode(pieces[number])
+
+    parallel.share(len(pieces), decode)
+    shares = parallel.gather(own)
     return torch.cat([shares[n % len(shares)][n] for n in range(len(pieces))])
 
 

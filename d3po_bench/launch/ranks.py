@@ -120,7 +120,7 @@ def _join(device: str, limit: float) -> None:
 def _first_to_tell() -> bool:
     """Whether this is the first of the ranks that has something to tell."""
     try:
-        return parallel.the_store().add("d3po-bench/told", 1) == 1
+        return bool(parallel.the_store().add("d3po-bench/told", 1) == 1)
     except (RuntimeError, ValueError):  # it was in a process that has ended
         return True
 
@@ -178,11 +178,11 @@ def on_ranks(jobs: Sequence[Job], count: int, ended: Ended, report: Report) -> N
     def told(said: Any) -> None:
         if not isinstance(said, _Made):
             report(said)
-        elif said.job not in made or made[said.job].end.lost:  # which only heard of it
-            made[said.job] = said
+        elif said.job not in made or (made[said.job].end.lost and not said.end.lost):
+            made[said.job] = said  # what went wrong, rather than that another rank is lost
 
     # Here, it outlives every rank.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     tasks = [_Rank(number, count, store.port, jobs) for number in range(count)]
     workers = [Worker(_make_runs, task) for task in tasks]
     busy, deaths = list(workers), dict[int, int]()

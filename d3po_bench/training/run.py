@@ -82,20 +82,8 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         )
 
         def begin(store: RunStore) -> list[Listener]:
-            scorers = {n: tools.fingerprint(s) for n, s in evaluation.named.items()}
-            unchecked = _unchecked(job, trainer, evaluation, report)
-            store.start(
-                config, {**trainer.inputs, "scorers": scorers}, after=after,
-                facts={"unchecked_scorers": unchecked, **job.facts},
-                device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
-                execution=vars(execution).copy(), **_ranks(), **_plugins(config, evaluation),
-            )  # fmt: skip
-            progress = ProgressListener(config, experience.scorer.unit, report)
-            if store.damaged:
-                text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
-                report(Progress(label(config), trainer.round / config.rounds, text))
-            trackers: list[Listener] = [registry.tracker(n)(job.folder) for n in job.trackers]
-            return [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
+            how = {"device": str(device), "deterministic": deterministic, **_ranks()}
+            return _begun(job, store, trainer, evaluation, report, after=after, **how)
 
         listeners = parallel.lead(lambda: begin(store) if store else [])
         measured = parallel.tell(lambda: store is not None and bool(store.evaluation))
@@ -106,6 +94,27 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
             store.finish()
 
         parallel.lead(lambda: end(store) if store else None)
+
+
+def _begun(
+    job: Job, store: RunStore, trainer: Trainer, evaluation: Evaluation, report: Report,
+    *, after: int | None, **how: Any,
+) -> list[Listener]:  # fmt: skip
+    """Record how the run begins or resumes; who hears of it from now on."""
+    config = job.config
+    scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
+    unchecked = _unchecked(job, trainer, evaluation, report)
+    store.start(
+        config, {**trainer.inputs, "scorers": scorers}, after=after,
+        facts={"unchecked_scorers": unchecked, **job.facts}, threads=torch.get_num_threads(),
+        execution=vars(job.execution).copy(), **how, **_plugins(config, evaluation),
+    )  # fmt: skip
+    progress = ProgressListener(config, trainer.experience.scorer.unit, report)
+    if store.damaged:
+        text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
+        report(Progress(label(config), trainer.round / config.rounds, text))
+    trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
+    return [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
 
 
 class Elsewhere:
