@@ -7,6 +7,7 @@ people do.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import secrets
 import signal
@@ -70,7 +71,7 @@ full = true
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "METHOD", "fork")
+    monkeypatch.setattr(local, "CONTEXT", multiprocessing.get_context("fork"))
 
 
 def bytes_of(out: Path, model: Path) -> dict[str, bytes]:

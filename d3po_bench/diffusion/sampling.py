@@ -45,15 +45,10 @@ class Draws:
 
 @torch.no_grad()
 def sample(
-    policy: Policy,
-    prompts: Sequence[str],
-    draws: Draws,
-    *,
-    images_per_prompt: int = 1,
-    shared_noise: bool = False,
-    batch: int = 64,
+    policy: Policy, prompts: Sequence[str], draws: Draws, *,
+    images_per_prompt: int = 1, shared_noise: bool = False, batch: int = 64,
     progress: Callable[[float], None] = lambda share: None,
-) -> Rollout:
+) -> Rollout:  # fmt: skip
     """Draw images and keep every latent on the way; scores are left at zero.
 
     Args:

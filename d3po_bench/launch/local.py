@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-METHOD: Literal["spawn", "fork"] = "spawn"
+CONTEXT = multiprocessing.get_context("spawn")
 """How processes are started."""
 
 GRACE = 5.0
@@ -51,9 +51,8 @@ class Worker(Generic[Task, Result]):
 
     def __init__(self, work: Work[Task, Result], task: Task) -> None:
         """Start a process that does `task` with `work`."""
-        context = multiprocessing.get_context(METHOD)
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work))
+        self.pipe, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, work))
         self.process.start()
         theirs.close()  # so that the pipe ends with the process
         self.give(task)
