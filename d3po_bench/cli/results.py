@@ -10,6 +10,7 @@ from typing import Literal
 
 import click
 
+from d3po_bench.cli import completion
 from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, Range, scorer_names
 from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
@@ -135,8 +136,9 @@ def compare(a: Path, b: Path, required: str, drawn: Path | None, as_json: bool) 
 @click.argument("target", type=PLACE)
 @click.option(
     "--scorers",
-    help="Names, with commas between them; name:weights for others than the model's. Default: "
-    "those of the run.",
+    shell_complete=completion.of("scorer", several=True),
+    help="Names, with commas between them; name:weights for others than the model's, or a FILE.py "
+    "of your own. Default: those of the run.",
 )
 @click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
 @click.option(
@@ -205,8 +207,9 @@ def evaluate(
 @click.argument("runs", nargs=-1, type=PLACE)
 @click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
 @click.option(
-    "--objective", default="image_reward", show_default=True, help="The signal that trains."
-)
+    "--objective", default="image_reward", show_default=True,
+    shell_complete=completion.of("objective"), help="The signal that trains.",
+)  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1, MOST_SEEDS), default=5, show_default=True)
 @click.option("--scorers", default="clip,blip,image_reward", show_default=True)
 @click.option("--preset", help="Settings to start from; default: alignment, or the model's own.")

@@ -25,6 +25,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.models.sources import model_source
+from d3po_bench.rewards import sums
 from d3po_bench.runs.files import csv_bytes, read_csv, readable, write_atomically
 from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
 from d3po_bench.training.progress import label
@@ -115,8 +116,10 @@ def run(request: Table1Request, tell: Callable[[str], None]) -> str:
 
 
 def _signal(request: Table1Request) -> dict[str, str]:
-    scorer = registry.objective(request.objective).scorer
-    return {"objective": request.objective, "column": SIGNAL.get(scorer, scorer)}
+    text = sums.normal(request.objective)
+    scorer = registry.name_of("scorer", str(registry.objective(text).scorer))
+    objective = registry.name_of("objective", text)
+    return {"objective": objective, "column": SIGNAL.get(scorer, scorer)}
 
 
 # ---- models
@@ -161,7 +164,8 @@ def _taken(request: Table1Request) -> dict[str, Path]:
         if not (run.folder / LORA).is_dir():  # it has not ended
             continue
         made, name = run.config, _name(run.config)
-        if (made.objective, made.model) != (request.objective, request.model):
+        objective = registry.name_of("objective", sums.normal(request.objective))
+        if (made.objective, made.model) != (objective, request.model):
             raise UserError(
                 f"{run.folder} is a run of {made.model} on {made.objective}, not of "
                 f"{request.model} on {request.objective}. Leave it out, or change --model and "
