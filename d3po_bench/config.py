@@ -163,7 +163,6 @@ class RunConfig:
             )
         if self.objective != FEEDBACK:
             _ = self.prompt_source
-            registry.scorers_of(self.source("objective"))
         method = method_of(self)
         least = least_images(method)
         if (self.images_per_prompt or method.images_per_prompt) < least:
@@ -173,9 +172,9 @@ class RunConfig:
             )
         for scorer in self.eval_scorers:
             registry.require_scorer(scorer)
-        named = [registry.name_of("scorer", scorer) for scorer in self.eval_scorers]
-        if twice := sorted({name for name in named if named.count(name) > 1}):
-            raise UserError(f"Two of eval_scorers are called {twice[0]}. Leave one out.")
+        voted = self.objective == FEEDBACK
+        scored = () if voted else registry.scorers_of(self.source("objective"))
+        registry.require_apart((*scored, *self.eval_scorers))
 
 
 def _are_sources(value: Mapping[str, Any]) -> bool:

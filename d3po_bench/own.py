@@ -37,6 +37,9 @@ _IMPORTED = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<name>[^\W\d
 UNKNOWN = "unknown"
 """Stands for the text of what was typed where nothing keeps it."""
 
+PLAIN = (bool, int, float, str)
+"""Types of what tells two instances of a class apart in a config."""
+
 _HELD: dict[str, Any] = {}
 """What Python callers gave as objects, by the text that stands for it in a config."""
 
@@ -222,12 +225,16 @@ def hold(thing: Any, text: str = "") -> str:
 
     Args:
         thing: a class, a function, or an instance of a class.
-        text: what shall stand for it; by default its module and its name there.
+        text: what shall stand for it; by default its module, its name there and, of an instance,
+            the numbers and texts that it keeps.
     """
     home = _home(thing)
-    text = text or f"{home.__module__}:{home.__qualname__}" + ("()" if home is not thing else "")
-    _HELD[text] = thing
-    return text
+    found = text or f"{home.__module__}:{home.__qualname__}"
+    if not text and home is not thing:
+        plain = {k: v for k, v in getattr(thing, "__dict__", {}).items() if type(v) in PLAIN}
+        found += f"({', '.join(f'{name}={value!r}' for name, value in plain.items())})"
+    _HELD[found] = thing
+    return found
 
 
 def adopt(objects: Mapping[str, Any]) -> None:

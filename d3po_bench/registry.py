@@ -15,13 +15,14 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from d3po_bench import own
+from d3po_bench.contracts import fault_of
 from d3po_bench.errors import UserError
 from d3po_bench.own import is_name
 from d3po_bench.rewards import http, sums
@@ -210,29 +211,11 @@ def method(name: str) -> Callable[..., Method[Any]]:
     mine = is_own("method", name)
     module = own.load(name, "METHOD").found if mine else _module("method", name)
     found: Callable[..., Method[Any]] = getattr(module, "METHOD", module)
-    if fault := _fault_of(found):
+    if fault := fault_of(found):
         raise UserError(
             f"The method {name} {fault}. Correct it where it is defined; CONTRIBUTING.md shows one."
         )
     return found
-
-
-_OF_A_METHOD = ("rows", "loss", "images_per_prompt", "shared_noise", "reference")
-
-
-def _fault_of(method: Any) -> str:
-    """What keeps something from being a method; "" where it is one."""
-    if not (isinstance(method, type) and is_dataclass(method)):
-        return f"is {ascii(method)[:80]}, not a dataclass"
-    if missing := [name for name in _OF_A_METHOD if not hasattr(method, name)]:
-        return f"has no {missing[0]}"
-    for name in ("images_per_prompt", "least_images"):
-        if type(number := getattr(method, name, 1)) is not int:
-            return f"has {name} = {ascii(number)[:40]}, not a whole number"
-    for option in fields(method):
-        if option.default is MISSING and option.default_factory is MISSING:
-            return f"has an option {option.name} without a default"
-    return ""
 
 
 def objective(name: str) -> Objective:
@@ -311,6 +294,19 @@ def require_scorer(name: str) -> None:
         declared(name)
     elif not _is_ours("scorer", name):
         raise unknown("scorer", name, names("scorer"))
+
+
+def require_apart(texts: Sequence[str]) -> None:
+    """Refuse different scorers of one name, which is that of a column.
+
+    Raises:
+        UserError: naming it.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name = name_of("scorer", text)
+        if named.setdefault(name, text) != text:
+            raise UserError(f"Two scorers are called {name}: {named[name]} and {text}. Rename one.")
 
 
 def takes_weights(name: str) -> bool:

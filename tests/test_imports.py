@@ -47,6 +47,7 @@ ALLOWED = {
     "d3po_bench.digests": set[str](),
     "d3po_bench.text": set[str](),
     "d3po_bench.setting": {"errors"},
+    "d3po_bench.contracts": set[str](),
     "d3po_bench.types": set[str](),
     "d3po_bench.presets": set[str](),
     "d3po_bench.objectives": {"types"},
@@ -55,7 +56,7 @@ ALLOWED = {
     "d3po_bench.pictures": {"errors", "prompts"},
     "d3po_bench.own": {"errors", "digests", "types", "scoring"},
     "d3po_bench.rewards": {"errors", "digests", "own", "rewards", "runs.files"},
-    "d3po_bench.registry": {"errors", "types", "scoring", "own", "rewards"},
+    "d3po_bench.registry": {"contracts", "errors", "types", "scoring", "own", "rewards"},
     "d3po_bench.scoring": {"errors", "digests", "types"},
     "d3po_bench.config": {
         "errors", "digests", "own", "presets", "registry", "rewards", "setting",
@@ -100,6 +101,7 @@ LIGHT = (
     "d3po_bench.prompts", "d3po_bench.registry", "d3po_bench.runs.files", "d3po_bench.runs.run",
     "d3po_bench.runs.sessions", "d3po_bench.text", "d3po_bench.types", "baselines", "eval",
     "eval.scorers", "d3po_bench.own", "d3po_bench.rewards", "d3po_bench.setting",
+    "d3po_bench.contracts",
 )  # fmt: skip
 """What `--help` and `list` load; of the packages among them, the `__init__.py`, but for the
 command line, all of which is loaded."""

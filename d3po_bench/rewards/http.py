@@ -37,6 +37,9 @@ CONNECT, ANSWER = 5.0, 300.0
 RETRIES = 6
 """Of a request that found no server, or one that is busy; about a minute in all."""
 
+PAUSE = 1.0
+"""Seconds, doubled with every retry, that lie before the next."""
+
 BUSY = (429, 502, 503, 504)
 """Statuses after which the same request may succeed."""
 
@@ -144,7 +147,7 @@ class Server:
         from urllib3.util import Retry
 
         again = Retry(
-            retries, read=1, backoff_factor=1, status_forcelist=BUSY, allowed_methods=None,
+            retries, read=1, backoff_factor=PAUSE, status_forcelist=BUSY, allowed_methods=None,
             raise_on_status=False, retry_after_max=60,
         )  # fmt: skip
         token = os.environ.get(TOKEN)

@@ -227,9 +227,7 @@ def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
     for name in scorers:
         registry.require_scorer(name)
     found = tuple(dict.fromkeys(map(own.normal, scorers)))
-    named = [registry.name_of("scorer", text) for text in found]
-    if twice := sorted({name for name in named if named.count(name) > 1}):
-        raise UserError(f"Two of the scorers are called {twice[0]}. Leave one out.")
+    registry.require_apart(found)
     return found
 
 
