@@ -61,8 +61,12 @@ class Own:
 
 
 def is_name(text: str) -> bool:
-    """Whether something may be called so: names become those of folders, files and columns."""
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text) is not None
+    """Whether something may be called so: names become those of folders, files and columns.
+
+    None looks like a Python file, which would be loaded where the name is looked up.
+    """
+    known = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text)
+    return known is not None and _FILE.fullmatch(text) is None
 
 
 def is_own(text: str) -> bool:

@@ -215,6 +215,8 @@ def test_no_file_that_a_run_names_is_loaded_to_read_it(
                  ("report", "runs", "--table", "settings"), ("plot", "runs"),
                  ("compare", made, made)):  # fmt: skip
         assert command(*line).code == 0
+    edit_json(made / "config.json", lambda config: config.update(objective="my_reward.py"))
+    refused(command("show", made), "has objective = 'my_reward.py', which no run can have")
 
 
 # ---- several at once

@@ -116,10 +116,12 @@ def run(request: Table1Request, tell: Callable[[str], None]) -> str:
 
 
 def _signal(request: Table1Request) -> dict[str, str]:
-    text = sums.normal(request.objective)
-    scorer = registry.name_of("scorer", str(registry.objective(text).scorer))
-    objective = registry.name_of("objective", text)
-    return {"objective": objective, "column": SIGNAL.get(scorer, scorer)}
+    scorer = registry.name_of("scorer", str(registry.objective(request.objective).scorer))
+    return {"objective": _objective(request), "column": SIGNAL.get(scorer, scorer)}
+
+
+def _objective(request: Table1Request) -> str:
+    return registry.name_of("objective", sums.normal(request.objective))
 
 
 # ---- models
@@ -164,8 +166,7 @@ def _taken(request: Table1Request) -> dict[str, Path]:
         if not (run.folder / LORA).is_dir():  # it has not ended
             continue
         made, name = run.config, _name(run.config)
-        objective = registry.name_of("objective", sums.normal(request.objective))
-        if (made.objective, made.model) != (objective, request.model):
+        if (made.objective, made.model) != (_objective(request), request.model):
             raise UserError(
                 f"{run.folder} is a run of {made.model} on {made.objective}, not of "
                 f"{request.model} on {request.objective}. Leave it out, or change --model and "
