@@ -146,6 +146,8 @@ class RunConfig:
             fits = fits and (name != "sources" or _are_sources(value))
             if not fits or (name in ("method", "objective") and not is_name(value)):
                 raise ValueError(f"has {name} = {ascii(value)[:60]}, which no run can have")
+        if "objective" in given.get("sources", {}) and not given.get("prompts"):
+            raise ValueError("has an objective of the user's own and no prompts")
         values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in given.items()}
         return cls(**values)
 
@@ -305,6 +307,8 @@ def make(
     options = {**usual.options, **parsed["options"]}
     config = replace(usual, **_named(method, objective), **chosen, options=options)
     execution = Execution(**parsed["execution"])
+    if "objective" in config.sources:  # nobody who reads the run needs to load it
+        config = replace(config, prompts=config.prompt_source)
     config.check()
     execution.check()
     return config, execution
@@ -322,7 +326,7 @@ def of_preset(method: str, objective: str, preset: str) -> RunConfig:
     for by, name in (("by_objective", objective), ("by_method", method)):
         found |= found.pop(by, {}).get(name, {})
     known = {f.name for f in fields(RunConfig)}
-    options = {name: found.pop(name) for name in found.keys() - known}
+    options = {name: found.pop(name) for name in [*found] if name not in known}
     return RunConfig(method=method, objective=objective, options=options, **found)
 
 

@@ -77,9 +77,12 @@ def is_own(text: str) -> bool:
     if imported is None:
         return False
     package, dot, _ = imported["module"].partition(".")
-    with _here():
-        # A word that is no module is a slip in another name, such as aestetic:tiny.
-        return bool(dot) or importlib.util.find_spec(package) is not None
+    try:
+        with _here():
+            # A word that is no module is a slip in another name, such as aestetic:tiny.
+            return bool(dot) or importlib.util.find_spec(package) is not None
+    except ValueError:  # the __main__ of a script has no spec
+        return True
 
 
 def normal(text: str) -> str:

@@ -236,7 +236,7 @@ def test_run_id_does_not_change_with_execution() -> None:
 def test_the_json_holds_every_field_and_the_id() -> None:
     other = replace(
         CONFIG, sampler="cps", long_prompts="cut", lora="style.safetensors",
-        sources={"objective": "reward.py"},
+        sources={"objective": "reward.py"}, prompts="animals",
     )  # fmt: skip
     for made, without in ((CONFIG, set(config.LATER)), (other, set())):
         found = json.loads(made.to_json())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 from PIL import Image
 
 from d3po_bench import own, registry
+from d3po_bench.errors import UserError
+from d3po_bench.launch import grid
 from d3po_bench.rewards import sums
 from d3po_bench.runs.run import RunFolder
 from eval.analysis.scores import Score, score_of
+from eval.tools import TOOLS
 from tests.commands import ROOT, Command, edit_json, refused, run_of
 from tests.conftest import CPU
 
@@ -131,6 +135,12 @@ def test_module_and_objective_by_name(here: Path, monkeypatch: pytest.MonkeyPatc
     assert registry.name_of("objective", "shades.red:reward") == "reward"
 
 
+def test_a_script_of_somebody_elses_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    with pytest.raises(UserError, match="__main__:reward has no reward"):
+        registry.objective("__main__:reward")
+
+
 def test_the_text_that_is_run_is_the_one_on_record(here: Path) -> None:
     """Within a second, too, in which a compiled file would look as new as its source."""
     path = here / "fast.py"
@@ -217,6 +227,18 @@ def test_no_file_that_a_run_names_is_loaded_to_read_it(
         assert command(*line).code == 0
     edit_json(made / "config.json", lambda config: config.update(objective="my_reward.py"))
     refused(command("show", made), "has objective = 'my_reward.py', which no run can have")
+    edit_json(made / "config.json", lambda config: config.update(objective="mine", prompts=""))
+    refused(command("show", made), "has an objective of the user's own and no prompts")
+
+
+def test_a_grid_takes_files_and_sums(here: Path) -> None:
+    (here / "grid.toml").write_text(
+        'methods = ["d3po"]\nobjectives = ["./my_reward.py", "compress:1+./my_reward.py:2"]\n'
+        'seeds = 1\n[objective."./my_reward.py"]\nrounds = 3\n'
+    )
+    one, other = grid.configs(grid.read(here / "grid.toml"), TOOLS)
+    assert (one.objective, one.rounds, other.rounds) == ("my_reward", 3, 12)
+    assert other.objective == "compress-1-my_reward-2"
 
 
 # ---- several at once
@@ -237,6 +259,7 @@ def test_a_sum_adds_weight_direction_and_score_and_logs_each_part(
         expected = 2 * line["score/my_reward"] - 0.5 * line["score/jpeg_size"]
         assert math.isclose(line["score_mean"], expected, rel_tol=1e-5)
     assert made.config.sources == {"objective": "my_reward.py:2+compress:0.5"}
+    assert made.config.prompts == "animals"
     assert made.facts["inputs"]["scorers"].keys() == {"my_reward", "jpeg_size"}
     assert made.facts["score"] == {
         "scorer": "my_reward-2-compress-0.5", "unit": "weighted sum", "sign": 1,

@@ -249,10 +249,11 @@ def table1(
         d3po-bench table1 --redraw --out runs/table1
     """  # noqa: D301
     from d3po_bench.config import pairs_of
+    from d3po_bench.rewards import sums
     from eval.analysis import table1 as tables
 
     request = tables.Table1Request(
-        objective=objective, model=model, preset=preset, settings=pairs_of(settings),
+        objective=sums.normal(objective), model=model, preset=preset, settings=pairs_of(settings),
         seeds=range(seeds), scorers=scorer_names(scorers), prompts=prompts, count=count,
         device=device, jobs=jobs, out=out, runs=runs,
     )  # fmt: skip

@@ -25,7 +25,6 @@ from d3po_bench.errors import UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.models.sources import model_source
-from d3po_bench.rewards import sums
 from d3po_bench.runs.files import csv_bytes, read_csv, readable, write_atomically
 from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
 from d3po_bench.training.progress import label
@@ -117,11 +116,8 @@ def run(request: Table1Request, tell: Callable[[str], None]) -> str:
 
 def _signal(request: Table1Request) -> dict[str, str]:
     scorer = registry.name_of("scorer", str(registry.objective(request.objective).scorer))
-    return {"objective": _objective(request), "column": SIGNAL.get(scorer, scorer)}
-
-
-def _objective(request: Table1Request) -> str:
-    return registry.name_of("objective", sums.normal(request.objective))
+    name = registry.name_of("objective", request.objective)
+    return {"objective": name, "column": SIGNAL.get(scorer, scorer)}
 
 
 # ---- models
@@ -166,7 +162,7 @@ def _taken(request: Table1Request) -> dict[str, Path]:
         if not (run.folder / LORA).is_dir():  # it has not ended
             continue
         made, name = run.config, _name(run.config)
-        if (made.objective, made.model) != (_objective(request), request.model):
+        if (made.source("objective"), made.model) != (request.objective, request.model):
             raise UserError(
                 f"{run.folder} is a run of {made.model} on {made.objective}, not of "
                 f"{request.model} on {request.objective}. Leave it out, or change --model and "
