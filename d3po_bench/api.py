@@ -99,9 +99,9 @@ def _method(given: Any) -> tuple[str, dict[str, object]]:
         return given, {}
     if isinstance(given, type) or not is_dataclass(given):
         return own.hold(given), {}
+    chosen = {f.name: getattr(given, f.name) for f in fields(given) if f.init}
     usual = {f.name: f.default for f in fields(given)}
-    changed = {name: value for name, value in vars(given).items() if value != usual.get(name)}
-    return own.hold(type(given)), changed
+    return own.hold(type(given)), {k: v for k, v in chosen.items() if v != usual[k]}
 
 
 def _counted(seeds: int | range) -> range:

@@ -110,8 +110,12 @@ def name_of(text: str) -> str:
 
 
 def _called(thing: Any) -> str:
+    if isinstance(thing, Objective) and isinstance(thing.scorer, str):
+        named = name_of(thing.scorer) if _FILE.fullmatch(thing.scorer) else thing.scorer
+        # Beside the objective that may have the scorer's name.
+        return f"{named.replace(':', '-')}-{'up' if thing.sign == 1 else 'down'}"
     if isinstance(thing, Objective):
-        return thing.scorer if isinstance(thing.scorer, str) else _called(thing.scorer)
+        return _called(thing.scorer)
     return str(getattr(thing, "__name__", type(thing).__name__))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import d3po_bench as db
-from d3po_bench import own
+from d3po_bench import own, registry
 from d3po_bench.d3po import D3PO
 from d3po_bench.runs.run import RunFolder
 from eval.analysis.scores import Score, score_of
@@ -100,6 +100,13 @@ def test_an_objective_says_prompts_scorer_and_sign(quick: dict[str, Any]) -> Non
     named = db.Objective(prompts="hand", scorer="jpeg_size", sign=-1)
     (folder,) = db.run(objective=named, out="named", **quick).folders
     assert score_of(RunFolder(folder)) == Score("jpeg_size", "kB", -1)
+    assert folder.parts[-3] == "jpeg_size-down"
+
+
+def test_an_objective_of_a_named_scorer_has_a_name_of_its_own() -> None:
+    for scorer, name in (("aesthetic:tiny", "aesthetic-tiny-up"), ("./red.py", "red-up")):
+        text = own.hold(db.Objective(prompts="hand", scorer=scorer, sign=1), f"a {scorer}")
+        assert registry.name_of("objective", text) == name
 
 
 def test_an_objects_source_is_on_record(

@@ -179,6 +179,7 @@ def test_a_direction_that_is_none_is_refused(serve: Serve) -> None:
         ("http://localhost:8000/score", "localhost-8000-score"),
         ("https://rewards.example.org/v2/a~b/", "rewards.example.org-v2-a-b"),
         ("http://[::1]:80/x", "1-80-x"),
+        ("http://host/reward.py", "host-reward-py"),
     ],
 )
 def test_addresses_give_names_that_folders_can_have(address: str, name: str) -> None:

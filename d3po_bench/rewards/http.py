@@ -53,7 +53,8 @@ def name_of(address: str) -> str:
     """What the reward there is called: host, port and path."""
     _require_plain(address)
     parts = urlsplit(address)
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{parts.netloc}{parts.path}").strip("-.")
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{parts.netloc}{parts.path}").strip("-.")
+    return re.sub(r"\.py$", "-py", name)  # or it would look like a file
 
 
 def _require_plain(address: str) -> None:
