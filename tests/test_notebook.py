@@ -1,6 +1,6 @@
 """docs/first-results.ipynb: it has its outputs, is small, and runs.
 
-After a change: `jupyter execute --inplace docs/first-results.ipynb`, in an empty folder's copy.
+After a change, run it where its folders may lie, and copy it back:
 """
 
 from __future__ import annotations
