@@ -1,6 +1,6 @@
 """docs/first-results.ipynb: it has its outputs, is small, and runs.
 
-After a change, run it where its folders may lie, and copy it back:
+After a change: `jupyter execute --inplace first-results.ipynb` in a folder of its own.
 """
 
 from __future__ import annotations

@@ -214,6 +214,33 @@ def test_what_is_no_objective_is_one_line(
     assert not (here / "runs").exists()
 
 
+RUN = "run --method d3po --objective compress"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"{RUN} --set eval_scorers=./nowhere.py", "nowhere.py cannot be read"),
+        (f"{RUN} --set eval_scorers=animal,my_reward.py:x", "my_reward.py:x has no x"),
+        (f"{RUN} --set eval_scorers=my_reward.py,a/my_reward.py", "a/my_reward.py cannot be read"),
+        (f"{RUN} --set sources=x", "No setting is called 'sources'"),
+        ("run --objective compress --method ./nowhere.py", "nowhere.py cannot be read"),
+        ("run --objective compress --method my_reward.py", "my_reward.py has no METHOD"),
+        ("evaluate tiny --scorers ./nowhere.py", "nowhere.py cannot be read"),
+        ("evaluate tiny --scorers http://localhost:1/x", "does not answer"),
+        ("table1 --objective ./nowhere.py", "nowhere.py cannot be read"),
+        ("sweep grid.toml", "nowhere.py cannot be read"),
+    ],
+)
+def test_what_is_not_there_is_one_line(line: str, said: str, here: Path, command: Command) -> None:
+    (here / "grid.toml").write_text(
+        'methods = ["d3po"]\nobjectives = ["./nowhere.py"]\nseeds = 1\n'
+    )
+    before = sorted(here.iterdir())
+    refused(command(*line.split()), said)
+    assert sorted(here.iterdir()) == before
+
+
 def test_no_file_that_a_run_names_is_loaded_to_read_it(
     here: Path, command: Command, micro: Path
 ) -> None:
