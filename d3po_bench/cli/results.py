@@ -21,7 +21,15 @@ from d3po_bench.errors import RunError, UserError
 @click.option(
     "--x",
     type=click.Choice(
-        ["pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards", "seconds"]
+        [
+            "rounds",
+            "pairs",
+            "images",
+            "scorer_calls",
+            "unet_forwards",
+            "unet_backwards",
+            "seconds",
+        ]
     ),
     default="pairs",
     show_default=True,
@@ -59,17 +67,20 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["md", "csv", "json"]),
-    default="md",
-    show_default=True,
-    help="Markdown for people; CSV and JSON have every number.",
+    type=click.Choice(["md", "csv", "latex", "json", "lm-eval", "html"]),
+    help="Default: by the name of --out, else md. md, latex and html are for people; csv and json "
+    "have every number; lm-eval is lm-evaluation-harness's JSON.",
 )
 @click.option("--measure", is_flag=True, help="First measure what the models draw; minutes.")
-@click.option("--out", type=PLACE, help="Write to this file instead.")
+@click.option("--out", type=PLACE, help="Write to this file instead; .html is the page.")
 def report(
-    runs: tuple[Path, ...], tables: tuple[str, ...], form: str, measure: bool, out: Path | None
+    runs: tuple[Path, ...],
+    tables: tuple[str, ...],
+    form: str | None,
+    measure: bool,
+    out: Path | None,
 ) -> None:
-    """Print tables of runs: means over seeds with 95 % intervals.
+    """Print tables of runs, or make a page of them: means over seeds with 95 % intervals.
 
     RUNS are run folders or folders of them; default: runs/. The tables: gains on the objective;
     cost (images, network passes, seconds, and what was lost); efficiency at equal pairs, images
@@ -77,17 +88,23 @@ def report(
     the command that makes it. For crossed, and the diversity in cost, --measure draws four
     pictures of each prompt with every model and writes diversity.csv beside the objectives.
 
+    The page is one file that needs no network: the table, curves, drift, pictures before and
+    after, and behind each number its seeds, command and settings.
+
     \b
     Example:
         d3po-bench report
+        d3po-bench report runs --out page.html
         d3po-bench report results/tiny --table efficiency
         d3po-bench report runs/tiny --measure --table crossed
         d3po-bench report runs --table runs --format csv --out runs.csv
     """  # noqa: D301
     from d3po_bench.runs.files import write_atomically
+    from eval.analysis.report import ENDINGS
     from eval.analysis.report import report as made
 
     told = functools.partial(click.echo, err=True)
+    form = form or ENDINGS.get(out.suffix.lower() if out else "", "md")
     text = made(runs or (Path("runs"),), tables, form, measured=measure, told=told)
     if out is None:
         click.echo(text)

@@ -33,7 +33,7 @@ from eval.analysis import choices
 from eval.analysis.choices import Choices
 from eval.analysis.runs import require_alike
 from eval.analysis.statistics import interval
-from eval.analysis.tables import as_numbers
+from eval.analysis.tables import Table, as_numbers, text
 from eval.evaluate import plan, work
 from eval.tools import TOOLS
 
@@ -246,11 +246,12 @@ def write(out: Path) -> str:
     signal = _recorded_signal(out / "signal.json")
     chosen = _choices(out / "choices", _names(rows))
     table = [_row(name, rows, signal["column"], chosen) for name in _names(rows)]
-    text = _said(signal, chosen) + "\n\n" + markdown(table)
+    shown = Table(table, {name: text(name) for name in table[0]}, left=("method",))
+    said = _said(signal, chosen) + "\n\n" + shown.markdown()
     write_atomically(out / "table1.csv", csv_bytes(table))
-    write_atomically(out / "table1.md", (text + "\n").encode())
-    write_atomically(out / "table1.tex", (latex(table) + "\n").encode())
-    return text
+    write_atomically(out / "table1.md", (said + "\n").encode())
+    write_atomically(out / "table1.tex", (shown.latex() + "\n").encode())
+    return said
 
 
 def _recorded_signal(path: Path) -> Mapping[str, Any]:
@@ -370,30 +371,3 @@ def _cell(runs: Sequence[pd.Series], base: pd.Series) -> str:
     low, high = map(float, interval(gains))
     spread = "" if np.isnan(low) else f", {low:+.3f} to {high:+.3f}"
     return f"{ends.mean():.3f} ({gains.mean():+.3f}{spread})"
-
-
-def markdown(table: Sequence[Cells]) -> str:
-    """The rows as a Markdown table."""
-    names = list(table[0])
-    lines = [names, *([row[name] for name in names] for row in table)]
-    body = ["| " + " | ".join(cells) + " |" for cells in lines]
-    rule = "|---|" + "--:|" * (len(names) - 1)
-    return "\n".join([body[0], rule, *body[1:]])
-
-
-def latex(table: Sequence[Cells]) -> str:
-    """The rows as a LaTeX tabular for the package booktabs."""
-    names = list(table[0])
-    lines = [names, *([row[name] for name in names] for row in table)]
-    head, *rest = (" & ".join(map(_escaped, cells)) + " \\\\" for cells in lines)
-    spec = "l" + "r" * (len(names) - 1)
-    return "\n".join(
-        [f"\\begin{{tabular}}{{{spec}}}", "\\toprule", head, "\\midrule", *rest, "\\bottomrule",
-         "\\end{tabular}"]
-    )  # fmt: skip
-
-
-def _escaped(text: str) -> str:
-    for plain, said in (("_", "\\_"), ("%", "\\%"), ("†", "$\\dagger$")):
-        text = text.replace(plain, said)
-    return text

@@ -19,6 +19,7 @@ import numpy as np
 from d3po_bench import config, registry
 from d3po_bench.config import RunConfig, method_of
 from d3po_bench.errors import UserError
+from d3po_bench.presets import PRESETS
 from d3po_bench.runs.files import readable
 from d3po_bench.runs.run import RunFolder, find_runs
 from eval.analysis.scores import score_of
@@ -99,7 +100,7 @@ def record(run: RunFolder, name: str) -> Record:
         "training_kl_last": last["kl"],
         "saturated_last": last["saturated"],
         **_end(run, len(rounds)),
-        "command": shlex.join(["d3po-bench", *arguments(own), "--out", _out(run.folder)]),
+        "command": f"{command(own)} --out {shlex.quote(_out(run.folder))}",
     }
 
 
@@ -160,6 +161,11 @@ def arguments(own: RunConfig) -> list[str]:
     ]  # fmt: skip
 
 
+def command(own: RunConfig) -> str:
+    """What makes a run of that config, below runs/."""
+    return shlex.join(["d3po-bench", *arguments(own)])
+
+
 def settings(own: RunConfig) -> Settings:
     """All settings of a config, the method's options included.
 
@@ -184,15 +190,21 @@ def options(method: str) -> Settings:
     return {f.name: _text(getattr(plain, f.name)) for f in fields(plain)}
 
 
-def differing(own: RunConfig) -> Settings:
-    """The settings that are not those of the preset `quick`."""
-    usual = _quick(own.method, own.objective)
+def differing(own: RunConfig, preset: str = "quick") -> Settings:
+    """The settings that are not those of the preset."""
+    usual = _usual(own.method, own.objective, preset)
     return {key: value for key, value in settings(own).items() if value != usual.get(key)}
 
 
+def nearest(own: RunConfig) -> tuple[str, Settings]:
+    """The preset that a config differs least from, and those settings."""
+    found = {preset: differing(own, preset) for preset in PRESETS}
+    return min(found.items(), key=lambda item: len(item[1]))
+
+
 @cache
-def _quick(method: str, objective: str) -> Settings:
-    made = config.of_preset(method, objective, "quick")
+def _usual(method: str, objective: str, preset: str) -> Settings:
+    made = config.of_preset(method, objective, preset)
     return {**options(method), **{k: _text(getattr(made, k)) for k in _names()},
             **{k: _text(v) for k, v in made.options.items()}}  # fmt: skip
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.analysis.runs import Group, averages, curves, read_groups
+from eval.analysis.runs import averages, curves, read_groups
 from eval.analysis.scores import Score, scores_of
-from eval.figures.sheets import samples_sheet
+from eval.figures.sheets import samples_sheet, sheet_name
 from eval.figures.style import (
     MUTED,
     Looks,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 X_LABELS = {
+    "rounds": "sampling rounds (the paper's epochs)",
     "pairs": "training pairs (images, for methods that learn from single ones)",
     "images": "training images generated",
     "scorer_calls": "images scored in training",
@@ -70,14 +71,8 @@ def plot(
     for group, members in groups.items():
         sheet = samples_sheet(members)
         if sheet is not None:
-            files.append(_write(out / _sheet_name(group), sheet))
+            files.append(_write(out / sheet_name(group), sheet))
     return files
-
-
-def _sheet_name(group: Group) -> str:
-    # As in run folders: a model may be a folder or a hub id.
-    model, objective, method = (part.strip("/").replace("/", "--") for part in group)
-    return f"samples-{model}-{objective}-{method}.png"
 
 
 def _write_curves(table: Frame, x: str, scores: Mapping[str, Score], out: Path) -> list[Path]:
