@@ -10,6 +10,7 @@ from typing import Literal
 
 import click
 
+from d3po_bench.cli import completion
 from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, Range, scorer_names
 from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
@@ -152,8 +153,9 @@ def compare(a: Path, b: Path, required: str, drawn: Path | None, as_json: bool) 
 @click.argument("target", type=PLACE)
 @click.option(
     "--scorers",
-    help="Names, with commas between them; name:weights for others than the model's. Default: "
-    "those of the run.",
+    shell_complete=completion.of("scorer", several=True),
+    help="Names, with commas between them; name:weights for others than the model's, or a FILE.py "
+    "of your own. Default: those of the run.",
 )
 @click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
 @click.option(
@@ -222,8 +224,9 @@ def evaluate(
 @click.argument("runs", nargs=-1, type=PLACE)
 @click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
 @click.option(
-    "--objective", default="image_reward", show_default=True, help="The signal that trains."
-)
+    "--objective", default="image_reward", show_default=True,
+    shell_complete=completion.of("objective"), help="The signal that trains.",
+)  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1, MOST_SEEDS), default=5, show_default=True)
 @click.option("--scorers", default="clip,blip,image_reward", show_default=True)
 @click.option("--preset", help="Settings to start from; default: alignment, or the model's own.")
@@ -263,10 +266,11 @@ def table1(
         d3po-bench table1 --redraw --out runs/table1
     """  # noqa: D301
     from d3po_bench.config import pairs_of
+    from d3po_bench.rewards import sums
     from eval.analysis import table1 as tables
 
     request = tables.Table1Request(
-        objective=objective, model=model, preset=preset, settings=pairs_of(settings),
+        objective=sums.normal(objective), model=model, preset=preset, settings=pairs_of(settings),
         seeds=range(seeds), scorers=scorer_names(scorers), prompts=prompts, count=count,
         device=device, jobs=jobs, out=out, runs=runs,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, pictures, sample
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.experience import Stage
-from d3po_bench.scoring import require_scores
+from d3po_bench.scoring import apart, require_scores
 from d3po_bench.types import Objective, Rollout, Scorer
 
 
@@ -33,6 +33,7 @@ class OnPolicy:
     """Images drawn side by side."""
     decode_batch: int = 16
     counts: dict[str, int] = field(default_factory=lambda: {"images": 0, "scorer_calls": 0})
+    part_means: Mapping[str, float] = field(default_factory=dict)
     initial: Mapping[str, Tensor] | None = None
 
     def collect(
@@ -64,8 +65,9 @@ class OnPolicy:
         images = pictures(policy.model, latents, self.decode_batch)
         prompts = [prompt for prompt in rollout.prompts for _ in range(k)]
         # By one rank, at once: of many scorers the bits depend on what is scored together.
-        scores = parallel.tell(lambda: self.scorer(images, prompts)).view(p, k)
+        scores, parts = parallel.tell(lambda: apart(self.scorer, images, prompts))
         require_scores(self.scorer, scores)
+        self.part_means = {name: float(found.mean()) for name, found in parts.items()}
         self.counts["images"] += p * k
         self.counts["scorer_calls"] += p * k
-        return replace(rollout, scores=scores * self.objective.sign)
+        return replace(rollout, scores=scores.view(p, k) * self.objective.sign)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import errors, registry
+from d3po_bench import errors, own, registry
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.diffusion import parallel
 from d3po_bench.errors import UserError
@@ -25,6 +25,7 @@ from d3po_bench.machine import device_of
 from d3po_bench.models import start
 from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
+from d3po_bench.rewards import http
 from d3po_bench.runs.store import require_same
 from d3po_bench.training.progress import label
 from d3po_bench.training.run import Job
@@ -95,17 +96,18 @@ def planned(request: RunRequest) -> list[Job]:
                 "constraints.txt 'd3po-bench[track]'."
             )
     jobs = []
+    objects = own.held([*config.sources.values(), *config.eval_scorers])
     for seed in request.seeds:
-        own = replace(config, seed=seed)
-        folder = run_folder(request.out, own)
+        one = replace(config, seed=seed)
+        folder = run_folder(request.out, one)
         # Refuse, before hours are spent, what would fail at the end of them.
-        read_prompts(own.prompt_source)
-        start.digest(own.lora)
-        require_same(folder, own, request.resume)
+        read_prompts(one.prompt_source)
+        start.digest(one.lora)
+        require_same(folder, one, request.resume)
         jobs.append(
             Job(
-                config=own, execution=execution, folder=folder, tools=request.tools,
-                resume=request.resume, trackers=trackers,
+                config=one, execution=execution, folder=folder, tools=request.tools,
+                resume=request.resume, trackers=trackers, objects=objects,
             )
         )  # fmt: skip
     return jobs
@@ -152,6 +154,9 @@ def execute(
     count = (count or _as_many_as_fit(jobs[0])) if alone else 1
     with bars(names) if errors.leads() else silent() as shown, _terminable():
         report = noting(shown)
+        if max(processes, min(count, len(jobs))) > 1:
+            for job in jobs:
+                own.require_portable(job.objects)
         if processes > 1:
             ranks.on_ranks(jobs, processes, ended, report)
         elif min(count, len(jobs)) > 1:
@@ -199,6 +204,7 @@ def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     Raises:
         UserError: an unknown name, or a setting that no run can have.
     """
+    http.server.cache_clear()  # what one said in an earlier call from Python
     model = request.model.rstrip("/") or request.model
     preset = model_source(model).preset if request.preset is None else request.preset
     given: dict[str, Any] = {"model": model, "seed": request.seeds.start}

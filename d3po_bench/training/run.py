@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from d3po_bench import registry
+from d3po_bench import own, registry
 from d3po_bench.config import Execution, RunConfig, method_of
 from d3po_bench.diffusion import parallel
 from d3po_bench.experience import Experience
@@ -20,6 +20,7 @@ from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
+from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
@@ -48,6 +49,8 @@ class Job:
     """None for images that the policy draws."""
     facts: dict[str, Any] = field(default_factory=dict)
     """To keep in provenance.json."""
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    """What the config names that a Python caller gave as an object."""
 
 
 def run_seed(job: Job, report: Report = lambda progress: None) -> None:
@@ -63,6 +66,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         RunError: the run failed on the way; what it had written is kept.
     """
     config, execution = job.config, job.execution
+    own.adopt(job.objects)
     if parallel.rank():
         job = replace(job, tools=replace(job.tools, scorer=lambda *_: Elsewhere()))
     with contextlib.ExitStack() as held, parallel.at("loading"):
@@ -102,17 +106,17 @@ def _begun(
 ) -> list[Listener]:  # fmt: skip
     """Record how the run begins or resumes; who hears of it from now on."""
     config = job.config
-    scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
-    unchecked = _unchecked(job, trainer, evaluation, report)
-    store.start(
-        config, {**trainer.inputs, "scorers": scorers}, after=after,
-        facts={"unchecked_scorers": unchecked, **job.facts}, threads=torch.get_num_threads(),
-        execution=vars(job.execution).copy(), **how, **_plugins(config, evaluation),
-    )  # fmt: skip
-    progress = ProgressListener(config, trainer.experience.scorer.unit, report)
     if store.damaged:
         text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
         report(Progress(label(config), trainer.round / config.rounds, text))
+    evaluation.try_out(trainer.model)
+    scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
+    store.start(
+        config, {**trainer.inputs, "scorers": scorers}, after=after,
+        facts=_facts(job, trainer, evaluation, report), threads=torch.get_num_threads(),
+        execution=vars(job.execution).copy(), **how, **_plugins(config, evaluation),
+    )  # fmt: skip
+    progress = ProgressListener(config, trainer.experience.scorer.unit, report)
     trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
     return [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
 
@@ -172,11 +176,11 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
         UserError: prompts or scorer are not there.
     """
     config, method = job.config, method_of(job.config)
-    objective = registry.objective(config.objective)
+    objective = registry.objective(config.source("objective"))
     return OnPolicy(
         prompts=_prompts(job),
         objective=objective,
-        scorer=job.tools.scorer(objective.scorer, device, weights),
+        scorer=job.tools.scorer(str(objective.scorer), device, weights),
         seed=config.seed,
         prompts_per_round=config.prompts_per_round,
         images_per_prompt=config.images_per_prompt or method.images_per_prompt,
@@ -184,6 +188,22 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
         batch=job.execution.sample_batch,
         decode_batch=job.execution.decode_batch,
     )
+
+
+def _facts(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> dict[str, Any]:
+    """What provenance keeps beside the inputs, such as what a score means.
+
+    The objective need not be installed where the run is read.
+    """
+    objective, scorer = trainer.experience.objective, trainer.experience.scorer
+    name = registry.name_of("scorer", str(objective.scorer))
+    if isinstance(scorer, Sum):
+        name = scorer.name
+    return {
+        "score": {"scorer": name, "unit": scorer.unit, "sign": objective.sign},
+        "unchecked_scorers": _unchecked(job, trainer, evaluation, report),
+        **job.facts,
+    }
 
 
 def _unchecked(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> list[str]:
@@ -200,7 +220,7 @@ def _unchecked(job: Job, trainer: Trainer, evaluation: Evaluation, report: Repor
 def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, str]]:
     """Which packages brought what a run uses, if any did."""
     used: list[tuple[registry.Kind, str]] = [
-        ("method", config.method), ("objective", config.objective), ("model", config.model),
-        *(("scorer", name.partition(":")[0]) for name in evaluation.named),
+        ("method", config.source("method")), ("objective", config.source("objective")),
+        ("model", config.model), *(("scorer", text) for text in evaluation.texts.values()),
     ]  # fmt: skip
     return registry.plugins(used)

@@ -115,8 +115,9 @@ def run(request: Table1Request, tell: Callable[[str], None]) -> str:
 
 
 def _signal(request: Table1Request) -> dict[str, str]:
-    scorer = registry.objective(request.objective).scorer
-    return {"objective": request.objective, "column": SIGNAL.get(scorer, scorer)}
+    scorer = registry.name_of("scorer", str(registry.objective(request.objective).scorer))
+    name = registry.name_of("objective", request.objective)
+    return {"objective": name, "column": SIGNAL.get(scorer, scorer)}
 
 
 # ---- models
@@ -161,7 +162,7 @@ def _taken(request: Table1Request) -> dict[str, Path]:
         if not (run.folder / LORA).is_dir():  # it has not ended
             continue
         made, name = run.config, _name(run.config)
-        if (made.objective, made.model) != (request.objective, request.model):
+        if (made.source("objective"), made.model) != (request.objective, request.model):
             raise UserError(
                 f"{run.folder} is a run of {made.model} on {made.objective}, not of "
                 f"{request.model} on {request.objective}. Leave it out, or change --model and "
