@@ -98,7 +98,7 @@ def record(run: RunFolder, name: str) -> Record:
         "training_kl_last": last["kl"],
         "saturated_last": last["saturated"],
         **_end(run, len(rounds)),
-        "command": shlex.join(["d3po-bench", *arguments(own), "--out", _out(run.folder)]),
+        "command": command(own, run.folder),
     }
 
 
@@ -140,12 +140,13 @@ def _by_round(run: RunFolder) -> dict[int, list[Record]]:
     return found
 
 
-def _out(run: Path) -> str:
-    """The --out of which OUT/MODEL/OBJECTIVE/METHOD/seed-N is the run's folder."""
-    return str(run.parents[3]) if len(run.parts) > 4 else "runs"
-
-
 # ---- commands
+
+
+def command(own: RunConfig, folder: Path) -> str:
+    """The command line that makes a run of that config, which lies in that folder."""
+    out = str(folder.parents[3]) if len(folder.parts) > 4 else "runs"
+    return shlex.join(["d3po-bench", *arguments(own), "--out", out])
 
 
 def arguments(own: RunConfig) -> list[str]:
