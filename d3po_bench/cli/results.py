@@ -279,7 +279,7 @@ def table1(
     return Result([text], lambda: read_csv(out / "table1.csv"))
 
 
-@click.command(cls=Answering)
+@click.command(cls=Working)
 @click.argument("folder", type=PLACE)
 @click.option("--record", is_flag=True, help="Write the manifest of what is there now.")
 @click.option("--rerun", type=click.IntRange(1, 10**6), help="Make so many of its runs again.")
@@ -301,6 +301,7 @@ def verify(
     seed: int,
     settings: tuple[str, ...],
     out: Path | None,
+    board: Board,
 ) -> Result:
     """Check published results: their files, runs, tables and figures.
 
@@ -323,7 +324,7 @@ def verify(
         return Result([str(recorded)], {"recorded": recorded})
     if rerun is None and (settings or out):
         raise UserError("--set and --out need --rerun. Add --rerun 1.")
-    checks = _Checks(folder, rerun, seed, settings, out)
+    checks = _Checks(folder, rerun, seed, settings, out, board)
     return Result(checks.lines(), checks.as_json, end=checks.require_none)
 
 
@@ -331,10 +332,11 @@ class _Checks:
     """What is checked, as it comes: a run that is made again takes minutes."""
 
     def __init__(
-        self, folder: Path, rerun: int | None, seed: int, settings: Sequence[str], out: Path | None
-    ) -> None:
+        self, folder: Path, rerun: int | None, seed: int, settings: Sequence[str],
+        out: Path | None, board: Board,
+    ) -> None:  # fmt: skip
         self.folder, self.count, self.seed, self.out = folder, rerun, seed, out
-        self.settings = settings
+        self.settings, self.board = settings, board
         self.failed = 0
 
     def made(self) -> Iterator[tuple[str, str, Sequence[str]]]:
@@ -350,7 +352,7 @@ class _Checks:
         if self.count is not None:
             for verdict in again.rerun(
                 self.folder, find_runs([self.folder]), self.count, seed=self.seed,
-                settings=pairs_of(self.settings), out=self.out,
+                settings=pairs_of(self.settings), out=self.out, board=self.board,
             ):  # fmt: skip
                 self.failed += not verdict.reproduced
                 yield verdict.cell, verdict.said, verdict.details

@@ -190,14 +190,14 @@ def run(
     names = {label(job.config): label(job.config) for job in work}
     with board or Board() as shown:
         failed = launch.execute(work, jobs, names, shown)
-    for name, said in failed.items():
-        click.echo(f"{name}: {said}", err=True)
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same command "
-            "again to repeat those; the others are kept. Where a setting was wrong, correct the "
-            "grid and remove the folders of those runs."
-        )
+        for name, said in failed.items():
+            click.echo(f"{name}: {said}", err=True)
+        if failed:
+            raise RunError(
+                f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same "
+                "command again to repeat those; the others are kept. Where a setting was wrong, "
+                "correct the grid and remove the folders of those runs."
+            )
     return [job.folder for job in work]
 
 

@@ -73,8 +73,8 @@ def run(request: RunRequest, board: Board | None = None) -> list[Path]:
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
     with board or Board() as shown:
         failed = execute(jobs, request.jobs, names, shown)
-    alone = len(jobs) == 1
-    require_all({"" if alone else names[run]: why for run, why in failed.items()})
+        alone = len(jobs) == 1
+        require_all({"" if alone else names[run]: why for run, why in failed.items()})
     return [job.folder for job in jobs]
 
 
@@ -132,7 +132,7 @@ def execute(
         name = label(job.config)
         if end.problem is not None:
             failed[name] = end.problem
-            board.ended(name, "failed")
+            board.failed(name)
         if end.trace not in printed:  # once for all runs that end in the same
             printed.add(end.trace)
             print(f"{name}:\n{end.trace}", end="", file=sys.stderr)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 from d3po_bench.launch.estimate import Estimate, Standing
-from d3po_bench.training.progress import Progress
+from d3po_bench.training.progress import START, Progress
 
 SOON, LATE = 10.0, 300.0
 """Seconds between two lines of a log: at least, and at most while something happens."""
@@ -93,11 +93,11 @@ class Board:
         if self.view is not None:
             self.view.show(progress)
 
-    def ended(self, run: str, text: str) -> None:
-        """A run is over, however it ended."""
-        known = self.estimate.work[run]
-        if not known.finished:
-            self.report(replace(known, left={}, text=text))
+    def failed(self, run: str) -> None:
+        """Nothing more comes of a run; why is told elsewhere."""
+        self.estimate.work[run] = replace(self.estimate.work[run], left={})
+        if isinstance(self.view, _Bars):
+            self.view.show(self.estimate.work[run])
 
     def note(self, text: str) -> None:
         """Tell people once, however often it is said."""
@@ -133,12 +133,13 @@ class _Lines:
 
     def __init__(self, board: Board) -> None:
         self.board = board
-        self.last, self.tenth = -LATE, -1
+        self.last, self.tenth = board.began, -1
 
     def show(self, progress: Progress) -> None:
         """Print the line, if it is time."""
         now, board = time.monotonic(), self.board
-        if now - self.last < SOON:
+        early = self.tenth < 0 and not progress.left.get(START)  # a model that loads: no refusal
+        if now - self.last < SOON and not early:
             return
         whole = board.estimate.whole()
         tenth = int((whole.share or 0) * 10)

@@ -119,8 +119,8 @@ class ProgressListener(Listener):
         self.starting, self.round_, self.share = 1, 0, 0.0
         self.due = 1.0
         """Share that is left of the evaluation that is due now."""
-        self.held_out: tuple[float, float] | None = None
-        """Mean scores of the first evaluation and the newest."""
+        self.held_out: list[float] = []
+        """Mean scores of the evaluations so far."""
         self.reward = self.unit = ""
         self._tell("loading the model")
 
@@ -136,10 +136,8 @@ class ProgressListener(Listener):
         self.due = float(round_ == 0 and not store.evaluation)
         seconds = self.watch.stop(1)
         self.watch.before = _taken(store.timing, self.images)
-        means = [mean_score(rows) for rows in by_round(store.evaluation).values()]
-        if means:
-            self.held_out = means[0], means[-1]
-        self._tell(f"round {round_}/{self.config.rounds}", detail=f"loaded in {seconds:.1f} s")
+        self.held_out = [mean_score(rows) for rows in by_round(store.evaluation).values()]
+        self._tell("loaded", detail=f"loaded in {seconds:.1f} s")
 
     def note(self, text: str) -> None:
         """Something to say once, however many runs say it."""
@@ -155,8 +153,8 @@ class ProgressListener(Listener):
 
     def evaluated(self, round_: int, found: Evaluated) -> None:
         """The gain so far."""
-        first = found.mean if self.held_out is None else self.held_out[0]
-        self.held_out, self.due = (first, found.mean), 0.0
+        self.held_out.append(found.mean)
+        self.due = 0.0
         seconds = self.watch.stop(self.images)
         self._tell(
             f"round {round_}/{self.config.rounds}",
@@ -193,7 +191,7 @@ class ProgressListener(Listener):
             IMAGE: self.images * (self.due + evaluations_after(self.config, self.round_)),
         }
         done = {kind: units - left[kind] for kind, units in self.plan.left.items()}
-        gain = self.held_out[1] - self.held_out[0] if self.held_out and self.round_ else None
+        gain = self.held_out[-1] - self.held_out[0] if len(self.held_out) > 1 else None
         scores = [f"held-out gain {gain:+.3f} {self.unit}"] if gain is not None else []
         text = ", ".join(filter(None, [place, *scores, self.reward]))
         self.report(

@@ -132,7 +132,7 @@ def _trackers(
     found: list[Tracker] = [registry.tracker(name)(run) for name in job.trackers]
     for tracker in found:
         if tracker.where:
-            progress.note(f"{label(config)} is at {tracker.where}")
+            progress.note(f"{label(config)}: {tracker.where}")
     return found
 
 

@@ -45,7 +45,7 @@ class Tracker(Listener):
     NEEDS: ClassVar[str]
     """The module, which the extra `track` brings."""
     where = ""
-    """Where it is to be seen, if that is not in the run's folder."""
+    """Where it is to be seen, for people; "" where the run's folder says it."""
 
     def __init__(self, run: Tracked) -> None:
         """`run`: what is to be shown."""

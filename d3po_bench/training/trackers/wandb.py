@@ -47,13 +47,14 @@ class WandB(Tracker):
         with _told():
             quiet = wandb.Settings(silent=True, console="off", disable_git=True)
             self.run: Any = wandb.init(
-                dir=run.folder, project=wandb.setup().settings.project or PROJECT, name=run.name,
-                id=_known(run), resume="allow", config={**run.settings, "command": run.command},
-                notes=run.command, settings=quiet, reinit="create_new",
+                dir=run.folder.resolve(), project=wandb.setup().settings.project or PROJECT,
+                name=run.name, id=_known(run), resume="allow", notes=run.command, settings=quiet,
+                config={**run.settings, "command": run.command}, reinit="create_new",
             )  # fmt: skip
         # Its own count of steps would refuse rounds that come again.
         self.run.define_metric("*", step_metric="round")
-        self.where = self.run.url or f"wandb sync {Path(self.run.dir).parent}"
+        offline = f"kept here; to send it: wandb sync {Path(self.run.dir).parent}"
+        self.where = self.run.url or offline
 
     def log(self, round_: int, scalars: Scalars, pictures: Mapping[str, Tensor]) -> None:
         """Send them in the background."""
