@@ -44,6 +44,7 @@ def command(package: Path, *arguments: str | Path) -> subprocess.CompletedProces
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_method_of_another_package_runs(package: Path, micro: Path, tmp_path: Path) -> None:
     assert "reinforce" in command(package, "list").stdout
     options = ["rounds=1", "prompts_per_round=2", "sampling_steps=3", "eval_every=0", "scale=2"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from click.testing import CliRunner
 from d3po_bench import cli
 from d3po_bench.errors import UserError
 from eval import golden
+from tests.commands import Command, refused
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +69,8 @@ def test_fetch_offline_and_fetch_unknown() -> None:
     ],
 )
 def test_a_machine_without_weights_is_told_in_one_line(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], command: Command
 ) -> None:
-    command = [sys.executable, "-m", "d3po_bench", *arguments, "--out", str(tmp_path / "out")]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert found.stderr.count("\n") == 1
-    assert "GB" in found.stderr
-    assert "d3po-bench weights fetch clip" in found.stderr
-    assert not list(tmp_path.glob("out/**/*.jsonl"))
+    done = command(*arguments, "--out", "out")
+    refused(done, "GB", "d3po-bench weights fetch clip")
+    assert not list(Path().glob("out/**/*.jsonl"))

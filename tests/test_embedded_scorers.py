@@ -124,6 +124,7 @@ def test_blip_starts_from_clips_image_tower(tmp_path: Path) -> None:
     torch.testing.assert_close(first[0], first[1], atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 @needs_font
 def test_the_whole_recipe_runs_and_its_scorers_load(tmp_path: Path) -> None:
     changes = {"pictures": 2100, "batch": 16, "width": 32, "layers": 1, "embedding": 16,

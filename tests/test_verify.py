@@ -238,6 +238,7 @@ def test_a_folder_without_a_manifest_is_refused(there: bool, tmp_path: Path) -> 
 # ---- tables
 
 
+@pytest.mark.slow
 def test_a_changed_row_of_a_document_or_of_a_run(home: Path) -> None:
     results = home / "results"
     edit(home / "README.md", r"\+29%", "+39%")
