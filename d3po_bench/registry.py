@@ -320,7 +320,7 @@ def family(pipeline: str, path: str) -> Any:
 
 
 def tracker(name: str) -> Any:
-    """The class of that tracker, a `training.listeners.Listener` of a run's folder."""
+    """The class of that tracker, a `training.tracking.Tracker`."""
     return _module("tracker", name).TRACKER
 
 

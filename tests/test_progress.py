@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,11 +85,12 @@ def test_runs_side_by_side_share_the_time_but_none_is_cut_in_two() -> None:
 def test_work_of_an_earlier_process_counts_but_tells_nothing_of_the_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = iter([100.0, 104.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
     told: list[Progress] = []
     counted = Counted("evaluation", IMAGE, told.append)
     counted(80, 100)
+    clock.now += 4
     counted(82, 100)
     first, second = told
     assert (first.done, first.left, first.seconds) == ({IMAGE: 80}, {IMAGE: 20}, {})
@@ -111,7 +111,7 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(shown, "time", clock)
     return clock

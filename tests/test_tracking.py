@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from d3po_bench.training import trainer
-from tests.commands import Command, Stop, refused, run_of, seed_folder
+from tests.commands import SETTINGS, Command, Stop, refused, run_of, seed_folder
 
 EVENTS = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 RECORDS = pytest.importorskip("wandb.proto.wandb_internal_pb2")
@@ -152,6 +152,29 @@ def test_a_resumed_run_goes_on_there_without_points_twice(
     assert len(names) == 1
     gains = {row["round"]: row[GAIN] for row in of_wandb(run)[0] if GAIN in row}
     assert gains == pytest.approx(shown[GAIN], abs=1e-6)
+
+
+GRID = """
+methods = ["d3po"]
+objectives = ["incompress"]
+seeds = 2
+model = "{model}"
+preset = "official_code"
+[set]
+rounds = 1
+eval_every = 1
+"""
+
+
+def test_a_sweep_shows_all_its_runs(command: Command, micro: Path) -> None:
+    small = "".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items()
+                    if key != "eval_every")  # fmt: skip
+    Path("grid.toml").write_text(GRID.format(model=micro) + small)
+    line = ("sweep", "grid.toml", "--track", "tensorboard", "--device", "cpu", "--jobs", "1")
+    assert command(*line).code == 0
+    for seed in (0, 1):
+        shown = scalars(of_tensorboard(seed_folder(Path("runs"), micro, seed)))
+        assert ([*shown["loss"]], [*shown[GAIN]]) == ([1], [0, 1])
 
 
 # ---- what cannot be
