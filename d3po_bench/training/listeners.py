@@ -135,7 +135,7 @@ class ProgressListener(Listener):
         self.starting, self.round_, self.unit = 0, round_, unit
         self.due = float(round_ == 0 and not store.evaluation)
         seconds = self.watch.stop(1)
-        self.watch.before = _taken(store.timing, self.images)
+        self.watch.before = _taken(self.config, store.timing, self.images)
         self.held_out = [mean_score(rows) for rows in by_round(store.evaluation).values()]
         self._tell("loaded", detail=f"loaded in {seconds:.1f} s")
 
@@ -203,8 +203,13 @@ class ProgressListener(Listener):
         )  # fmt: skip
 
 
-def _taken(timing: Sequence[Row], images: float) -> dict[str, list[float]]:
+def _taken(config: RunConfig, timing: Sequence[Row], images: float) -> dict[str, list[float]]:
     """Seconds of the units of rounds that earlier processes made."""
     rounds = [sum(s for k, s in row.items() if k not in ("round", "evaluate")) for row in timing]
-    evaluations = [row["evaluate"] / images for row in timing if row.get("evaluate", 0) > 0.01]
+    evaluations = [
+        row["evaluate"] / images
+        for row in timing
+        if evaluations_after(config, row["round"] - 1) > evaluations_after(config, row["round"])
+        and "evaluate" in row
+    ]
     return {kind: s for kind, s in ((ROUND, rounds), (IMAGE, evaluations)) if s}
