@@ -67,7 +67,8 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
     with RunStore.open(job.folder, config, resume=job.resume) as store:
         if _made_before(job):
             plan = planned(config)
-            report(replace(plan, left={}, done=plan.left, text="finished before"))
+            before = "finished before"
+            report(replace(plan, left={}, done=plan.left, text=before, detail=before))
             return
         progress = ProgressListener(config, report)
         if store.hold and not store.hold.everywhere:
