@@ -13,7 +13,7 @@ from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, pretrained_means, sample
 from d3po_bench.errors import RunError
-from d3po_bench.scoring import require_scores
+from d3po_bench.scoring import apart, require_scores
 from d3po_bench.training.tools import EvaluationSet
 from d3po_bench.types import Model, Rollout, Scorer, ScorerWithColumns
 
@@ -98,7 +98,8 @@ def scored(
         if isinstance(scorer, ScorerWithColumns) and name != OBJECTIVE:
             found = scorer.columns(images, prompts)
         else:
-            found = {name: scorer(images, prompts)}
+            whole, parts = apart(scorer, images, prompts)
+            found = {name: whole, **parts}
         if twice := sorted(columns.keys() & found.keys()):
             raise RunError(
                 f"The scorer {name} has a column {twice[0]}, as another scorer has. Leave one of "

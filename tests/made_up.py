@@ -77,3 +77,17 @@ def add_columns(folder: Path, costs: dict[str, Any], drift: float = 0.0, **colum
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [json.dumps(m | {k: v * m["round"] for k, v in costs.items()}) for m in metrics]
     (folder / "metrics.jsonl").write_text("\n".join(logged) + "\n")
+
+
+def write_opposites(root: Path) -> Path:
+    """Two methods on two opposite objectives, two seeds each, with costs and drift.
+
+    All files grow, also on `compress`: d3po gains 1.0 and 1.1 kB, ddpo 0.5 and 0.6.
+    """
+    for objective, method, seed in itertools.product(
+        ("compress", "incompress"), ("d3po", "ddpo"), (0, 1)
+    ):
+        gain = {"d3po": 0.1, "ddpo": 0.05}[method] + seed / 100
+        folder = write_run(root, objective, method, seed, gain=gain)
+        add_columns(folder, {"unet_forwards": 7, "scorer_calls": 64}, drift=0.01 * (seed + 1))
+    return root

@@ -126,7 +126,7 @@ RUN = "run --method d3po --objective incompress"
         (f"{RUN} --epochs 7", "Did you mean '--rounds'?"),
         (f"{RUN} --device gpu", "torch cannot use the device 'gpu' here"),
         (f"{RUN} again", "unexpected extra argument (again)"),
-        ("plot --x hours", "'hours' is not one of 'pairs', 'images', 'scorer_calls', '"),
+        ("plot --x hours", "'hours' is not one of 'rounds', 'pairs', 'images', 'scorer_"),
         ("plot nowhere", "nowhere"),
         ("plot", "runs"),
     ],

@@ -104,8 +104,7 @@ def test_a_method_that_is_not_installed(run: Path) -> None:
     edit(run / "config.json", method="of_a_plugin")
     told = shown(run)
     assert told["run"]["method"] == "of_a_plugin"
-    assert told["settings"]["learning_rate"] == "0.0025"
-    assert "preset" not in told["settings"]
+    assert told["settings"] == {"preset": "quick", "clip_range": "0.2", "pairs": "extremes"}
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

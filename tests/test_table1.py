@@ -103,7 +103,7 @@ def test_first_choices_are_means_over_files(out: Path) -> None:
     assert names[-2:] == ["first choices", "preferred by people, paper"]
     assert "how often people preferred" in (out / "table1.md").read_text()
     assert "| 60.0 % (-67.1 to 187.1) | 55.7 % |" in (out / "table1.md").read_text()
-    assert "60.0 \\% (-67.1 to 187.1) & 55.7 \\%" in (out / "table1.tex").read_text()
+    assert "60.0 \\% ($-$67.1 to 187.1) & 55.7 \\%" in (out / "table1.tex").read_text()
 
 
 def test_the_heading_says_that_raters_are_simulated(out: Path) -> None:

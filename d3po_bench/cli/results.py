@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from d3po_bench.cli import completion
 from d3po_bench.cli.options import (
     MOST_JOBS,
     PLACE,
@@ -33,7 +34,15 @@ if TYPE_CHECKING:
 @click.option(
     "--x",
     type=click.Choice(
-        ["pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards", "seconds"]
+        [
+            "rounds",
+            "pairs",
+            "images",
+            "scorer_calls",
+            "unet_forwards",
+            "unet_backwards",
+            "seconds",
+        ]
     ),
     default="pairs",
     show_default=True,
@@ -70,18 +79,21 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["md", "csv", "json"]),
-    default="md",
-    show_default=True,
-    help="Markdown for people; CSV and JSON have every number.",
+    type=click.Choice(["md", "csv", "latex", "json", "lm-eval", "html"]),
+    help="Default: by the name of --out, else md. md, latex and html are for people; csv and json "
+    "have every number; lm-eval is lm-evaluation-harness's JSON.",
 )
 @click.option("--json", "form", flag_value="json", help="The same as --format json.")
 @click.option("--measure", is_flag=True, help="First measure what the models draw; minutes.")
-@click.option("--out", type=PLACE, help="Write to this file instead.")
+@click.option("--out", type=PLACE, help="Write to this file instead; .html is the page.")
 def report(
-    runs: tuple[Path, ...], tables: tuple[str, ...], form: str, measure: bool, out: Path | None
+    runs: tuple[Path, ...],
+    tables: tuple[str, ...],
+    form: str | None,
+    measure: bool,
+    out: Path | None,
 ) -> None:
-    """Print tables of runs: means over seeds with 95 % intervals.
+    """Print tables of runs, or make a page of them: means over seeds with 95 % intervals.
 
     RUNS are run folders or folders of them; default: runs/. The tables: gains on the objective;
     cost (images, network passes, seconds, and what was lost); efficiency at equal pairs, images
@@ -89,17 +101,23 @@ def report(
     the command that makes it. For crossed, and the diversity in cost, --measure draws four
     pictures of each prompt with every model and writes diversity.csv beside the objectives.
 
+    The page is one file that needs no network: the table, curves, drift, pictures before and
+    after, and behind each number its seeds, command and settings.
+
     \b
     Example:
         d3po-bench report
+        d3po-bench report runs --out page.html
         d3po-bench report results/tiny --table efficiency
         d3po-bench report runs/tiny --measure --table crossed
         d3po-bench report runs --table runs --format csv --out runs.csv
     """  # noqa: D301
     from d3po_bench.runs.files import write_atomically
+    from eval.analysis.report import ENDINGS
     from eval.analysis.report import report as made
 
     told = functools.partial(click.echo, err=True)
+    form = form or ENDINGS.get(out.suffix.lower() if out else "", "md")
     text = made(runs or (Path("runs"),), tables, form, measured=measure, told=told)
     if out is None:
         click.echo(text)
@@ -146,8 +164,9 @@ def compare(a: Path, b: Path, required: str, drawn: Path | None) -> Result:
 @click.argument("target", type=PLACE)
 @click.option(
     "--scorers",
-    help="Names, with commas between them; name:weights for others than the model's. Default: "
-    "those of the run.",
+    shell_complete=completion.of("scorer", several=True),
+    help="Names, with commas between them; name:weights for others than the model's, or a FILE.py "
+    "of your own. Default: those of the run.",
 )
 @click.option("--model", help="Base model of a LoRA; default: tiny, or what the run was made with.")
 @click.option(
@@ -223,8 +242,9 @@ def evaluate(
 @click.argument("runs", nargs=-1, type=PLACE)
 @click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
 @click.option(
-    "--objective", default="image_reward", show_default=True, help="The signal that trains."
-)
+    "--objective", default="image_reward", show_default=True,
+    shell_complete=completion.of("objective"), help="The signal that trains.",
+)  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1, MOST_SEEDS), default=5, show_default=True)
 @click.option("--scorers", default="clip,blip,image_reward", show_default=True)
 @click.option("--preset", help="Settings to start from; default: alignment, or the model's own.")
@@ -267,11 +287,12 @@ def table1(
         d3po-bench table1 --redraw --out runs/table1
     """  # noqa: D301
     from d3po_bench.config import pairs_of
+    from d3po_bench.rewards import sums
     from d3po_bench.runs.files import read_csv
     from eval.analysis import table1 as tables
 
     request = tables.Table1Request(
-        objective=objective, model=model, preset=preset, settings=pairs_of(settings),
+        objective=sums.normal(objective), model=model, preset=preset, settings=pairs_of(settings),
         seeds=range(seeds), scorers=scorer_names(scorers), prompts=prompts, count=count,
         device=device, jobs=jobs, out=out, runs=runs, track=track,
     )  # fmt: skip

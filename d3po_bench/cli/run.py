@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from d3po_bench.cli import completion
 from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, TRACK, Result, Working
 from d3po_bench.config import MOST_SEEDS
 
@@ -32,8 +33,15 @@ RESUME = click.option(
 
 
 @click.command(cls=Working)
-@click.option("--method", required=True, help="What learns: see `d3po-bench list`.")
-@click.option("--objective", required=True, help="What it learns to please.")
+@click.option(
+    "--method", required=True, shell_complete=completion.of("method"),
+    help="What learns: see `d3po-bench list`; or a FILE.py of your own.",
+)  # fmt: skip
+@click.option(
+    "--objective", required=True, shell_complete=completion.of("objective"),
+    help="What it learns to please: see `d3po-bench list`; or FILE.py, package.module:NAME, the "
+    "address of a server, or a sum such as aesthetic:0.7+clip:0.3.",
+)  # fmt: skip
 @click.option(
     "--seeds",
     type=click.IntRange(1, MOST_SEEDS),
@@ -48,11 +56,13 @@ RESUME = click.option(
     "--model",
     default="tiny",
     show_default=True,
+    shell_complete=completion.of("model"),
     help="tiny, sd15, a diffusers folder, a hub id, or a FILE.py with a model family.",
 )
 @click.option(
     "--prompts",
     type=PROMPTS,
+    shell_complete=completion.prompts,
     help="A list (`d3po-bench list`) or a file: .txt with one on each line, or a .csv, .tsv, .json "
     "or .jsonl with a field prompt, text or caption, or FILE:FIELD. Default: the objective's.",
 )
@@ -60,12 +70,16 @@ RESUME = click.option(
     "--lora", type=PROMPTS,
     help="Begin where this LoRA ended: a .safetensors file, or the folder lora/ of a run.",
 )  # fmt: skip
-@click.option("--preset", help="Settings to start from; default: the one made for the model.")
+@click.option(
+    "--preset", shell_complete=completion.preset,
+    help="Settings to start from; default: the one made for the model.",
+)  # fmt: skip
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
+    shell_complete=completion.setting,
     help="Override one setting; repeatable. See `d3po-bench list --settings`.",
 )
 @click.option(
@@ -110,6 +124,7 @@ def run(
     Example:
         d3po-bench run --method d3po --objective incompress --seeds 5
         d3po-bench run --method d3po --objective compress --set learning_rate=1e-3 --rounds 20
+        d3po-bench run --method d3po --objective ./my_reward.py
     """  # noqa: D301
     from d3po_bench.config import pairs_of
     from d3po_bench.launch import launch

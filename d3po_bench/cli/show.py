@@ -11,7 +11,7 @@ import click
 
 from d3po_bench import registry
 from d3po_bench.cli.options import PLACE, Answering, Result
-from d3po_bench.config import RunConfig, make
+from d3po_bench.config import RunConfig, of_preset
 from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
 from d3po_bench.runs.files import Row
@@ -85,27 +85,22 @@ def _taken(started: object, ended: object) -> str:
 def _settings(config: RunConfig) -> dict[str, str]:
     """The nearest preset, and what differs from it."""
     found = {name: _differing(config, name) for name in PRESETS}
-    found = {name: changes for name, changes in found.items() if changes is not None}
-    if not found:  # a method that is not installed here
-        return _as_text(_plain(config))
-    name, changes = min(found.items(), key=lambda item: len(item[1] or {}))
+    name, changes = min(found.items(), key=lambda item: len(item[1]))
     return {"preset": name, **_as_text(changes)} if changes else {"preset": f"{name}, unchanged"}
 
 
-def _differing(config: RunConfig, preset: str) -> Row | None:
-    """Settings that the preset does not make so; None where it cannot be made."""
-    try:
-        made, _ = make(config.method, config.objective, preset, {})
-        defaults = vars(registry.method(made.method)())
-    except UserError:
-        return None
+def _differing(config: RunConfig, preset: str) -> Row:
+    """Settings that the preset does not make so."""
+    made = of_preset(config.method, config.objective, preset)
+    known = config.method in registry.names("method")
+    defaults = vars(registry.method(config.method)()) if known else {}
     ours, theirs = ({**_plain(c), **defaults, **c.options} for c in (config, made))
     return {k: v for k, v in ours.items() if k not in theirs or v != theirs[k]}
 
 
 def _plain(config: RunConfig) -> Row:
     """Settings that a preset can make, without the method's options."""
-    named = {"method", "objective", "model", "seed", "options"}
+    named = {"method", "objective", "model", "seed", "options", "sources"}
     return {k: v for k, v in vars(config).items() if k not in named}
 
 

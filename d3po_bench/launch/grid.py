@@ -44,6 +44,7 @@ from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board
 from d3po_bench.prompts.tables import read_text
+from d3po_bench.rewards import sums
 from d3po_bench.training.progress import label
 from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
@@ -55,7 +56,8 @@ def _known(kind: registry.Kind) -> AfterValidator:
     """A name that something of that kind answers to."""
 
     def check(name: str) -> str:
-        if name not in registry.names(kind):
+        text = sums.normal(name) if kind == "objective" else name
+        if registry.name_of(kind, text) == text and name not in registry.names(kind):
             raise registry.unknown(kind, name, registry.names(kind))
         return name
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from d3po_bench import own
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.errors import UserError
 from d3po_bench.launch.job import SMALLER, End, died, make_run
@@ -21,6 +22,7 @@ from d3po_bench.machine import device_of
 from d3po_bench.models import start
 from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
+from d3po_bench.rewards import http
 from d3po_bench.runs.store import require_same
 from d3po_bench.training import tracking
 from d3po_bench.training.progress import label
@@ -88,17 +90,18 @@ def planned(request: RunRequest) -> list[Job]:
     device_of(request.device)
     trackers = tracking.require(request.track)
     jobs = []
+    objects = own.held([*config.sources.values(), *config.eval_scorers])
     for seed in request.seeds:
-        own = replace(config, seed=seed)
-        folder = run_folder(request.out, own)
+        one = replace(config, seed=seed)
+        folder = run_folder(request.out, one)
         # Refuse, before hours are spent, what would fail at the end of them.
-        read_prompts(own.prompt_source)
-        start.digest(own.lora)
-        require_same(folder, own, request.resume)
+        read_prompts(one.prompt_source)
+        start.digest(one.lora)
+        require_same(folder, one, request.resume)
         jobs.append(
             Job(
-                config=own, execution=execution, folder=folder, tools=request.tools,
-                resume=request.resume, trackers=trackers,
+                config=one, execution=execution, folder=folder, tools=request.tools,
+                resume=request.resume, trackers=trackers, objects=objects,
             )
         )  # fmt: skip
     return jobs
@@ -143,6 +146,8 @@ def execute(
     board.expect([before_run(job.config) for job in jobs], count, names)
     with _terminable():
         if min(count, len(jobs)) > 1:
+            for job in jobs:
+                own.require_portable(job.objects)
             side_by_side(make_run, jobs, count, ended, board.report)
         else:
             for job in jobs:
@@ -188,6 +193,7 @@ def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     Raises:
         UserError: an unknown name, or a setting that no run can have.
     """
+    http.server.cache_clear()  # what one said in an earlier call from Python
     model = request.model.rstrip("/") or request.model
     preset = model_source(model).preset if request.preset is None else request.preset
     given: dict[str, Any] = {"model": model, "seed": request.seeds.start}

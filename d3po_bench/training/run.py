@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from d3po_bench import registry
+from d3po_bench import own, registry
 from d3po_bench.config import Execution, RunConfig, method_of
 from d3po_bench.experience import Experience
 from d3po_bench.experience.on_policy import OnPolicy
@@ -18,6 +18,7 @@ from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.store import RunStore
+from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
@@ -49,6 +50,8 @@ class Job:
     """None for images that the policy draws."""
     facts: dict[str, Any] = field(default_factory=dict)
     """To keep in provenance.json."""
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    """What the config names that a Python caller gave as an object."""
 
 
 def run_seed(job: Job, report: Report = lambda progress: None) -> None:
@@ -64,6 +67,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         RunError: the run failed on the way; what it had written is kept.
     """
     config, execution = job.config, job.execution
+    own.adopt(job.objects)
     with RunStore.open(job.folder, config, resume=job.resume) as store:
         if _made_before(job):
             plan = planned(config)
@@ -87,10 +91,11 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
                 f"{trainer.round}"
             )
         evaluation = Evaluation(config, execution, experience, job.tools, device)
+        evaluation.try_out(trainer.model)
         scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
         store.start(
             config, {**trainer.inputs, "scorers": scorers}, after=after,
-            facts={"unchecked_scorers": _unchecked(job, evaluation, progress), **job.facts},
+            facts=_facts(job, trainer, evaluation, progress),
             device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
             execution=vars(execution).copy(), **_plugins(config, evaluation),
         )  # fmt: skip
@@ -153,17 +158,35 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
         UserError: prompts or scorer are not there.
     """
     config, method = job.config, method_of(job.config)
-    objective = registry.objective(config.objective)
+    objective = registry.objective(config.source("objective"))
     return OnPolicy(
         prompts=_prompts(job),
         objective=objective,
-        scorer=job.tools.scorer(objective.scorer, device, weights),
+        scorer=job.tools.scorer(str(objective.scorer), device, weights),
         seed=config.seed,
         prompts_per_round=config.prompts_per_round,
         images_per_prompt=config.images_per_prompt or method.images_per_prompt,
         shared_noise=method.shared_noise,
         batch=job.execution.sample_batch,
     )
+
+
+def _facts(
+    job: Job, trainer: Trainer, evaluation: Evaluation, progress: ProgressListener
+) -> dict[str, Any]:
+    """What provenance keeps beside the inputs, such as what a score means.
+
+    The objective need not be installed where the run is read.
+    """
+    objective, scorer = trainer.experience.objective, trainer.experience.scorer
+    name = registry.name_of("scorer", str(objective.scorer))
+    if isinstance(scorer, Sum):
+        name = scorer.name
+    return {
+        "score": {"scorer": name, "unit": scorer.unit, "sign": objective.sign},
+        "unchecked_scorers": _unchecked(job, evaluation, progress),
+        **job.facts,
+    }
 
 
 def _unchecked(job: Job, evaluation: Evaluation, progress: ProgressListener) -> list[str]:
@@ -179,7 +202,7 @@ def _unchecked(job: Job, evaluation: Evaluation, progress: ProgressListener) -> 
 def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, str]]:
     """Which packages brought what a run uses, if any did."""
     used: list[tuple[registry.Kind, str]] = [
-        ("method", config.method), ("objective", config.objective), ("model", config.model),
-        *(("scorer", name.partition(":")[0]) for name in evaluation.named),
+        ("method", config.source("method")), ("objective", config.source("objective")),
+        ("model", config.model), *(("scorer", text) for text in evaluation.texts.values()),
     ]  # fmt: skip
     return registry.plugins(used)

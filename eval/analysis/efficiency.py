@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from d3po_bench import registry
 from eval.analysis.gains import RIVAL, Groups
 from eval.analysis.runs import Run, curves
+from eval.analysis.scores import score_of
 from eval.analysis.statistics import (
     area_under_curve,
     images_to_threshold,
@@ -45,7 +45,7 @@ def efficiency(groups: Groups) -> list[Table]:
 
 
 def _table(objective: str, methods: Methods) -> Table:
-    sign = registry.objective(objective).sign
+    sign = score_of(next(iter(methods.values()))[0].files).sign
     budgets = {x: _least(methods, x) for x in BUDGETS}
     level = _least_end(methods, sign)
     records = [_record(objective, m, methods, budgets, level, sign) for m in methods]
@@ -54,11 +54,15 @@ def _table(objective: str, methods: Methods) -> Table:
         **{f"gain after {budget:,.0f} {BUDGETS[x]}": spread(f"gain_at_{x}")
            for x, budget in budgets.items()},
         "mean gain over the images drawn": spread("mean_gain"),
-        f"KL at a mean gain of {level:+.3f}": number("kl_at_equal_gain", ".3f"),
+        f"KL at {_level(level)}": number("kl_at_equal_gain", ".3f"),
         f"images to half of {RIVAL}'s gain": _speed,
         f"probability to end better than {RIVAL}": _chance,
     }  # fmt: skip
     return Table(records, columns, left=("method",), title=f"`{objective}`:")
+
+
+def _level(gain: float) -> str:
+    return "an equal mean gain" if math.isnan(gain) else f"a mean gain of {gain:+.3f}"
 
 
 def _speed(record: Record) -> str:
@@ -146,10 +150,14 @@ def _course(runs: Sequence[Run], column: str) -> Any:
 
 
 def _least_end(methods: Methods, sign: int) -> float:
-    """The smallest mean gain at the end, of methods that reach half of the rival's."""
+    """The smallest mean gain at the end, of methods that reach half of the rival's.
+
+    NaN where none does, as the rival itself may have lost.
+    """
     scores = {method: _course(runs, "score") for method, runs in methods.items()}
     found = {method: sign * float(mean[-1] - mean[0]) for method, mean in scores.items()}
-    return sign * min(gain for gain in found.values() if gain >= found.get(RIVAL, -np.inf) / 2)
+    reached = [gain for gain in found.values() if gain >= found.get(RIVAL, -np.inf) / 2]
+    return sign * min(reached, default=math.nan)
 
 
 def _drift(runs: Sequence[Run], gain: float, sign: int) -> float:

@@ -35,11 +35,11 @@ class Runs:
         """The held-out score of every seed at each evaluation, training sampler.
 
         Args:
-            x: pairs, images, scorer_calls, unet_forwards, unet_backwards or seconds.
+            x: rounds, pairs, images, scorer_calls, unet_forwards, unet_backwards or seconds.
 
         Returns:
-            Columns model, objective, method, seed, round, x, score (unit of the scorer) and
-            animal (probability; NaN where not known).
+            Columns model, objective, method, seed, round, x, score (unit of the scorer), animal
+            (probability) and kl (nats per latent element); NaN where not known.
 
         Raises:
             UserError: a run does not know `x`, or the runs do not belong together.

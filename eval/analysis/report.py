@@ -1,19 +1,21 @@
-"""`d3po-bench report`: tables of any runs, as Markdown, CSV or JSON."""
+"""`d3po-bench report`: tables of any runs, or a page of them, in several formats."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from d3po_bench.errors import UserError
 from eval.analysis import tries
 from eval.analysis.efficiency import efficiency
 from eval.analysis.gains import Groups, contrast, cost, gains
+from eval.analysis.lm_eval import results
 from eval.analysis.pictures import crossed, measure
 from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
-from eval.analysis.tables import Table, as_csv, finite
+from eval.analysis.tables import Record, Table, as_csv, finite
+from eval.figures.html import page
 
 TABLES: dict[str, Callable[[Groups], Table | list[Table]]] = {
     "gains": gains,
@@ -26,6 +28,43 @@ TABLES: dict[str, Callable[[Groups], Table | list[Table]]] = {
 """Name -> what makes it. One more, "runs", takes runs that have not ended, too."""
 
 
+Made = Mapping[str, Sequence[Table]]
+"""Name -> its tables."""
+
+
+def _records(made: Made) -> dict[str, list[Record]]:
+    return {name: [r for t in tables for r in t.records] for name, tables in made.items()}
+
+
+def _csv(made: Made) -> str:
+    texts = {as_csv(records) for records in _records(made).values()}
+    if len(texts) > 1:  # gains and cost are two views of the same records
+        raise UserError(f"A CSV file holds one table, not {' and '.join(made)}. Name one of them.")
+    return texts.pop().rstrip("\n")
+
+
+def _json(made: Made) -> str:
+    return json.dumps({name: finite(found) for name, found in _records(made).items()}, indent=1)
+
+
+FORMATS: dict[str, Callable[[Made], str]] = {
+    "md": lambda made: "\n\n".join(t.markdown() for tables in made.values() for t in tables),
+    "csv": _csv,
+    "json": _json,
+    "latex": lambda made: "\n\n".join(t.latex() for tables in made.values() for t in tables),
+}
+"""Name -> how it writes tables."""
+
+WHOLE: dict[str, Callable[[Sequence[Path]], str]] = {
+    "html": page,
+    "lm-eval": lambda runs: results(read_groups(runs)),
+}
+"""Name -> how it writes runs, and no table of them."""
+
+ENDINGS = {".csv": "csv", ".htm": "html", ".html": "html", ".json": "json", ".tex": "latex"}
+"""Of a file -> what it holds unless something else is asked for; of others, Markdown."""
+
+
 def report(
     runs: Sequence[Path],
     names: Sequence[str] = (),
@@ -34,12 +73,12 @@ def report(
     measured: bool = False,
     told: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """The tables of those names.
+    """The tables of those names, or a page of the runs.
 
     Args:
         runs: run folders, or folders of them at any depth.
         names: of `TABLES`, or "runs"; gains and cost if there is none.
-        form: md for people, or csv or json, which have every number.
+        form: of `FORMATS` or `WHOLE`; md and latex are for people, csv and json have every number.
         measured: measure first what the runs' models draw, which `crossed` and the diversity in
             `cost` need; takes minutes.
         told: called with what is being measured.
@@ -47,22 +86,19 @@ def report(
     Raises:
         UserError: the runs cannot be read, do not belong together, or lack what a table needs.
     """
+    if form in WHOLE and names:
+        raise UserError(
+            f"The format {form} shows the runs themselves and no table. Leave --table out, or "
+            f"choose --format {', '.join(FORMATS)}."
+        )
     chosen = list(names) or ["gains", "cost"]
-    groups: Groups = read_groups(runs) if {*chosen} != {"runs"} or measured else {}
+    tables = form in FORMATS and {*chosen} != {"runs"}
+    groups: Groups = read_groups(runs) if tables or measured else {}
     if measured:
         measure([run for members in groups.values() for run in members], told)
-    made = {name: _made(name, runs, groups) for name in chosen}
-    if form == "md":
-        return "\n\n".join(table.markdown() for tables in made.values() for table in tables)
-    records = {name: [r for t in tables for r in t.records] for name, tables in made.items()}
-    if form == "json":
-        return json.dumps({name: finite(found) for name, found in records.items()}, indent=1)
-    texts = {as_csv(found): name for name, found in records.items()}
-    if len(texts) > 1:  # gains and cost are two views of the same records
-        raise UserError(
-            f"A CSV file holds one table, not {' and '.join(chosen)}. Name one of them."
-        )
-    return next(iter(texts)).rstrip("\n")
+    if form in WHOLE:
+        return WHOLE[form](runs)
+    return FORMATS[form]({name: _made(name, runs, groups) for name in chosen})
 
 
 def _made(name: str, runs: Sequence[Path], groups: Groups) -> list[Table]:

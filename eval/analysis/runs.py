@@ -68,6 +68,17 @@ class Run:
         """The run's seed."""
         return self.config.seed
 
+    @property
+    def last(self) -> int:
+        """The round of its last evaluation, training sampler."""
+        return int(self.scores.loc["eta1"].index.max())
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was trained and evaluated to its last round, and closed."""
+        cut = "run_id" in self.files.facts and not self.files.finished  # after its last round
+        return max(self.spent) == self.config.rounds == self.last and not cut
+
 
 def read_groups(paths: Iterable[Path], *, unfinished: bool = False) -> dict[Group, list[Run]]:
     """Every run below `paths` by model, objective and method; groups and seeds sorted.
@@ -210,14 +221,11 @@ def _amount(line: Mapping[str, Any], name: str) -> float:
 
 def _require_its_end(run: Run) -> None:
     """Refuse a run that was stopped: its last scores are no end to compare with others'."""
-    done, due = max(run.spent), run.config.rounds
-    evaluated = max(n for sampler, n in run.scores.index if sampler == "eta1")
-    cut = "run_id" in run.files.facts and not run.files.finished  # after its last round
-    if done != due or evaluated != due or cut:
+    if not run.ended:
         raise UserError(
-            f"The run in {run.folder} has not ended: {done} of {due} rounds, evaluated up to round "
-            f"{evaluated}. Resume it with its command, leave that folder out, or `plot "
-            "--unfinished`."
+            f"The run in {run.folder} has not ended: {max(run.spent)} of "
+            f"{run.config.rounds} rounds, evaluated up to round {run.last}. Resume it with its "
+            "command, leave that folder out, or `plot --unfinished`."
         )
 
 
@@ -262,7 +270,8 @@ def curves(runs: Iterable[Run], x: str) -> Frame:
 
     Returns:
         A row for each evaluated round of a run, with columns model, objective, method, seed,
-        round, x, score (unit of the scorer) and animal (probability; NaN where not known).
+        round, x, score (unit of the scorer), animal (probability) and kl (nats per latent
+        element); NaN where not known.
 
     Raises:
         UserError: a run does not know what is asked for, seconds without a timing.jsonl, say.
@@ -270,7 +279,7 @@ def curves(runs: Iterable[Run], x: str) -> Frame:
     import pandas as pd
 
     rows = [row for run in runs for row in _curve(run, x)]
-    columns = ["model", "objective", "method", "seed", "round", "x", "score", "animal"]
+    columns = ["model", "objective", "method", "seed", "round", "x", "score", "animal", "kl"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -281,13 +290,14 @@ def _curve(run: Run, x: str) -> list[dict[str, Any]]:
         # An interrupted run may have been evaluated after a round that it then did not log.
         if round_ not in run.spent:
             continue
-        if x not in run.spent[round_]:
+        spent = {"rounds": round_, **run.spent[round_]}
+        if x not in spent:
             where = run.folder / ("timing.jsonl" if x == "seconds" else "metrics.jsonl")
             raise UserError(
                 f"{where} does not say the {x} of round {round_}. Choose --x pairs or --x images."
             )
-        place = {"seed": run.seed, "round": round_, "x": run.spent[round_][x]}
-        rows.append({**names, **place, **scores.reindex(["score", "animal"])})
+        place = {"seed": run.seed, "round": round_, "x": spent[x]}
+        rows.append({**names, **place, **scores.reindex(["score", "animal", "kl"])})
     return rows
 
 
@@ -296,7 +306,7 @@ def averages(table: Frame, column: str = "score") -> Frame:
 
     Args:
         table: what `curves` returns.
-        column: score or animal.
+        column: score, animal or kl.
 
     Returns:
         A row for each method and round, with columns model, objective, method, round, x (mean

@@ -30,11 +30,11 @@ from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
 from d3po_bench.training.progress import IMAGE, Counted, Progress, label
 from d3po_bench.training.run import Job
 from eval.analysis import choices
-from eval.analysis.cells import Cells, latex, markdown
+from eval.analysis.cells import Cells
 from eval.analysis.choices import Choices
 from eval.analysis.runs import require_alike
 from eval.analysis.statistics import interval
-from eval.analysis.tables import as_numbers
+from eval.analysis.tables import Table, as_numbers, text
 from eval.evaluate import plan, work
 from eval.tools import TOOLS
 
@@ -130,8 +130,9 @@ def _made(
 
 
 def _signal(request: Table1Request) -> dict[str, str]:
-    scorer = registry.objective(request.objective).scorer
-    return {"objective": request.objective, "column": SIGNAL.get(scorer, scorer)}
+    scorer = registry.name_of("scorer", str(registry.objective(request.objective).scorer))
+    name = registry.name_of("objective", request.objective)
+    return {"objective": name, "column": SIGNAL.get(scorer, scorer)}
 
 
 # ---- models
@@ -169,7 +170,7 @@ def _taken(request: Table1Request) -> dict[str, Path]:
         if not (run.folder / LORA).is_dir():  # it has not ended
             continue
         made, name = run.config, _name(run.config)
-        if (made.objective, made.model) != (request.objective, request.model):
+        if (made.source("objective"), made.model) != (request.objective, request.model):
             raise UserError(
                 f"{run.folder} is a run of {made.model} on {made.objective}, not of "
                 f"{request.model} on {request.objective}. Leave it out, or change --model and "
@@ -253,11 +254,12 @@ def write(out: Path) -> str:
     signal = _recorded_signal(out / "signal.json")
     chosen = _choices(out / "choices", _names(rows))
     table = [_row(name, rows, signal["column"], chosen) for name in _names(rows)]
-    text = _said(signal, chosen) + "\n\n" + markdown(table)
+    shown = Table(table, {name: text(name) for name in table[0]}, left=("method",))
+    said = _said(signal, chosen) + "\n\n" + shown.markdown()
     write_atomically(out / "table1.csv", csv_bytes(table))
-    write_atomically(out / "table1.md", (text + "\n").encode())
-    write_atomically(out / "table1.tex", (latex(table) + "\n").encode())
-    return text
+    write_atomically(out / "table1.md", (said + "\n").encode())
+    write_atomically(out / "table1.tex", (shown.latex() + "\n").encode())
+    return said
 
 
 def _recorded_signal(path: Path) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,10 +52,36 @@ class Table:
 
     def markdown(self) -> str:
         """The cells as a Markdown table, below its title."""
-        head, *body = [f"| {' | '.join(cells)} |" for cells in self.cells()]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
+        head, *body = [f"| {' | '.join(cells)} |" for cells in rows]
         rule = "|".join("---" if name in self.left else "--:" for name in self.columns)
         title = [self.title, ""] if self.title else []
         return "\n".join([*title, head, f"|{rule}|", *body])
+
+    def latex(self) -> str:
+        """The cells as a LaTeX tabular for the package booktabs, below its title."""
+        rows = [[in_latex(cell) for cell in row] for row in self.cells()]
+        head, *body = [f"{' & '.join(cells)} \\\\" for cells in rows]
+        spec = "".join("l" if name in self.left else "r" for name in self.columns)
+        title = [in_latex(self.title), ""] if self.title else []
+        return "\n".join(
+            [*title, f"\\begin{{tabular}}{{{spec}}}", "\\toprule", head, "\\midrule", *body,
+             "\\bottomrule", "\\end{tabular}"]
+        )  # fmt: skip
+
+
+_LATEX = str.maketrans({
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "†": r"$\dagger$", "→": r"$\to$", "−": "$-$",
+})  # fmt: skip
+
+
+def in_latex(words: str) -> str:
+    """What people read, as LaTeX prints it: minus signs and arrows, and code from backticks."""
+    signs = re.sub(r"(?<![\w.])-(?=\d)", "−", words.replace("->", "→"))
+    parts = signs.translate(_LATEX).split("`")
+    return "".join(f"\\texttt{{{p}}}" if i % 2 else p for i, p in enumerate(parts))
 
 
 def text(field: str) -> Cell:

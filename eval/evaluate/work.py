@@ -236,7 +236,7 @@ def _finish(out: Path, plan: Plan, pieces: Sequence[Piece], request: EvaluateReq
 def _plugins(plan: Plan) -> Row:
     """Which packages brought the scorers and the model, if any did."""
     used: list[tuple[registry.Kind, str]] = [("model", plan.model)]
-    used += [("scorer", name.partition(":")[0]) for name in plan.scorers]
+    used += [("scorer", name) for name in plan.scorers]
     return registry.plugins(used)
 
 
@@ -284,7 +284,8 @@ def _scorer(name: str, weights: str, device: str) -> Any:
 
 
 def _scorers(plan: Plan, device: str) -> dict[str, Any]:
-    return {name: _scorer(name, plan.weights, device) for name in plan.scorers}
+    texts = {registry.name_of("scorer", text): text for text in plan.scorers}
+    return {name: _scorer(text, plan.weights, device) for name, text in texts.items()}
 
 
 @cache

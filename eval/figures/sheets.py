@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d3po_bench.errors import UserError
 from d3po_bench.pictures import open_picture
 from d3po_bench.runs.run import SAMPLES
-from eval.analysis.runs import Run
-from eval.figures.style import INK, short_name, unit_of
+from eval.analysis.runs import Group, Run
+from eval.analysis.scores import shown_score
+from eval.figures.style import INK, short_name
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -30,6 +32,10 @@ COLUMNS = 10
 
 GAP, TITLE, LINE = 6, 52, 26
 """Pixels between pictures, for the title, and for a line of a prompt."""
+
+
+LAYOUT = "d3po-bench sheet"
+"""Name of the text in a sheet's file that says, as JSON, where which picture is."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +56,38 @@ def samples_sheet(runs: Sequence[Run]) -> bytes | None:
         UserError: an image is damaged, or not of the run.
     """
     for run in sorted(runs, key=lambda run: run.seed):
-        rounds = sorted({_round_of(path) for path in run.folder.glob("samples/round-*/*.png")})
-        if rounds:
-            known = run.files.facts.get("content", {})
-            if any(name.startswith(SAMPLES) for name in known):
-                run.files.require_content(SAMPLES)
+        if rounds := sampled_rounds(run):
             shown = sorted({rounds[0], rounds[(len(rounds) - 1) // 2], rounds[-1]})
             model, objective, method = run.group
             title = f"{method} on {objective}, {short_name(model)}, seed {run.seed}"
-            return _png(_sheet(title, [_strip(run, round_) for round_ in shown]))
+            strips = [_strip(run, round_) for round_ in shown]
+            return _sheet(title, strips, {"seed": run.seed, "rounds": shown})
     return None
+
+
+def sampled_rounds(run: Run) -> list[int]:
+    """The rounds after which a run kept pictures, sorted.
+
+    Raises:
+        UserError: an image is missing or not of the run.
+    """
+    rounds = sorted({_round_of(path) for path in run.folder.glob("samples/round-*/*.png")})
+    known = run.files.facts.get("content", {})
+    if rounds and any(name.startswith(SAMPLES) for name in known):
+        run.files.require_content(SAMPLES)
+    return rounds
+
+
+def folder_of(run: Run, round_: int) -> Path:
+    """Where a run's pictures of a round are, one file for each prompt."""
+    return run.folder / SAMPLES / f"round-{round_:05d}"
+
+
+def sheet_name(group: Group) -> str:
+    """What a sheet is called in the folder of figures."""
+    # As in run folders: a model may be a folder or a hub id.
+    model, objective, method = (part.strip("/").replace("/", "--") for part in group)
+    return f"samples-{model}-{objective}-{method}.png"
 
 
 def _round_of(picture: Path) -> int:
@@ -71,21 +99,14 @@ def _round_of(picture: Path) -> int:
     return int(digits)
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _strip(run: Run, round_: int) -> Strip:
     first = "LoRA to begin with" if run.files.config.lora else "base model"
     label = _when(round_, run.spent.get(round_, {}), first)
     # The samples are drawn with the deployment sampler, so its mean is the one beside them.
     means = run.scores["score"]
     if ("eta0", round_) in means.index:
-        label += f"\nmean {_digits(means['eta0', round_])} {unit_of(run.group[1])}".rstrip()
-    folder = run.folder / "samples" / f"round-{round_:05d}"
-    paths = sorted(folder.glob("*.png"))[:COLUMNS]
+        label += f"\nmean {_digits(means['eta0', round_])} {shown_score(run.files).unit}".rstrip()
+    paths = sorted(folder_of(run, round_).glob("*.png"))[:COLUMNS]
     return Strip(label, {path.stem: _picture(path) for path in paths})
 
 
@@ -118,9 +139,10 @@ def _picture(path: Path) -> Image.Image:
     return image
 
 
-def _sheet(title: str, strips: Sequence[Strip]) -> Image.Image:
-    """The strips under each other, with a title, prompts on top and labels at the left."""
+def _sheet(title: str, strips: Sequence[Strip], facts: Mapping[str, Any]) -> bytes:
+    """The strips under each other, with a title, prompts on top and labels at the left; as PNG."""
     from PIL import Image, ImageDraw
+    from PIL.PngImagePlugin import PngInfo
 
     names = list(dict.fromkeys(name for strip in strips for name in strip.pictures))[:COLUMNS]
     side = max(max(p.size) for strip in strips for p in strip.pictures.values())
@@ -147,7 +169,11 @@ def _sheet(title: str, strips: Sequence[Strip]) -> Image.Image:
     for i, prompt in enumerate(prompts):
         place = (left + i * (side + GAP) + side / 2, top - GAP)
         draw.multiline_text(place, prompt, INK, small, "md", align="center")
-    return sheet
+    layout = {**facts, "prompts": names, "left": left, "top": top, "side": side, "gap": GAP}
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text(LAYOUT, json.dumps(layout))
+    sheet.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def _wrapped(name: str, letters: int) -> str:

@@ -149,7 +149,9 @@ def _execution(run: RunFolder, settings: Mapping[str, str]) -> Execution:
         recorded = {k: v for k, v in facts.get("execution", {}).items() if k in known}
         if facts.get("threads"):
             recorded["threads"] = int(facts["threads"])
-        _, made = make(config.method, config.objective, "official_code", settings)
+        _, made = make(
+            config.source("method"), config.source("objective"), "official_code", settings
+        )
         try:
             recorded["device"] = str(device_of(str(facts.get("device", "auto"))))
         except UserError:
