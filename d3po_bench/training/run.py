@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
 from d3po_bench.training.listeners import Listener, ProgressListener, Recorder, by_round
-from d3po_bench.training.progress import Report, label, planned
+from d3po_bench.training.progress import Report, ended_before, label
 from d3po_bench.training.tools import Tools
 from d3po_bench.training.tracking import Tracked, Tracker
 from d3po_bench.training.trainer import Trainer
@@ -70,9 +70,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
     own.adopt(job.objects)
     with RunStore.open(job.folder, config, resume=job.resume) as store:
         if _made_before(job):
-            plan = planned(config)
-            before = "finished before"
-            report(replace(plan, left={}, done=plan.left, text=before, detail=before))
+            report(ended_before(config))
             return
         progress = ProgressListener(config, report)
         if store.hold and not store.hold.everywhere:
