@@ -78,9 +78,8 @@ def run(
         resume=resume, track=[track] if isinstance(track, str) else track, tools=TOOLS,
         deterministic=deterministic,
     )  # fmt: skip
-    board = Board(Level.QUIET if quiet else Level.NORMAL)
     with undisturbed():
-        return Runs(tuple(launch.run(request, board)))
+        return Runs(tuple(launch.run(request, Board(Level.QUIET if quiet else Level.NORMAL))))
 
 
 def _text(thing: Any) -> str:
