@@ -25,6 +25,7 @@ from d3po_bench import own
 from d3po_bench.contracts import fault_of
 from d3po_bench.errors import UserError
 from d3po_bench.own import is_name
+from d3po_bench.presets import ELSEWHERE
 from d3po_bench.rewards import http, sums
 from d3po_bench.rewards.declared import declared
 from d3po_bench.types import Method, Objective, Scorer
@@ -154,7 +155,9 @@ def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> Use
         known: the names that there are.
         listed: where they are listed, if they are too many for a line.
     """
-    near = difflib.get_close_matches(name, known, n=1)
+    usual = ELSEWHERE.get(name.lstrip("-"), "")
+    near = [k for k in known if usual and k.lstrip("-") == usual]
+    near = near or difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     rest = f"See {listed}." if listed else f"Known: {', '.join(known)}."
     return UserError(f"No {kind} is called {name!r}. {hint}{rest}")
@@ -390,5 +393,5 @@ def family(pipeline: str, path: str) -> Any:
 
 
 def tracker(name: str) -> Any:
-    """The class of that tracker, a `training.listeners.Listener` of a run's folder."""
+    """The class of that tracker, a `training.tracking.Tracker`."""
     return _module("tracker", name).TRACKER

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,7 @@ from d3po_bench.errors import RunError, UserError, leads
 from d3po_bench.launch import launch
 from d3po_bench.launch import ranks as processes
 from d3po_bench.launch.launch import RunRequest
+from d3po_bench.launch.progress import Board
 from d3po_bench.prompts.tables import read_text
 from d3po_bench.rewards import sums
 from d3po_bench.training.progress import label
@@ -171,15 +173,9 @@ def read(path: Path) -> Grid:
 
 
 def run(
-    path: Path,
-    tools: Tools,
-    *,
-    out: Path,
-    jobs: int | None,
-    device: str,
-    resume: bool,
-    ranks: int = 1,
-) -> list[Path]:
+    path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool,
+    ranks: int = 1, track: Sequence[str] = (), board: Board | None = None,
+) -> list[Path]:  # fmt: skip
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
 
     Returns:
@@ -189,22 +185,24 @@ def run(
         UserError: bad input, before anything runs.
         RunError: some runs failed, each named; the others have finished.
     """
-    requests = list(_requests(read(path), tools, out, device, resume))
+    found = _requests(read(path), tools, out, device, resume)
+    requests = [replace(request, track=track) for request in found]
     processes.require(ranks, jobs, device)
     with _named(requests[0]):
         limit = launch.configured(requests[0])[1].rank_timeout
     processes.join(device, limit)
     work = parallel.together(lambda: _planned(requests))
     names = {label(job.config): label(job.config) for job in work}
-    failed = launch.execute(work, jobs, names, ranks)
-    for name, said in failed.items() if leads() else ():
-        click.echo(f"{name}: {said}", err=True)
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same command "
-            "again to repeat those; the others are kept. Where a setting was wrong, correct the "
-            "grid and remove the folders of those runs."
-        )
+    with board or Board() as shown:
+        failed = launch.execute(work, jobs, names, shown, ranks)
+        for name, said in failed.items() if leads() else ():
+            click.echo(f"{name}: {said}", err=True)
+        if failed:
+            raise RunError(
+                f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same "
+                "command again to repeat those; the others are kept. Where a setting was wrong, "
+                "correct the grid and remove the folders of those runs."
+            )
     return [job.folder for job in work]
 
 

@@ -7,27 +7,28 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import errors, own, registry
+from d3po_bench import errors, own
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.diffusion import parallel
 from d3po_bench.errors import UserError
 from d3po_bench.launch import ranks
 from d3po_bench.launch.job import SMALLER, End, died, make_run
 from d3po_bench.launch.local import Died, side_by_side
-from d3po_bench.launch.progress import bars, noting, silent
+from d3po_bench.launch.progress import Board
 from d3po_bench.machine import device_of
 from d3po_bench.models import start
 from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
 from d3po_bench.rewards import http
 from d3po_bench.runs.store import require_same
+from d3po_bench.training import tracking
 from d3po_bench.training.progress import label
+from d3po_bench.training.progress import planned as before_run
 from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
 
@@ -56,12 +57,16 @@ class RunRequest:
     ranks: int = 1
     """Processes on each run; where a launcher has started them, 1."""
     resume: bool = True
-    track: str | None = None
+    track: Sequence[str] = ()
     deterministic: Deterministic = "auto"
 
 
-def run(request: RunRequest) -> list[Path]:
+def run(request: RunRequest, board: Board | None = None) -> list[Path]:
     """Run every seed of a request; a failed seed does not stop the others.
+
+    Args:
+        request: which runs.
+        board: shows how far they are.
 
     Returns:
         The folder of each seed.
@@ -74,9 +79,10 @@ def run(request: RunRequest) -> list[Path]:
     ranks.join(request.device, configured(request)[1].rank_timeout)
     jobs = parallel.together(lambda: planned(request))
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
-    failed = execute(jobs, request.jobs, names, request.ranks)
-    alone = len(jobs) == 1
-    require_all({"" if alone else names[run]: why for run, why in failed.items()})
+    with board or Board() as shown:
+        failed = execute(jobs, request.jobs, names, shown, request.ranks)
+        alone = len(jobs) == 1
+        require_all({"" if alone else names[run]: why for run, why in failed.items()})
     return [job.folder for job in jobs]
 
 
@@ -88,13 +94,7 @@ def planned(request: RunRequest) -> list[Job]:
     """
     config, execution = configured(request)
     device_of(request.device)
-    trackers = () if request.track is None else (request.track,)
-    for name in trackers:
-        if find_spec(registry.tracker(name).NEEDS) is None:
-            raise UserError(
-                f"--track {name} needs the extra `track`. Install it: pip install -c "
-                "constraints.txt 'd3po-bench[track]'."
-            )
+    trackers = tracking.require(request.track)
     jobs = []
     objects = own.held([*config.sources.values(), *config.eval_scorers])
     for seed in request.seeds:
@@ -120,8 +120,9 @@ def run_folder(out: Path, config: RunConfig) -> Path:
 
 
 def execute(
-    jobs: list[Job], count: int | None, names: Mapping[str, str], processes: int = 1
-) -> dict[str, UserError]:
+    jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board,
+    processes: int = 1,
+) -> dict[str, UserError]:  # fmt: skip
     """Make the runs, side by side where there are cores; what failed, by its label.
 
     A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
@@ -131,6 +132,7 @@ def execute(
         jobs: the runs.
         count: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
+        board: shows how far they are.
         processes: to start for each run; then runs are made one after the other, as they are
             where this process is a rank itself.
     """
@@ -142,6 +144,7 @@ def execute(
         name = label(job.config)
         if end.problem is not None:
             failed[name] = end.problem
+            board.failed(name)
         if end.trace not in printed and (
             errors.leads() or parallel.lost()
         ):  # once for all runs that end in it
@@ -152,17 +155,17 @@ def execute(
 
     alone = max(processes, parallel.world()) == 1
     count = (count or _as_many_as_fit(jobs[0])) if alone else 1
-    with bars(names) if errors.leads() else silent() as shown, _terminable():
-        report = noting(shown)
+    board.expect([before_run(job.config) for job in jobs], count, names)
+    with _terminable():
         if max(processes, min(count, len(jobs))) > 1:
             for job in jobs:
                 own.require_portable(job.objects)
         if processes > 1:
-            ranks.on_ranks(jobs, processes, ended, report)
+            ranks.on_ranks(jobs, processes, ended, board.report)
         elif min(count, len(jobs)) > 1:
-            side_by_side(make_run, jobs, count, ended, report)
+            side_by_side(make_run, jobs, count, ended, board.report)
         else:
-            ranks.one_by_one(jobs, ended, report)
+            ranks.one_by_one(jobs, ended, board.report)
     labels = [label(job.config) for job in jobs]
     return {name: failed[name] for name in labels if name in failed}
 

@@ -47,7 +47,7 @@ def _checkpoint(inputs: Row, store: RunStore) -> tuple[dict[str, Tensor], Row] |
     require_inputs(f"The run of the checkpoint in {store.folder}", began, inputs,
                    "remove that folder to start again")  # fmt: skip
     store.keep_until(facts["round"])
-    store.require_digests(facts["rows"])
+    store.require_digests(facts["rows"], facts["round"])
     return checkpoint
 
 

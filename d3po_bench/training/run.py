@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,22 @@ from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.run import RunFolder
+from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
-from d3po_bench.training.listeners import Listener, OfFirstRank, ProgressListener, Recorder
-from d3po_bench.training.progress import Progress, Report, label
+from d3po_bench.training.listeners import (
+    Listener,
+    OfFirstRank,
+    ProgressListener,
+    Recorder,
+    by_round,
+)
+from d3po_bench.training.progress import Report, ended_before, label
 from d3po_bench.training.tools import Tools
+from d3po_bench.training.tracking import Tracked, Tracker
 from d3po_bench.training.trainer import Trainer
 
 WITHOUT_LOCKS = (
@@ -45,6 +52,8 @@ class Job:
     resume: bool = True
     """Continue what is in the folder, or refuse it."""
     trackers: tuple[str, ...] = ()
+    command: str = ""
+    """What makes the run, for people; "" for the `d3po-bench run` of its config."""
     experience: Experience | None = None
     """None for images that the policy draws."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -72,8 +81,13 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
     with contextlib.ExitStack() as held, parallel.at("loading"):
         opened = RunStore.open(job.folder, config, resume=job.resume)
         store = parallel.lead(lambda: held.enter_context(opened))
-        if parallel.tell(lambda: store is not None and _finished(job, store, report)):
+        if parallel.tell(lambda: store is not None and _made_before(job)):
+            report(ended_before(config))
             return
+        progress = ProgressListener(config, report)
+        if store and store.hold and not store.hold.everywhere:
+            progress.note(WITHOUT_LOCKS)
+        parallel.lead(lambda: store.require_packages() if store else None)
         source = model_source(config.model)
         torch.set_num_threads(threads_of(source, execution.threads))
         device = device_of(execution.device)
@@ -87,7 +101,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
 
         def begin(store: RunStore) -> list[Listener]:
             how = {"device": str(device), "deterministic": deterministic, **_ranks()}
-            return _begun(job, store, trainer, evaluation, report, after=after, **how)
+            return _begun(job, store, trainer, evaluation, progress, after=after, **how)
 
         listeners = parallel.lead(lambda: begin(store) if store else [])
         measured = parallel.tell(lambda: store is not None and bool(store.evaluation))
@@ -101,24 +115,26 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
 
 
 def _begun(
-    job: Job, store: RunStore, trainer: Trainer, evaluation: Evaluation, report: Report,
-    *, after: int | None, **how: Any,
+    job: Job, store: RunStore, trainer: Trainer, evaluation: Evaluation,
+    progress: ProgressListener, *, after: int | None, **how: Any,
 ) -> list[Listener]:  # fmt: skip
     """Record how the run begins or resumes; who hears of it from now on."""
-    config = job.config
     if store.damaged:
-        text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
-        report(Progress(label(config), trainer.round / config.rounds, text))
+        progress.note(
+            f"{label(job.config)}: the newest checkpoint is damaged: resuming from round "
+            f"{trainer.round}"
+        )
     evaluation.try_out(trainer.model)
     scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
     store.start(
-        config, {**trainer.inputs, "scorers": scorers}, after=after,
-        facts=_facts(job, trainer, evaluation, report), threads=torch.get_num_threads(),
-        execution=vars(job.execution).copy(), **how, **_plugins(config, evaluation),
+        job.config, {**trainer.inputs, "scorers": scorers}, after=after,
+        facts=_facts(job, trainer, evaluation, progress), threads=torch.get_num_threads(),
+        execution=vars(job.execution).copy(), **how, **_plugins(job.config, evaluation),
     )  # fmt: skip
-    progress = ProgressListener(config, trainer.experience.scorer.unit, report)
-    trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
-    return [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
+    listeners: list[Listener] = [Recorder(store), progress, Checkpoints(trainer, store)]
+    listeners += _trackers(job, after, store, progress)
+    progress.begin(trainer.round, trainer.experience.scorer.unit, store)
+    return listeners
 
 
 class Elsewhere:
@@ -135,21 +151,6 @@ class Elsewhere:
         raise TypeError("the first rank scores")
 
 
-def _finished(job: Job, store: RunStore, report: Report) -> bool:
-    """Whether the run had ended before, with what is there today; else it may be resumed."""
-    before = RunFolder(job.folder)
-    if before.finished:
-        before.require_content()
-        today = inputs_today(before, _prompts(job), job.tools)
-        before.require_inputs(today, "give another --out")
-        report(Progress(label(job.config), 1.0, "finished before"))
-        return True
-    if store.hold and not store.hold.everywhere:
-        report(Progress(label(job.config), 0.0, "", WITHOUT_LOCKS))
-    store.require_packages()
-    return False
-
-
 def _trainer(job: Job, device: torch.device) -> Trainer:
     scorers = model_source(job.config.model).scorers
     experience = job.experience or on_policy(job, device, scorers)
@@ -158,6 +159,41 @@ def _trainer(job: Job, device: torch.device) -> Trainer:
 
 def _ranks() -> dict[str, int]:
     return {"ranks": parallel.world()} if parallel.world() > 1 else {}
+
+
+def _made_before(job: Job) -> bool:
+    """Whether the run is there already, after checking that it is whole and still the same.
+
+    One that ended after fewer rounds than are wanted now goes on from its end.
+    """
+    before = RunFolder(job.folder)
+    if not before.finished:
+        return False
+    extended = before.config.rounds != job.config.rounds
+    before.require_content(*([LAST] if extended else []))
+    today = inputs_today(before, _prompts(job), job.tools)
+    before.require_inputs(today, "give another --out")
+    return not extended
+
+
+def _trackers(
+    job: Job, after: int | None, store: RunStore, progress: ProgressListener
+) -> list[Tracker]:
+    """What shows the run elsewhere."""
+    config = job.config
+    run = Tracked(
+        folder=job.folder,
+        name=label(config),
+        settings={**asdict(config), **asdict(job.execution)},
+        command=job.command or job.tools.command(config, job.folder),
+        after=after,
+        first=by_round(store.evaluation).get(0, []),
+    )
+    found: list[Tracker] = [registry.tracker(name)(run) for name in job.trackers]
+    for tracker in found:
+        if tracker.where:
+            progress.note(f"{label(config)}: {tracker.where}")
+    return found
 
 
 def _prompts(job: Job) -> Sequence[str]:
@@ -190,7 +226,9 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
     )
 
 
-def _facts(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> dict[str, Any]:
+def _facts(
+    job: Job, trainer: Trainer, evaluation: Evaluation, progress: ProgressListener
+) -> dict[str, Any]:
     """What provenance keeps beside the inputs, such as what a score means.
 
     The objective need not be installed where the run is read.
@@ -201,19 +239,18 @@ def _facts(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -
         name = scorer.name
     return {
         "score": {"scorer": name, "unit": scorer.unit, "sign": objective.sign},
-        "unchecked_scorers": _unchecked(job, trainer, evaluation, report),
+        "unchecked_scorers": _unchecked(job, evaluation, progress),
         **job.facts,
     }
 
 
-def _unchecked(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> list[str]:
+def _unchecked(job: Job, evaluation: Evaluation, progress: ProgressListener) -> list[str]:
     """The scorers that nothing was compared with, after saying so."""
     known = registry.names("scorer")  # which does not name people's votes
     named = {n: s for n, s in evaluation.named.items() if n.partition(":")[0] in known}
     names = job.tools.unchecked(named)
     if names:
-        done = trainer.round / job.config.rounds
-        report(Progress(label(job.config), done, "", job.tools.note(names)))
+        progress.note(job.tools.note(names))
     return names
 
 
