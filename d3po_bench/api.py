@@ -12,6 +12,7 @@ from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.grid import as_set
+from d3po_bench.launch.launch import Deterministic
 from d3po_bench.launch.progress import Board, Level
 from d3po_bench.machine import device_of
 from d3po_bench.models.adapters import DiffusersModel, Training
@@ -37,19 +38,18 @@ def run(
     prompts: str | Path | None = None, preset: str | None = None,
     settings: Mapping[str, object] | None = None, rounds: int | None = None, device: str = "auto",
     jobs: int = 1, ranks: int = 1, out: str | Path = "runs", resume: bool = True,
-    track: str | Sequence[str] = (), deterministic: launch.Deterministic = "auto",
-    quiet: bool = False,
+    track: str | Sequence[str] = (), quiet: bool = False, deterministic: Deterministic = "auto",
 ) -> Runs:  # fmt: skip
     """Fine-tune a model, a run for each seed, as `d3po-bench run` does.
 
-    Progress goes to stderr. The same call resumes where it was interrupted, and reads what has
-    finished before. Torch's threads, seed and kernels are afterwards as they were.
+    The same call resumes what was interrupted and reads what has finished. Torch's threads, seed
+    and kernels are afterwards as they were.
 
     Args:
         objective: what is learned to please: a name, a file or a sum as after `--objective`, an
             `Objective`, or a function or class that scores, with attributes unit and direction.
         method: what learns: a name or a file, a method's class, or one with its options.
-        scorers: what else judges at every evaluation, in place of those of the preset.
+        scorers: what else judges at every evaluation, in place of the preset's.
         seeds: how many, from 0, or which, such as `range(5, 10)`.
         model: tiny, sd15, a diffusers folder, a hub id, or a file with a model family.
         prompts: a list or a file; None for the objective's own.
@@ -63,7 +63,7 @@ def run(
         resume: continue runs that are already there.
         track: trackers that show the runs live: tensorboard, wandb.
         deterministic: on: the same bits each time, or an error; auto: on a CPU alone.
-        quiet: show no progress.
+        quiet: show no progress on stderr.
 
     Raises:
         UserError: bad input, before anything is written.
