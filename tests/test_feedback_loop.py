@@ -248,7 +248,9 @@ def test_the_next_round_goes_on_from_what_was_learnt(
     assert not torch.allclose(base, kept["means"][:, 0, 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["preferred_images", "reward_weighted", "ddpo", "dpok"])
+@pytest.mark.parametrize(
+    "method", ["preferred_images", "reward_weighted", "ddpo", "dpok", "diffusion_dpo", "kto"]
+)
 def test_other_methods_learn_from_the_same_votes(method: str, drawn: Path, tmp_path: Path) -> None:
     training.train(learnable(drawn), request(method), tmp_path / "run")
     weights = RunStore(tmp_path / "run").load_checkpoint()
