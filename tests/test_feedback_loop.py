@@ -690,10 +690,12 @@ def test_only_a_finished_training_can_draw_the_next_round(own: Path, trained: Pa
     )
 
 
-def test_pictures_from_elsewhere_are_not_trained_on(tmp_path: Path) -> None:
+def test_pictures_from_elsewhere_have_no_denoising_steps_to_learn_from(tmp_path: Path) -> None:
     new_round(tmp_path, "tags", 2)
     say(tmp_path, [(0,), ()])
-    refused("feedback", "train", tmp_path, match="judged, but not trained on")
+    refused("feedback", "train", tmp_path, match="came finished. Use --method diffusion_dpo, kto")
+    (tmp_path / "round.json").unlink()
+    refused("feedback", "train", tmp_path, "--method", "kto", match="There is no round.json")
 
 
 def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ ALLOWED = {
     "d3po_bench.diffusion": CORE,
     "d3po_bench.d3po": CORE,
     "baselines": CORE,
-    "d3po_bench.experience": {*CORE, "scoring", "experience"},
+    "d3po_bench.experience": {*CORE, "scoring", "prompts", "pictures", "experience"},
     "d3po_bench.models": {*CORE, "own", "registry", "prompts", "models"},
     "d3po_bench.runs": {*SETTINGS, "runs"},
     "d3po_bench.training": {
@@ -94,6 +94,7 @@ ONLY_IN = {
     "fastapi": ("d3po_bench.feedback",),
     "sqlalchemy": ("d3po_bench.feedback",),
     "krippendorff": ("d3po_bench.feedback",),
+    "pyarrow": ("d3po_bench.experience",),
 }
 
 LIGHT = (

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 import pytest
 
-from d3po_bench import config
+from d3po_bench import config, registry
 from d3po_bench.cli import cli
 from tests.commands import Command, files, refused
 

@@ -18,7 +18,7 @@ from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import UserError
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from d3po_bench.types import Rollout, Rows
+from d3po_bench.types import Rollout
 from tests.conftest import disturb
 from tests.rounds import KeepGradient, adam, near, rollout_of, weights
 
@@ -105,7 +105,7 @@ def test_swapping_who_won_negates_the_gradient(method: Any, micro_model: StableD
 def test_one_gradient_whatever_the_micro_batches(method: Any, policy: Policy) -> None:
     rows, kept, logs = rows_of(policy, method), [], []
     for size in (1, 5, 64):
-        optimizer = KeepGradient(policy.model)  # type: ignore[arg-type]
+        optimizer = KeepGradient(policy.model)
         given = Updates(units=9, micro_batch=size)
         logs.append(update(policy, method, rows, optimizer, given, stream(0, "shuffle")))
         kept.append(optimizer.kept)
@@ -132,7 +132,7 @@ def test_the_mean_gain_is_that_of_the_whole_step(policy: Policy) -> None:
         expected = float(KTO().gain(policy, all_items(rows)).double().mean())
     Spy.seen.clear()
     given = Updates(units=9, micro_batch=5)
-    update(policy, Spy(), rows, KeepGradient(policy.model), given, stream(0, "shuffle"))  # type: ignore[arg-type]
+    update(policy, Spy(), rows, KeepGradient(policy.model), given, stream(0, "shuffle"))
     assert len(Spy.seen) == len(rows) * rows.steps
     assert Spy.seen == pytest.approx([expected] * len(Spy.seen), rel=1e-4)
 
@@ -173,7 +173,7 @@ def test_diagnostics_tell_displacement_from_learning(policy: Policy) -> None:
     place = items.level, items.noise, items.conditions
     for name, index in (("winner_gap", 0), ("loser_gap", 1)):
         x_0 = items.x_0[:, index]
-        now, then = (policy.denoise(x_0, *place, weights=w) for w in ("current", "base"))  # type: ignore[arg-type]
+        now, then = (policy.denoise(x_0, *place, weights=w) for w in ("current", "base"))
         gaps = (now[0] - now[1]).square().mean((1, 2, 3)) - (then[0] - then[1]).square().mean(
             (1, 2, 3)
         )
@@ -224,8 +224,9 @@ def test_options_without_a_meaning_are_refused(
 def test_a_round_of_ties_changes_nothing(policy: Policy) -> None:
     tied = replace(rollout_of(policy), scores=torch.zeros(3, 2))
     before = weights(policy.model)
-    for method in (DiffusionDPO(skip_ties=True), KTO()):
-        rows: Rows = rows_of(policy, method, tied)
+    methods: tuple[Any, ...] = (DiffusionDPO(skip_ties=True), KTO())
+    for method in methods:
+        rows = rows_of(policy, method, tied)
         found = update(policy, method, rows, adam(policy.model), Updates(), stream(0, "shuffle"))
         assert found == {"updates": 0}
     assert torch.equal(before, weights(policy.model))
