@@ -23,9 +23,6 @@ from d3po_bench.pictures import open_picture
 from d3po_bench.prompts.tables import SUFFIXES, rows_of
 from d3po_bench.types import Model
 
-BATCH = 256
-"""Rows of a Parquet file that are read at a time."""
-
 
 @runtime_checkable
 class EncodesPictures(Protocol):
@@ -97,14 +94,24 @@ class Dataset:
         return {"latents": whole, "means": whole[:, :, :0]}
 
 
+class _Named(io.BytesIO):
+    """Bytes that an error calls by their place."""
+
+    name = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def _pixels(picture: Picture, parquet: Path | None, width: int, height: int) -> Tensor:
     """The picture's middle in the model's size, [3, h, w] uint8."""
     import numpy as np
     from PIL import Image, ImageOps
 
-    file: Path | io.BytesIO
+    file: Path | _Named
     if isinstance(picture, InParquet):
-        file = io.BytesIO(_bytes_in(parquet or Path(), picture))
+        file = _Named(_bytes_in(parquet or Path(), picture))
+        file.name = f"{picture.column} in row {picture.row + 1} of {parquet}"
     else:
         file = picture
     found = ImageOps.fit(open_picture(file), (width, height), Image.Resampling.BICUBIC)
@@ -243,8 +250,10 @@ def _place(picture: Any, number: int, folder: Path) -> Picture:
         raise ValueError(f"{ascii(picture)[:40]} names no picture")
     if "://" in picture:
         raise ValueError(f"{picture[:80]!a} is an address: save the picture and name its file")
-    place = (folder / picture).resolve() if "\0" not in picture else folder
-    if not place.is_relative_to(folder) or not place.is_file():
+    place = folder / picture
+    if "\0" in picture or ".." in place.parts or not place.is_relative_to(folder):
+        place = folder
+    if not place.is_file():
         raise ValueError(f"{picture[:80]!a} is not a picture inside {folder}")
     return place
 
@@ -278,30 +287,31 @@ def _arrow() -> Any:
 def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     """The rows of a Parquet file, with an `InParquet` in place of a picture's bytes.
 
-    Of pictures their length is read here, not their bytes.
+    These stay where they are: only which of them are there is asked.
     """
     table = _open(path)
-    binary = [n for n, kind in _columns(table) if kind.startswith(("binary", "large_binary"))]
-    binary += [n for n, kind in _columns(table) if kind.startswith("struct<bytes")]
+    kinds = {field.name: str(field.type) for field in table.schema_arrow}
+    binary = [n for n, k in kinds.items() if k.startswith(("binary", "large_binary", "struct<byt"))]
+    plain = [name for name in kinds if name not in binary]
     number = 0
-    for batch in table.iter_batches(BATCH):
-        empty = {name: _lengths(batch.column(name)) for name in binary}
-        for place, row in enumerate(batch.drop_columns(binary).to_pylist()):
-            pictures = {n: InParquet(number, n) if has[place] else None for n, has in empty.items()}
+    for group in range(table.num_row_groups):
+        rows = table.read_row_group(group, columns=plain).to_pylist()
+        there = {name: _present(table, group, name, len(rows)) for name in binary}
+        for place, row in enumerate(rows):
+            pictures = {n: InParquet(number, n) if has[place] else None for n, has in there.items()}
             yield {**row, **pictures}
             number += 1
 
 
-def _columns(table: Any) -> list[tuple[str, str]]:
-    return [(field.name, str(field.type)) for field in table.schema_arrow]
-
-
-def _lengths(column: Any) -> list[int]:
-    """Bytes of each picture of a column; 0 where there are none."""
-    import pyarrow.compute
-
-    own = column.field("bytes") if str(column.type).startswith("struct") else column
-    return [n or 0 for n in pyarrow.compute.binary_length(own).to_pylist()]
+def _present(table: Any, group: int, name: str, rows: int) -> Sequence[bool]:
+    """Which rows of a group have bytes in a column; the file's own count of nulls saves reading."""
+    facts = table.metadata.row_group(group)
+    leaves = [facts.column(n) for n in range(facts.num_columns)]
+    leaf = next(c for c in leaves if c.path_in_schema in (name, f"{name}.bytes"))
+    if leaf.statistics and leaf.statistics.null_count == 0:
+        return [True] * rows
+    values = table.read_row_group(group, columns=[leaf.path_in_schema]).column(0).to_pylist()
+    return [bool(v["bytes"] if isinstance(v, dict) else v) for v in values]
 
 
 def _bytes_in(path: Path, picture: InParquet) -> bytes:

@@ -68,8 +68,9 @@ class Data:
         own = self.sampling.config(request.method)
         fixed = {f.name: getattr(own, f.name) for f in fields(RunConfig) if f.name in FIXED}
         fixed |= {"images_per_prompt": self.sampling.images, "seed": own.seed}
-        asked = {"model": request.model, "seed": request.seed}
-        asked = {k: str(v) for k, v in asked.items() if v is not None} | {**request.settings}
+        own_options = {"model": request.model, "seed": request.seed}
+        asked = {k: str(v) for k, v in own_options.items() if v is not None}
+        asked |= request.settings
         for key in asked.keys() & fixed.keys():
             how = f"--{key}" if key in ("model", "seed") else f"--set {key}={asked[key]}"
             raise UserError(
