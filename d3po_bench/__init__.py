@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from d3po_bench.api import Runs, load_pipeline, load_runs, run
     from d3po_bench.errors import RunError, UserError
+    from d3po_bench.types import Method, Objective, Scorer
 
 __version__ = "0.1.0"
-__all__ = ["RunError", "Runs", "UserError", "load_pipeline", "load_runs", "run"]
+__all__ = [
+    "Method", "Objective", "RunError", "Runs", "Scorer", "UserError", "load_pipeline", "load_runs",
+    "run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from d3po_bench import own
 from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.grid import as_set
+from d3po_bench.launch.progress import Board, Level
 from d3po_bench.machine import device_of
 from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.sources import load, model_source
 from d3po_bench.runs.run import LORA, RunFolder
 from d3po_bench.scoring import undisturbed
 from d3po_bench.training.inputs import require_unchanged
+from d3po_bench.types import Method, Objective, Scorer
 from eval.analysis.loaded import Runs
 from eval.analysis.runs import evaluated
 from eval.tools import TOOLS
 
-__all__ = ["RunError", "Runs", "UserError", "load_pipeline", "load_runs", "run"]
+__all__ = [
+    "Method", "Objective", "RunError", "Runs", "Scorer", "UserError", "load_pipeline", "load_runs",
+    "run",
+]  # fmt: skip
 
 
 def run(
-    *, objective: str, method: str = "d3po", seeds: int | range = 1, model: str | Path = "tiny",
+    *, objective: str | Objective | Scorer | Callable[..., Any],
+    method: str | Method[Any] | type[Method[Any]] = "d3po",
+    scorers: Sequence[str | Scorer] = (), seeds: int | range = 1, model: str | Path = "tiny",
     prompts: str | Path | None = None, preset: str | None = None,
     settings: Mapping[str, object] | None = None, rounds: int | None = None, device: str = "auto",
-    jobs: int = 1, out: str | Path = "runs", resume: bool = True, track: str | None = None,
-    deterministic: launch.Deterministic = "auto",
+    jobs: int = 1, out: str | Path = "runs", resume: bool = True, track: str | Sequence[str] = (),
+    deterministic: launch.Deterministic = "auto", quiet: bool = False,
 ) -> Runs:  # fmt: skip
     """Fine-tune a model, a run for each seed, as `d3po-bench run` does.
 
@@ -36,34 +45,65 @@ def run(
     finished before. Torch's threads, seed and kernels are afterwards as they were.
 
     Args:
-        objective: what is learned to please, as `d3po-bench list` names it.
-        method: what learns.
+        objective: what is learned to please: a name, a file or a sum as after `--objective`, an
+            `Objective`, or a function or class that scores, with attributes unit and direction.
+        method: what learns: a name or a file, a method's class, or one with its options.
+        scorers: what else judges at every evaluation, in place of those of the preset.
         seeds: how many, from 0, or which, such as `range(5, 10)`.
         model: tiny, sd15, a diffusers folder, a hub id, or a file with a model family.
         prompts: a list or a file; None for the objective's own.
         preset: settings to start from; None for the one made for the model.
         settings: what `--set` takes, such as `{"learning_rate": 1e-3}`.
-        rounds: sampling rounds (the paper's epochs); None for the preset's.
+        rounds: sampling rounds; None for the preset's. More than before extend what is there.
         device: auto, cpu, cuda, cuda:1 or mps.
-        jobs: seeds side by side. With several, a script needs `if __name__ == "__main__":` around
-            its code, as with Python's multiprocessing.
+        jobs: seeds side by side; with several, `if __name__ == "__main__":` around a script's code.
         out: folder of the run folders.
         resume: continue runs that are already there.
-        track: a tracker, such as tensorboard.
+        track: trackers that show the runs live: tensorboard, wandb.
         deterministic: on: the same bits each time, or an error; auto: on a CPU alone.
+        quiet: show no progress.
 
     Raises:
         UserError: bad input, before anything is written.
         RunError: a run failed; the others have finished.
     """
+    learns, options = _method(method)
+    chosen = {**options, **(settings or {})}
+    if scorers:
+        chosen["eval_scorers"] = [_text(scorer) for scorer in scorers]
     request = launch.RunRequest(
-        method=method, objective=objective, model=str(model), preset=preset,
-        prompts=None if prompts is None else str(prompts), settings=_as_text(settings or {}),
+        method=learns, objective=_objective(objective), model=str(model), preset=preset,
+        prompts=None if prompts is None else str(prompts), settings=_as_text(chosen),
         rounds=rounds, seeds=_counted(seeds), device=device, jobs=jobs, out=Path(out),
-        resume=resume, track=track, tools=TOOLS, deterministic=deterministic,
+        resume=resume, track=[track] if isinstance(track, str) else track, tools=TOOLS,
+        deterministic=deterministic,
     )  # fmt: skip
     with undisturbed():
-        return Runs(tuple(launch.run(request)))
+        return Runs(tuple(launch.run(request, Board(Level.QUIET if quiet else Level.NORMAL))))
+
+
+def _text(thing: Any) -> str:
+    return thing if isinstance(thing, str) else own.hold(thing)
+
+
+def _objective(given: Any) -> str:
+    """A text that stands for an objective; for an object it says all that it consists of."""
+    if not isinstance(given, Objective):
+        return _text(given)
+    parts = (f"{name}={value!r}" for name, value in
+             vars(replace(given, scorer=_text(given.scorer))).items())  # fmt: skip
+    return own.hold(given, f"Objective({', '.join(parts)})")
+
+
+def _method(given: Any) -> tuple[str, dict[str, object]]:
+    """A text that stands for a method, and the options that it was made with."""
+    if isinstance(given, str):
+        return given, {}
+    if isinstance(given, type) or not is_dataclass(given):
+        return own.hold(given), {}
+    chosen = {f.name: getattr(given, f.name) for f in fields(given) if f.init}
+    usual = {f.name: f.default for f in fields(given)}
+    return own.hold(type(given)), {k: v for k, v in chosen.items() if v != usual[k]}
 
 
 def _counted(seeds: int | range) -> range:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from d3po_bench import registry
+from d3po_bench import own, registry
 from d3po_bench.digests import short
 from d3po_bench.errors import UserError
+from d3po_bench.own import is_name
 from d3po_bench.presets import PRESETS
+from d3po_bench.rewards import sums
+from d3po_bench.setting import value_of
 
 FEEDBACK = "feedback"
 """The objective of runs that learn from votes: no program could score for it."""
@@ -21,7 +23,7 @@ MOST_SEEDS = 10_000
 """Of a command: more are a slip, since each is a run."""
 
 
-LATER = {"sampler": "auto", "long_prompts": "refuse", "lora": ""}
+LATER: dict[str, Any] = {"sampler": "auto", "long_prompts": "refuse", "lora": "", "sources": {}}
 """Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
@@ -39,6 +41,9 @@ class RunConfig:
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     """The method's own options that differ from its defaults."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Of `method` and `objective`, those that are the user's own -> what stands for them: a file,
+    package.module:NAME, an address, or a sum of objectives."""
     prompts: str = ""
     """A prompt list's name or file; the objective's own if empty."""
     lora: str = ""
@@ -103,8 +108,22 @@ class RunConfig:
 
     @property
     def prompt_source(self) -> str:
-        """The list or file of its prompts: its own, or the objective's."""
-        return self.prompts or registry.objective(self.objective).prompts
+        """The list or file of its prompts: its own, or the objective's.
+
+        Raises:
+            UserError: the objective is a sum of some that have different ones.
+        """
+        found = self.prompts or registry.objective(self.source("objective")).prompts
+        if not found:
+            raise UserError(
+                f"The parts of {self.source('objective')} have different prompts. Choose with "
+                "--prompts, such as --prompts animals."
+            )
+        return found
+
+    def source(self, kind: Literal["method", "objective"]) -> str:
+        """What stands for its method or objective where that is looked up: a name or a text."""
+        return self.sources.get(kind, str(getattr(self, kind)))
 
     def to_json(self) -> str:
         """The config as it lies in a run folder."""
@@ -127,8 +146,11 @@ class RunConfig:
                 raise ValueError(f"has no {name}")
         for name, value in given.items():
             fits = _fits(value, kinds[name]) and (name != "seed" or value >= 0)
-            if not fits or (name in ("method", "objective") and not registry.is_name(value)):
+            fits = fits and (name != "sources" or _are_sources(value))
+            if not fits or (name in ("method", "objective") and not is_name(value)):
                 raise ValueError(f"has {name} = {ascii(value)[:60]}, which no run can have")
+        if "objective" in given.get("sources", {}) and not given.get("prompts"):
+            raise ValueError("has an objective of the user's own and no prompts")
         values: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in given.items()}
         return cls(**values)
 
@@ -145,7 +167,7 @@ class RunConfig:
                 "full=true."
             )
         if self.objective != FEEDBACK:
-            registry.objective(self.objective)
+            _ = self.prompt_source
         method = method_of(self)
         least = least_images(method)
         if (self.images_per_prompt or method.images_per_prompt) < least:
@@ -155,6 +177,14 @@ class RunConfig:
             )
         for scorer in self.eval_scorers:
             registry.require_scorer(scorer)
+        voted = self.objective == FEEDBACK
+        scored = () if voted else registry.scorers_of(self.source("objective"))
+        registry.require_apart((*scored, *self.eval_scorers))
+
+
+def _are_sources(value: Mapping[str, Any]) -> bool:
+    known = value.keys() <= {"method", "objective"}
+    return known and all(isinstance(text, str) for text in value.values())
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -248,8 +278,8 @@ def make(
     """The config of a command line: defaults, then the preset, then `given` and `changes`.
 
     Args:
-        method: name of a method.
-        objective: name of an objective.
+        method: name of a method, or a text that stands for one of the user's own.
+        objective: likewise.
         preset: a key of `PRESETS`.
         changes: KEY -> VALUE of `--set`; fields of RunConfig or Execution, or method options.
         given: RunConfig fields that have an option of their own.
@@ -263,8 +293,8 @@ def make(
     parsed: dict[str, dict[str, Any]] = {"run": {}, "execution": {}, "options": {}}
     for key, text in changes.items():
         group = next((g for g, kinds in known.items() if key in kinds), None)
-        if group is None and key in _ELSEWHERE:
-            raise UserError(f"--set cannot change the {key}. Use {_ELSEWHERE[key]}.")
+        if group is None and key in ELSEWHERE:
+            raise UserError(f"--set cannot change the {key}. Use {ELSEWHERE[key]}.")
         if group is None:
             names = [name for kinds in known.values() for name in kinds]
             raise registry.unknown("setting", key, names, "`d3po-bench list --settings`")
@@ -273,23 +303,48 @@ def make(
                 f"{key} is {given[key]} here, so --set {key}={text[:40]} cannot change it. Leave "
                 "it out."
             )
-        parsed[group][key] = _parse(key, text, known[group][key])
-    common = dict(PRESETS[preset])
-    special = {"by_objective": objective, "by_method": method}
-    own = {
-        k: v for by, name in special.items() for k, v in common.pop(by, {}).get(name, {}).items()
-    }
-    options = {k: v for k, v in own.items() if k in known["options"]} | parsed["options"]
-    own = {k: v for k, v in own.items() if k not in known["options"]}
-    chosen = {**common, **own, **given, **parsed["run"]}
-    config = RunConfig(method=method, objective=objective, options=options, **chosen)
+        parsed[group][key] = value_of(key, text, known[group][key])
+    usual = of_preset(method, objective, preset)
+    chosen = {"eval_scorers": usual.eval_scorers, **given, **parsed["run"]}
+    chosen["eval_scorers"] = tuple(map(own.normal, chosen["eval_scorers"]))
+    options = {**usual.options, **parsed["options"]}
+    config = replace(usual, **_named(method, objective), **chosen, options=options)
     execution = Execution(**parsed["execution"])
+    if "objective" in config.sources:  # nobody who reads the run needs to load it
+        config = replace(config, prompts=config.prompt_source)
     config.check()
     execution.check()
     return config, execution
 
 
-_ELSEWHERE = {
+def of_preset(method: str, objective: str, preset: str) -> RunConfig:
+    """What a preset makes for a method and an objective, neither of which is looked up.
+
+    Args:
+        method: its name.
+        objective: likewise.
+        preset: a key of `PRESETS`.
+    """
+    found = dict(PRESETS[preset])
+    for by, name in (("by_objective", objective), ("by_method", method)):
+        found |= found.pop(by, {}).get(name, {})
+    known = {f.name for f in fields(RunConfig)}
+    options = {name: found.pop(name) for name in [*found] if name not in known}
+    return RunConfig(method=method, objective=objective, options=options, **found)
+
+
+def _named(method: str, objective: str) -> dict[str, Any]:
+    """The fields that say which method and objective."""
+    texts: dict[registry.Kind, str] = {"method": own.normal(method)}
+    texts["objective"] = sums.normal(objective)
+    names: dict[str, str] = {kind: registry.name_of(kind, text) for kind, text in texts.items()}
+    if names["objective"] == FEEDBACK != objective:
+        raise UserError(f"{objective} would be called as runs on votes are. Rename that file.")
+    own_ones = {kind: text for kind, text in texts.items() if text != names[kind]}
+    return {**names, "sources": own_ones}
+
+
+ELSEWHERE = {
     "method": "--method", "objective": "--objective", "model": "--model", "seed": "--seed-start",
     "device": "--device", "lora": "--lora",
 }  # fmt: skip
@@ -314,7 +369,8 @@ def settings(method: str) -> dict[str, dict[str, Any]]:
                 f"The options of the method {method} cannot be read: {problem}. Correct the types "
                 "in its package."
             ) from problem
-        names = (f.name for f in fields(kind) if f.name not in {*_ELSEWHERE, "options"})
+        given = {*ELSEWHERE, "options", "sources"}
+        names = (f.name for f in fields(kind) if f.name not in given)
         found[group] = {name: hints[name] for name in names}
     _require_options(method, found["options"], {*found["run"], *found["execution"]})
     return found
@@ -334,29 +390,9 @@ def _require_options(method: str, options: Mapping[str, Any], taken: set[str]) -
 
 def method_of(config: RunConfig) -> Any:
     """The method with its options."""
-    return registry.method(config.method)(**config.options)
+    return registry.method(config.source("method"))(**config.options)
 
 
 def least_images(method: Any) -> int:
     """Fewest images of a prompt that it learns from: 2 where it compares them with no others."""
     return int(getattr(method, "least_images", 1))
-
-
-def _parse(key: str, text: str, kind: Any) -> Any:
-    """The value of `text` as `kind`, one of the few types that settings have."""
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    try:
-        if choices:
-            return {str(c): c for c in choices}[text]
-        if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        if get_origin(kind) is tuple:
-            return tuple(part.strip() for part in text.split(",") if part.strip())
-        value = kind(text)
-        if (kind is float and not math.isfinite(value)) or (kind is int and abs(value) > 10**12):
-            raise ValueError(text)
-        return value
-    except (KeyError, ValueError, OverflowError):
-        words = {bool: "true or false", int: "a whole number", float: "a number such as 0.001"}
-        wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
-        raise UserError(f"{key} must be {wanted}, not {text[:80]!r}.") from None

@@ -4,7 +4,8 @@ A method is a file with `METHOD = ...` beside `d3po.py` or in `baselines/`; a sc
 `def load(` in `eval/scorers/`; an objective one with `OBJECTIVE = ...`; a model one with
 `SOURCE = ...`; a family of models one with `FAMILY = ...`; a tracker one with `TRACKER = ...`.
 Packages elsewhere add methods and scorers through the entry points `d3po_bench.methods` and
-`d3po_bench.scorers`.
+`d3po_bench.scorers`. Methods, scorers and objectives may also be the user's own (`own`), and
+objectives sums of others (`rewards.sums`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import importlib.util
 import inspect
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from d3po_bench import own
+from d3po_bench.contracts import fault_of
 from d3po_bench.errors import UserError
+from d3po_bench.own import is_name
+from d3po_bench.presets import ELSEWHERE
+from d3po_bench.rewards import http, sums
+from d3po_bench.rewards.declared import declared
 from d3po_bench.types import Method, Objective, Scorer
 
 if TYPE_CHECKING:
@@ -48,11 +52,6 @@ _MARKS: dict[Kind, str] = {
     "family": "\nFAMILY",
     "tracker": "\nTRACKER",
 }
-
-
-def is_name(text: str) -> bool:
-    """Whether something may be called so: names become those of folders, files and columns."""
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text) is not None
 
 
 @cache
@@ -111,6 +110,42 @@ def summary(kind: Kind, name: str) -> str:
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
+def name_of(kind: Kind, text: str) -> str:
+    """What run folders and tables call something: its name, or one made from a text.
+
+    Args:
+        kind: of what it is.
+        text: a name, a file, package.module:NAME, an address or a sum.
+
+    Raises:
+        UserError: it would be called as something that there is, or as no folder can be.
+    """
+    if _is_ours(kind, text):
+        return text
+    if kind == "objective" and (parts := sums.parts_of(text)):
+        return sums.name_of({name_of(kind, part): weight for part, weight in parts.items()})
+    if not is_own(kind, text):
+        return text
+    found = http.name_of(text) if http.is_address(text) else own.name_of(text)
+    if _is_ours(kind, found):
+        raise UserError(
+            f"{text} would be called {found}, as the {kind} that there is. Rename the file, or "
+            "what it is called in it."
+        )
+    return found
+
+
+def is_own(kind: Kind, text: str) -> bool:
+    """Whether a text stands for something of the user's, which no package brings."""
+    return not _is_ours(kind, text) and (http.is_address(text) or own.is_own(text))
+
+
+def _is_ours(kind: Kind, text: str) -> bool:
+    """Whether a name, with or without :weights, is one that a file or a package has."""
+    base = text.partition(":")[0] if kind == "scorer" else text
+    return base in _files(kind) or base in _plugins(kind)
+
+
 def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> UserError:
     """The error for a name that nothing answers to, with the nearest one that something does.
 
@@ -120,7 +155,9 @@ def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> Use
         known: the names that there are.
         listed: where they are listed, if they are too many for a line.
     """
-    near = difflib.get_close_matches(name, known, n=1)
+    usual = ELSEWHERE.get(name.lstrip("-"), "")
+    near = [k for k in known if usual and k.lstrip("-") == usual]
+    near = near or difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     rest = f"See {listed}." if listed else f"Known: {', '.join(known)}."
     return UserError(f"No {kind} is called {name!r}. {hint}{rest}")
@@ -133,13 +170,16 @@ def plugins(used: Iterable[tuple[Kind, str]]) -> dict[str, dict[str, str]]:
         used: kinds and names.
 
     Returns:
-        "plugins" -> kind and name -> distribution and version, such as my-methods 0.1.
+        "plugins" -> kind and name -> distribution and version, such as my-methods 0.1, or the text
+        that stands for what is the user's own.
     """
-    found = {
-        f"{kind} {name}": _distribution(_plugins(kind)[name])
-        for kind, name in used
-        if name not in _files(kind) and name in _plugins(kind)
-    }
+    found: dict[str, str] = {}
+    for kind, text in used:
+        base = text.partition(":")[0] if kind == "scorer" else text
+        if base not in _files(kind) and base in _plugins(kind):
+            found[f"{kind} {base}"] = _distribution(_plugins(kind)[base])
+        elif kind in ("method", "objective", "scorer") and is_own(kind, text):
+            found[f"{kind} {name_of(kind, text)}"] = text
     return {"plugins": found} if found else {}
 
 
@@ -166,50 +206,55 @@ def _module(kind: Kind, name: str) -> Any:
 
 
 def method(name: str) -> Callable[..., Method[Any]]:
-    """The class behind a method's name; its arguments are the method's options.
+    """The class behind a method's name or text; its arguments are the method's options.
 
     Raises:
         UserError: there is none, or what a package brings by that name is something else.
     """
-    module = _module("method", name)
+    mine = is_own("method", name)
+    module = own.load(name, "METHOD").found if mine else _module("method", name)
     found: Callable[..., Method[Any]] = getattr(module, "METHOD", module)
-    if fault := _fault_of(found):
+    if fault := fault_of(found):
         raise UserError(
-            f"The method {name} {fault}. Correct it in its package; CONTRIBUTING.md shows one."
+            f"The method {name} {fault}. Correct it where it is defined; CONTRIBUTING.md shows one."
         )
     return found
 
 
-_OF_A_METHOD = ("rows", "loss", "images_per_prompt", "shared_noise", "reference")
-
-
-def _fault_of(method: Any) -> str:
-    """What keeps something from being a method; "" where it is one."""
-    if not (isinstance(method, type) and is_dataclass(method)):
-        return f"is {ascii(method)[:80]}, not a dataclass"
-    if missing := [name for name in _OF_A_METHOD if not hasattr(method, name)]:
-        return f"has no {missing[0]}"
-    for name in ("images_per_prompt", "least_images"):
-        if type(number := getattr(method, name, 1)) is not int:
-            return f"has {name} = {ascii(number)[:40]}, not a whole number"
-    for option in fields(method):
-        if option.default is MISSING and option.default_factory is MISSING:
-            return f"has an option {option.name} without a default"
-    return ""
-
-
 def objective(name: str) -> Objective:
-    """The objective of that name.
+    """The objective of that name or text; its scorer is a name or text, too.
 
     Raises:
-        UserError: there is none, or what a package brings by that name is something else.
+        UserError: there is none, or what there is is something else.
     """
-    module = _module("objective", name)
-    found = getattr(module, "OBJECTIVE", module)
+    if parts := sums.parts_of(name):
+        found = [objective(part).prompts for part in parts]
+        return Objective(prompts=found[0] if len({*found}) == 1 else "", scorer=name, sign=1)
+    if not is_own("objective", name):
+        if "+" in name:
+            raise UserError(f"Give each part of {name} a weight, as in aesthetic:0.7+clip:0.3.")
+        module = _module("objective", name)
+        return _checked(name, getattr(module, "OBJECTIVE", module))
+    if not http.is_address(name):
+        loaded = own.load(name, "OBJECTIVE", "reward")
+        if isinstance(loaded.found, Objective):
+            return _checked(name, loaded.found)
+    reward = declared(name)
+    return Objective(prompts=reward.prompts, scorer=name, sign=reward.sign)
+
+
+def _checked(name: str, found: Any) -> Objective:
+    """An objective whose scorer is a text.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(found, Objective) and callable(found.scorer):
+        found = replace(found, scorer=own.hold(found.scorer))
     if (
         not isinstance(found, Objective)
         or found.sign not in (-1, 1)
-        or not all(isinstance(name, str) for name in (found.prompts, found.scorer))
+        or not all(isinstance(part, str) for part in (found.prompts, found.scorer))
     ):
         raise UserError(
             f"The objective {name} is {ascii(found)[:80]}. Make it, for example, "
@@ -218,20 +263,58 @@ def objective(name: str) -> Objective:
     return found
 
 
+def summands(text: str) -> dict[str, tuple[str, float]]:
+    """Of a sum: name of each scorer -> its text, and its weight with the sign of its objective.
+
+    Raises:
+        UserError: two parts have one scorer.
+    """
+    found: dict[str, tuple[str, float]] = {}
+    for part, weight in sums.parts_of(text).items():
+        asked = objective(part)
+        scorer = str(asked.scorer)
+        name = name_of("scorer", scorer)
+        if name in found:
+            raise UserError(f"Two parts of {text} are scored by {name}. Leave one out.")
+        found[name] = (scorer, weight * asked.sign)
+    return found
+
+
+def scorers_of(text: str) -> tuple[str, ...]:
+    """Texts of the scorers of an objective: of each part, if it is a sum."""
+    parts = summands(text)
+    return tuple(scorer for scorer, _ in parts.values()) or (str(objective(text).scorer),)
+
+
 def require_scorer(name: str) -> None:
-    """Refuse a scorer, with or without :weights, that nothing answers to; loads nothing.
+    """Refuse a scorer, with or without :weights, that nothing answers to; loads no weights.
 
     Raises:
         UserError: with the nearest name.
     """
-    base = name.partition(":")[0]
-    if base not in _files("scorer") and base not in _plugins("scorer"):
+    if is_own("scorer", name):
+        name_of("scorer", name)
+        declared(name)
+    elif not _is_ours("scorer", name):
         raise unknown("scorer", name, names("scorer"))
+
+
+def require_apart(texts: Sequence[str]) -> None:
+    """Refuse different scorers of one name, which is that of a column.
+
+    Raises:
+        UserError: naming it.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name = name_of("scorer", text)
+        if named.setdefault(name, text) != text:
+            raise UserError(f"Two scorers are called {name}: {named[name]} and {text}. Rename one.")
 
 
 def takes_weights(name: str) -> bool:
     """Whether a scorer's weights can be chosen."""
-    return "weights" in inspect.signature(_loader(name)).parameters
+    return not is_own("scorer", name) and "weights" in inspect.signature(_loader(name)).parameters
 
 
 def _loader(name: str) -> Callable[..., Scorer]:
@@ -246,7 +329,7 @@ def _loader(name: str) -> Callable[..., Scorer]:
 
 
 def load_scorer(name: str, device: Any, weights: str = "official") -> Guarded:
-    """The scorer of that name, loaded on `device`; not compared with its golden scores yet.
+    """The scorer of that name or text, on `device`; not compared with its golden scores yet.
 
     It is a `scoring.Guarded`: only what a scorer may do comes through.
 
@@ -261,14 +344,17 @@ def load_scorer(name: str, device: Any, weights: str = "official") -> Guarded:
     """
     from d3po_bench.scoring import Guarded, undisturbed
 
-    base, colon, own = name.partition(":")
+    if is_own("scorer", name):
+        reward = declared(name)
+        return Guarded(name_of("scorer", name), reward.make(device), reward.unit, reward.digest)
+    base, colon, asked = name.partition(":")
     load, chosen = _loader(base), takes_weights(base)
     if colon and not chosen:
         raise UserError(
             f"The scorer {base} has no weights to choose, as {name!r} does. Leave out the colon "
             "and what follows it."
         )
-    given = (device, own if colon else weights) if chosen else (device,)
+    given = (device, asked if colon else weights) if chosen else (device,)
     try:
         inspect.signature(load).bind(*given)
     except TypeError as problem:
@@ -307,28 +393,5 @@ def family(pipeline: str, path: str) -> Any:
 
 
 def tracker(name: str) -> Any:
-    """The class of that tracker, a `training.listeners.Listener` of a run's folder."""
+    """The class of that tracker, a `training.tracking.Tracker`."""
     return _module("tracker", name).TRACKER
-
-
-@cache
-def from_file(path: Path) -> ModuleType:
-    """The module in a Python file of the user's.
-
-    Raises:
-        UserError: it cannot be read, or fails when it is loaded.
-    """
-    spec = importlib.util.spec_from_file_location(f"d3po_bench_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file. Give one that ends in .py.")
-    from d3po_bench.scoring import undisturbed
-
-    module = importlib.util.module_from_spec(spec)
-    try:
-        with undisturbed():
-            spec.loader.exec_module(module)
-    except (Exception, SystemExit) as problem:
-        raise UserError(
-            f"{path} does not load: {type(problem).__name__}: {problem}. Correct that file."
-        ) from problem
-    return module

@@ -7,7 +7,7 @@ rater comes through here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.types import Scorer, ScorerWithColumns
 
@@ -32,12 +33,14 @@ class Guarded:
     It is shown copies, its numbers become float32 on the CPU, and torch is afterwards as it was.
     """
 
-    def __init__(self, name: str, scorer: Scorer) -> None:
+    def __init__(self, name: str, scorer: Scorer, unit: str = "", digest: str = "") -> None:
         """Take what `load` of a scorer returned.
 
         Args:
             name: on the command line, with :weights where they are chosen.
             scorer: what is called.
+            unit: of its numbers, where the scorer does not say itself.
+            digest: what names its content, likewise.
 
         Raises:
             UserError: it is no scorer, or its name is that of a column of ours.
@@ -45,17 +48,23 @@ class Guarded:
         if name in TAKEN:
             raise UserError(
                 f"A scorer cannot be called {name}: evaluations have a column of that name. "
-                "Rename it in its package."
+                "Rename it."
             )
-        if not callable(scorer) or not isinstance(getattr(scorer, "unit", None), str):
+        found = unit or getattr(scorer, "unit", None)
+        if not callable(scorer) or not isinstance(found, str):
             raise UserError(
                 f"The scorer {name} is a {type(scorer).__name__} without a call or a unit. Give "
                 "it both: __call__(images, prompts) and, say, unit = 'points'."
             )
-        self.name, self.scorer, self.unit = name, scorer, scorer.unit
+        self.name, self.scorer, self.unit = name, scorer, found
         for known in ("sources", "digest"):
             if hasattr(scorer, known):
                 setattr(self, known, getattr(scorer, known))
+        self.own = bool(digest)
+        """Whether it is the user's, with its text on record."""
+        if digest:
+            weights = "".join(map(sha256_of, getattr(scorer, "sources", ())))
+            self.digest = short(digest + weights) if weights else digest
         if isinstance(scorer, ScorerWithColumns):
             self.columns = self._columns
 
@@ -115,6 +124,43 @@ class Guarded:
                 f"{count} pictures. Correct that scorer: it must give one for each."
             )
         return values
+
+
+class Sum:
+    """A weighted sum of scorers, as a scorer."""
+
+    unit = "weighted sum"
+
+    def __init__(self, name: str, parts: Mapping[str, tuple[float, Scorer]]) -> None:
+        """`parts`: name -> weight, with the sign of its direction, and scorer."""
+        self.name, self._parts = name, parts
+        self.parts = {part: scorer for part, (_, scorer) in parts.items()}
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Sums [N] of images [N, 3, h, w] uint8."""
+        return self.apart(images, prompts)[0]
+
+    def apart(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sums [N], and the scores [N] of each part, in its own unit and direction.
+
+        Raises:
+            RunError: a part has none for a picture.
+        """
+        found: dict[str, Tensor] = {}
+        for name, scorer in self.parts.items():
+            found[name] = scorer(images, prompts)
+            require_scores(scorer, found[name])
+        total = sum(weight * found[name] for name, (weight, _) in self._parts.items())
+        return torch.as_tensor(total), found
+
+
+def apart(
+    scorer: Scorer, images: Tensor, prompts: Sequence[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores [N], and those of each part of a sum; {} for what is none."""
+    return scorer.apart(images, prompts) if isinstance(scorer, Sum) else (
+        scorer(images, prompts), {}
+    )  # fmt: skip
 
 
 def _array(found: Any) -> Any:

@@ -395,5 +395,6 @@ class Objective:
     """Which prompts, whose score, and whether larger (+1) or smaller (-1) is better."""
 
     prompts: str
-    scorer: str
+    scorer: str | Scorer
+    """A name, a file, package.module:NAME, an address, or from Python what scores."""
     sign: Literal[-1, 1]

@@ -184,6 +184,7 @@ def _began(config: RunConfig) -> str:
 
 def gain_of(run: RunFolder) -> str:
     """A sentence on what the run's own evaluation says it gained."""
+    from eval.analysis.scores import shown_score
     from eval.analysis.statistics import between, interval
 
     objective = run.config.objective
@@ -201,16 +202,12 @@ def gain_of(run: RunFolder) -> str:
         return "No evaluation image has a score, so nothing says what the run gained."
     means = [sum(values) / len(values) for values in changes.values()]
     told = between(sum(means) / len(means), *map(float, interval(means)))
-    better = "" if objective == FEEDBACK else _direction(objective)
+    sign = 0 if objective == FEEDBACK else shown_score(run).sign
+    better = f"; {'larger' if sign > 0 else 'smaller'} is better" if sign else ""
     return (
         f"Score on held-out noise: {told} from before training to its end{better}. The mean and "
         f"its 95 % interval are over {len(means)} prompts of this one run; other seeds differ."
     )
-
-
-def _direction(objective: str) -> str:
-    sign = registry.objective(objective).sign
-    return f"; {'larger' if sign > 0 else 'smaller'} is better"
 
 
 def snippet(config: RunConfig, source: Source, out: Path) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from d3po_bench import registry
 from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
+from d3po_bench.scoring import Sum
 from d3po_bench.types import Scorer, ScorerWithColumns
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -106,7 +107,7 @@ def checked_scorer(name: str, device: torch.device, weights: str = "official") -
     """The scorer of that name, loaded on `device`, after it gave its golden scores.
 
     Args:
-        name: of the scorer, or name:weights, such as aesthetic:tiny.
+        name: of the scorer, or name:weights, such as aesthetic:tiny; or a sum of objectives.
         device: where its network runs, if it has one.
         weights: which ones to take where the name does not say.
 
@@ -114,6 +115,12 @@ def checked_scorer(name: str, device: torch.device, weights: str = "official") -
         UserError: no such scorer, it takes no weights, they are not there, or it says something
             else than it once did.
     """
+    if parts := registry.summands(name):
+        loaded = {
+            part: (weight, checked_scorer(text, device, weights))
+            for part, (text, weight) in parts.items()
+        }
+        return Sum(registry.name_of("objective", name), loaded)
     found = registry.load_scorer(name, device, weights)
     chosen = ":" not in name and registry.takes_weights(name)
     check(f"{name}:{weights}" if chosen else name, found)
@@ -121,11 +128,15 @@ def checked_scorer(name: str, device: torch.device, weights: str = "official") -
 
 
 def unchecked(scorers: Mapping[str, Scorer]) -> list[str]:
-    """Names of those that have no golden scores for their weights, with or without :weights."""
+    """Names of those that have no golden scores for their weights, with or without :weights.
+
+    What is the user's own is not told of: its text is on record.
+    """
     return sorted(
         name
         for name, scorer in scorers.items()
-        if fingerprint(scorer) not in recorded().get(name.partition(":")[0], {})
+        if not getattr(scorer, "own", False)
+        and fingerprint(scorer) not in recorded().get(name.partition(":")[0], {})
     )
 
 

@@ -186,7 +186,7 @@ def test_a_preset_holds_options_and_fields_of_a_method() -> None:
 
 def test_what_set_can_change() -> None:
     known = config.settings("d3po")
-    own = {"method", "objective", "model", "seed", "options", "lora"}
+    own = {"method", "objective", "model", "seed", "options", "lora", "sources"}
     assert known["run"].keys() == {f.name for f in fields(RunConfig)} - own
     assert known["execution"].keys() == {f.name for f in fields(Execution)} - {"device"}
     assert {"beta", "clip", "reference"} <= known["options"].keys()
@@ -234,7 +234,10 @@ def test_run_id_does_not_change_with_execution() -> None:
 
 
 def test_the_json_holds_every_field_and_the_id() -> None:
-    other = replace(CONFIG, sampler="cps", long_prompts="cut", lora="style.safetensors")
+    other = replace(
+        CONFIG, sampler="cps", long_prompts="cut", lora="style.safetensors",
+        sources={"objective": "reward.py"}, prompts="animals",
+    )  # fmt: skip
     for made, without in ((CONFIG, set(config.LATER)), (other, set())):
         found = json.loads(made.to_json())
         assert found["run_id"] == made.run_id

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from d3po_bench import config, registry
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -64,6 +66,12 @@ def test_a_method_of_another_package_runs(package: Path, micro: Path, tmp_path: 
     assert (
         "method reinforce from  my-methods 0.1" in command(package, "show", metrics.parent).stdout
     )
+
+
+def test_it_is_found_as_a_file_too(package: Path) -> None:
+    path = str(package / "my_methods.py")
+    assert config.settings(path)["options"] == {"scale": float}
+    assert registry.name_of("method", path) == "my_methods"
 
 
 def test_its_options_are_checked_like_all_others(package: Path, tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ SOURCES = {
 
 GROUND = {"errors", "digests", "text", "types"}
 CORE = {*GROUND, "diffusion"}
-SETTINGS = {*GROUND, "registry", "presets", "config", "prompts", "objectives", "machine"}
+SETTINGS = {
+    *GROUND, "own", "rewards", "registry", "presets", "config", "prompts", "objectives", "machine",
+}  # fmt: skip
 
 BARE = {"d3po_bench", "d3po_bench.__version__"}
 
@@ -44,22 +46,30 @@ ALLOWED = {
     "d3po_bench.errors": set[str](),
     "d3po_bench.digests": set[str](),
     "d3po_bench.text": set[str](),
+    "d3po_bench.setting": {"errors"},
+    "d3po_bench.contracts": set[str](),
     "d3po_bench.types": set[str](),
     "d3po_bench.presets": set[str](),
     "d3po_bench.objectives": {"types"},
     "d3po_bench.machine": {"errors"},
     "d3po_bench.prompts": {"errors", "digests", "prompts"},
     "d3po_bench.pictures": {"errors", "prompts"},
-    "d3po_bench.registry": {"errors", "types", "scoring"},
-    "d3po_bench.scoring": {"errors", "types"},
-    "d3po_bench.config": {"errors", "digests", "presets", "registry"},
+    "d3po_bench.own": {"errors", "digests", "types", "scoring"},
+    "d3po_bench.rewards": {"errors", "digests", "own", "rewards", "runs.files"},
+    "d3po_bench.registry": {"presets", "contracts", "errors", "types", "scoring", "own", "rewards"},
+    "d3po_bench.scoring": {"errors", "digests", "types"},
+    "d3po_bench.config": {
+        "errors", "digests", "own", "presets", "registry", "rewards", "setting",
+    },
     "d3po_bench.diffusion": CORE,
     "d3po_bench.d3po": CORE,
     "baselines": CORE,
     "d3po_bench.experience": {*CORE, "scoring", "experience"},
-    "d3po_bench.models": {*CORE, "registry", "prompts", "models"},
+    "d3po_bench.models": {*CORE, "own", "registry", "prompts", "models"},
     "d3po_bench.runs": {*SETTINGS, "runs"},
-    "d3po_bench.training": {*SETTINGS, "diffusion", "models", "experience", "runs", "training"},
+    "d3po_bench.training": {
+        *SETTINGS, "scoring", "diffusion", "models", "experience", "runs", "training",
+    },
     "d3po_bench.launch": {*SETTINGS, "models", "runs", "training", "launch"},
     "d3po_bench.feedback": {
         *SETTINGS, "pictures", "diffusion", "models", "experience", "runs", "training", "feedback",
@@ -90,7 +100,8 @@ LIGHT = (
     "d3po_bench.errors", "d3po_bench.models", "d3po_bench.objectives", "d3po_bench.presets",
     "d3po_bench.prompts", "d3po_bench.registry", "d3po_bench.runs.files", "d3po_bench.runs.run",
     "d3po_bench.runs.sessions", "d3po_bench.text", "d3po_bench.types", "baselines", "eval",
-    "eval.scorers",
+    "eval.scorers", "d3po_bench.own", "d3po_bench.rewards", "d3po_bench.setting",
+    "d3po_bench.contracts",
 )  # fmt: skip
 """What `--help` and `list` load; of the packages among them, the `__init__.py`, but for the
 command line, all of which is loaded."""
@@ -235,9 +246,9 @@ def test_functions_and_files_are_short_and_documented() -> None:
     assert {module for module in long if not module.endswith(".recipe")} == set()
 
 
-def test_only_the_registry_imports_by_name() -> None:
+def test_only_two_import_by_name() -> None:
     naming = [m for m, source in SOURCES.items() if "import_module" in source]
-    assert naming == ["d3po_bench.registry"]
+    assert naming == ["d3po_bench.own", "d3po_bench.registry"]
 
 
 def test_tests_shadow_no_package() -> None:

@@ -23,6 +23,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.runs.run import RunFolder
 from eval.analysis.runs import Run, averages, curves, evaluated, read_groups
 from eval.analysis.runs import read_run as read
+from eval.analysis.scores import scores_of
 from eval.analysis.statistics import interval
 from eval.figures import curves as figure_of
 from eval.figures import sheets, style
@@ -49,6 +50,11 @@ def runs(tmp_path: Path) -> Path:
 
 def table(root: Path, x: str = "pairs") -> Any:
     return curves(map(read, evaluated([root])), x)
+
+
+def drawn(root: Path, x: str = "pairs") -> Any:
+    """The figure of the runs below a folder."""
+    return figure_of.curves_figure(table(root, x), x, scores_of(evaluated([root])))
 
 
 def read_run(folder: Path) -> Run:
@@ -192,7 +198,7 @@ def test_no_seed(values: Any) -> None:
 
 
 def test_panels_and_legend(runs: Path) -> None:
-    figure = figure_of.curves_figure(table(runs), "pairs")
+    figure = drawn(runs)
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["compress (↓ better)", "incompress (↑ better)"]
     labels = [axes.get_ylabel() for axes in figure.axes]
@@ -207,7 +213,7 @@ def points(line: Line2D) -> Any:
 
 
 def test_lines_of_a_panel(runs: Path) -> None:
-    axes = figure_of.curves_figure(table(runs, "images"), "images").axes[0]
+    axes = drawn(runs, "images").axes[0]
     base, seeds, means = axes.lines[0], axes.lines[1:7], axes.lines[7:]
     np.testing.assert_allclose(points(base)[:, 1], 7.1)
     assert [len(points(line)) for line in seeds] == [3] * 6
@@ -220,7 +226,7 @@ def test_lines_of_a_panel(runs: Path) -> None:
 def test_band(tmp_path: Path, seeds: int, expected: list[float]) -> None:
     for seed in range(seeds):
         write_run(tmp_path, seed=seed)
-    figure = figure_of.curves_figure(table(tmp_path), "pairs")
+    figure = drawn(tmp_path)
     paths = figure.axes[0].collections[0].get_paths()
     heights = [np.asarray(path.vertices)[:, 1] for path in paths]
     found = [end for height in heights for end in (height.min(), height.max())]
@@ -230,14 +236,14 @@ def test_band(tmp_path: Path, seeds: int, expected: list[float]) -> None:
 
 def test_one_seed_in_legend(tmp_path: Path) -> None:
     write_run(tmp_path)
-    figure = figure_of.curves_figure(table(tmp_path), "pairs")
+    figure = drawn(tmp_path)
     assert legend_of(figure) == ["d3po (1 seed)", "base model"]
 
 
 def test_animals_of_one_objective_only(tmp_path: Path) -> None:
     write_run(tmp_path, "compress", animal=False)
     write_run(tmp_path, "incompress")
-    below = figure_of.curves_figure(table(tmp_path), "pairs").axes[1::2]
+    below = drawn(tmp_path).axes[1::2]
     assert [np.isfinite(points(line)).all() for axes in below for line in axes.lines[1:]] == [
         False, True, True
     ]  # fmt: skip
@@ -253,7 +259,7 @@ def test_bands_of_many_methods_are_not_crossed_by_seeds(tmp_path: Path) -> None:
     methods = ("d3po", "ddpo", "dpok", "reward_weighted")
     for method, seed in itertools.product(methods, (0, 1)):
         write_run(tmp_path, method=method, seed=seed)
-    axes = figure_of.curves_figure(table(tmp_path), "pairs").axes[0]
+    axes = drawn(tmp_path).axes[0]
     assert len(axes.lines) == 1 + 4  # the base model, and a mean for each method
     assert len(axes.collections) == 4
 
@@ -268,7 +274,7 @@ def test_nothing_of_a_full_figure_overlaps(
         for method, seed in itertools.product(style.LOOKS, range(5 - i)):
             write_run(tmp_path, objective, method, seed)
     with style.own_style():
-        figure = figure_of.curves_figure(table(tmp_path, x), x)
+        figure = drawn(tmp_path, x)
         canvas: Any = FigureCanvasAgg(figure)
         canvas.draw()
     legend = figure.legends[0].get_window_extent()
@@ -286,7 +292,7 @@ def test_colours_stay_with_methods(tmp_path: Path) -> None:
     write_run(tmp_path, "compress", "ddpo")
     write_run(tmp_path, "incompress", "d3po")
     write_run(tmp_path, "incompress", "stranger")
-    figure = figure_of.curves_figure(table(tmp_path), "pairs")
+    figure = drawn(tmp_path)
     above = [axes for axes in figure.axes if axes.get_title()]
     assert above[0].lines[-1].get_color() == "#D55E00"
     assert [line.get_color() for line in above[1].lines[-2:]] == ["#0072B2", "#56B4E9"]
@@ -294,7 +300,7 @@ def test_colours_stay_with_methods(tmp_path: Path) -> None:
 
 def test_unknown_objective_has_no_arrow(tmp_path: Path) -> None:
     write_run(tmp_path, "my_objective", animal=False)
-    axes = figure_of.curves_figure(table(tmp_path), "pairs").axes[0]
+    axes = drawn(tmp_path).axes[0]
     assert axes.get_title() == "my_objective"
     assert axes.get_ylabel() == "held-out score"
 

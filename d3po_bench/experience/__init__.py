@@ -26,6 +26,8 @@ class Experience(Protocol):
     """Where its scores come from."""
     counts: dict[str, int]
     """`images` and `scorer_calls` so far; part of a checkpoint."""
+    part_means: Mapping[str, float]
+    """Mean score in the last round by each part of an objective that is a sum."""
     initial: Mapping[str, Tensor] | None
     """Trained weights to start from; None for the pretrained model."""
 

@@ -62,6 +62,7 @@ class Judged:
     initial: Mapping[str, Tensor] | None
     """The weights that drew the images; None for the pretrained model."""
     counts: dict[str, int] = field(default_factory=lambda: {"images": 0, "scorer_calls": 0})
+    part_means: Mapping[str, float] = field(default_factory=dict)
     objective: Objective = field(default=Objective(prompts="", scorer="votes", sign=1), init=False)
 
     def __post_init__(self) -> None:

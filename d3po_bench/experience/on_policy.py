@@ -12,7 +12,7 @@ from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.experience import Stage
-from d3po_bench.scoring import require_scores
+from d3po_bench.scoring import apart, require_scores
 from d3po_bench.types import Objective, Rollout, Scorer
 
 
@@ -31,6 +31,7 @@ class OnPolicy:
     batch: int
     """Images drawn side by side."""
     counts: dict[str, int] = field(default_factory=lambda: {"images": 0, "scorer_calls": 0})
+    part_means: Mapping[str, float] = field(default_factory=dict)
     initial: Mapping[str, Tensor] | None = None
 
     def collect(
@@ -60,8 +61,9 @@ class OnPolicy:
         p, k = rollout.scores.shape
         images = policy.model.decode(rollout.latents[:, :, -1].flatten(0, 1))
         prompts = [prompt for prompt in rollout.prompts for _ in range(k)]
-        scores = self.scorer(images, prompts).view(p, k)
+        scores, parts = apart(self.scorer, images, prompts)
         require_scores(self.scorer, scores)
+        self.part_means = {name: float(found.mean()) for name, found in parts.items()}
         self.counts["images"] += p * k
         self.counts["scorer_calls"] += p * k
-        return replace(rollout, scores=scores * self.objective.sign)
+        return replace(rollout, scores=scores.view(p, k) * self.objective.sign)

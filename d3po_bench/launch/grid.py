@@ -19,7 +19,8 @@ clip_range = 0.1
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +42,9 @@ from d3po_bench.config import MOST_SEEDS, RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
+from d3po_bench.launch.progress import Board
 from d3po_bench.prompts.tables import read_text
+from d3po_bench.rewards import sums
 from d3po_bench.training.progress import label
 from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
@@ -53,7 +56,8 @@ def _known(kind: registry.Kind) -> AfterValidator:
     """A name that something of that kind answers to."""
 
     def check(name: str) -> str:
-        if name not in registry.names(kind):
+        text = sums.normal(name) if kind == "objective" else name
+        if registry.name_of(kind, text) == text and name not in registry.names(kind):
             raise registry.unknown(kind, name, registry.names(kind))
         return name
 
@@ -166,8 +170,9 @@ def read(path: Path) -> Grid:
 
 
 def run(
-    path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool
-) -> list[Path]:
+    path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool,
+    track: Sequence[str] = (), board: Board | None = None,
+) -> list[Path]:  # fmt: skip
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
 
     Returns:
@@ -180,20 +185,21 @@ def run(
     work: list[Job] = []
     for request in _requests(read(path), tools, out, device, resume):
         try:
-            work += launch.planned(request)
+            work += launch.planned(replace(request, track=track))
         except UserError as problem:
             where = f"{request.method} on {request.objective}, seed {request.seeds.start}"
             raise UserError(f"{problem} This is about {where} of the grid.") from problem
     names = {label(job.config): label(job.config) for job in work}
-    failed = launch.execute(work, jobs, names)
-    for name, said in failed.items():
-        click.echo(f"{name}: {said}", err=True)
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same command "
-            "again to repeat those; the others are kept. Where a setting was wrong, correct the "
-            "grid and remove the folders of those runs."
-        )
+    with board or Board() as shown:
+        failed = launch.execute(work, jobs, names, shown)
+        for name, said in failed.items():
+            click.echo(f"{name}: {said}", err=True)
+        if failed:
+            raise RunError(
+                f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same "
+                "command again to repeat those; the others are kept. Where a setting was wrong, "
+                "correct the grid and remove the folders of those runs."
+            )
     return [job.folder for job in work]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d3po_bench import registry, types
+from d3po_bench import own, registry, types
 from d3po_bench.digests import files_below, sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.models.one_file import find, in_one_file
@@ -89,7 +89,7 @@ def load(source: Source, device: torch.device, training: Training) -> Model:
 
 
 def _of_file(path: str, device: torch.device, training: Training) -> Model:
-    family = getattr(registry.from_file(Path(path)), "FAMILY", None)
+    family = getattr(own.from_file(Path(path)), "FAMILY", None)
     if not callable(getattr(family, "load", None)):
         raise UserError(
             f"{path} has no FAMILY with a function load. Add it, as docs/own-model.md shows."

@@ -36,6 +36,10 @@ IMAGE = ("round", "sampler", "prompt", "index")
 """Columns of eval.csv that name an evaluation image; the others, first the score, measure it."""
 
 
+SCORE = {"scorer": str, "unit": str, "sign": int}
+"""What provenance says of the column `score`."""
+
+
 class RunFolder:
     """The run in a folder, finished or not. A file is read when it is first asked for, and kept.
 
@@ -251,12 +255,17 @@ def _check_facts(facts: Row) -> None:
     Raises:
         ValueError: naming the part.
     """
-    named = {name: facts.get(name, {}) for name in ("packages", "plugins", "content", "inputs")}
+    parts = ("packages", "plugins", "content", "inputs", "score")
+    named = {name: facts.get(name, {}) for name in parts}
     if isinstance(named["inputs"], dict):
         named["scorers of inputs"] = named["inputs"].get("scorers", {})
     for name, part in named.items():
         if not isinstance(part, dict):
             raise ValueError(f"{name} is not an object")
+    score = facts.get("score")
+    kinds = {name: type(value) for name, value in (score or {}).items()}
+    if score and (kinds != SCORE or score["sign"] not in (1, -1)):
+        raise ValueError("score does not say scorer, unit and sign")
     sessions = facts.get("sessions", [{}])
     if not isinstance(sessions, list) or not sessions:
         raise ValueError("sessions is not a list of objects")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from d3po_bench import own, registry
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.experience import Experience
 from d3po_bench.models.sources import model_source
+from d3po_bench.scoring import Sum
 from d3po_bench.training.listeners import Evaluated
 from d3po_bench.training.tools import EvaluationSet, Tools, spread
 from d3po_bench.types import Model, Scorer
@@ -31,20 +35,23 @@ class Evaluation:
         """
         self.config, self.tools = config, tools
         self.scorers: dict[str, Scorer] = {"score": experience.scorer}
-        for name in config.eval_scorers:
+        self.texts: dict[str, str] = {}
+        """What stands for each scorer, by its name."""
+        self.named = self._of_objective(experience)
+        """The scorers, a sum's parts among them, by their names."""
+        for text in config.eval_scorers:
+            name = registry.name_of("scorer", text)
+            if isinstance(experience.scorer, Sum) and name in experience.scorer.parts:
+                continue  # a column already
             try:
                 weights = model_source(config.model).scorers
-                self.scorers[name] = tools.scorer(name, device, weights)
+                self.named[name] = self.scorers[name] = tools.scorer(text, device, weights)
             except UserError as problem:
-                others = ",".join(s for s in config.eval_scorers if s != name)
+                others = ",".join(s for s in config.eval_scorers if s != text)
                 raise UserError(
                     f"{problem} Or leave it out: --set eval_scorers={others}"
                 ) from problem
-        self.named = {
-            experience.objective.scorer if name == "score" else name: scorer
-            for name, scorer in self.scorers.items()
-        }
-        """The scorers by the names that they have on the command line."""
+            self.texts[name] = text
         self.what = EvaluationSet(
             prompts=spread(experience.prompts, config.eval_prompts),
             images=config.eval_images,
@@ -55,20 +62,55 @@ class Evaluation:
             batch=execution.sample_batch,
         )
 
+    def _of_objective(self, experience: Experience) -> dict[str, Scorer]:
+        text, scorer = str(experience.objective.scorer), experience.scorer
+        if isinstance(scorer, Sum):
+            self.texts |= {name: part for name, (part, _) in registry.summands(text).items()}
+            return dict(scorer.parts)
+        name = registry.name_of("scorer", text)
+        self.texts[name] = text
+        return {name: scorer}
+
+    def try_out(self, model: Model) -> None:
+        """Let scorers of the user's own score a picture or two, before anything is written.
+
+        Raises:
+            UserError: one fails.
+        """
+        prompts = list(self.what.prompts[:2])
+        for name, text in self.texts.items():
+            if registry.is_own("scorer", text):
+                latents = torch.zeros(len(prompts), *model.latent_shape, device=model.device)
+                try:
+                    self.named[name](model.decode(latents), prompts)
+                except UserError as problem:
+                    raise UserError(str(problem)) from problem
+                except Exception as problem:  # its author's code may raise anything
+                    raise UserError(
+                        f"{text} fails: {own.said(problem, text)}. Correct it."
+                    ) from problem
+
     def due(self, round_: int) -> bool:
         """Whether to evaluate after so many rounds: at the start, at intervals, at the end."""
         c = self.config
         return c.eval_every > 0 and (round_ % c.eval_every == 0 or round_ == c.rounds)
 
-    def __call__(self, model: Model, round_: int) -> Evaluated:
+    def __call__(
+        self, model: Model, round_: int, working: Callable[[float], None] = lambda share: None
+    ) -> Evaluated:
         """Draw and score.
+
+        Args:
+            model: as it is after that round.
+            round_: number of rounds done.
+            working: called with the share of the evaluation that is done.
 
         Raises:
             RunError: a latent, the score, or the drift is not finite.
         """
         spent = model.forwards, model.backwards
         try:
-            rows, pictures = self.tools.evaluate(model, self.what, self.scorers)
+            rows, pictures = self.tools.evaluate(model, self.what, self.scorers, working)
         except RunError as problem:
             where = f"Evaluation after round {round_}, seed {self.config.seed}"
             raise RunError(f"{where}: {problem}") from problem

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
-from d3po_bench import registry
+from d3po_bench import own, registry
+from d3po_bench.config import FEEDBACK, RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.models import start
 from d3po_bench.models.sources import Source, commit, fingerprint, model_source
@@ -22,13 +23,30 @@ def inputs_today(run: RunFolder, prompts: Sequence[str], tools: Tools) -> Row:
     """What the inputs of a finished run are today, without loading its model."""
     source = model_source(run.config.model)
     today: dict[str, str] = {}
+    texts = _texts(run.config)
     for name, known in run.facts.get("inputs", {}).get("scorers", {}).items():
         try:
-            today[name] = tools.fingerprint(_origin(name, source.scorers))
+            text = texts.get(name, name)
+            # What is the user's own may have another text by now.
+            of = _origin if registry.is_own("scorer", text) else _origin_once
+            today[name] = tools.fingerprint(of(text, source.scorers))
         except (UserError, ImportError):  # it cannot be loaded here, so it scores nothing
             today[name] = known
     lora = start.digest(run.config.lora)
-    return {**model_today(source), **lora, "prompts": digest(prompts), "scorers": today}
+    began = lora | method_digest(run.config)
+    return {**model_today(source), **began, "prompts": digest(prompts), "scorers": today}
+
+
+def _texts(config: RunConfig) -> dict[str, str]:
+    """What stands for each scorer of a run, by its name."""
+    scored = () if config.objective == FEEDBACK else registry.scorers_of(config.source("objective"))
+    return {registry.name_of("scorer", text): text for text in (*scored, *config.eval_scorers)}
+
+
+def method_digest(config: RunConfig) -> dict[str, str]:
+    """What names the text of a method that is the user's own, if it is."""
+    text = config.sources.get("method")
+    return {} if text is None else {"method": own.load(text, "METHOD").digest}
 
 
 def model_today(source: Source) -> dict[str, str]:
@@ -60,9 +78,12 @@ def require_unchanged(run: RunFolder, weights: str, prompts: Sequence[str] | Non
     run.require_inputs(today, "go to the folder that its paths begin at")
 
 
-@cache
 def _origin(name: str, weights: str) -> SimpleNamespace:
-    """What a scorer comes from, without its network; loaded once for all runs of a command."""
+    """What a scorer comes from, without its network."""
     scorer = registry.load_scorer(name, torch.device("cpu"), weights)
     known = {k: getattr(scorer, k) for k in ("sources", "digest") if hasattr(scorer, k)}
     return SimpleNamespace(**known)
+
+
+_origin_once = cache(_origin)
+"""For all runs of a command."""

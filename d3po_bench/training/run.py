@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from d3po_bench import registry
+from d3po_bench import own, registry
 from d3po_bench.config import Execution, RunConfig, method_of
 from d3po_bench.experience import Experience
 from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.run import RunFolder
+from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.store import RunStore
+from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
-from d3po_bench.training.listeners import Listener, ProgressListener, Recorder
-from d3po_bench.training.progress import Progress, Report, label
+from d3po_bench.training.listeners import Listener, ProgressListener, Recorder, by_round
+from d3po_bench.training.progress import Report, ended_before, label
 from d3po_bench.training.tools import Tools
+from d3po_bench.training.tracking import Tracked, Tracker
 from d3po_bench.training.trainer import Trainer
 
 WITHOUT_LOCKS = (
@@ -42,10 +44,14 @@ class Job:
     resume: bool = True
     """Continue what is in the folder, or refuse it."""
     trackers: tuple[str, ...] = ()
+    command: str = ""
+    """What makes the run, for people; "" for the `d3po-bench run` of its config."""
     experience: Experience | None = None
     """None for images that the policy draws."""
     facts: dict[str, Any] = field(default_factory=dict)
     """To keep in provenance.json."""
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    """What the config names that a Python caller gave as an object."""
 
 
 def run_seed(job: Job, report: Report = lambda progress: None) -> None:
@@ -61,16 +67,14 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         RunError: the run failed on the way; what it had written is kept.
     """
     config, execution = job.config, job.execution
+    own.adopt(job.objects)
     with RunStore.open(job.folder, config, resume=job.resume) as store:
-        before = RunFolder(job.folder)
-        if before.finished:
-            before.require_content()
-            today = inputs_today(before, _prompts(job), job.tools)
-            before.require_inputs(today, "give another --out")
-            report(Progress(label(config), 1.0, "finished before"))
+        if _made_before(job):
+            report(ended_before(config))
             return
+        progress = ProgressListener(config, report)
         if store.hold and not store.hold.everywhere:
-            report(Progress(label(config), 0.0, "", WITHOUT_LOCKS))
+            progress.note(WITHOUT_LOCKS)
         store.require_packages()
         source = model_source(config.model)
         torch.set_num_threads(threads_of(source, execution.threads))
@@ -79,23 +83,61 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         experience = job.experience or on_policy(job, device, source.scorers)
         trainer = Trainer(config, execution, experience, device)
         after = restore(trainer, store)
-        progress = ProgressListener(config, experience.scorer.unit, report)
         if store.damaged:
-            text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
-            report(Progress(label(config), trainer.round / config.rounds, text))
+            progress.note(
+                f"{label(config)}: the newest checkpoint is damaged: resuming from round "
+                f"{trainer.round}"
+            )
         evaluation = Evaluation(config, execution, experience, job.tools, device)
+        evaluation.try_out(trainer.model)
         scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
         store.start(
             config, {**trainer.inputs, "scorers": scorers}, after=after,
-            facts={"unchecked_scorers": _unchecked(job, trainer, evaluation, report), **job.facts},
+            facts=_facts(job, trainer, evaluation, progress),
             device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
             execution=vars(execution).copy(), **_plugins(config, evaluation),
         )  # fmt: skip
-        trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
-        listeners = [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
+        listeners: list[Listener] = [Recorder(store), progress, Checkpoints(trainer, store)]
+        listeners += _trackers(job, after, store, progress)
+        progress.begin(trainer.round, experience.scorer.unit, store)
         trainer.train(evaluation, listeners, measured=bool(store.evaluation))
         store.save_lora(trainer.model.save)
         store.finish()
+
+
+def _made_before(job: Job) -> bool:
+    """Whether the run is there already, after checking that it is whole and still the same.
+
+    One that ended after fewer rounds than are wanted now goes on from its end.
+    """
+    before = RunFolder(job.folder)
+    if not before.finished:
+        return False
+    extended = before.config.rounds != job.config.rounds
+    before.require_content(*([LAST] if extended else []))
+    today = inputs_today(before, _prompts(job), job.tools)
+    before.require_inputs(today, "give another --out")
+    return not extended
+
+
+def _trackers(
+    job: Job, after: int | None, store: RunStore, progress: ProgressListener
+) -> list[Tracker]:
+    """What shows the run elsewhere."""
+    config = job.config
+    run = Tracked(
+        folder=job.folder,
+        name=label(config),
+        settings={**asdict(config), **asdict(job.execution)},
+        command=job.command or job.tools.command(config, job.folder),
+        after=after,
+        first=by_round(store.evaluation).get(0, []),
+    )
+    found: list[Tracker] = [registry.tracker(name)(run) for name in job.trackers]
+    for tracker in found:
+        if tracker.where:
+            progress.note(f"{label(config)}: {tracker.where}")
+    return found
 
 
 def _prompts(job: Job) -> Sequence[str]:
@@ -114,11 +156,11 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
         UserError: prompts or scorer are not there.
     """
     config, method = job.config, method_of(job.config)
-    objective = registry.objective(config.objective)
+    objective = registry.objective(config.source("objective"))
     return OnPolicy(
         prompts=_prompts(job),
         objective=objective,
-        scorer=job.tools.scorer(objective.scorer, device, weights),
+        scorer=job.tools.scorer(str(objective.scorer), device, weights),
         seed=config.seed,
         prompts_per_round=config.prompts_per_round,
         images_per_prompt=config.images_per_prompt or method.images_per_prompt,
@@ -127,21 +169,38 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
     )
 
 
-def _unchecked(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> list[str]:
+def _facts(
+    job: Job, trainer: Trainer, evaluation: Evaluation, progress: ProgressListener
+) -> dict[str, Any]:
+    """What provenance keeps beside the inputs, such as what a score means.
+
+    The objective need not be installed where the run is read.
+    """
+    objective, scorer = trainer.experience.objective, trainer.experience.scorer
+    name = registry.name_of("scorer", str(objective.scorer))
+    if isinstance(scorer, Sum):
+        name = scorer.name
+    return {
+        "score": {"scorer": name, "unit": scorer.unit, "sign": objective.sign},
+        "unchecked_scorers": _unchecked(job, evaluation, progress),
+        **job.facts,
+    }
+
+
+def _unchecked(job: Job, evaluation: Evaluation, progress: ProgressListener) -> list[str]:
     """The scorers that nothing was compared with, after saying so."""
     known = registry.names("scorer")  # which does not name people's votes
     named = {n: s for n, s in evaluation.named.items() if n.partition(":")[0] in known}
     names = job.tools.unchecked(named)
     if names:
-        done = trainer.round / job.config.rounds
-        report(Progress(label(job.config), done, "", job.tools.note(names)))
+        progress.note(job.tools.note(names))
     return names
 
 
 def _plugins(config: RunConfig, evaluation: Evaluation) -> dict[str, dict[str, str]]:
     """Which packages brought what a run uses, if any did."""
     used: list[tuple[registry.Kind, str]] = [
-        ("method", config.method), ("objective", config.objective), ("model", config.model),
-        *(("scorer", name.partition(":")[0]) for name in evaluation.named),
+        ("method", config.source("method")), ("objective", config.source("objective")),
+        ("model", config.model), *(("scorer", text) for text in evaluation.texts.values()),
     ]  # fmt: skip
     return registry.plugins(used)

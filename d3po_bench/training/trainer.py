@@ -25,6 +25,7 @@ from d3po_bench.models.sources import fingerprint, load, model_source
 from d3po_bench.prompts import digest
 from d3po_bench.runs.files import Row
 from d3po_bench.training.evaluation import Evaluation
+from d3po_bench.training.inputs import method_digest
 from d3po_bench.training.listeners import Listener
 from d3po_bench.types import Rollout
 
@@ -73,7 +74,7 @@ class Trainer:
         if self.model.commit:
             self.inputs["model_commit"] = self.model.commit
         self.model.encode([*experience.prompts, ""])
-        self.inputs |= start.digest(config.lora)
+        self.inputs |= start.digest(config.lora) | method_digest(config)
         start.begin(self.model, config.seed, config.lora)
         self.policy = Policy(
             self.model,
@@ -145,10 +146,13 @@ class Trainer:
             listener.finished()
 
     def _evaluate(self, evaluation: Evaluation, listeners: Sequence[Listener]) -> None:
-        if evaluation.due(self.round):
+        def working(share: float) -> None:
             for listener in listeners:
-                listener.evaluating(self.round)
-            found = evaluation(self.model, self.round)
+                listener.evaluating(self.round, share)
+
+        if evaluation.due(self.round):
+            working(0)
+            found = evaluation(self.model, self.round, working)
             for listener in listeners:
                 listener.evaluated(self.round, found)
 
@@ -193,6 +197,7 @@ class Trainer:
             "score_std": float(scores.std(correction=0)),
             "reward_mean": float(rollout.scores.mean()),
         }
+        found |= {f"score/{name}": mean for name, mean in self.experience.part_means.items()}
         drift = {"kl": self._kl(rollout)} if self.method.reference == "pretrained" else {}
         return found | drift
 

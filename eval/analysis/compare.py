@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import registry
 from d3po_bench.errors import UserError
 from eval.analysis.gains import both_ends, held_out, records
 from eval.analysis.runs import Run, read_groups, require_same_inputs
+from eval.analysis.scores import Score, score_of
 from eval.analysis.statistics import Difference, difference, paired_difference
 from eval.analysis.tables import Record, finite
-from eval.figures.style import unit_of
 
 SHOWN = ("method", "base", "end", "gain", "low", "high", "recognised_before", "recognised", "kl")
 """What is told of each side in the numbers of `report`."""
@@ -62,9 +61,14 @@ class Comparison:
         return self.ours.runs[0].config.objective
 
     @property
+    def score(self) -> Score:
+        """What the scores of both mean."""
+        return score_of(self.ours.runs[0].files)
+
+    @property
     def sign(self) -> int:
         """1 where larger is better, -1 where smaller is."""
-        return registry.objective(self.objective).sign
+        return self.score.sign
 
     @property
     def paired(self) -> bool:
@@ -85,7 +89,7 @@ class Comparison:
 
     def sentence(self) -> str:
         """The verdict with its numbers, for people."""
-        found, unit = self.difference, unit_of(self.objective)
+        found, unit = self.difference, self.score.unit
         size = f"{abs(found.mean):.3f} {unit}".rstrip()
         more = "more" if self.sign * found.mean >= 0 else "less"
         does = f"gains {size} {more} than"
@@ -117,7 +121,7 @@ class Comparison:
         found = dict(zip(("difference", "low", "high", "p"), self.difference, strict=True))
         return {
             "verdict": self.verdict, "sentence": self.sentence(), "objective": self.objective,
-            "unit": unit_of(self.objective), "sign": self.sign, "paired": self.paired,
+            "unit": self.score.unit, "sign": self.sign, "paired": self.paired,
             "same_images": self.same_images, **finite([found])[0], **sides,
         }  # fmt: skip
 

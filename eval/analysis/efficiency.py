@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from d3po_bench import registry
 from eval.analysis.gains import RIVAL, Groups
 from eval.analysis.runs import Run, curves
+from eval.analysis.scores import score_of
 from eval.analysis.statistics import (
     area_under_curve,
     images_to_threshold,
@@ -45,7 +45,7 @@ def efficiency(groups: Groups) -> list[Table]:
 
 
 def _table(objective: str, methods: Methods) -> Table:
-    sign = registry.objective(objective).sign
+    sign = score_of(next(iter(methods.values()))[0].files).sign
     budgets = {x: _least(methods, x) for x in BUDGETS}
     level = _least_end(methods, sign)
     records = [_record(objective, m, methods, budgets, level, sign) for m in methods]

@@ -19,6 +19,7 @@ from d3po_bench import registry
 from d3po_bench.errors import UserError
 from eval.analysis import measured
 from eval.analysis.runs import Group, Run
+from eval.analysis.scores import score_of
 from eval.analysis.statistics import Difference, difference, holm, interval
 from eval.analysis.tables import Record, Table, change, number, spread, text
 
@@ -96,7 +97,7 @@ def contrast(groups: Groups) -> Table:
     found = []
     for (model, objective, method), runs in groups.items():
         for (other_model, other, name), against in groups.items():
-            if (other_model, name) == (model, method) and _opposite(objective, other):
+            if (other_model, name) == (model, method) and _opposite(runs[0], against[0]):
                 up, down = ({run.seed: float(np.diff(both_ends(run))[0]) for run in part}
                             for part in (runs, against))  # fmt: skip
                 seeds = sorted(up.keys() & down.keys())
@@ -111,9 +112,9 @@ def contrast(groups: Groups) -> Table:
     return Table(found, columns, left=("objectives", "method"))
 
 
-def _opposite(up: str, down: str) -> bool:
-    """Whether the one objective asks for larger scores and the other for smaller ones."""
-    one, other = registry.objective(up), registry.objective(down)
+def _opposite(up: Run, down: Run) -> bool:
+    """Whether the one asks for larger scores and the other for smaller ones."""
+    one, other = score_of(up.files), score_of(down.files)
     return (one.scorer, one.sign, other.sign) == (other.scorer, 1, -1)
 
 
@@ -143,7 +144,7 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
     model, objective, method = group
     base, end = np.array([both_ends(run) for run in runs]).T
     first, last = np.array([both_ends(run, sampler="eta0") for run in runs]).T
-    gain, sign = end - base, registry.objective(objective).sign
+    gain, score = end - base, score_of(runs[0].files)
     known = np.mean([both_ends(run, "animal") for run in runs], axis=0)
     differ = np.mean([both_ends(run, "diversity") for run in runs], axis=0)
     other = _against(runs, rivals) if rivals and runs != rivals else Difference(*[math.nan] * 4)
@@ -155,8 +156,8 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
         "end": float(end.mean()),
         "gain": float(gain.mean()),
         **_named(("low", "high"), interval(gain)),
-        "worst": sign * float((sign * gain).min()),
-        "share_of_excess": float(gain.mean() / _excess(model, objective, base.mean())),
+        "worst": score.sign * float((score.sign * gain).min()),
+        "share_of_excess": float(gain.mean() / _excess(model, score.scorer, base.mean())),
         **_named(("difference", "difference_low", "difference_high", "p"), other),
         "gain_eta0": float((last - first).mean()),
         **_named(("recognised_before", "recognised"), known),
@@ -190,9 +191,9 @@ def _spent(runs: Sequence[Run], what: str) -> float:
     return float(np.mean([run.spent[max(run.spent)].get(what, math.nan) for run in runs]))
 
 
-def _excess(model: str, objective: str, base: float) -> float:
+def _excess(model: str, scorer: str, base: float) -> float:
     """How much larger the base model's files are than that of a flat image, kB; NaN elsewhere."""
-    if registry.objective(objective).scorer != "jpeg_size" or model not in SIDES:
+    if scorer != "jpeg_size" or model not in SIDES:
         return math.nan
     return base - flat_size(SIDES[model])
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from d3po_bench import registry
 from eval.analysis import tries
 from eval.analysis.gains import Groups, both_ends
 from eval.analysis.runs import Run
+from eval.analysis.scores import score_of
 
 SAMPLERS = ("eta1", "eta0")
 
@@ -81,14 +81,14 @@ def _measured(runs: Sequence[Run]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _directions(run: Run) -> dict[str, bool | None]:
-    larger = registry.objective(run.config.objective).sign > 0
+    larger = score_of(run.files).sign > 0
     return {"score": larger, "base": None, "gain": larger, "recognised": True, "kl": False}
 
 
 def _scorer(run: Run) -> str | None:
     """What names the content of the objective's scorer."""
     scorers: dict[str, str] = run.files.facts.get("inputs", {}).get("scorers", {})
-    return scorers.get(registry.objective(run.config.objective).scorer)
+    return scorers.get(score_of(run.files).scorer)
 
 
 def _samples(run: Run) -> dict[str, int]:

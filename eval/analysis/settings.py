@@ -56,7 +56,7 @@ def _record(method: str, runs: Sequence[Run]) -> Record:
         "units_per_update": first.units_per_update,
         "timestep_fraction": first.timestep_fraction,
         "steps": first.sampling_steps - first.skip_steps,
-        "options": " ".join(f"{k}={v}" for k, v in first.options.items() if usual[k] != str(v)),
+        "options": " ".join(f"{k}={v}" for k, v in first.options.items() if usual.get(k) != str(v)),
         "clipped_most": max(shares, default=math.nan),
         "clipped": sum(shares) / len(shares) if shares else math.nan,
     }

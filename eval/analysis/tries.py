@@ -22,6 +22,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
 from d3po_bench.runs.files import readable
 from d3po_bench.runs.run import RunFolder, find_runs
+from eval.analysis.scores import score_of
 from eval.analysis.tables import Record, Table, number, text
 
 Settings = dict[str, str]
@@ -77,7 +78,7 @@ def record(run: RunFolder, name: str) -> Record:
         images = _number(rounds[0], "images")
         first, last = ({name: _number(line, name) if name in line else math.nan
                         for name in _OF_A_ROUND} for line in (rounds[0], rounds[-1]))  # fmt: skip
-    best = min if registry.objective(own.objective).sign < 0 else max
+    best = min if score_of(run).sign < 0 else max
     return {
         "run": name,
         "started": facts.get("started", ""),
@@ -99,7 +100,7 @@ def record(run: RunFolder, name: str) -> Record:
         "training_kl_last": last["kl"],
         "saturated_last": last["saturated"],
         **_end(run, len(rounds)),
-        "command": f"{command(own)} --out {shlex.quote(_out(run.folder))}",
+        "command": command(own, run.folder),
     }
 
 
@@ -141,45 +142,47 @@ def _by_round(run: RunFolder) -> dict[int, list[Record]]:
     return found
 
 
-def _out(run: Path) -> str:
-    """The --out of which OUT/MODEL/OBJECTIVE/METHOD/seed-N is the run's folder."""
-    return str(run.parents[3]) if len(run.parts) > 4 else "runs"
-
-
 # ---- commands
 
 
 def arguments(own: RunConfig) -> list[str]:
     """What follows `d3po-bench` to make a run of that config, whatever the presets are by then."""
     pairs = [part for k, v in settings(own).items() for part in ("--set", f"{k}={v}")]
+    names = ["--method", own.source("method"), "--objective", own.source("objective")]
     model = [] if own.model == "tiny" else ["--model", own.model]
     lora = ["--lora", own.lora] if own.lora else []
     return [
-        "run", "--method", own.method, "--objective", own.objective, *model, *lora,
-        "--preset", "quick", "--seed-start", str(own.seed), *pairs,
+        "run", *names, *model, *lora, "--preset", "quick", "--seed-start", str(own.seed), *pairs,
     ]  # fmt: skip
 
 
-def command(own: RunConfig) -> str:
-    """What makes a run of that config, below runs/."""
-    return shlex.join(["d3po-bench", *arguments(own)])
+def command(own: RunConfig, folder: Path | None = None) -> str:
+    """What makes a run of that config, in that run folder; if None, below runs/."""
+    place = folder.parents[3] if folder and len(folder.parts) > 4 else "runs"
+    out = ["--out", str(place)] if folder else []
+    return shlex.join(["d3po-bench", *arguments(own), *out])
 
 
 def settings(own: RunConfig) -> Settings:
-    """All settings of a config, the method's options included."""
-    given = {**vars(own), **vars(method_of(own))}
-    return {key: _text(given[key]) for key in _names(own.method)}
+    """All settings of a config, the method's options included.
+
+    Of a method in a file, which is not loaded, those options that were changed.
+    """
+    chosen = own.options if "method" in own.sources else vars(method_of(own))
+    given = {**{name: getattr(own, name) for name in _names()}, **chosen}
+    return {key: _text(value) for key, value in given.items()}
 
 
 @cache
-def _names(method: str) -> tuple[str, ...]:
-    known = config.settings(method)
-    return (*known["run"], *known["options"])
+def _names() -> tuple[str, ...]:
+    return tuple(config.settings("d3po")["run"])
 
 
 @cache
 def options(method: str) -> Settings:
-    """The defaults of a method's own options."""
+    """The defaults of a method's own options; of one that is not installed here, none."""
+    if method not in registry.names("method"):
+        return {}
     plain: Any = registry.method(method)()
     return {f.name: _text(getattr(plain, f.name)) for f in fields(plain)}
 
@@ -187,7 +190,7 @@ def options(method: str) -> Settings:
 def differing(own: RunConfig, preset: str = "quick") -> Settings:
     """The settings that are not those of the preset."""
     usual = _usual(own.method, own.objective, preset)
-    return {key: value for key, value in settings(own).items() if value != usual[key]}
+    return {key: value for key, value in settings(own).items() if value != usual.get(key)}
 
 
 def nearest(own: RunConfig) -> tuple[str, Settings]:
@@ -198,8 +201,9 @@ def nearest(own: RunConfig) -> tuple[str, Settings]:
 
 @cache
 def _usual(method: str, objective: str, preset: str) -> Settings:
-    made, _ = config.make(method, objective, preset, {})
-    return settings(made)
+    made = config.of_preset(method, objective, preset)
+    return {**options(method), **{k: _text(getattr(made, k)) for k in _names()},
+            **{k: _text(v) for k, v in made.options.items()}}  # fmt: skip
 
 
 def settings_of(command: str) -> Settings:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from d3po_bench import registry
+from d3po_bench import own, registry
 from d3po_bench.config import FEEDBACK, RunConfig
 from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
@@ -98,8 +98,8 @@ def scorers_of(target: Path) -> tuple[str, ...]:
             f"{target} is not a run that a program scored, which would say what to score with. "
             "Give --scorers, such as --scorers jpeg_size,clip; `d3po-bench list` names them."
         )
-    own = registry.objective(config.objective).scorer
-    return tuple(dict.fromkeys((own, *config.eval_scorers)))
+    scored = registry.scorers_of(config.source("objective"))
+    return tuple(dict.fromkeys((*scored, *config.eval_scorers)))
 
 
 def planned(request: EvaluateRequest) -> Plan:
@@ -226,7 +226,9 @@ def _default_prompts(model: str, config: RunConfig | None) -> str:
 def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
     for name in scorers:
         registry.require_scorer(name)
-    return tuple(dict.fromkeys(scorers))
+    found = tuple(dict.fromkeys(map(own.normal, scorers)))
+    registry.require_apart(found)
+    return found
 
 
 def _pictures(request: EvaluateRequest) -> Plan:

@@ -11,7 +11,7 @@ import numpy as np
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import write_atomically
 from eval.analysis.compare import Comparison
-from eval.figures.style import MUTED, looks_of, own_style, rendered, unit_of
+from eval.figures.style import MUTED, looks_of, own_style, rendered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def comparison_figure(found: Comparison) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     _draw_sides(left, found)
     _draw_interval(right, 0, tuple(found.difference[:3]), MUTED)
-    unit = unit_of(found.objective)
+    unit = found.score.unit
     for axes, what in ((left, "gain"), (right, "difference")):
         axes.axhline(0, color=MUTED, linestyle=":", linewidth=1.2)
         axes.set_ylabel(f"{what} ({unit})" if unit else what)
@@ -58,7 +58,7 @@ def _title(found: Comparison) -> str:
     shown = f"{found.ours.name} is {found.verdict}"
     if found.verdict == "not shown":
         shown = "no difference shown"
-    return f"{shown} on {found.objective} ({'↑' if found.sign > 0 else '↓'} better)"
+    return f"{shown} on {found.objective} ({found.score.better})"
 
 
 def _draw_sides(axes: Axes, found: Comparison) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.analysis.runs import averages, curves, read_groups
+from eval.analysis.scores import Score, scores_of
 from eval.figures.sheets import samples_sheet, sheet_name
 from eval.figures.style import (
     MUTED,
     Looks,
     looks_of,
-    objective_of,
     own_style,
     rendered,
-    unit_of,
 )
 
 if TYPE_CHECKING:
@@ -66,9 +65,9 @@ def plot(
         raise ValueError(f"x must be one of {', '.join(X_LABELS)}, got {x!r}")
     groups = read_groups(runs, unfinished=unfinished)
     out = out or runs[0] / "plots"
-    files = _write_curves(
-        curves([run for members in groups.values() for run in members], x), x, out
-    )
+    every = [run for members in groups.values() for run in members]
+    scores = scores_of(run.files for run in every)
+    files = _write_curves(curves(every, x), x, scores, out)
     for group, members in groups.items():
         sheet = samples_sheet(members)
         if sheet is not None:
@@ -76,9 +75,9 @@ def plot(
     return files
 
 
-def _write_curves(table: Frame, x: str, out: Path) -> list[Path]:
+def _write_curves(table: Frame, x: str, scores: Mapping[str, Score], out: Path) -> list[Path]:
     with own_style():
-        figure = curves_figure(table, x)
+        figure = curves_figure(table, x, scores)
         return [_write(out / f"curves.{kind}", rendered(figure, kind)) for kind in ("png", "svg")]
 
 
@@ -89,8 +88,10 @@ def _write(path: Path, data: bytes) -> Path:
     return path
 
 
-def curves_figure(table: Frame, x: str) -> Figure:
+def curves_figure(table: Frame, x: str, scores: Mapping[str, Score]) -> Figure:
     """A panel for each objective, over what `curves` returns for the runs of one base model.
+
+    `scores` says what the scores of each objective mean.
 
     With the scores of the scorer `animal`, a smaller panel under each: a method that pleases
     the objective with pictures nobody can name falls there.
@@ -107,8 +108,9 @@ def curves_figure(table: Frame, x: str) -> Figure:
     for column, objective in enumerate(objectives):
         part = table[table["objective"] == objective]
         axes = figure.add_subplot(grid[0, column])
-        axes.set_title(_title(objective), fontweight="bold")
-        axes.set_ylabel(_score_label(objective))
+        better, unit = scores[objective].better, scores[objective].unit
+        axes.set_title(f"{objective} ({better})" if better else objective, fontweight="bold")
+        axes.set_ylabel(f"held-out score ({unit})" if unit else "held-out score")
         _draw_panel(axes, part, "score", looks)
         if len(heights) > 1:
             below = figure.add_subplot(grid[1, column], sharex=axes)
@@ -177,13 +179,3 @@ def seeds_label(table: Frame, method: str) -> str:
     low, high = int(counts.min()), int(counts.max())
     number = str(low) if low == high else f"{low}-{high}"
     return f"{method} ({number} {'seed' if high == 1 else 'seeds'})"
-
-
-def _title(objective: str) -> str:
-    sign = getattr(objective_of(objective), "sign", 0)
-    return objective + {1: " (↑ better)", -1: " (↓ better)", 0: ""}[sign]
-
-
-def _score_label(objective: str) -> str:
-    unit = unit_of(objective)
-    return f"held-out score ({unit})" if unit else "held-out score"

@@ -21,9 +21,10 @@ from eval.analysis import tries
 from eval.analysis.gains import RIVAL
 from eval.analysis.leaderboard import Board, boards, provenance
 from eval.analysis.runs import averages, curves
+from eval.analysis.scores import Score, scores_of, shown_score
 from eval.analysis.tables import Cell, Record, change, number, shown, spread, text
 from eval.figures.strips import pairs_of
-from eval.figures.style import Looks, looks_of, objective_of, short_name, unit_of
+from eval.figures.style import Looks, looks_of, short_name
 from eval.figures.vector import Panel, marker_shape, panel
 
 if TYPE_CHECKING:
@@ -137,19 +138,13 @@ def _environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     made.filters |= {"typeset": typeset, "short": short_name}
-    made.globals |= {"unit_of": unit_of, "better": better}
+    made.globals |= {"shown_score": shown_score}
     return made
 
 
 def typeset(words: str) -> str:
     """Numbers with a minus as wide as a plus, and arrows."""
     return words.replace("->", "→").replace("-", "\N{MINUS SIGN}")
-
-
-def better(objective: str) -> str:
-    """Which scores are better on an objective; "" where it is not installed here."""
-    sign = getattr(objective_of(objective), "sign", 0)
-    return {1: "↑ better", -1: "↓ better", 0: ""}[sign]
 
 
 def _hash(content: str) -> str:
@@ -171,6 +166,7 @@ class Chart:
 
     model: str
     objective: str
+    score: Score
     panels: Sequence[tuple[str, Panel]]
     """Each with what it shows upwards."""
 
@@ -194,22 +190,24 @@ def _axes(found: Sequence[Board], looks: Looks) -> Iterator[Axis]:
 def _curves(board: Board, x: str, looks: Looks) -> Iterator[Chart]:
     """Nothing where a run does not know what it had spent."""
     with suppress(UserError):
-        yield from _by_objective(board, x, lambda table: _course(table, looks))
+        yield from _by_objective(board, x, lambda table, score: _course(table, score, looks))
 
 
 def _by_objective(
-    board: Board, x: str, draw: Callable[[Frame], Sequence[tuple[str, Panel]]]
+    board: Board, x: str, draw: Callable[[Frame, Score], Sequence[tuple[str, Panel]]]
 ) -> Iterator[Chart]:
-    table = curves([run for entry in board.entries for run in entry.shown], x)
-    for objective, part in table.groupby("objective"):
-        if panels := draw(part):
-            yield Chart(board.model, str(objective), panels)
+    runs = [run for entry in board.entries for run in entry.shown]
+    scores = scores_of(run.files for run in runs)
+    for objective, part in curves(runs, x).groupby("objective"):
+        score = scores[str(objective)]
+        if panels := draw(part, score):
+            yield Chart(board.model, str(objective), score, panels)
 
 
-def _course(part: Frame, looks: Looks) -> list[tuple[str, Panel]]:
+def _course(part: Frame, score: Score, looks: Looks) -> list[tuple[str, Panel]]:
     """Score and, where it is known, recognisability over what was spent."""
     found, forms = [], {"x": ",.0f", "y": ".3f"}
-    heads = {"score": _score(part), "animal": "Recognised (probability)"}
+    heads = {"score": _label(score), "animal": "Recognised (probability)"}
     for column, height in (("score", TALL), ("animal", LOW)):
         means = averages(part, column)
         if len(means):
@@ -221,17 +219,18 @@ def _course(part: Frame, looks: Looks) -> list[tuple[str, Panel]]:
     return found
 
 
-def _score(part: Frame) -> str:
-    unit = unit_of(part["objective"].iloc[0])
-    return f"Held-out score ({unit})" if unit else "Held-out score"
+def _label(score: Score) -> str:
+    return f"Held-out score ({score.unit})" if score.unit else "Held-out score"
 
 
 def _front(found: Sequence[Board], looks: Looks) -> Iterator[Chart]:
     for board in found:
-        yield from _by_objective(board, "rounds", lambda table: _against_drift(table, looks))
+        yield from _by_objective(
+            board, "rounds", lambda table, score: _against_drift(table, score, looks)
+        )
 
 
-def _against_drift(part: Frame, looks: Looks) -> list[tuple[str, Panel]]:
+def _against_drift(part: Frame, score: Score, looks: Looks) -> list[tuple[str, Panel]]:
     """Score over drift, a point for each evaluation; nothing where drift was not measured."""
     scores, drift = averages(part), averages(part, "kl")
     both = scores.merge(drift[["method", "round", "mean"]], on=["method", "round"],
@@ -240,4 +239,4 @@ def _against_drift(part: Frame, looks: Looks) -> list[tuple[str, Panel]]:
         return []
     means = both.assign(x=both["mean_kl"])
     drawn = panel(means, looks, {"x": ".3f", "y": ".3f"}, height=TALL)
-    return [(_score(part), drawn)]
+    return [(_label(score), drawn)]

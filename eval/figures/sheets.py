@@ -15,7 +15,8 @@ from d3po_bench.errors import UserError
 from d3po_bench.pictures import open_picture
 from d3po_bench.runs.run import SAMPLES
 from eval.analysis.runs import Group, Run
-from eval.figures.style import INK, short_name, unit_of
+from eval.analysis.scores import shown_score
+from eval.figures.style import INK, short_name
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -104,7 +105,7 @@ def _strip(run: Run, round_: int) -> Strip:
     # The samples are drawn with the deployment sampler, so its mean is the one beside them.
     means = run.scores["score"]
     if ("eta0", round_) in means.index:
-        label += f"\nmean {_digits(means['eta0', round_])} {unit_of(run.group[1])}".rstrip()
+        label += f"\nmean {_digits(means['eta0', round_])} {shown_score(run.files).unit}".rstrip()
     paths = sorted(folder_of(run, round_).glob("*.png"))[:COLUMNS]
     return Strip(label, {path.stem: _picture(path) for path in paths})
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
-
-from d3po_bench.errors import UserError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from matplotlib.figure import Figure
-
-    from d3po_bench.types import Objective
 
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; a marker beside each.
@@ -76,25 +71,6 @@ def looks_of(methods: Iterable[str]) -> Looks:
     others = sorted(given - LOOKS.keys())
     looks = {name: look for name, look in LOOKS.items() if name in given}
     return looks | {n: FURTHER_LOOKS[i % len(FURTHER_LOOKS)] for i, n in enumerate(others)}
-
-
-def objective_of(name: str) -> Objective | None:
-    """The objective of that name; None for one that is not installed here."""
-    from d3po_bench import registry
-
-    try:
-        return registry.objective(name)
-    except UserError:
-        return None
-
-
-def unit_of(objective: str) -> str:
-    """The unit of the objective's scorer, read from its file: loading it may need weights."""
-    name = getattr(objective_of(objective), "scorer", "")
-    path = Path(__file__).parent.parent / "scorers" / f"{name}.py"
-    source = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.search(r"""^    unit\b[^=\n]*=\s*["'](.*)["']""", source, re.MULTILINE)
-    return found[1] if found else ""
 
 
 def own_style() -> AbstractContextManager[None]:

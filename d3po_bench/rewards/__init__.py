@@ -1,0 +1,1 @@
+"""Rewards of one's own: a function in a file, a server, and sums of several."""

@@ -1,0 +1,32 @@
+"""What follows the = of `--set KEY=VALUE`, as a value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args, get_origin
+
+from d3po_bench.errors import UserError
+
+
+def value_of(key: str, text: str, kind: Any) -> Any:
+    """The value of `text` as `kind`, one of the few types that settings have.
+
+    Raises:
+        UserError: it is none.
+    """
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    try:
+        if choices:
+            return {str(c): c for c in choices}[text]
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if get_origin(kind) is tuple:
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        value = kind(text)
+        if (kind is float and not math.isfinite(value)) or (kind is int and abs(value) > 10**12):
+            raise ValueError(text)
+        return value
+    except (KeyError, ValueError, OverflowError):
+        words = {bool: "true or false", int: "a whole number", float: "a number such as 0.001"}
+        wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
+        raise UserError(f"{key} must be {wanted}, not {text[:80]!r}.") from None
