@@ -34,13 +34,14 @@ html_copy_source = False
 html_show_copyright = False
 
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md", "results/README.md", "eval/embedded/CARD.md",
-                    "d3po_bench/models/embedded/**.md"]  # fmt: skip
+include_patterns = ["*.md", "docs/**.md", "docs/*.ipynb", "results/README.md",
+                    "eval/embedded/CARD.md", "d3po_bench/models/embedded/**.md"]  # fmt: skip
 exclude_patterns = ["**/*.template.md", "build", "runs", "dist", ".*", "**/__pycache__"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
+nb_execution_mode = "off"  # notebooks are kept with what they print
 highlight_language = "text"  # of code without a language: mostly commands and what they print
 
 default_role = "code"  # docstrings write `name`, as Markdown does
@@ -54,7 +55,7 @@ NAVIGATION = {
     "Start": ["docs/getting-started", "docs/reading-results", "docs/troubleshooting",
               "docs/glossary"],
     "Guides": ["docs/own-model", "docs/own-reward", "docs/human-feedback", "docs/evaluation",
-               "docs/python", "docs/lora", "docs/several-gpus"],
+               "docs/python", "docs/first-results", "docs/lora", "docs/several-gpus"],
     "Methods": ["docs/fidelity", "docs/methods/*"],
     "Results": ["docs/results", "docs/leaderboard", "docs/determinism", "results/README",
                 "eval/embedded/CARD", "d3po_bench/models/embedded/CARD",

@@ -12,7 +12,7 @@ from typing import Any
 from sphinx.pycode import ModuleAnalyzer
 
 import d3po_bench
-from d3po_bench import config, registry
+from d3po_bench import config, registry, types
 from d3po_bench.presets import PRESET_SUMMARIES, PRESETS
 from eval.analysis.report import report
 
@@ -110,7 +110,10 @@ def settings(name: str) -> str:
     """A row for each setting of every run that a preset changes."""
     columns = _configs(name)
     names = [field.name for field in fields(config.RunConfig) if field.name != "options"]
-    changed = [n for n in names if len({getattr(run, n) for run in columns.values()}) > 1]
+    usual = columns["default"]
+    changed = [
+        n for n in names if any(getattr(run, n) != getattr(usual, n) for run in columns.values())
+    ]
     return _table(columns, changed)
 
 
@@ -152,15 +155,13 @@ def _said(value: object) -> str:
 
 def api() -> str:
     """What `import d3po_bench` offers, and the types that a method, model or scorer has."""
-    kinds = {name: inspect.isclass(getattr(d3po_bench, name)) for name in d3po_bench.__all__}
-    ordered = sorted(kinds, key=lambda name: (kinds[name], name))  # functions first
+    offered = {name: getattr(d3po_bench, name) for name in d3po_bench.__all__}
+    own = {name for name, thing in offered.items() if thing.__module__ != types.__name__}
+    classes = {name for name in own if inspect.isclass(offered[name])}
+    parts = [f".. autofunction:: d3po_bench.{name}\n" for name in sorted(own - classes)]
+    parts += [f".. autoclass:: d3po_bench.{name}\n   :members:\n" for name in sorted(classes)]
     return API.format(
-        door="\n".join(
-            f".. autoclass:: d3po_bench.{name}\n   :members:\n"
-            if kinds[name]
-            else f".. autofunction:: d3po_bench.{name}\n"
-            for name in ordered
-        )
+        door="\n".join(parts), types=", ".join(f"`{name}`" for name in sorted(offered.keys() - own))
     )
 
 
@@ -177,7 +178,8 @@ API = """\
 
 ## Types
 
-What passes between a method, a model and a scorer: `d3po_bench.types`.
+What passes between a method, a model and a scorer: `d3po_bench.types`. `import d3po_bench` offers
+{types} of these.
 
 ```{{eval-rst}}
 .. automodule:: d3po_bench.types
@@ -204,8 +206,8 @@ def leaderboard(runs: Path, place: Path) -> str:
 LEADERBOARD = """\
 # Leaderboard
 
-**<a href="{page}">Open the interactive page</a>**: it sorts and filters the published runs, draws their
-curves, and shows the seeds and the command behind each number. Below are its numbers as plain
+**<a href="{page}">Open the interactive page</a>**: it sorts and filters the published runs, draws
+their curves, and shows the seeds and the command behind each number. Below are its numbers as plain
 tables; [results](results.md) says what they mean.
 
 {tables}
