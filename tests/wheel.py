@@ -22,11 +22,11 @@ FIRST = "run --objective incompress --seeds 2 --rounds 2 --out first-look"
 WALK = [
     "list",
     f"{FIRST} --method d3po",
-    f"{FIRST} --method ddpo",
+    f"{FIRST} --method preferred_images",
     "plot first-look",
     "report first-look",
     "report first-look --out page.html",
-    f"compare {RUNS}/d3po {RUNS}/ddpo",
+    f"compare {RUNS}/d3po {RUNS}/preferred_images",
     f"show {RUNS}/d3po/seed-0",
     f"export {RUNS}/d3po/seed-0 --format comfyui --out lora.safetensors",
     "doctor",

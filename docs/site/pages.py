@@ -43,7 +43,7 @@ def _update(path: Path, text: str) -> None:
 
 def method(name: str) -> str:
     """The page of a method: its docstrings, its options, and what the presets make of them."""
-    made = registry.method(name)
+    made: Any = registry.method(name)
     module = sys.modules[made.__module__]
     file = Path(str(module.__file__))
     return PAGE.format(
@@ -72,7 +72,7 @@ PAGE = """\
 
 {defaults}
 
-`--set NAME=VALUE` changes them. What a preset changes is **bold**.
+`--set NAME=VALUE` changes them. A preset's column is empty where it keeps the default.
 
 {options}
 
@@ -130,14 +130,14 @@ def _configs(name: str) -> dict[str, config.RunConfig]:
 
 
 def _table(columns: Mapping[str, Any], names: Sequence[str]) -> str:
-    """A row for each of those fields of the columns, what differs from the first in bold."""
+    """A row for each of those fields of the columns, nothing where one is as the default."""
     kind = type(columns["default"])
     told = ModuleAnalyzer.for_module(kind.__module__).find_attr_docs()
     head = ["name", *columns, "what it is"]
     lines = [head, ["---"] * len(head)]
     for name in names:
         usual, *rest = (_said(getattr(column, name)) for column in columns.values())
-        values = [usual, *(value if value == usual else f"**{value}**" for value in rest)]
+        values = [usual, *("" if value == usual else value for value in rest)]
         about = " ".join(told.get((kind.__name__, name), [])).strip()
         lines.append([f"`{name}`", *values, about.replace("|", "\\|")])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
