@@ -24,11 +24,9 @@ PLACES = (
     "eval/**/*.md",
     "d3po_bench/**/*.md",
 )
-MADE = ("api.md", "leaderboard.md")
-"""Pages of the site, which git does not keep."""
 DOCUMENTS = sorted(
     path for place in PLACES for path in ROOT.glob(place)
-    if path.name not in MADE and ".template" not in path.suffixes
+    if ".template" not in path.suffixes
 )  # fmt: skip
 
 

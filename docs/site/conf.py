@@ -34,7 +34,7 @@ html_copy_source = False
 html_show_copyright = False
 
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md", "docs/*.ipynb", "results/README.md",
+include_patterns = ["*.md", "reference/**.md", "docs/**.md", "docs/*.ipynb", "results/README.md",
                     "eval/embedded/CARD.md", "d3po_bench/models/embedded/**.md"]  # fmt: skip
 exclude_patterns = ["**/*.template.md", "build", "runs", "dist", ".*", "**/__pycache__"]
 
@@ -56,11 +56,11 @@ NAVIGATION = {
               "docs/glossary"],
     "Guides": ["docs/own-model", "docs/own-reward", "docs/human-feedback", "docs/evaluation",
                "docs/python", "docs/first-results", "docs/lora", "docs/several-gpus"],
-    "Methods": ["docs/fidelity", "docs/methods/*"],
-    "Results": ["docs/results", "docs/leaderboard", "docs/determinism", "results/README",
+    "Methods": ["docs/fidelity", "reference/methods/*"],
+    "Results": ["docs/results", "reference/leaderboard", "docs/determinism", "results/README",
                 "eval/embedded/CARD", "d3po_bench/models/embedded/CARD",
                 "d3po_bench/models/embedded/v2/LICENSES"],
-    "Reference": ["docs/api", "CONTRIBUTING", "CHANGELOG"],
+    "Reference": ["reference/api", "CONTRIBUTING", "CHANGELOG"],
     "Lab notebooks": ["docs/notes/README", "docs/notes/*"],
 }  # fmt: skip
 """What the sidebar lists. A page that is in no list fails the build."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -21,21 +22,17 @@ def write(source: Path, site: Path) -> None:
     """Write all pages anew.
 
     Args:
-        source: the repository; pages go to its docs/.
+        source: the repository; pages go to its folder reference/, which git ignores.
         site: where the site is built; the leaderboard's own page goes there.
     """
-    docs = source / "docs"
-    (docs / "methods").mkdir(exist_ok=True)
-    for old in (docs / "methods").glob("*.md"):
-        old.unlink()
-    for name in registry.names("method"):
-        _update(docs / "methods" / f"{name}.md", method(name))
-    _update(docs / "api.md", api())
-    _update(docs / "leaderboard.md", leaderboard(source / "results" / "tiny", site / "docs"))
-
-
-def _update(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    made = source / "reference"
+    shutil.rmtree(made, ignore_errors=True)
+    (made / "methods").mkdir(parents=True)
+    texts = {f"methods/{name}.md": method(name) for name in registry.names("method")}
+    texts["api.md"] = api()
+    texts["leaderboard.md"] = leaderboard(source / "results" / "tiny", site / made.name)
+    for name, text in texts.items():
+        (made / name).write_text(text, encoding="utf-8")
 
 
 # ---- methods
@@ -80,7 +77,7 @@ Presets:
 
 {presets}
 
-Where the paper, its code and this project differ, and why: [fidelity](../fidelity.md).
+Where the paper, its code and this project differ, and why: [fidelity](../../docs/fidelity.md).
 
 ## Settings of every run
 
@@ -168,7 +165,7 @@ def api() -> str:
 API = """\
 # Python API
 
-[The guide](python.md) shows how these are used.
+[The guide](../docs/python.md) shows how these are used.
 
 ## What `import d3po_bench` offers
 
@@ -208,7 +205,7 @@ LEADERBOARD = """\
 
 **<a href="{page}">Open the interactive page</a>**: it sorts and filters the published runs, draws
 their curves, and shows the seeds and the command behind each number. Below are its numbers as plain
-tables; [results](results.md) says what they mean.
+tables; [results](../docs/results.md) says what they mean.
 
 {tables}
 """
