@@ -23,6 +23,10 @@ JOBS = click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS),
     help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
 )  # fmt: skip
+RANKS = click.option(
+    "--ranks", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True,
+    help="Processes that share each run, a GPU for each; the bytes are those of one.",
+)  # fmt: skip
 OUT = click.option(
     "--out", type=PLACE, default=Path("runs"), show_default=True, help="Folder of run folders."
 )
@@ -88,6 +92,7 @@ RESUME = click.option(
 )  # fmt: skip
 @DEVICE
 @JOBS
+@RANKS
 @OUT
 @RESUME
 @click.option(
@@ -109,6 +114,7 @@ def run(
     rounds: int | None,
     device: str,
     jobs: int | None,
+    ranks: int,
     out: Path,
     resume: bool,
     deterministic: bool | None,
@@ -133,8 +139,8 @@ def run(
     request = launch.RunRequest(
         method=method, objective=objective, model=model, prompts=prompts, lora=lora,
         preset=preset, settings=pairs_of(settings), rounds=rounds,
-        seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs, out=out,
-        resume=resume, track=track, tools=TOOLS,
+        seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs,
+        ranks=ranks, out=out, resume=resume, track=track, tools=TOOLS,
         deterministic="auto" if deterministic is None else "on" if deterministic else "off",
     )  # fmt: skip
     return _ended(launch.run(request, board), out)
@@ -144,12 +150,13 @@ def run(
 @click.argument("grid", type=PLACE)
 @DEVICE
 @JOBS
+@RANKS
 @OUT
 @RESUME
 @TRACK
 def sweep(
-    grid: Path, device: str, jobs: int | None, out: Path, resume: bool, track: tuple[str, ...],
-    board: Board,
+    grid: Path, device: str, jobs: int | None, ranks: int, out: Path, resume: bool,
+    track: tuple[str, ...], board: Board,
 ) -> Result:  # fmt: skip
     """Run methods x objectives x seeds from the TOML file GRID.
 
@@ -173,8 +180,9 @@ def sweep(
     from eval.tools import TOOLS
 
     made = sweeping.run(
-        grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume, track=track, board=board
-    )
+        grid, TOOLS, out=out, jobs=jobs, ranks=ranks, device=device, resume=resume, track=track,
+        board=board,
+    )  # fmt: skip
     return _ended(made, out)
 
 

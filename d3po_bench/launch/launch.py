@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import own
+from d3po_bench import errors, own
 from d3po_bench.config import Execution, RunConfig, make
+from d3po_bench.diffusion import parallel
 from d3po_bench.errors import UserError
+from d3po_bench.launch import ranks
 from d3po_bench.launch.job import SMALLER, End, died, make_run
 from d3po_bench.launch.local import Died, side_by_side
 from d3po_bench.launch.progress import Board
@@ -52,6 +54,8 @@ class RunRequest:
     lora: str | None = None
     """File or folder of the LoRA to begin with; None for the base model."""
     jobs: int | None = None
+    ranks: int = 1
+    """Processes on each run; where a launcher has started them, 1."""
     resume: bool = True
     track: Sequence[str] = ()
     deterministic: Deterministic = "auto"
@@ -71,10 +75,12 @@ def run(request: RunRequest, board: Board | None = None) -> list[Path]:
         UserError: bad input.
         RunError: a run failed, or its process was killed; the others have finished.
     """
-    jobs = planned(request)
+    ranks.require(request.ranks, request.jobs, request.device)
+    ranks.join(request.device, configured(request)[1].rank_timeout)
+    jobs = parallel.together(lambda: planned(request))
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
     with board or Board() as shown:
-        failed = execute(jobs, request.jobs, names, shown)
+        failed = execute(jobs, request.jobs, names, shown, request.ranks)
         alone = len(jobs) == 1
         require_all({"" if alone else names[run]: why for run, why in failed.items()})
     return [job.folder for job in jobs]
@@ -114,8 +120,9 @@ def run_folder(out: Path, config: RunConfig) -> Path:
 
 
 def execute(
-    jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board
-) -> dict[str, UserError]:
+    jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board,
+    processes: int = 1,
+) -> dict[str, UserError]:  # fmt: skip
     """Make the runs, side by side where there are cores; what failed, by its label.
 
     A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
@@ -126,6 +133,8 @@ def execute(
         count: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
         board: shows how far they are.
+        processes: to start for each run; then runs are made one after the other, as they are
+            where this process is a rank itself.
     """
     failed: dict[str, UserError] = {}
     printed = {""}
@@ -136,22 +145,27 @@ def execute(
         if end.problem is not None:
             failed[name] = end.problem
             board.failed(name)
-        if end.trace not in printed:  # once for all runs that end in the same
+        if end.trace not in printed and (
+            errors.leads() or parallel.lost()
+        ):  # once for all runs that end in it
             printed.add(end.trace)
             print(f"{name}:\n{end.trace}", end="", file=sys.stderr)
         # What nobody expected may have left a process in which nothing works, a GPU's context say.
         return not end.trace
 
-    count = count or _as_many_as_fit(jobs[0])
+    alone = max(processes, parallel.world()) == 1
+    count = (count or _as_many_as_fit(jobs[0])) if alone else 1
     board.expect([before_run(job.config) for job in jobs], count, names)
     with _terminable():
-        if min(count, len(jobs)) > 1:
+        if max(processes, min(count, len(jobs))) > 1:
             for job in jobs:
                 own.require_portable(job.objects)
+        if processes > 1:
+            ranks.on_ranks(jobs, processes, ended, board.report)
+        elif min(count, len(jobs)) > 1:
             side_by_side(make_run, jobs, count, ended, board.report)
         else:
-            for job in jobs:
-                ended(job, make_run(job, board.report))
+            ranks.one_by_one(jobs, ended, board.report)
     labels = [label(job.config) for job in jobs]
     return {name: failed[name] for name in labels if name in failed}
 

@@ -17,6 +17,9 @@ from typing import Any, Generic, TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+CONTEXT = multiprocessing.get_context("spawn")
+"""How processes are started."""
+
 GRACE = 5.0
 """Seconds that a worker gets to leave its folder in order."""
 
@@ -33,13 +36,13 @@ class Died:
 
 
 @dataclass(frozen=True)
-class _Done(Generic[Result]):
+class Done(Generic[Result]):
     """What a worker says last of a task."""
 
     result: Result
 
 
-class _Worker(Generic[Task, Result]):
+class Worker(Generic[Task, Result]):
     """A process that does one task after the other, and what it is at.
 
     Each has a pipe of its own: a queue that several share can stay locked when one is killed,
@@ -47,9 +50,9 @@ class _Worker(Generic[Task, Result]):
     """
 
     def __init__(self, work: Work[Task, Result], task: Task) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work))
+        """Start a process that does `task` with `work`."""
+        self.pipe, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, work))
         self.process.start()
         theirs.close()  # so that the pipe ends with the process
         self.give(task)
@@ -60,7 +63,7 @@ class _Worker(Generic[Task, Result]):
         with contextlib.suppress(OSError):  # it has died, and `hear` will say so
             self.pipe.send(task)
 
-    def hear(self, told: Callable[[Any], None]) -> _Done[Result] | Died | None:
+    def hear(self, told: Callable[[Any], None]) -> Done[Result] | Died | None:
         """Pass on what the task has told; how it ended, if it has."""
         while True:
             alive = self.process.is_alive()  # asked first: what it said last is in the pipe
@@ -69,7 +72,7 @@ class _Worker(Generic[Task, Result]):
             except (EOFError, OSError):
                 self.process.join()
                 said, alive = None, False
-            if isinstance(said, _Done):
+            if isinstance(said, Done):
                 return said
             if said is None:
                 return None if alive else Died(self.process.exitcode or 0)
@@ -113,7 +116,7 @@ def _serve(pipe: connection.Connection[Any, Any], work: Work[Any, Any]) -> None:
                 task = pipe.recv()
             except (EOFError, OSError):
                 return
-            tell(_Done(work(task, tell)))
+            tell(Done(work(task, tell)))
     except _Stopped:
         os._exit(1)  # what was open is closed; threads of a plug-in hold nobody up
 
@@ -134,19 +137,19 @@ def side_by_side(
         ended: called with each task and its result; whether its process can do another.
         told: called with what the tasks tell on the way.
     """
-    waiting, workers = deque(tasks), list[_Worker[Task, Result]]()
-    started = list[_Worker[Task, Result]]()
+    waiting, workers = deque(tasks), list[Worker[Task, Result]]()
+    started = list[Worker[Task, Result]]()
     try:
         while waiting or workers:
             while waiting and len(workers) < count:
-                workers.append(_Worker(work, waiting.popleft()))
+                workers.append(Worker(work, waiting.popleft()))
                 started.append(workers[-1])
             connection.wait([worker.pipe for worker in workers], timeout=0.2)
             for worker in list(workers):
                 end = worker.hear(told)
                 if end is None:
                     continue
-                reusable = ended(worker.task, end.result if isinstance(end, _Done) else end)
+                reusable = ended(worker.task, end.result if isinstance(end, Done) else end)
                 if reusable and waiting and worker.process.is_alive():
                     worker.give(waiting.popleft())
                 else:
