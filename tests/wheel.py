@@ -66,7 +66,7 @@ def labelling_page() -> None:
             browser = build_opener(HTTPCookieProcessor())
             page = read(browser, f"{address}/join")
             page += read(browser, f"{address}/join", urlencode({"token": token}).encode())
-            for path in sorted({*re.findall(r'(?:href|src)="(/[^"]+\.\w+)"', page)}):
+            for path in sorted({*re.findall(r'(?:src="|href="(?=/static))(/[^"]+)"', page)}):
                 read(browser, f"{address}{path}")
             if 'name="hand"' not in page:
                 sys.exit(f"There is nothing to judge on the page:\n{page}")
