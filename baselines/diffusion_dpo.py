@@ -106,7 +106,19 @@ class DiffusionDPO:
         )
 
     def loss(self, policy: Policy, items: NoisedPairs) -> tuple[Tensor, Metrics]:
-        """Mean over the items, both images of all pairs in one network call."""
+        r"""Mean over the items, both images of all pairs in one network call.
+
+        $$
+        L = -\log \sigma\Bigl(-\tfrac{\beta}{2}\, h\, \bigl[(e_w - e_w^\mathrm{pre})
+        - (e_l - e_l^\mathrm{pre})\bigr]\Bigr),
+        \qquad
+        e = \lVert \epsilon_\theta(x_s, s, c) - \epsilon \rVert^2
+        $$
+
+        x_s is a final latent with noise epsilon of level s, both the same for winner w and loser l,
+        and h is 1, or 0 for a tie. Of a flow, e is the error of its velocity. The square is a mean
+        over the latent's elements; pre is the pretrained model.
+        """
         place = (
             items.x_0.flatten(0, 1),
             items.level.repeat_interleave(2),

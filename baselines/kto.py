@@ -50,15 +50,20 @@ class KTO:
     """beta and weights are the released code's, which trains whole networks."""
 
     beta: float = 1000.0
+    """Weight of the errors; the larger, the sooner an image has been learned."""
     liked: Literal["above_mean", "above_value"] = "above_mean"
     """An image is liked if its score is above the mean of its prompt's images, or above `value`,
     as tags are judged; below, it is disliked, and equal ones are left out."""
     value: float = 0.0
+    """What `above_value` compares scores with."""
     liked_weight: float = 1.0
+    """Of the loss of liked images, lambda: raise it where few are liked."""
     disliked_weight: float = 1.0
+    """Of the loss of disliked images."""
     timesteps: Literal["all", "sampler"] = "all"
     """Noise levels of all 1000 training timesteps, or of the sampler's T."""
     shared_noise: bool = False
+    """Start the images of a prompt from the same noise."""
 
     images_per_prompt: ClassVar[int] = 2
     reference: ClassVar[Reference | None] = None
@@ -108,7 +113,22 @@ class KTO:
         return self.gain(policy, items)
 
     def loss(self, policy: Policy, items: LikedRows) -> tuple[Tensor, Metrics]:
-        """Mean over the items of the weighted loss."""
+        r"""Mean over the items of the weighted loss.
+
+        $$
+        L = \lambda_y \bigl(1 - \sigma(y\, \beta\, (g - z))\bigr),
+        \qquad
+        g = e^\mathrm{pre} - e,
+        \quad
+        z = \max(0, \bar g),
+        \quad
+        e = \lVert \epsilon_\theta(x_s, s, c) - \epsilon \rVert^2
+        $$
+
+        y is 1 for a liked image and -1 for a disliked one, lambda `liked_weight` or
+        `disliked_weight`, and z the mean gain over all items of the optimizer step, without
+        gradient. The error e is Diffusion-DPO's; pre is the pretrained model.
+        """
         gain = self.gain(policy, items)
         weight = torch.where(items.liking > 0, self.liked_weight, self.disliked_weight)
         loss = weight * kto_loss(gain, items.shared, items.liking, self.beta)

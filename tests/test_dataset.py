@@ -141,9 +141,10 @@ def test_the_authors_label_files_have_their_prompts_beside_the_pictures(folder: 
     with pytest.raises(UserError, match=r"need prompt.json with 2 prompts beside images/"):
         dataset.read(path)
     table(folder / "prompt.json", ["cat", "dog"])
-    first, second = told(dataset.read(path))
-    assert first == ("cat", [f"{n:05d}.png" for n in range(7)], [1, -1, 1, 1, 1, 1, -1])
-    assert second == ("dog", [f"{n:05d}.png" for n in range(7, 14)], [1] * 7)
+    names = [f"{n:05d}.png" for n in range(14)]
+    assert told(dataset.read(path)) == [
+        ("cat", names[:7], [1.0, -1.0, 1.0, 1.0, 1.0, 1.0, -1.0]), ("dog", names[7:], [1.0] * 7),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
