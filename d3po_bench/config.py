@@ -372,8 +372,7 @@ def settings(method: str) -> dict[str, dict[str, Any]]:
                 f"The options of the method {method} cannot be read: {problem}. Correct the types "
                 "in its package."
             ) from problem
-        given = {*ELSEWHERE, "options", "sources"}
-        names = (f.name for f in fields(kind) if f.name not in given)
+        names = (f.name for f in fields(kind) if f.name not in {*ELSEWHERE, "options", "sources"})
         found[group] = {name: hints[name] for name in names}
     _require_options(method, found["options"], {*found["run"], *found["execution"]})
     return found
