@@ -96,6 +96,7 @@ def table() -> Table:
         "checkpointing": lambda row: "on" if row["gradient_checkpointing"] == "True" else "off",
         "weights, GB": gb("weights"),
         "peak with weights, GB": gb("peak"),
+        "fits": lambda row: "yes" if int(row["peak"]) < int(row["card"]) * 1e9 else "no",
     }
     return Table(read_csv(HERE / "memory.csv"), columns, left=("model",))
 

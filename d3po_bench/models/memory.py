@@ -2,8 +2,9 @@
 
 Counted: weights in the precision that they lie in; the LoRA, its gradients and the optimizer's
 moments in float32; and the most bytes that are alive at a time in a forward and backward pass, in
-a pass without gradients and in decoding, as torch allocates them. A batch takes as much for each. Attention is counted as the fused kernels of a card compute it, which keep no matrix
-of tokens by tokens.
+a pass without gradients and in decoding, as torch allocates them. A batch takes as much for each.
+Attention is counted as the fused kernels of a card compute it, which keep no matrix of tokens by
+tokens.
 
 Not counted, and left room for by `ROOM` and `SHARE`: what the allocator cannot fill, workspaces
 of cuBLAS and cuDNN, what `compile` keeps beside, scorers. Text encoders leave the card when the

@@ -18,6 +18,7 @@ from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
+from d3po_bench.runs.files import Row
 from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.sessions import sessions
 from d3po_bench.runs.store import RunStore
@@ -97,11 +98,8 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         trainer = parallel.together(lambda: _trainer(job, device))
         after = restore(trainer, store)
         began = parallel.tell(lambda: _computed(store) if store and after is not None else {})
-        execution = parallel.together(
-            lambda: settled(execution, config, trainer.model, began, progress.note)
-        )
-        trainer.take(execution)
-        job = replace(job, execution=execution)
+        job = parallel.together(lambda: _settled(job, trainer, began, progress))
+        execution = job.execution
         experience, tools = trainer.experience, job.tools
         evaluation = parallel.together(
             lambda: Evaluation(config, execution, experience, tools, device)
@@ -145,9 +143,16 @@ def _begun(
     return listeners
 
 
-def _computed(store: RunStore) -> dict[str, Any]:
+def _settled(job: Job, trainer: Trainer, began: Row, progress: ProgressListener) -> Job:
+    """The job with batches that are chosen, by which its trainer then computes."""
+    execution = settled(job.execution, job.config, trainer.model, began, progress.note)
+    trainer.take(execution)
+    return replace(job, execution=execution)
+
+
+def _computed(store: RunStore) -> Row:
     """How the newest part of a run was computed, as far as that is on record."""
-    found: dict[str, Any] = sessions(store.provenance())[-1].get("execution", {})
+    found: Row = sessions(store.provenance())[-1].get("execution", {})
     return found
 
 

@@ -52,11 +52,12 @@ def settled(
     needs = Needs(model, model.encode([""]))
     limit = min(parallel.gather(free(asked.memory, needs, model.device)))
     found = chosen(known, config, needs, limit)
-    if began and (most := peak(found, config, needs)) > limit:
+    if (most := peak(found, config, needs)) > limit:
+        which = "The batches that this run began with" if began else "The smallest batches"
+        other = "micro_batch=1" if began else "prompts_per_round=10: all images of one are held"
         note(
-            f"The batches that this run began with need {most / 1e9:.1f} GB beside the weights, "
-            f"and {max(limit, 0) / 1e9:.1f} GB are free. If memory runs out, choose smaller ones, "
-            "such as --set micro_batch=1."
+            f"{which} need {most / 1e9:.1f} GB beside the weights, and {max(limit, 0) / 1e9:.1f} "
+            f"GB are free. If memory runs out, choose less, such as --set {other}."
         )
     return found
 
