@@ -13,7 +13,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.own import is_name
 from d3po_bench.presets import PRESETS
 from d3po_bench.rewards import sums
-from d3po_bench.setting import value_of
+from d3po_bench.setting import require_ranges, value_of
 
 FEEDBACK = "feedback"
 """The objective of runs that learn from votes: no program could score for it."""
@@ -160,7 +160,7 @@ class RunConfig:
         Raises:
             UserError: naming the field, what it must be and what it is.
         """
-        _check_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
+        require_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
         if self.lora and self.full:
             raise UserError(
                 "A run that trains the whole network cannot begin with a LoRA. Leave out --lora or "
@@ -211,6 +211,10 @@ _RANGES: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 
+BATCHES = {"sample_batch": 128, "micro_batch": 32, "reference_batch": 128, "decode_batch": 16}
+"""Settings that say how much is computed at a time, and the most that is chosen for them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """Where and how fast: none of it may change a result beyond rounding."""
@@ -218,12 +222,15 @@ class Execution:
     device: str = "auto"
     threads: int = 0
     """CPU threads of a run; 0 means 1 for the embedded model and all cores otherwise."""
-    sample_batch: int = 128
-    """Images sampled side by side."""
-    micro_batch: int = 32
+    sample_batch: int = 0
+    """Images sampled side by side; 0 means as many as fit, as for the other batches."""
+    micro_batch: int = 0
     """Items (steps of a pair, or of an image) in one forward and backward pass."""
-    reference_batch: int = 128
-    decode_batch: int = 16
+    reference_batch: int = 0
+    decode_batch: int = 0
+    memory: float = 0.0
+    """GB that the run may take of its device, by which its batches are chosen; 0 for what is free
+    on a GPU."""
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
@@ -236,26 +243,20 @@ class Execution:
     """Seconds that the ranks of one run wait for each other: one must sample a batch in them."""
 
     def check(self) -> None:
-        """Refuse batches of nothing, and a checkpoint that never comes.
+        """Refuse what cannot be done, such as a checkpoint that never comes.
 
         Raises:
             UserError: naming the field, what it must be and what it is.
         """
-        sizes = (
-            "sample_batch", "micro_batch", "reference_batch", "decode_batch", "checkpoint_every",
-        )  # fmt: skip
-        others = {"threads": (0, 1024), "rank_timeout": (1, 10**6)}
-        _check_ranges(self, others | dict.fromkeys(sizes, (1, 10**6)))
+        others: dict[str, tuple[float, float]] = {
+            "threads": (0, 1024), "rank_timeout": (1, 10**6), "checkpoint_every": (1, 10**6),
+            "memory": (0, 10**5),
+        }  # fmt: skip
+        require_ranges(self, others | dict.fromkeys(BATCHES, (0, 10**6)))
 
-
-def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    for name, (low, high) in ranges.items():
-        value = getattr(owner, name)
-        if not low <= value <= high:  # nan is neither
-            raise UserError(
-                f"{name} must be from {low:g} to {high:g}, not {str(value)[:40]}. Change it with "
-                f"--set {name}=..."
-            )
+    def usual(self) -> Self:
+        """The batches that are left to be chosen as they are where nothing has to be counted."""
+        return replace(self, **{n: getattr(self, n) or most for n, most in BATCHES.items()})
 
 
 def pairs_of(settings: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,21 @@ class RunError(UserError):
     exit_code = 1
 
 
+class TooLarge(MemoryError):  # noqa: N818
+    """Out of memory in work whose size is a setting."""
+
+    def __init__(self, setting: str, size: int, remedy: str) -> None:
+        """What did not fit.
+
+        Args:
+            setting: that decides how much is computed at a time.
+            size: what it was.
+            remedy: the settings to give, for people.
+        """
+        super().__init__(f"Out of memory with {setting}={size}. Try {remedy}.")
+        self.setting, self.size = setting, size
+
+
 @contextlib.contextmanager
 def said_in_one_line() -> Iterator[None]:
     """Around a script's work: a `UserError` becomes a line on stderr and an exit status.

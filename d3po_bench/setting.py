@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from d3po_bench.errors import UserError
@@ -30,3 +31,22 @@ def value_of(key: str, text: str, kind: Any) -> Any:
         words = {bool: "true or false", int: "a whole number", float: "a number such as 0.001"}
         wanted = " or ".join(map(str, choices)) or words.get(kind, str(kind))
         raise UserError(f"{key} must be {wanted}, not {text[:80]!r}.") from None
+
+
+def require_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse settings that are too low or too high.
+
+    Args:
+        owner: has them as attributes.
+        ranges: name -> lowest and highest value.
+
+    Raises:
+        UserError: naming the setting, what it must be and what it is.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(owner, name)
+        if not low <= value <= high:  # nan is neither
+            raise UserError(
+                f"{name} must be from {low:g} to {high:g}, not {str(value)[:40]}. Change it with "
+                f"--set {name}=..."
+            )

@@ -39,7 +39,7 @@ from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import plot
-from results import feedback, search
+from results import feedback, memory, search
 
 sys.path.pop(0)
 
@@ -119,6 +119,8 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "search-feedback": search.feedback,
     "rerun-power": search.rerun_power,
     "step-shares": step_shares,
+    "memory": memory.table,
+    "memory-each": memory.each,
 }
 """What stands between block markers."""
 

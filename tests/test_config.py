@@ -126,7 +126,7 @@ def test_settings_of_execution_and_method() -> None:
         ("full", "maybe", "full must be true or false, not 'maybe'"),
         ("clip", "both", "clip must be ratio or one_sided or none, not 'both'"),
         ("dtype", "fp8", "dtype must be fp32 or bf16 or fp16, not 'fp8'"),
-        ("micro_batch", "0", "micro_batch must be from 1 to 1e+06, not 0"),
+        ("micro_batch", "-1", "micro_batch must be from 0 to 1e+06, not -1"),
         ("threads", "-1", "threads must be from 0 to 1024, not -1"),
         ("eval_scorers", "jpegsize", "No scorer is called 'jpegsize'. Did you mean 'jpeg_size'"),
         ("learning_rte", "1", "Did you mean 'learning_rate'? See `d3po-bench list --settings`"),

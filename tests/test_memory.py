@@ -55,5 +55,5 @@ def test_three_gibibytes_are_enough_and_a_batch_that_needs_more_names_the_option
     )  # fmt: skip
     assert list(small.rglob("lora")), done.stderr
     ended = Outcome(done.returncode, done.stdout, done.stderr)
-    refused(ended, "ut of memory", "--set micro_batch=8", code=1)
+    refused(ended, "ut of memory", "--set sample_batch=5760", code=1)
     assert not list(tmp_path.rglob("*.part"))

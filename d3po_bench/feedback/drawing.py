@@ -69,7 +69,7 @@ def draw_round(
         seed=seed, number=number, images=images,
         adapter=hashlib.sha256(adapter_bytes(trained.weights)).hexdigest() if trained else "",
         prompts=tuple(chosen_prompts(read_prompts(prompts), count, seed, number)),
-        block=max(1, execution.sample_batch // images),
+        block=max(1, execution.usual().sample_batch // images),
         inputs=model_today(model_source(model)),
     )  # fmt: skip
     weights = trained.weights if trained else None

@@ -179,7 +179,7 @@ def draw(
         _require_same(folder, sampling, judged)
         if (folder / rounds.FILE).exists():
             return Round.read(folder)
-        execution = execution or Execution()
+        execution = (execution or Execution()).usual()
         drawn_by = prepared(sampling, weights, execution)  # what it refuses leaves nothing behind
         rounds.write_json(folder / rounds.SAMPLING, asdict(sampling))
         if weights is not None:

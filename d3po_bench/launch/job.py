@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from d3po_bench.diffusion import parallel
-from d3po_bench.errors import RunError, UserError, is_out_of_memory, of_system
-from d3po_bench.training.progress import Report
+from d3po_bench.errors import RunError, TooLarge, UserError, is_out_of_memory, of_system
+from d3po_bench.runs.run import RunFolder
+from d3po_bench.training.progress import Report, label, planned
 from d3po_bench.training.run import Job, run_seed
 
 
@@ -39,8 +43,37 @@ SMALLER = (
 
 
 def make_run(job: Job, report: Report) -> End:
-    """Make one run; all but Ctrl-C and its like is caught."""
-    return attempt(lambda: run_seed(job, report), SMALLER)
+    """Make one run; all but Ctrl-C and its like is caught.
+
+    A batch that was chosen and turns out too large in the first round is halved, once.
+    """
+
+    def work() -> None:
+        smaller = _tried(job, report)
+        if smaller is not None:
+            gc.collect()  # the model of the first try
+            torch.cuda.empty_cache()
+            run_seed(smaller, report)
+
+    return attempt(work, SMALLER)
+
+
+def _tried(job: Job, report: Report) -> Job | None:
+    """Make a run; where it has to begin again with a smaller batch, that.
+
+    Ranks do not begin again: one that found no memory would not find the others.
+    """
+    try:
+        run_seed(job, report)
+    except TooLarge as problem:
+        name, size = problem.setting, problem.size
+        left = getattr(job.execution, name) == 0 and size > 1 and parallel.world() == 1
+        if not left or RunFolder(job.folder).metrics:
+            raise
+        note = f"{label(job.config)}: out of memory with {name}={size}: trying {size // 2}"
+        report(replace(planned(job.config), note=note))
+        return replace(job, execution=replace(job.execution, **{name: size // 2}))
+    return None
 
 
 def attempt(work: Callable[[], None], smaller: str) -> End:
@@ -57,7 +90,8 @@ def attempt(work: Callable[[], None], smaller: str) -> End:
         return End(kind(str(problem)), lost=parallel.lost())
     except (Exception, SystemExit) as problem:  # a plug-in that exits is one that failed
         if is_out_of_memory(problem):
-            return End(RunError(f"Out of memory. {smaller}"))
+            said = str(problem) if isinstance(problem, TooLarge) else f"Out of memory. {smaller}"
+            return End(RunError(said))
         if isinstance(problem, OSError) and (told := of_system(problem)):
             return End(told)
         # A mistake in the package or in a plug-in: its author needs the traceback.

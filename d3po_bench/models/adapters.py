@@ -25,7 +25,7 @@ from d3po_bench.errors import RunError, UserError
 from d3po_bench.models.lora import put_on
 from d3po_bench.models.parts import complete, load_part, quieten, refused, require_followed
 from d3po_bench.models.pictures import encoded
-from d3po_bench.models.text_encoders import require_short
+from d3po_bench.models.text_encoders import lent, require_short
 from d3po_bench.types import Conditions, Prediction, Process, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -158,7 +158,7 @@ class DiffusersModel(ABC):
             dtype = torch.float32 if name == "vae" else training.stored_dtype
             parts[name] = load_part(found, path, revision, name, dtype)
         model = cls(parts, index, device, training)
-        with torch.no_grad():  # configs can hold anything
+        with torch.no_grad(), lent(parts, device):  # configs can hold anything
             model._encode([""])
             model._latents(torch.zeros(1, *model.latent_shape, device=device))
         model.process.squares(model.process.levels(2))
@@ -208,7 +208,7 @@ class DiffusersModel(ABC):
             require_short(self.parts, self.TOKENS, fresh)
         for start in range(0, len(fresh), ENCODED_TOGETHER):
             batch = fresh[start : start + ENCODED_TOGETHER]
-            with torch.no_grad():
+            with torch.no_grad(), lent(self.parts, self.device):
                 tensors = self._encode(batch)
                 if any(part is not self.network for part in self._adapted()):
                     with self._adapters_off():

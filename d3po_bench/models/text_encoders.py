@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from d3po_bench.errors import UserError
@@ -23,6 +25,24 @@ def token_ids(tokenizer: Any, prompts: list[str], limit: int | None = None) -> T
         truncation=True, return_tensors="pt",
     ).input_ids  # fmt: skip
     return ids
+
+
+@contextmanager
+def lent(parts: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+    """Have the text encoders on a device for a while, and its memory back afterwards.
+
+    Args:
+        parts: of a pipeline, by name.
+        device: where they compute.
+    """
+    encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    for encoder in encoders:
+        encoder.to(device)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.to("cpu")
 
 
 NAMED = 50

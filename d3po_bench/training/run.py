@@ -18,7 +18,9 @@ from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
+from d3po_bench.runs.files import Row
 from d3po_bench.runs.run import LAST, RunFolder
+from d3po_bench.runs.sessions import sessions
 from d3po_bench.runs.store import RunStore
 from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
@@ -32,6 +34,7 @@ from d3po_bench.training.listeners import (
     by_round,
 )
 from d3po_bench.training.progress import Report, ended_before, label
+from d3po_bench.training.sizes import recorded, settled
 from d3po_bench.training.tools import Tools
 from d3po_bench.training.tracking import Tracked, Tracker
 from d3po_bench.training.trainer import Trainer
@@ -94,6 +97,9 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         deterministic = determine(device, execution.deterministic)
         trainer = parallel.together(lambda: _trainer(job, device))
         after = restore(trainer, store)
+        began = parallel.tell(lambda: _computed(store) if store and after is not None else {})
+        job = parallel.together(lambda: _settled(job, trainer, began, progress))
+        execution = job.execution
         experience, tools = trainer.experience, job.tools
         evaluation = parallel.together(
             lambda: Evaluation(config, execution, experience, tools, device)
@@ -129,12 +135,25 @@ def _begun(
     store.start(
         job.config, {**trainer.inputs, "scorers": scorers}, after=after,
         facts=_facts(job, trainer, evaluation, progress), threads=torch.get_num_threads(),
-        execution=vars(job.execution).copy(), **how, **_plugins(job.config, evaluation),
+        execution=recorded(job.execution), **how, **_plugins(job.config, evaluation),
     )  # fmt: skip
     listeners: list[Listener] = [Recorder(store), progress, Checkpoints(trainer, store)]
     listeners += _trackers(job, after, store, progress)
     progress.begin(trainer.round, trainer.experience.scorer.unit, store)
     return listeners
+
+
+def _settled(job: Job, trainer: Trainer, began: Row, progress: ProgressListener) -> Job:
+    """The job with batches that are chosen, by which its trainer then computes."""
+    execution = settled(job.execution, job.config, trainer.model, began, progress.note)
+    trainer.take(execution)
+    return replace(job, execution=execution)
+
+
+def _computed(store: RunStore) -> Row:
+    """How the newest part of a run was computed, as far as that is on record."""
+    found: Row = sessions(store.provenance())[-1].get("execution", {})
+    return found
 
 
 class Elsewhere:
@@ -221,8 +240,8 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
         prompts_per_round=config.prompts_per_round,
         images_per_prompt=config.images_per_prompt or method.images_per_prompt,
         shared_noise=method.shared_noise,
-        batch=job.execution.sample_batch,
-        decode_batch=job.execution.decode_batch,
+        batch=job.execution.usual().sample_batch,
+        decode_batch=job.execution.usual().decode_batch,
     )
 
 

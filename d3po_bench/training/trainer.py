@@ -20,14 +20,16 @@ from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, require_own_names, update
 from d3po_bench.errors import RunError
 from d3po_bench.experience import Experience
+from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.models import start
-from d3po_bench.models.adapters import Training
+from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.sources import fingerprint, load, model_source
 from d3po_bench.prompts import digest
 from d3po_bench.runs.files import Row
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import method_digest
 from d3po_bench.training.listeners import Listener
+from d3po_bench.training.sizes import watched
 from d3po_bench.types import Rollout
 
 TRIED_TOGETHER = 1024
@@ -68,11 +70,11 @@ class Trainer:
         Raises:
             UserError: the model does not load, or its sampler leaves nothing to train.
         """
-        self.config, self.execution, self.experience = config, execution, experience
+        self.config, self.execution, self.experience = config, execution.usual(), experience
         self.device = device
         self.method = method_of(config)
         source = model_source(config.model)
-        self.model = load(source, device, training_of(config, execution))
+        self.model = load(source, device, training_of(config, self.execution))
         # Once it has loaded: what is no model may be a folder of any size.
         self.inputs = {"model": fingerprint(source), "prompts": digest(experience.prompts)}
         if self.model.commit:
@@ -110,8 +112,25 @@ class Trainer:
             betas=(c.adam_beta1, c.adam_beta2),
             eps=c.adam_epsilon,
             weight_decay=c.weight_decay,
+            # One kernel for all weights; its rounding is another, so not where bytes are published.
+            **({"fused": True} if self.device.type == "cuda" else {}),
         )
         return optimizer
+
+    def take(self, execution: Execution) -> None:
+        """Compute as much at a time as these settings say, from now on.
+
+        Args:
+            execution: with batches that are chosen.
+        """
+        self.execution = execution
+        if isinstance(self.experience, OnPolicy):
+            self.experience.batch = execution.sample_batch
+            self.experience.decode_batch = execution.decode_batch
+        if isinstance(self.model, DiffusersModel):
+            self.model.training = training_of(self.config, execution)
+            if execution.gradient_checkpointing:
+                self.model.network.enable_gradient_checkpointing()
 
     def train(self, evaluation: Evaluation, listeners: Sequence[Listener], measured: bool) -> None:
         """Rounds until the last.
@@ -158,7 +177,8 @@ class Trainer:
 
         if evaluation.due(self.round):
             working(0)
-            found = evaluation(self.model, self.round, working)
+            with watched("evaluate", self.execution):
+                found = evaluation(self.model, self.round, working)
             for listener in listeners:
                 listener.evaluated(self.round, found)
 
@@ -174,7 +194,7 @@ class Trainer:
         before = self.model.forwards, self.model.backwards
 
         def stage(name: str) -> AbstractContextManager[None]:
-            return _timed(seconds, name)
+            return _timed(seconds, name, self.execution)
 
         rollout = self.experience.collect(
             self.policy, self.round, stage, lambda share: working(share / 2)
@@ -308,8 +328,8 @@ class Trainer:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str, execution: Execution) -> Iterator[None]:
     start = time.monotonic()
-    with parallel.at(stage):
+    with parallel.at(stage), watched(stage, execution):
         yield
     seconds[stage] = time.monotonic() - start

@@ -119,7 +119,7 @@ def _means(lora: Path | None, config: RunConfig) -> dict[str, float]:
     if lora is not None and not lora.is_dir():
         raise UserError(f"{lora} is not there. Measuring needs the weights that a run trained.")
     source, device = model_source(config.model), device_of("auto")
-    model = load(source, device, training_of(config, Execution()))
+    model = load(source, device, training_of(config, Execution().usual()))
     if lora is not None:
         model.load_saved(lora)
     policy = Policy(

@@ -194,7 +194,7 @@ def _differences(then: Row, now: Row) -> Iterator[str]:
         # Other splits of the work round otherwise. What an earlier version did not have is as
         # it was then: at its default.
         recorded = facts.get("execution", {})
-        recorded = {**vars(Execution()), **recorded} if recorded else {}
+        recorded = {**vars(Execution().usual()), **recorded} if recorded else {}
         split = {k: v for k, v in recorded.items() if k not in SAME}
         parts.append({**{k: facts[k] for k in SAME if k in facts}, "execution": split})
     for name, (old, new) in differing(*parts).items():
