@@ -19,6 +19,17 @@ class RunError(UserError):
     exit_code = 1
 
 
+class InUse(UserError):
+    """Another process works in the same folder."""
+
+
+class TryAgain(RunError):
+    """A run that was asked to stop after its round: the same command goes on with it."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h, which means the same."""
+
+
 @contextlib.contextmanager
 def said_in_one_line() -> Iterator[None]:
     """Around a script's work: a `UserError` becomes a line on stderr and an exit status.

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from d3po_bench.errors import RunError, UserError, is_out_of_memory, of_system
+from d3po_bench.errors import InUse, RunError, TryAgain, UserError, is_out_of_memory, of_system
 from d3po_bench.training.progress import Report
 from d3po_bench.training.run import Job, run_seed
 
@@ -24,6 +24,9 @@ class End:
     trace: str = ""
     """The traceback, where nobody expected the problem."""
 
+
+KINDS = (InUse, TryAgain, RunError, UserError)
+"""Of problems; whatever else they hold stays in the process."""
 
 LONGEST = 300
 """Characters of a foreign exception that a line quotes."""
@@ -50,7 +53,7 @@ def attempt(work: Callable[[], None], smaller: str) -> End:
     try:
         work()
     except UserError as problem:
-        kind = RunError if isinstance(problem, RunError) else UserError
+        kind = next(kind for kind in KINDS if isinstance(problem, kind))
         return End(kind(str(problem)))
     except (Exception, SystemExit) as problem:  # a plug-in that exits is one that failed
         if is_out_of_memory(problem):

@@ -24,6 +24,7 @@ from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
 from d3po_bench.training.listeners import Listener, ProgressListener, Recorder
 from d3po_bench.training.progress import Progress, Report, label
+from d3po_bench.training.stopping import Stopping
 from d3po_bench.training.tools import Tools
 from d3po_bench.training.trainer import Trainer
 
@@ -97,7 +98,10 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
             execution=vars(execution).copy(), **_plugins(config, evaluation),
         )  # fmt: skip
         trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
-        listeners = [Recorder(store), progress, Checkpoints(trainer, store), *trackers]
+        listeners = [
+            Recorder(store), progress, Checkpoints(trainer, store), *trackers,
+            Stopping(config.rounds),
+        ]  # fmt: skip
         trainer.train(evaluation, listeners, measured=bool(store.evaluation))
         store.save_lora(trainer.model.save)
         store.finish()
