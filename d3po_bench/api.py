@@ -12,6 +12,7 @@ from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.grid import as_set
+from d3po_bench.launch.progress import Board, Level
 from d3po_bench.machine import device_of
 from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.sources import load, model_source
@@ -35,8 +36,9 @@ def run(
     scorers: Sequence[str | Scorer] = (), seeds: int | range = 1, model: str | Path = "tiny",
     prompts: str | Path | None = None, preset: str | None = None,
     settings: Mapping[str, object] | None = None, rounds: int | None = None, device: str = "auto",
-    jobs: int = 1, out: str | Path = "runs", resume: bool = True, track: str | None = None,
-    deterministic: launch.Deterministic = "auto",
+    jobs: int = 1, out: str | Path = "runs", resume: bool = True,
+    track: str | Sequence[str] = (), deterministic: launch.Deterministic = "auto",
+    quiet: bool = False,
 ) -> Runs:  # fmt: skip
     """Fine-tune a model, a run for each seed, as `d3po-bench run` does.
 
@@ -53,14 +55,16 @@ def run(
         prompts: a list or a file; None for the objective's own.
         preset: settings to start from; None for the one made for the model.
         settings: what `--set` takes, such as `{"learning_rate": 1e-3}`.
-        rounds: sampling rounds (the paper's epochs); None for the preset's.
+        rounds: sampling rounds (the paper's epochs); None for the preset's. More of them than
+            before extend runs that are there.
         device: auto, cpu, cuda, cuda:1 or mps.
         jobs: seeds side by side. With several, a script needs `if __name__ == "__main__":` around
             its code, as with Python's multiprocessing.
         out: folder of the run folders.
         resume: continue runs that are already there.
-        track: a tracker, such as tensorboard.
+        track: trackers that show the runs live: tensorboard, wandb.
         deterministic: on: the same bits each time, or an error; auto: on a CPU alone.
+        quiet: show no progress.
 
     Raises:
         UserError: bad input, before anything is written.
@@ -74,10 +78,12 @@ def run(
         method=learns, objective=_objective(objective), model=str(model), preset=preset,
         prompts=None if prompts is None else str(prompts), settings=_as_text(chosen),
         rounds=rounds, seeds=_counted(seeds), device=device, jobs=jobs, out=Path(out),
-        resume=resume, track=track, tools=TOOLS, deterministic=deterministic,
+        resume=resume, track=[track] if isinstance(track, str) else track, tools=TOOLS,
+        deterministic=deterministic,
     )  # fmt: skip
+    board = Board(Level.QUIET if quiet else Level.NORMAL)
     with undisturbed():
-        return Runs(tuple(launch.run(request)))
+        return Runs(tuple(launch.run(request, board)))
 
 
 def _text(thing: Any) -> str:

@@ -145,6 +145,17 @@ def _is_ours(kind: Kind, text: str) -> bool:
     return base in _files(kind) or base in _plugins(kind)
 
 
+ELSEWHERE = {
+    "lr": "learning_rate", "batch_size": "units_per_update", "steps": "sampling_steps",
+    "num_inference_steps": "sampling_steps", "num_steps": "sampling_steps", "cfg": "guidance",
+    "cfg_scale": "guidance", "guidance_scale": "guidance", "epochs": "rounds",
+    "num_epochs": "rounds", "rank": "lora_rank", "alpha": "lora_alpha", "wd": "weight_decay",
+    "grad_clip": "max_grad_norm", "precision": "dtype", "mixed_precision": "dtype",
+    "eval_freq": "eval_every", "target_modules": "lora_targets", "num_images": "images_per_prompt",
+}  # fmt: skip
+"""What other programs call a setting -> what it is called here."""
+
+
 def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> UserError:
     """The error for a name that nothing answers to, with the nearest one that something does.
 
@@ -154,7 +165,9 @@ def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> Use
         known: the names that there are.
         listed: where they are listed, if they are too many for a line.
     """
-    near = difflib.get_close_matches(name, known, n=1)
+    usual = ELSEWHERE.get(name.lstrip("-"), "")
+    near = [k for k in known if usual and k.lstrip("-") == usual]
+    near = near or difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     rest = f"See {listed}." if listed else f"Known: {', '.join(known)}."
     return UserError(f"No {kind} is called {name!r}. {hint}{rest}")
@@ -390,5 +403,5 @@ def family(pipeline: str, path: str) -> Any:
 
 
 def tracker(name: str) -> Any:
-    """The class of that tracker, a `training.listeners.Listener` of a run's folder."""
+    """The class of that tracker, a `training.tracking.Tracker`."""
     return _module("tracker", name).TRACKER

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-
-import click
+from typing import Any
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
-from d3po_bench.text import section
 from eval import downloads
 
 EMBEDDED = registry.HOME / "eval" / "embedded"
@@ -25,25 +23,25 @@ EXTRAS = {"open-clip": "open_clip", "feedback": "fastapi", "track": "tensorboard
 """Extra -> a module that it brings."""
 
 
-def everything() -> Iterator[str]:
-    """Packages, devices, extras, weights and scorers, a line each."""
-    yield from section("python", {platform.python_version(): sys.executable})
-    yield from section("packages", _packages())
+def everything() -> Iterator[tuple[str, dict[str, str]]]:
+    """Packages, devices, extras, weights and scorers: title, and what stands below it."""
+    yield "python", {platform.python_version(): sys.executable}
+    yield "packages", _packages()
     extras = {
         name: "installed"
         if find_spec(module)
         else f"not installed: pip install -c constraints.txt 'd3po-bench[{name}]'"
         for name, module in EXTRAS.items()
     }
-    yield from section("extras", extras)
-    yield from section("device", _devices())
+    yield "extras", extras
+    yield "device", _devices()
     weights = {"folder": str(downloads.home())}
     for name, entry in downloads.known().items():
         state = downloads.state(name)
         need = f" (`d3po-bench weights fetch {name}`)" if state == "absent" else ""
         weights[name] = f"{state}{need}: {entry.summary}"
-    yield from section("weights", weights)
-    yield from section("scorers", {name: _scorer(name) for name in checkable()})
+    yield "weights", weights
+    yield "scorers", {name: _scorer(name) for name in checkable()}
 
 
 def _packages() -> dict[str, str]:
@@ -127,6 +125,18 @@ def list_weights() -> Iterator[str]:
             yield f"    sha256 {sha256 or 'not published: kept from the first fetch'}"
 
 
+def weights() -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        name: {
+            "summary": entry.summary, "bytes": entry.size, "licence": entry.licence,
+            "state": downloads.state(name),
+            "files": {entry.url(file): sha256 for file, (sha256, _) in entry.files.items()},
+        }
+        for name, entry in downloads.known().items()
+    }  # fmt: skip
+
+
 def fetch(names: Sequence[str]) -> Iterator[Path]:
     """Fetch these weights; the folder of each.
 
@@ -138,9 +148,3 @@ def fetch(names: Sequence[str]) -> Iterator[Path]:
         if name not in downloads.known():
             raise registry.unknown("checkpoint", name, list(downloads.known()))
     yield from map(downloads.fetch, names)
-
-
-def echo(lines: Iterator[str]) -> None:
-    """Print as it comes: a check can take seconds."""
-    for line in lines:
-        click.echo(line)

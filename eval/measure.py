@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +30,10 @@ Row = dict[str, Any]
 
 
 def evaluate(
-    model: Model, what: EvaluationSet, scorers: Mapping[str, Scorer]
+    model: Model,
+    what: EvaluationSet,
+    scorers: Mapping[str, Scorer],
+    progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[list[Row], dict[str, Tensor]]:
     """Draw the set with both samplers and score it.
 
@@ -38,6 +41,7 @@ def evaluate(
         model: with its adapter as it now is.
         what: prompts and noise.
         scorers: column name -> scorer.
+        progress: called with the share that is done.
 
     Returns:
         Rows of sampler, prompt, index, a column for each scorer and, for the training sampler,
@@ -54,10 +58,14 @@ def evaluate(
         first=what.first * what.images,
     )  # fmt: skip
     prompts = [p for p in what.prompts for _ in range(what.images)]
-    for sampler in what.samplers:
+    for number, sampler in enumerate(what.samplers):
+
+        def drawn(share: float, number: int = number) -> None:
+            progress((number + share / 2) / len(what.samplers))
+
         kind, eta = (what.sampler, what.eta) if sampler == TRAINING else ("ddim", 0.0)
         policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance, sampler=kind)
-        rollout = sample(policy, prompts, draws, batch=what.batch)
+        rollout = sample(policy, prompts, draws, batch=what.batch, progress=drawn)
         images = model.decode(rollout.latents[:, 0, -1])
         scores = scored(images, prompts, scorers)
         if OBJECTIVE in scores:  # further scorers may have nothing to say about an image

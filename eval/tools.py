@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from d3po_bench.config import RunConfig
 from d3po_bench.training.tools import Tools
 from eval import golden
 from eval.measure import evaluate
+
+
+def command(config: RunConfig, folder: Path) -> str:
+    """The command line that makes that run."""
+    from eval.analysis.tries import command as made  # which loads pandas
+
+    return made(config, folder)
+
 
 TOOLS = Tools(
     scorer=golden.checked_scorer,
@@ -12,4 +23,5 @@ TOOLS = Tools(
     fingerprint=golden.fingerprint,
     unchecked=golden.unchecked,
     note=golden.note,
+    command=command,
 )

@@ -13,6 +13,7 @@ import torch
 
 import d3po_bench as db
 from d3po_bench.launch import launch
+from d3po_bench.launch.progress import Board
 from d3po_bench.training import trainer
 from eval.analysis.gains import records
 from eval.analysis.runs import read_groups
@@ -34,10 +35,10 @@ def small(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, in which runs are small ones whatever else they ask for."""
     run = launch.run
 
-    def shrunk(request: launch.RunRequest) -> list[Path]:
+    def shrunk(request: launch.RunRequest, board: Board) -> list[Path]:
         kept = {k: str(v) for k, v in {**SETTINGS, **request.settings}.items()}
         given = vars(request) | {"model": str(micro), "preset": "official_code", "rounds": 2}
-        return run(launch.RunRequest(**given | {"settings": kept}))
+        return run(launch.RunRequest(**given | {"settings": kept}), board)
 
     monkeypatch.setattr(launch, "run", shrunk)
     monkeypatch.chdir(tmp_path)
@@ -58,10 +59,13 @@ def test_the_guides_examples_run(small: Path, capsys: pytest.CaptureFixture[str]
     assert Path("cat.png").stat().st_size > 0
 
 
-def test_it_writes_what_the_command_writes(micro: Path, finished: Path, tmp_path: Path) -> None:
+def test_it_writes_what_the_command_writes(
+    micro: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(False)
-    runs = db.run(method="d3po", objective="incompress", out=tmp_path, **quick(micro))
+    runs = db.run(method="d3po", objective="incompress", out=tmp_path, quiet=True, **quick(micro))
+    assert "done in" not in capsys.readouterr().err
     assert runs.folders == (seed_folder(tmp_path, micro),)
     assert written(runs.folders[0]) == written(finished)
     assert torch.get_num_threads() == 2

@@ -18,7 +18,7 @@ import click
 import pytest
 
 from d3po_bench.cli import cli
-from d3po_bench.launch import launch
+from d3po_bench.training import tracking
 from tests.commands import (
     ROOT,
     Command,
@@ -115,7 +115,15 @@ RUN = "run --method d3po --objective incompress"
         (f"{RUN} --seed-start -1", "'--seed-start': -1 is not"),
         (f"{RUN} --rounds 0", "'--rounds': 0 is not in the range 1<=x"),
         (f"{RUN} --jobs 0", "'--jobs': 0 is not"),
-        (f"{RUN} --track wandb", "No tracker is called 'wandb'. Known: tensorboard."),
+        (f"{RUN} --track wand", "No tracker is called 'wand'. Did you mean 'wandb'?"),
+        (f"{RUN} -q -v", "--quiet and --verbose contradict each other"),
+        (f"{RUN} --set lr=1e-3", "Did you mean 'learning_rate'?"),
+        (f"{RUN} --set batch_size=4", "Did you mean 'units_per_update'?"),
+        (f"{RUN} --set cfg=7", "Did you mean 'guidance'?"),
+        (f"{RUN} --set guidance_scale=7", "Did you mean 'guidance'?"),
+        (f"{RUN} --set steps=7", "Did you mean 'sampling_steps'?"),
+        (f"{RUN} --set epochs=7", "Did you mean 'rounds'?"),
+        (f"{RUN} --epochs 7", "Did you mean '--rounds'?"),
         (f"{RUN} --device gpu", "torch cannot use the device 'gpu' here"),
         (f"{RUN} again", "unexpected extra argument (again)"),
         ("plot --x hours", "'hours' is not one of 'rounds', 'pairs', 'images', 'scorer_"),
@@ -133,7 +141,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 def test_a_missing_extra_is_told_before_the_run(
     command: Command, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     refused(command(*run_of(micro, "--track", "tensorboard")), "pip install", "track")
     assert list(tmp_path.iterdir()) == []
 
@@ -279,7 +287,7 @@ def test_a_read_only_out_is_refused(
 def test_a_folder_of_another_config_is_refused(
     command: Command, micro: Path, half: Path, finished: Path
 ) -> None:
-    refused(command(*run_of(micro, rounds=3)), "rounds is 2 there, not 3", "--out")
+    refused(command(*run_of(micro, rounds=1)), "a run of 2 rounds, and 1 are fewer", "--out")
     refused(command(*run_of(micro, learning_rate=1e-2)), "learning_rate is 0.003 there, not 0.01")
     refused(command(*run_of(micro, "--no-resume")), "--resume", "remove that folder")
     assert written(seed_folder(half, micro)) == written(finished)

@@ -263,7 +263,7 @@ def test_a_cut_training_goes_on_to_the_same_bytes(
         """Stands for a kill."""
 
     def cut(progress: Progress) -> None:
-        if progress.done > 0.6:
+        if progress.done.get("round", 0) > 1.2:
             raise CutError
 
     data = learnable(drawn)
@@ -271,6 +271,26 @@ def test_a_cut_training_goes_on_to_the_same_bytes(
         training.train(data, request(), tmp_path / "run", cut)
     training.train(data, request(), tmp_path / "run")
     assert files(tmp_path / "run") == files(trained)
+
+
+def test_a_training_on_votes_can_be_watched(drawn: Path, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    asked = replace(request(), track=("tensorboard",))
+    training.train(learnable(drawn), asked, tmp_path / "run")
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rounds = RunStore(tmp_path / "run").metrics
+    assert [event.step for event in found.Scalars("loss")] == [row["round"] for row in rounds]
+    (text,) = found.Tensors("command/text_summary")
+    said = text.tensor_proto.string_val[0].decode()
+    assert f"d3po-bench feedback train {drawn} --method d3po --passes 1" in said
+
+
+def test_more_passes_go_on_to_the_bytes_of_a_longer_training(drawn: Path, tmp_path: Path) -> None:
+    data = learnable(drawn)
+    for passes in (1, 2):
+        training.train(data, request(passes=passes), tmp_path / "run")
+    training.train(data, request(passes=2), tmp_path / "whole")
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
 def test_other_votes_are_another_training(drawn: Path, trained: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from d3po_bench.cli.show import lines
+from d3po_bench.cli.show import known
 from d3po_bench.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -24,14 +24,7 @@ def run(tmp_path: Path) -> Path:
 
 def shown(run: Path) -> dict[str, dict[str, str]]:
     """Section -> name -> value."""
-    found: dict[str, dict[str, str]] = {}
-    for line in lines(run):
-        if not line.startswith(" "):
-            section = found.setdefault(line.rstrip(":"), {})
-        else:
-            name, _, value = line.strip().partition("  ")
-            section[name] = value.strip()
-    return found
+    return dict(known(run))
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -116,4 +109,4 @@ def test_a_method_that_is_not_installed(run: Path) -> None:
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.json"):
-        list(lines(tmp_path))
+        list(known(tmp_path))

@@ -7,10 +7,10 @@ from typing import Literal
 
 import click
 
-from d3po_bench.cli.options import PLACE
+from d3po_bench.cli.options import PLACE, Answering, Result
 
 
-@click.command()
+@click.command(cls=Answering)
 @click.argument("run", type=PLACE)
 @click.option(
     "--format", "form", type=click.Choice(["diffusers", "kohya", "comfyui"]), required=True,
@@ -22,7 +22,7 @@ from d3po_bench.cli.options import PLACE
 def export(
     run: Path, form: Literal["diffusers", "kohya", "comfyui"], out: Path, card: Path | None,
     force: bool,
-) -> None:  # fmt: skip
+) -> Result:  # fmt: skip
     """Write the LoRA of the finished RUN as a file that other programs load.
 
     Beside it a model card, with what the run gained and how to load the file, and a picture of
@@ -36,5 +36,4 @@ def export(
     from eval.export import export as write
 
     request = ExportRequest(run=run, form=form, out=out, card=card, force=force)
-    for path in write(request):
-        click.echo(path)
+    return Result.of_paths(write(request))

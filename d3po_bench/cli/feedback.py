@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from d3po_bench.cli.options import PLACE, PROMPTS, Commands
+from d3po_bench.cli.options import (
+    PLACE,
+    PROMPTS,
+    TRACK,
+    Answering,
+    Commands,
+    Result,
+    Working,
+)
 from d3po_bench.errors import UserError
 
 if TYPE_CHECKING:
     from d3po_bench.feedback.schema import Kind, Question
-    from d3po_bench.training.progress import Progress
+    from d3po_bench.launch.progress import Board
 
 QUESTIONS = ("deformed", "unsafe", "better", "alignment")
 DEVICE = click.option(
@@ -34,7 +41,7 @@ VOTES = click.option(
 )  # fmt: skip
 
 
-@click.command()
+@click.command(cls=Working)
 @FOLDER
 @click.option(
     "--prompts", type=PROMPTS, help="A list (`d3po-bench list`) or a file: .txt, .csv, .jsonl."
@@ -62,8 +69,8 @@ VOTES = click.option(
 def new(
     folder: Path, prompts: str | None, count: int | None, kind: Kind, question: Question | None,
     images: int | None, before: Path | None, pictures: tuple[Path, ...], model: str,
-    preset: str | None, seed: int, settings: tuple[str, ...], device: str,
-) -> None:  # fmt: skip
+    preset: str | None, seed: int, settings: tuple[str, ...], device: str, board: Board,
+) -> Result:  # fmt: skip
     """Draw the images of a round into FOLDER, or take pictures that are there already.
 
     All images of a prompt start from the same noise. Run the same command again to continue
@@ -76,20 +83,23 @@ def new(
     """  # noqa: D301
     from d3po_bench.config import pairs_of
     from d3po_bench.feedback import comparisons, drawing
+    from d3po_bench.training.progress import Counted
 
     judged = kind, question or ("deformed" if kind == "tags" else "better")
     if pictures:
         round_ = comparisons.take(folder, pictures, judged)
     elif prompts:
-        round_ = drawing.draw_round(
-            folder, judged, prompts, count=count, images=images, before=before, model=model,
-            preset=preset, seed=seed, settings=pairs_of(settings), device=device,
-            report=_shown("drawing"),
-        )  # fmt: skip
+        with board:
+            round_ = drawing.draw_round(
+                folder, judged, prompts, count=count, images=images, before=before, model=model,
+                preset=preset, seed=seed, settings=pairs_of(settings), device=device,
+                told=Counted("drawing", "picture", board.report),
+            )  # fmt: skip
     else:
         raise UserError("Give --prompts, such as --prompts animals, or --pictures with a folder.")
-    click.echo(f"{len(round_.items)} items are in {folder}. Let people judge them: d3po-bench "
-               f"feedback serve {folder}", err=True)  # fmt: skip
+    hint = (f"{len(round_.items)} items are in {folder}. Let people judge them: d3po-bench "
+            f"feedback serve {folder}")  # fmt: skip
+    return Result([], {"folder": folder, "items": len(round_.items)}, [hint])
 
 
 @click.command()
@@ -131,32 +141,32 @@ def serve(
     )  # fmt: skip
 
 
-@click.command()
+@click.command(cls=Answering)
 @FOLDER
 @VOTES
 @LABELS
-def status(folder: Path, votes: int, labels: str | None) -> None:
+def status(folder: Path, votes: int, labels: str | None) -> Result:
     """Show how complete the round in FOLDER is, and how much its raters agree.
 
     \b
     Example:
         d3po-bench feedback status round-1 --votes 2
     """  # noqa: D301
-    from d3po_bench.feedback.agreement import report
+    from d3po_bench.feedback.agreement import report, state
     from d3po_bench.feedback.store import HandoutSettings, open_labels
     from d3po_bench.feedback.votes import effective_votes, round_progress
 
     with open_labels(folder, labels, HandoutSettings(votes)) as store:
         given = effective_votes(store)
-        for line in report(store.round, given, round_progress(store, given)):
-            click.echo(line)
+        known = store.round, given, round_progress(store, given)
+        return Result(list(report(*known)), state(*known))
 
 
-@click.command()
+@click.command(cls=Answering)
 @FOLDER
 @click.option("--out", type=PLACE, help="Also write a CSV of source, share, low, high, raters.")
 @LABELS
-def choices(folder: Path, out: Path | None, labels: str | None) -> None:
+def choices(folder: Path, out: Path | None, labels: str | None) -> Result:
     """Show how often each folder of a comparison is the raters' first choice.
 
     FOLDER is a round that compares several folders of pictures in pairs. Only raters who compared
@@ -174,19 +184,19 @@ def choices(folder: Path, out: Path | None, labels: str | None) -> None:
 
     with open_labels(folder, labels) as store:
         found = comparisons.choices(store, folder)
-    for s in found:
-        click.echo(f"{s.source}  {s.share:.1%}  (95 % {s.low:.1%} to {s.high:.1%})")
-    if found[0].raters == "simulated":
-        click.echo("At least one rater is simulated.", err=True)
     if out is not None:
         comparisons.write_choices(out, found)
+    lines = [f"{s.source}  {s.share:.1%}  (95 % {s.low:.1%} to {s.high:.1%})" for s in found]
+    simulated = found[0].raters == "simulated"
+    hints = ["At least one rater is simulated."] if simulated else []
+    return Result(lines, [asdict(s) for s in found], hints)
 
 
-@click.command()
+@click.command(cls=Answering)
 @FOLDER
 @click.option("--out", type=PLACE, help="Default: labels.csv in FOLDER.")
 @LABELS
-def export(folder: Path, out: Path | None, labels: str | None) -> None:
+def export(folder: Path, out: Path | None, labels: str | None) -> Result:
     """Write the votes on the round in FOLDER as CSV, or as JSON if --out ends in .json.
 
     What was skipped or undone is left out.
@@ -201,10 +211,11 @@ def export(folder: Path, out: Path | None, labels: str | None) -> None:
 
     target = out or folder / "labels.csv"
     with open_labels(folder, labels) as store:
-        click.echo(f"{votes.export(store, target)} votes are in {target}", err=True)
+        count = votes.export(store, target)
+    return Result([], {"file": target, "votes": count}, [f"{count} votes are in {target}"])
 
 
-@click.command()
+@click.command(cls=Working)
 @FOLDER
 @click.option("--method", default="d3po", show_default=True, help="Method to train with.")
 @click.option(
@@ -220,10 +231,12 @@ def export(folder: Path, out: Path | None, labels: str | None) -> None:
 @SETTINGS
 @DEVICE
 @LABELS
+@TRACK
 def train(
     folder: Path, method: str, passes: int, label_files: Path | None, preset: str | None,
     out: Path | None, settings: tuple[str, ...], device: str, labels: str | None,
-) -> None:  # fmt: skip
+    track: tuple[str, ...], board: Board,
+) -> Result:  # fmt: skip
     """Train on the votes on the round in FOLDER, starting from the weights that drew it.
 
     D3PO's reference is the model that drew the round. The LoRA is in OUT/lora; `feedback new
@@ -243,27 +256,19 @@ def train(
 
     request = training.TrainRequest(
         method=method, passes=passes, settings=pairs_of(settings), preset=preset, device=device,
-        tools=TOOLS,
+        tools=TOOLS, track=track,
     )  # fmt: skip
     target = out or folder / "trained" / method
-    told = _shown("training")
-
-    def report(progress: Progress) -> None:
-        if progress.note:
-            click.echo(f"note: {progress.note}", err=True)
-        else:
-            told(progress.done)
-
-    if label_files:
-        scores = read_label_files(label_files, partial(click.echo, err=True))
-    else:
-        scores = scores_of(folder, labels)
-    training.train(training.data_of(folder, scores), request, target, report)
-    click.echo(f"The LoRA is in {target / 'lora'}. Draw the next round: d3po-bench feedback new "
-               f"NEXT --prompts LIST --from {target}", err=True)  # fmt: skip
+    scores = read_label_files(label_files, board.say) if label_files else scores_of(folder, labels)
+    with board:
+        training.train(training.data_of(folder, scores), request, target, board.report)
+    lora = target / "lora"
+    hint = (f"The LoRA is in {lora}. Draw the next round: d3po-bench feedback new NEXT --prompts "
+            f"LIST --from {target}")  # fmt: skip
+    return Result([], {"lora": lora}, [hint])
 
 
-@click.command()
+@click.command(cls=Working)
 @FOLDER
 @click.option("--raters", type=click.IntRange(1, 1000), default=1, show_default=True)
 @click.option(
@@ -277,8 +282,9 @@ def train(
 @SEED
 @LABELS
 def simulate(
-    folder: Path, raters: int, error: float, first: float, seed: int, labels: str | None
-) -> None:
+    folder: Path, raters: int, error: float, first: float, seed: int, labels: str | None,
+    board: Board,
+) -> Result:  # fmt: skip
     """Let simulated raters judge the round in FOLDER by a stated rule, with stated errors.
 
     Deformed: the embedded classifier does not see the prompted animal. Alignment and better: the
@@ -290,23 +296,14 @@ def simulate(
         d3po-bench feedback simulate round-1 --raters 3 --error 0.2
     """  # noqa: D301
     from d3po_bench.feedback import simulated
+    from d3po_bench.training.progress import Counted
     from eval.tools import TOOLS
 
     pool = [simulated.Annotator(error=error, first=first)] * raters
-    votes = simulated.simulate(folder, labels, pool, seed, TOOLS)
-    click.echo(f"{votes} simulated votes", err=True)
-
-
-def _shown(what: str) -> Callable[[float], None]:
-    """Progress in tenths, on stderr."""
-    last = [-1]
-
-    def told(share: float) -> None:
-        if int(share * 10) != last[0]:
-            last[0] = int(share * 10)
-            click.echo(f"{what} {share:4.0%}", err=True)
-
-    return told
+    with board:
+        told = Counted("voting", "vote", board.report)
+        votes = simulated.simulate(folder, labels, pool, seed, TOOLS, told)
+    return Result([], {"votes": votes}, [f"{votes} simulated votes"])
 
 
 @click.group(cls=Commands)

@@ -11,23 +11,26 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from d3po_bench import config, prompts, registry
+from d3po_bench.cli.options import Answering, Result
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.presets import PRESET_SUMMARIES
 from d3po_bench.prompts import read_prompts
-from d3po_bench.text import section
+
+Sections = Iterator[tuple[str, dict[str, str]]]
+"""Titles, and what stands below each."""
 
 
-def everything() -> Iterator[str]:
-    """Methods, objectives, scorers, models, trackers, presets and prompt lists, a line each."""
+def everything() -> Sections:
+    """Methods, objectives, scorers, models, trackers, presets and prompt lists."""
     kinds: tuple[registry.Kind, ...] = ("method", "objective", "scorer", "model", "tracker")
     for kind in kinds:
-        yield from section(kind + "s", {n: registry.summary(kind, n) for n in registry.names(kind)})
-    yield from section("presets", PRESET_SUMMARIES)
+        yield kind + "s", {n: registry.summary(kind, n) for n in registry.names(kind)}
+    yield "presets", PRESET_SUMMARIES
     counts = {name: len(read_prompts(name)) for name in prompts.names()}
-    yield from section("prompts", {n: f"{k} prompt{'s' * (k > 1)}" for n, k in counts.items()})
+    yield "prompts", {n: f"{k} prompt{'s' * (k > 1)}" for n, k in counts.items()}
 
 
-def settings_of(method: str) -> Iterator[str]:
+def settings_of(method: str) -> Sections:
     """What --set can change, with default, choices and meaning."""
     known = config.settings(method)
     groups: tuple[tuple[str, str, Any], ...] = (
@@ -45,7 +48,7 @@ def settings_of(method: str) -> Iterator[str]:
             choices = " or ".join(map(str, get_args(types[field.name]))) if literal else ""
             said = filter(None, (choices, docs.get(field.name)))
             told[f"{field.name}={shown}"] = ". ".join(said)
-        yield from section(title, told)
+        yield title, told
 
 
 def _field_docs(kind: type) -> dict[str, str]:
@@ -55,10 +58,10 @@ def _field_docs(kind: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in found}
 
 
-@click.command(name="list")
+@click.command(name="list", cls=Answering)
 @click.option("--settings", is_flag=True, help="List what --set can change instead.")
 @click.option("--method", default="d3po", show_default=True, help="Whose options to list.")
-def list_(settings: bool, method: str) -> None:
+def list_(settings: bool, method: str) -> Result:
     """List methods, objectives, scorers, models, trackers, presets and prompt lists.
 
     \b
@@ -66,5 +69,4 @@ def list_(settings: bool, method: str) -> None:
         d3po-bench list
         d3po-bench list --settings --method d3po
     """  # noqa: D301
-    for line in settings_of(method) if settings else everything():
-        click.echo(line)
+    return Result.of_sections(settings_of(method) if settings else everything())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 
 from d3po_bench.errors import UserError
+from d3po_bench.text import section
 
 MOST_JOBS = 1024
 
@@ -48,6 +52,113 @@ def scorer_names(text: str) -> tuple[str, ...]:
             "jpeg_size,clip; `d3po-bench list` names them."
         )
     return found
+
+
+TRACK = click.option(
+    "--track", multiple=True, metavar="TRACKER",
+    help="Also show the run live in tensorboard or wandb: metrics, held-out scores, pictures; "
+    "repeatable.",
+)  # fmt: skip
+
+
+# ---- results
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found: for people, and as JSON."""
+
+    lines: Iterable[str]
+    """Printed one by one, as they come."""
+    data: Any
+    """The same for programs, or a function that makes it, called if it is wanted."""
+    hints: Iterable[str] = ()
+    """What to do next, for people, on stderr."""
+    end: Callable[[], object] = lambda: None
+    """Called when all is printed: it may raise, or exit with a status."""
+
+    @classmethod
+    def of_paths(cls, paths: Iterable[Path]) -> Self:
+        """Of files or folders that were written; used once, as they come."""
+        return cls(map(str, paths), lambda: list(paths))
+
+    @classmethod
+    def of_sections(cls, pairs: Iterable[tuple[str, Mapping[str, str]]]) -> Self:
+        """Of titles and what stands below each; used once, as they come."""
+        lines = (line for title, rows in pairs for line in section(title, dict(rows)))
+        return cls(lines, lambda: dict(pairs))
+
+
+class Answering(click.Command):
+    """A command whose function returns a `Result`, which is printed as text or with --json."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--json", "as_json"], is_flag=True, help="Print the result as JSON, and only that."
+            )
+        )
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Call it and print what it found."""
+        as_json = ctx.params.pop("as_json")
+        result: Result = super().invoke(ctx)
+        if as_json:
+            click.echo(json.dumps(_plain(result.data), indent=1, allow_nan=False))
+        else:
+            for line in result.lines:
+                click.echo(line)
+        for hint in result.hints:
+            self.hint(ctx, hint)
+        result.end()
+
+    def hint(self, ctx: click.Context, text: str) -> None:
+        """Tell people what to do next."""
+        click.echo(text, err=True)
+
+
+class Working(Answering):
+    """One that takes time: its function gets a `board` to show its progress on; -q and -v."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(
+                ["-q", "--quiet"], is_flag=True, help="Only errors, and the result at the end."
+            ),
+            click.Option(
+                ["-v", "--verbose"], is_flag=True, help="Also each stage, and the seconds it took."
+            ),
+        ]
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Call it with a board."""
+        from d3po_bench.launch.progress import Board, Level
+
+        quiet, verbose = ctx.params.pop("quiet"), ctx.params.pop("verbose")
+        if quiet and verbose:
+            raise click.UsageError("--quiet and --verbose contradict each other: leave one out.")
+        level = Level.QUIET if quiet else Level.VERBOSE if verbose else Level.NORMAL
+        ctx.params["board"] = Board(level)
+        super().invoke(ctx)
+
+    def hint(self, ctx: click.Context, text: str) -> None:
+        """Tell people, unless they want to hear nothing."""
+        ctx.params["board"].say(text)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: no function, NaN or path."""
+    if callable(value):
+        return _plain(value())
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | Iterator):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
 
 
 class Commands(click.Group):

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from d3po_bench.cli import completion
-from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, Range, scorer_names
+from d3po_bench.cli.options import (
+    MOST_JOBS,
+    PLACE,
+    PROMPTS,
+    TRACK,
+    Answering,
+    Range,
+    Result,
+    Working,
+    scorer_names,
+)
 from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
 
+if TYPE_CHECKING:
+    from d3po_bench.launch.progress import Board
 
-@click.command()
+
+@click.command(cls=Answering)
 @click.argument("runs", nargs=-1, type=PLACE)
 @click.option(
     "--x",
@@ -39,7 +52,7 @@ from d3po_bench.errors import RunError, UserError
 @click.option(
     "--unfinished", is_flag=True, help="Draw runs that have not ended, as far as they are."
 )
-def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> None:
+def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> Result:
     """Draw learning curves with intervals, and before/after sheets.
 
     RUNS are run folders or folders of them; default: runs/.
@@ -51,8 +64,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
     """  # noqa: D301
     from eval.figures.curves import plot as draw
 
-    for path in draw(runs or (Path("runs"),), out, x, unfinished=unfinished):
-        click.echo(path)
+    return Result.of_paths(draw(runs or (Path("runs"),), out, x, unfinished=unfinished))
 
 
 @click.command()
@@ -71,6 +83,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
     help="Default: by the name of --out, else md. md, latex and html are for people; csv and json "
     "have every number; lm-eval is lm-evaluation-harness's JSON.",
 )
+@click.option("--json", "form", flag_value="json", help="The same as --format json.")
 @click.option("--measure", is_flag=True, help="First measure what the models draw; minutes.")
 @click.option("--out", type=PLACE, help="Write to this file instead; .html is the page.")
 def report(
@@ -112,7 +125,7 @@ def report(
         write_atomically(out, f"{text}\n".encode())
 
 
-@click.command()
+@click.command(cls=Answering)
 @click.argument("a", type=PLACE)
 @click.argument("b", type=PLACE)
 @click.option(
@@ -122,8 +135,7 @@ def report(
 @click.option(
     "--plot", "drawn", type=PLACE, help="Draw the seeds and their difference: .png, .svg."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print every number as JSON instead.")
-def compare(a: Path, b: Path, required: str, drawn: Path | None, as_json: bool) -> None:
+def compare(a: Path, b: Path, required: str, drawn: Path | None) -> Result:
     """Say whether the runs A are better than the runs B.
 
     A and B are run folders, or folders with the seeds of one method on one objective. Their gains
@@ -144,12 +156,11 @@ def compare(a: Path, b: Path, required: str, drawn: Path | None, as_json: bool) 
     found = compared(a, b)
     if drawn is not None:
         figure.draw(found, drawn)
-    click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.sentence())
-    if found.verdict != "better" and (required == "better" or found.verdict == "worse"):
-        sys.exit(1)
+    failed = found.verdict != "better" and (required == "better" or found.verdict == "worse")
+    return Result([found.sentence()], found.as_json, end=lambda: sys.exit(1) if failed else None)
 
 
-@click.command()
+@click.command(cls=Working)
 @click.argument("target", type=PLACE)
 @click.option(
     "--scorers",
@@ -193,7 +204,8 @@ def evaluate(
     jobs: int,
     out: Path | None,
     save: bool,
-) -> None:
+    board: Board,
+) -> Result:
     """Draw held-out prompts from fixed noise with both samplers, and score every image.
 
     TARGET is a run folder, a LoRA folder, a model (tiny, a folder, a hub id), or a folder of
@@ -205,6 +217,7 @@ def evaluate(
         d3po-bench evaluate runs/tiny/incompress/d3po/seed-0 --scorers jpeg_size,animal
         d3po-bench evaluate tiny --scorers clip --count 50 --jobs 2
     """  # noqa: D301
+    from d3po_bench.training.progress import IMAGE, Counted
     from eval.evaluate import plan, work
 
     names = plan.scorers_of(target) if scorers is None else scorer_names(scorers)
@@ -213,14 +226,19 @@ def evaluate(
         images=images, steps=steps, guidance=guidance, device=device, jobs=jobs, out=out,
         save=save, long_prompts=long_prompts,
     )  # fmt: skip
-    told = work.lines_of_progress(lambda text: click.echo(text, err=True))
-    folder = work.run(request, told, lambda text: click.echo(f"note: {text}", err=True))
-    for line in work.summary(folder):
-        click.echo(line)
-    click.echo(f"Rows are in {folder / 'rows.csv'}", err=True)
+    with board:
+        told = Counted("evaluation", IMAGE, board.report)
+        folder = work.run(request, told, board.note)
+    means = list(work.summary(folder))
+    lines = [
+        f"{m['sampler'] or 'pictures'}  {m['column']}  {m['mean']:.4f}  ({m['images']} images)"
+        for m in means
+    ]
+    rows = folder / "rows.csv"
+    return Result(lines, {"rows": rows, "means": means}, [f"Rows are in {rows}"])
 
 
-@click.command()
+@click.command(cls=Working)
 @click.argument("runs", nargs=-1, type=PLACE)
 @click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
 @click.option(
@@ -236,6 +254,7 @@ def evaluate(
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--jobs", type=click.IntRange(1, MOST_JOBS), help="Runs side by side.")
 @click.option("--out", type=PLACE, default=Path("runs/table1"), show_default=True)
+@TRACK
 @click.option("--redraw", is_flag=True, help="Only write the table of the rows in OUT again.")
 def table1(
     runs: tuple[Path, ...],
@@ -250,8 +269,10 @@ def table1(
     device: str,
     jobs: int | None,
     out: Path,
+    track: tuple[str, ...],
     redraw: bool,
-) -> None:
+    board: Board,
+) -> Result:
     """Compare all methods on prompt-image alignment, with the paper's Table 1 beside it.
 
     Trains every method on OBJECTIVE, or takes the finished RUNS, and scores held-out prompts.
@@ -267,18 +288,19 @@ def table1(
     """  # noqa: D301
     from d3po_bench.config import pairs_of
     from d3po_bench.rewards import sums
+    from d3po_bench.runs.files import read_csv
     from eval.analysis import table1 as tables
 
     request = tables.Table1Request(
         objective=sums.normal(objective), model=model, preset=preset, settings=pairs_of(settings),
         seeds=range(seeds), scorers=scorer_names(scorers), prompts=prompts, count=count,
-        device=device, jobs=jobs, out=out, runs=runs,
+        device=device, jobs=jobs, out=out, runs=runs, track=track,
     )  # fmt: skip
-    told = functools.partial(click.echo, err=True)
-    click.echo(tables.write(out) if redraw else tables.run(request, told))
+    text = tables.write(out) if redraw else tables.run(request, board)
+    return Result([text], lambda: read_csv(out / "table1.csv"))
 
 
-@click.command()
+@click.command(cls=Working)
 @click.argument("folder", type=PLACE)
 @click.option("--record", is_flag=True, help="Write the manifest of what is there now.")
 @click.option("--rerun", type=click.IntRange(1, 10**6), help="Make so many of its runs again.")
@@ -300,7 +322,8 @@ def verify(
     seed: int,
     settings: tuple[str, ...],
     out: Path | None,
-) -> None:
+    board: Board,
+) -> Result:
     """Check published results: their files, runs, tables and figures.
 
     FOLDER carries a manifest.json, which --record writes. If it has a make.py, that script is run
@@ -318,35 +341,60 @@ def verify(
     from eval.verify import folder as verifying
 
     if record:
-        click.echo(verifying.record(folder))
-        return
+        recorded = verifying.record(folder)
+        return Result([str(recorded)], {"recorded": recorded})
     if rerun is None and (settings or out):
         raise UserError("--set and --out need --rerun. Add --rerun 1.")
-    checks = verifying.verify(folder)
-    for name, problems in checks.items():
-        click.echo(f"{name}: {'fine' if not problems else f'{len(problems)} problems'}")
-        for problem in problems:
-            click.echo(f"  {problem}")
-    failed = sum(map(len, checks.values()))
-    if rerun is not None:
+    checks = _Checks(folder, rerun, seed, settings, out, board)
+    return Result(checks.lines(), checks.as_json, end=checks.require_none)
+
+
+class _Checks:
+    """What is checked, as it comes: a run that is made again takes minutes."""
+
+    def __init__(
+        self, folder: Path, rerun: int | None, seed: int, settings: Sequence[str],
+        out: Path | None, board: Board,
+    ) -> None:  # fmt: skip
+        self.folder, self.count, self.seed, self.out = folder, rerun, seed, out
+        self.settings, self.board = settings, board
+        self.failed = 0
+
+    def made(self) -> Iterator[tuple[str, str, Sequence[str]]]:
+        """Name, verdict, and what there is to say."""
         from d3po_bench.config import pairs_of
+        from d3po_bench.runs.run import find_runs
+        from eval.verify import folder as verifying
+        from eval.verify import rerun as again
 
-        failed += _rerun(folder, rerun, seed, pairs_of(settings), out)
-    if failed:
-        raise RunError(f"{failed} problems in {folder}. Restore its files, or measure again.")
+        for name, problems in verifying.verify(self.folder).items():
+            self.failed += len(problems)
+            yield name, f"{len(problems)} problems" if problems else "fine", problems
+        if self.count is not None:
+            for verdict in again.rerun(
+                self.folder, find_runs([self.folder]), self.count, seed=self.seed,
+                settings=pairs_of(self.settings), out=self.out, board=self.board,
+            ):  # fmt: skip
+                self.failed += not verdict.reproduced
+                yield verdict.cell, verdict.said, verdict.details
 
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        for name, said, details in self.made():
+            yield f"{name}: {said}"
+            yield from (f"  {detail}" for detail in details)
 
-def _rerun(folder: Path, count: int, seed: int, settings: dict[str, str], out: Path | None) -> int:
-    """Print a verdict for each cell that is made again; how many are not reproduced."""
-    from d3po_bench.runs.run import find_runs
-    from eval.verify import rerun as again
+    def as_json(self) -> list[dict[str, object]]:
+        """For programs."""
+        return [{"check": n, "verdict": v, "details": list(d)} for n, v, d in self.made()]
 
-    failed = 0
-    for verdict in again.rerun(
-        folder, find_runs([folder]), count, seed=seed, settings=settings, out=out
-    ):
-        click.echo(f"{verdict.cell}: {verdict.said}")
-        for detail in verdict.details:
-            click.echo(f"  {detail}")
-        failed += not verdict.reproduced
-    return failed
+    def require_none(self) -> None:
+        """Fail if a check has.
+
+        Raises:
+            RunError: saying how much is wrong.
+        """
+        if self.failed:
+            raise RunError(
+                f"{self.failed} problems in {self.folder}. Restore its files, or measure again."
+            )

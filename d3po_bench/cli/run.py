@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from d3po_bench.cli import completion
-from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS
+from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, TRACK, Result, Working
 from d3po_bench.config import MOST_SEEDS
+
+if TYPE_CHECKING:
+    from d3po_bench.launch.progress import Board
 
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
@@ -26,7 +32,7 @@ RESUME = click.option(
 )  # fmt: skip
 
 
-@click.command()
+@click.command(cls=Working)
 @click.option(
     "--method", required=True, shell_complete=completion.of("method"),
     help="What learns: see `d3po-bench list`; or a FILE.py of your own.",
@@ -77,8 +83,9 @@ RESUME = click.option(
     help="Override one setting; repeatable. See `d3po-bench list --settings`.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(1, 10**6), help="Sampling rounds (the paper's epochs)."
-)
+    "--rounds", type=click.IntRange(1, 10**6),
+    help="Sampling rounds (the paper's epochs); more of them extend runs that are there.",
+)  # fmt: skip
 @DEVICE
 @JOBS
 @OUT
@@ -88,11 +95,7 @@ RESUME = click.option(
     default=None,
     help="The same bits each time, or an error; default: on a CPU alone.",
 )
-@click.option(
-    "--track",
-    metavar="TRACKER",
-    help="Also send metrics and held-out scores to a tracker, such as tensorboard, live.",
-)
+@TRACK
 def run(
     method: str,
     objective: str,
@@ -109,8 +112,9 @@ def run(
     out: Path,
     resume: bool,
     deterministic: bool | None,
-    track: str | None,
-) -> None:
+    track: tuple[str, ...],
+    board: Board,
+) -> Result:
     """Fine-tune a model with METHOD on OBJECTIVE, a run for each seed.
 
     Writes OUT/MODEL/OBJECTIVE/METHOD/seed-N/ with metrics, evaluation rows, samples and the
@@ -133,16 +137,20 @@ def run(
         resume=resume, track=track, tools=TOOLS,
         deterministic="auto" if deterministic is None else "on" if deterministic else "off",
     )  # fmt: skip
-    _say(launch.run(request), out)
+    return _ended(launch.run(request, board), out)
 
 
-@click.command()
+@click.command(cls=Working)
 @click.argument("grid", type=PLACE)
 @DEVICE
 @JOBS
 @OUT
 @RESUME
-def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) -> None:
+@TRACK
+def sweep(
+    grid: Path, device: str, jobs: int | None, out: Path, resume: bool, track: tuple[str, ...],
+    board: Board,
+) -> Result:  # fmt: skip
     """Run methods x objectives x seeds from the TOML file GRID.
 
     Finished runs are skipped, interrupted ones resumed; a failed one is named at the end and
@@ -164,15 +172,23 @@ def sweep(grid: Path, device: str, jobs: int | None, out: Path, resume: bool) ->
     from d3po_bench.launch import grid as sweeping
     from eval.tools import TOOLS
 
-    _say(sweeping.run(grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume), out)
+    made = sweeping.run(
+        grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume, track=track, board=board
+    )
+    return _ended(made, out)
 
 
-def _say(folders: list[Path], out: Path) -> None:
+def _ended(folders: list[Path], out: Path) -> Result:
     """What the runs reached, and what to do with them next."""
     from eval.analysis.ending import ending
 
-    table, lines = ending(folders, out)
-    if table:
-        click.echo(table)
-    for line in lines:
-        click.echo(line, err=True)
+    table, hints = ending(folders, out)
+    tables = partial(_tables, folders) if table else None
+    return Result([table] if table else [], {"runs": folders, "tables": tables}, hints)
+
+
+def _tables(folders: list[Path]) -> Any:
+    """What `report --format json` has of these runs."""
+    from eval.analysis.report import report
+
+    return json.loads(report(folders, form="json"))

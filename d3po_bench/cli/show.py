@@ -10,14 +10,13 @@ from pathlib import Path
 import click
 
 from d3po_bench import registry
-from d3po_bench.cli.options import PLACE
+from d3po_bench.cli.options import PLACE, Answering, Result
 from d3po_bench.config import RunConfig, of_preset
 from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
 from d3po_bench.runs.files import Row
 from d3po_bench.runs.run import IMAGE, LAST, LORA, SAMPLES, RunFolder, content, finite
 from d3po_bench.runs.sessions import differing, sessions
-from d3po_bench.text import section
 
 ABSENT = "not on record"
 """What an older version did not write down."""
@@ -31,8 +30,8 @@ COSTS = {
 """Counts of metrics.jsonl, in words."""
 
 
-def lines(folder: Path) -> Iterator[str]:
-    """What is known about a run, a fact to a line.
+def known(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """What is known about a run, by title.
 
     Args:
         folder: of a run, finished or not, with or without weights.
@@ -46,15 +45,15 @@ def lines(folder: Path) -> Iterator[str]:
             "MODEL/OBJECTIVE/METHOD/seed-N of a run."
         )
     run = RunFolder(folder)
-    yield from section("run", _what(run))
-    yield from section("settings", _settings(run.config))
-    yield from section("made with", _made_with(run.facts))
+    yield "run", _what(run)
+    yield "settings", _settings(run.config)
+    yield "made with", _made_with(run.facts)
     if several := _sessions(run.facts):
-        yield from section("made in several environments", several)
-    yield from section("inputs", _inputs(run.facts))
-    yield from section("content", _content(run))
-    yield from section("cost", _cost(run))
-    yield from section("last evaluation", _evaluation(run))
+        yield "made in several environments", several
+    yield "inputs", _inputs(run.facts)
+    yield "content", _content(run)
+    yield "cost", _cost(run)
+    yield "last evaluation", _evaluation(run)
 
 
 def _what(run: RunFolder) -> dict[str, str]:
@@ -134,13 +133,15 @@ def _made_with(facts: Row) -> dict[str, str]:
 def _sessions(facts: Row) -> dict[str, str]:
     """Where the run resumed after a stop, and what was not as above; {} if all was the same."""
     first, *later = sessions(facts)
-    told = {
-        f"start {number}, after round {session.get('after_round', '?')}": "; ".join(
-            f"{name} {_known(then)} -> {_known(now)}"
-            for name, (then, now) in differing(first, session).items()
+    told, rounds = {}, first.get("rounds")
+    for number, session in enumerate(later, 2):
+        others = differing(first, session)
+        if rounds and session.get("rounds") != rounds:
+            others["rounds"] = (rounds, session.get("rounds"))
+        rounds = session.get("rounds")
+        told[f"start {number}, after round {session.get('after_round', '?')}"] = "; ".join(
+            f"{name} {_known(then)} -> {_known(now)}" for name, (then, now) in others.items()
         )
-        for number, session in enumerate(later, 2)
-    }
     return {k: v or "as above" for k, v in told.items()} if any(told.values()) else {}
 
 
@@ -209,9 +210,9 @@ def _means(rows: list[Row]) -> str:
     return ", ".join([*told, f"{len(rows)} images"])
 
 
-@click.command()
+@click.command(cls=Answering)
 @click.argument("run", type=PLACE)
-def show(run: Path) -> None:
+def show(run: Path) -> Result:
     """Print what is known about the run in the folder RUN: settings, origin, cost, last score.
 
     Works on runs that have not ended, and on published ones, whose weights are not there.
@@ -221,5 +222,4 @@ def show(run: Path) -> None:
         d3po-bench show runs/tiny/incompress/d3po/seed-0
         d3po-bench show results/tiny/compress/dpok/seed-3
     """  # noqa: D301
-    for line in lines(run):
-        click.echo(line)
+    return Result.of_sections(known(run))

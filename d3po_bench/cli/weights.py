@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from d3po_bench.cli.options import Commands
+from d3po_bench.cli.options import Answering, Commands, Result
 
 
-@click.command()
+@click.command(cls=Answering)
 @click.option("--record", is_flag=True, help="Write the golden scores of the weights found here.")
-def doctor(record: bool) -> None:
+def doctor(record: bool) -> Result:
     """Say what is installed, which weights are present, and what each missing one needs.
 
     Scorers score eight fixed pictures and must give the scores that are on record for their
@@ -21,7 +21,10 @@ def doctor(record: bool) -> None:
     """  # noqa: D301
     from eval import doctor as doctor_
 
-    doctor_.echo(doctor_.record() if record else doctor_.everything())
+    if record:
+        recorded = doctor_.record()
+        return Result(recorded, lambda: list(recorded))
+    return Result.of_sections(doctor_.everything())
 
 
 @click.group(cls=Commands)
@@ -35,8 +38,8 @@ def weights() -> None:
     """  # noqa: D301
 
 
-@weights.command(name="list")
-def weights_list() -> None:
+@weights.command(name="list", cls=Answering)
+def weights_list() -> Result:
     """List addresses, checksums, licences, and what is here.
 
     \b
@@ -45,12 +48,12 @@ def weights_list() -> None:
     """  # noqa: D301
     from eval import doctor as doctor_
 
-    doctor_.echo(doctor_.list_weights())
+    return Result(doctor_.list_weights(), doctor_.weights)
 
 
-@weights.command(name="fetch")
+@weights.command(name="fetch", cls=Answering)
 @click.argument("names", nargs=-1, required=True)
-def weights_fetch(names: tuple[str, ...]) -> None:
+def weights_fetch(names: tuple[str, ...]) -> Result:
     """Fetch the weights NAMES into the cache, checked; a broken download resumes.
 
     \b
@@ -59,5 +62,4 @@ def weights_fetch(names: tuple[str, ...]) -> None:
     """  # noqa: D301
     from eval import doctor as doctor_
 
-    for folder in doctor_.fetch(names):
-        click.echo(folder)
+    return Result.of_paths(doctor_.fetch(names))

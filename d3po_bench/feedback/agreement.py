@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,6 +200,22 @@ def report(round_: Round, votes: Sequence[Vote], progress: Progress) -> Iterator
             f"{shown(q.gold.value)}, same again {shown(q.consistent.value)}, with others "
             f"{shown(q.with_others)}"
         )
+
+
+def state(round_: Round, votes: Sequence[Vote], progress: Progress) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "complete": progress.done, "items": progress.done + progress.left,
+        **summary(round_, votes),
+        "by_rater": [
+            {
+                "rater": q.rater, "votes": q.votes, "seconds": q.seconds,
+                "gold_right": q.gold.value, "same_again": q.consistent.value,
+                "with_others": q.with_others,
+            }
+            for q in quality(round_, votes)
+        ],
+    }  # fmt: skip
 
 
 # ---- votes to scores

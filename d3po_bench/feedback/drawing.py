@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from d3po_bench.feedback.sampling import (
     FIXED,
     Before,
     Sampling,
+    Told,
     adapter_bytes,
     chosen_prompts,
     draw,
@@ -28,7 +29,7 @@ def draw_round(
     folder: Path, judged: tuple[Kind, Question], prompts: str, *, count: int | None = None,
     images: int | None = None, before: Path | None = None, model: str = "tiny",
     preset: str | None = None, seed: int = 0, settings: Mapping[str, str] | None = None,
-    device: str = "auto", report: Callable[[float], None] = lambda share: None,
+    device: str = "auto", told: Told = lambda done, total: None,
 ) -> Round:  # fmt: skip
     """Draw a round's images into `folder`; the same call continues where it was interrupted.
 
@@ -45,7 +46,7 @@ def draw_round(
         seed: of all draws.
         settings: what differs from the preset.
         device: to draw on.
-        report: called with the share done.
+        told: called with how far it is.
 
     Raises:
         UserError: bad input, or another round lies in the folder.
@@ -72,4 +73,4 @@ def draw_round(
         inputs=model_today(model_source(model)),
     )  # fmt: skip
     weights = trained.weights if trained else None
-    return draw(folder, sampling, judged, weights, replace(execution, device=device), report)
+    return draw(folder, sampling, judged, weights, replace(execution, device=device), told)

@@ -42,7 +42,8 @@ FIXED = (
 )  # fmt: skip
 """Fields of RunConfig that a round decides, for its training and for the rounds after it."""
 
-Report = Callable[[float], None]
+Told = Callable[[int, int], None]
+"""Called with pictures done and pictures in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ def draw(
     judged: tuple[Kind, Question],
     weights: Mapping[str, Tensor] | None = None,
     execution: Execution | None = None,
-    report: Report = lambda share: None,
+    told: Told = lambda done, total: None,
 ) -> Round:
     """Draw a round into `folder`; what an interrupted call left there is kept.
 
@@ -169,7 +170,7 @@ def draw(
         judged: how people will look at them.
         weights: trained weights to draw with, see `Before`; None for the pretrained model.
         execution: device and batches.
-        report: called with the share done.
+        told: called with how far it is.
 
     Raises:
         UserError: another round lies in the folder, or it cannot be written.
@@ -184,13 +185,22 @@ def draw(
         if weights is not None:
             write_atomically(folder / rounds.ADAPTER, adapter_bytes(weights))
         known = rounds.recorded(folder) if (folder / rounds.FILES).exists() else {}
-        for start in range(0, len(sampling.prompts), sampling.block):
-            names = _files_of_block(sampling, start)
-            if not known.keys() >= {*names} or changed(folder, {n: known[n] for n in names}):
-                _draw_block(folder, sampling, drawn_by, start, execution)
-                known |= {name: sha256_of(folder / name) for name in names}
-                rounds.write_json(folder / rounds.FILES, known)
-            report(min(1.0, (start + sampling.block) / len(sampling.prompts)))
+        starts = range(0, len(sampling.prompts), sampling.block)
+        blocks = {start: _files_of_block(sampling, start) for start in starts}
+        rest = {
+            start: names
+            for start, names in blocks.items()
+            if not known.keys() >= {*names} or changed(folder, {n: known[n] for n in names})
+        }
+        total = sum(len(names) - 1 for names in blocks.values())
+        left = sum(len(names) - 1 for names in rest.values())
+        told(total - left, total)
+        for start, names in rest.items():
+            _draw_block(folder, sampling, drawn_by, start, execution)
+            known |= {name: sha256_of(folder / name) for name in names}
+            rounds.write_json(folder / rounds.FILES, known)
+            left -= len(names) - 1
+            told(total - left, total)
         return _described(sampling, judged).finish(folder)
 
 

@@ -25,6 +25,8 @@ from d3po_bench.feedback.votes import cast_vote
 from d3po_bench.pictures import open_picture
 from d3po_bench.training.tools import Tools
 
+Told = Callable[[int, int], None]
+
 Rule = Callable[[Tensor, Sequence[str], Tools], Tensor]
 """Pictures [N, 3, h, w] uint8, their prompts, where scorers come from -> how good each is, [N].
 
@@ -124,9 +126,12 @@ def worths(folder: Path, round_: Round, rule: Rule, tools: Tools) -> dict[str, T
 
 
 def simulate(
-    folder: Path, labels: str | None, pool: Sequence[Annotator], seed: int, tools: Tools
-) -> int:
+    folder: Path, labels: str | None, pool: Sequence[Annotator], seed: int, tools: Tools,
+    told: Told = lambda done, total: None,
+) -> int:  # fmt: skip
     """Let a pool judge the round in `folder` by its question's rule; returns the number of votes.
+
+    `told` is called with the votes that are given, and those that all raters could give.
 
     Raises:
         UserError: the round or its labels are damaged, or a simulated rater is blocked.
@@ -134,12 +139,13 @@ def simulate(
     settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
     with open_labels(folder, labels, settings, new=True) as store:
         worth = worths(folder, store.round, RULES[store.round.question], tools)
-        return let_vote(store, worth, pool, seed)
+        return let_vote(store, worth, pool, seed, told)
 
 
 def let_vote(
-    store: LabelStore, worth: Mapping[str, Tensor], pool: Sequence[Annotator], seed: int
-) -> int:
+    store: LabelStore, worth: Mapping[str, Tensor], pool: Sequence[Annotator], seed: int,
+    told: Told = lambda done, total: None,
+) -> int:  # fmt: skip
     """Let a pool vote until nothing is left for it; returns the number of votes.
 
     The raters are called `simulated 1` and so on, and take turns. Each answer is a function of
@@ -150,6 +156,7 @@ def let_vote(
         worth: of each item, how good its images are, [K].
         pool: the raters.
         seed: of their mistakes.
+        told: called with the votes that are given, and those that all raters could give.
     """
     place = {item.id: n for n, item in enumerate(store.round.items)}
     raters = []
@@ -170,6 +177,7 @@ def let_vote(
             answer = annotator.answer(store.round.kind, hand, worth[hand.item.id], rng)
             cast_vote(store, rater_id, hand.id, answer, 0, hand.step)
             idle, votes = set(), votes + 1
+            told(votes, len(place) * len(pool))
         if len(idle) == len(raters):
             break
     return votes

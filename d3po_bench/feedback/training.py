@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from d3po_bench.feedback.rounds import ADAPTER, Round, require_files
 from d3po_bench.feedback.sampling import FIXED, Sampling, read_rollout
 from d3po_bench.models.sources import model_source
 from d3po_bench.runs.run import RunFolder, require_inputs
+from d3po_bench.training import tracking
 from d3po_bench.training.inputs import model_today
 from d3po_bench.training.progress import Report
 from d3po_bench.training.run import Job, run_seed
@@ -118,6 +120,7 @@ class TrainRequest:
     preset: str | None
     device: str
     tools: Tools
+    track: Sequence[str] = ()
 
 
 def planned(data: Data, request: TrainRequest) -> tuple[RunConfig, Execution]:
@@ -161,6 +164,7 @@ def train(
         UserError: bad input, or another training lies in the folder.
     """
     config, execution = planned(data, request)
+    trackers = tracking.require(request.track)
     experience = data.experience(config)
     _require_differences(data, config, data.scores[experience.judged])
     # Votes may have come in since: a finished training must not pass for one that saw them.
@@ -176,10 +180,19 @@ def train(
     run_seed(
         Job(
             config=config, execution=execution, folder=out, tools=request.tools,
-            experience=experience, facts={"round": known},
+            experience=experience, facts={"round": known}, trackers=trackers,
+            command=_command(data, request, out),
         ),
         report,
     )  # fmt: skip
+
+
+def _command(data: Data, request: TrainRequest, out: Path) -> str:
+    """The command line of a training, but for where its votes were."""
+    sets = [part for k, v in request.settings.items() for part in ("--set", f"{k}={v}")]
+    preset = ["--preset", request.preset] if request.preset else []
+    words = ["d3po-bench", "feedback", "train", str(data.folder), "--method", request.method]
+    return shlex.join([*words, "--passes", str(request.passes), *preset, *sets, "--out", str(out)])
 
 
 def _require_differences(data: Data, config: RunConfig, scores: Tensor) -> None:

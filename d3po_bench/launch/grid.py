@@ -19,7 +19,8 @@ clip_range = 0.1
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,7 @@ from d3po_bench.config import MOST_SEEDS, RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
+from d3po_bench.launch.progress import Board
 from d3po_bench.prompts.tables import read_text
 from d3po_bench.rewards import sums
 from d3po_bench.training.progress import label
@@ -168,8 +170,9 @@ def read(path: Path) -> Grid:
 
 
 def run(
-    path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool
-) -> list[Path]:
+    path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool,
+    track: Sequence[str] = (), board: Board | None = None,
+) -> list[Path]:  # fmt: skip
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
 
     Returns:
@@ -182,20 +185,21 @@ def run(
     work: list[Job] = []
     for request in _requests(read(path), tools, out, device, resume):
         try:
-            work += launch.planned(request)
+            work += launch.planned(replace(request, track=track))
         except UserError as problem:
             where = f"{request.method} on {request.objective}, seed {request.seeds.start}"
             raise UserError(f"{problem} This is about {where} of the grid.") from problem
     names = {label(job.config): label(job.config) for job in work}
-    failed = launch.execute(work, jobs, names)
-    for name, said in failed.items():
-        click.echo(f"{name}: {said}", err=True)
-    if failed:
-        raise RunError(
-            f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same command "
-            "again to repeat those; the others are kept. Where a setting was wrong, correct the "
-            "grid and remove the folders of those runs."
-        )
+    with board or Board() as shown:
+        failed = launch.execute(work, jobs, names, shown)
+        for name, said in failed.items():
+            click.echo(f"{name}: {said}", err=True)
+        if failed:
+            raise RunError(
+                f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same "
+                "command again to repeat those; the others are kept. Where a setting was wrong, "
+                "correct the grid and remove the folders of those runs."
+            )
     return [job.folder for job in work]
 
 

@@ -7,25 +7,26 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import own, registry
+from d3po_bench import own
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.errors import UserError
 from d3po_bench.launch.job import SMALLER, End, died, make_run
 from d3po_bench.launch.local import Died, side_by_side
-from d3po_bench.launch.progress import bars, noting
+from d3po_bench.launch.progress import Board
 from d3po_bench.machine import device_of
 from d3po_bench.models import start
 from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
 from d3po_bench.rewards import http
 from d3po_bench.runs.store import require_same
+from d3po_bench.training import tracking
 from d3po_bench.training.progress import label
+from d3po_bench.training.progress import planned as before_run
 from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
 
@@ -52,12 +53,16 @@ class RunRequest:
     """File or folder of the LoRA to begin with; None for the base model."""
     jobs: int | None = None
     resume: bool = True
-    track: str | None = None
+    track: Sequence[str] = ()
     deterministic: Deterministic = "auto"
 
 
-def run(request: RunRequest) -> list[Path]:
+def run(request: RunRequest, board: Board | None = None) -> list[Path]:
     """Run every seed of a request; a failed seed does not stop the others.
+
+    Args:
+        request: which runs.
+        board: shows how far they are.
 
     Returns:
         The folder of each seed.
@@ -68,9 +73,10 @@ def run(request: RunRequest) -> list[Path]:
     """
     jobs = planned(request)
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
-    failed = execute(jobs, request.jobs, names)
-    alone = len(jobs) == 1
-    require_all({"" if alone else names[run]: why for run, why in failed.items()})
+    with board or Board() as shown:
+        failed = execute(jobs, request.jobs, names, shown)
+        alone = len(jobs) == 1
+        require_all({"" if alone else names[run]: why for run, why in failed.items()})
     return [job.folder for job in jobs]
 
 
@@ -82,13 +88,7 @@ def planned(request: RunRequest) -> list[Job]:
     """
     config, execution = configured(request)
     device_of(request.device)
-    trackers = () if request.track is None else (request.track,)
-    for name in trackers:
-        if find_spec(registry.tracker(name).NEEDS) is None:
-            raise UserError(
-                f"--track {name} needs the extra `track`. Install it: pip install -c "
-                "constraints.txt 'd3po-bench[track]'."
-            )
+    trackers = tracking.require(request.track)
     jobs = []
     objects = own.held([*config.sources.values(), *config.eval_scorers])
     for seed in request.seeds:
@@ -113,7 +113,9 @@ def run_folder(out: Path, config: RunConfig) -> Path:
     return out / model / config.objective / config.method / f"seed-{config.seed}"
 
 
-def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dict[str, UserError]:
+def execute(
+    jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board
+) -> dict[str, UserError]:
     """Make the runs, side by side where there are cores; what failed, by its label.
 
     A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
@@ -123,6 +125,7 @@ def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dic
         jobs: the runs.
         count: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
+        board: shows how far they are.
     """
     failed: dict[str, UserError] = {}
     printed = {""}
@@ -132,6 +135,7 @@ def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dic
         name = label(job.config)
         if end.problem is not None:
             failed[name] = end.problem
+            board.failed(name)
         if end.trace not in printed:  # once for all runs that end in the same
             printed.add(end.trace)
             print(f"{name}:\n{end.trace}", end="", file=sys.stderr)
@@ -139,15 +143,15 @@ def execute(jobs: list[Job], count: int | None, names: Mapping[str, str]) -> dic
         return not end.trace
 
     count = count or _as_many_as_fit(jobs[0])
-    with bars(names) as shown, _terminable():
-        report = noting(shown)
+    board.expect([before_run(job.config) for job in jobs], count, names)
+    with _terminable():
         if min(count, len(jobs)) > 1:
             for job in jobs:
                 own.require_portable(job.objects)
-            side_by_side(make_run, jobs, count, ended, report)
+            side_by_side(make_run, jobs, count, ended, board.report)
         else:
             for job in jobs:
-                ended(job, make_run(job, report))
+                ended(job, make_run(job, board.report))
     labels = [label(job.config) for job in jobs]
     return {name: failed[name] for name in labels if name in failed}
 

@@ -85,18 +85,18 @@ def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
     part = folder.with_name(folder.name + ".part")
     try:
         with writing(folder):
-            _remove(part)
+            remove(part)
             save(part)
             for path in (*part.rglob("*"), part):
                 _sync(path)
-            _remove(folder)
+            remove(folder)
             part.replace(folder)
             _sync(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder, or a link to one with nothing of what is behind it."""
     if folder.is_symlink():
         folder.unlink()

@@ -11,8 +11,8 @@ FACTS = ("started", "python", "platform", "machine", "cpu", "gpu", "packages", "
          "diff", "device", "threads", "deterministic", "execution")  # fmt: skip
 """What provenance says of a run's first session, beside the list of all."""
 
-WHEN = ("started", "after_round")
-"""What two sessions of one environment differ in."""
+WHEN = ("started", "after_round", "rounds")
+"""What two sessions of one environment differ in; rounds, where a run was extended."""
 
 
 def sessions(facts: Mapping[str, Any]) -> list[Row]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from d3po_bench.runs.files import (
     csv_bytes,
     json_lines,
     png_bytes,
+    remove,
     taken,
     write_atomically,
     write_folder,
@@ -33,6 +35,9 @@ from d3po_bench.runs.sessions import kept
 
 NEWEST, BEFORE = LAST, "checkpoints/previous.safetensors"
 """Of a run's checkpoints."""
+
+ENDED = ("ended", "content")
+"""What provenance says of a run that has ended, and no more once it has been extended."""
 
 
 class RunStore:
@@ -92,7 +97,7 @@ class RunStore:
             inputs: what names the content of the model, prompts and scorers: a run resumes only
                 with those that it began with, where they are on record.
             after: round of the checkpoint that the process resumes from; None without one, which
-                keeps nothing of earlier processes.
+                keeps nothing of earlier processes. A run that had ended begins again here.
             facts: anything else to keep.
             how: where and how it is computed, beside what this process knows of itself.
 
@@ -100,16 +105,20 @@ class RunStore:
             UserError: an input is another than the run began with.
         """
         RunFolder(self.folder).require_inputs(inputs, "give another --out")
+        known = {} if after is None else self.provenance()
+        known = {name: fact for name, fact in known.items() if name not in ENDED}
         if not (self.folder / "config.json").exists():
             self._write("config.json", config.to_json().encode())
-        known = {} if after is None else self.provenance()
         session = {**environment(), **how}
+        this = {**session, "after_round": after or 0, "rounds": config.rounds}
         self._checkpointed = after is not None
         self._write_facts({
             **(known or session), **(facts or {}), "run_id": config.run_id, "inputs": inputs,
-            "checkpointed": self._checkpointed,
-            "sessions": [*kept(known, after or 0), {**session, "after_round": after or 0}],
+            "checkpointed": self._checkpointed, "sessions": [*kept(known, after or 0), this],
         })  # fmt: skip
+        if RunFolder(self.folder).config.rounds != config.rounds:  # now that it has not ended
+            self._write("config.json", config.to_json().encode())
+        remove(self.folder / LORA)  # of fewer rounds
 
     def require_packages(self) -> None:
         """Refuse to resume with other package versions, on which scores depend.
@@ -184,8 +193,12 @@ class RunStore:
         }
         return {name: hashlib.sha256(data).hexdigest() for name, data in texts.items() if data}
 
-    def require_digests(self, expected: Mapping[str, str]) -> None:
+    def require_digests(self, expected: Mapping[str, str], round_: int) -> None:
         """Refuse rows that are not those of the checkpoint, or a checkpoint of another run.
+
+        Args:
+            expected: what the checkpoint says.
+            round_: of the checkpoint.
 
         Raises:
             UserError: naming the file.
@@ -194,6 +207,8 @@ class RunStore:
         for name in {**found, **expected}:
             if found.get(name) == expected.get(name):
                 continue
+            if name == "config.json" and self._extends(expected.get(name), round_):
+                continue
             raise UserError(
                 f"The checkpoint in {self.folder} is of another run, seed or version. Bring its "
                 "own back, or remove the run folder and start again."
@@ -201,6 +216,13 @@ class RunStore:
                 else f"{self.folder / name} is damaged or was changed: the checkpoint knows other "
                 "rows. Restore it, or remove the run folder and start again."
             )
+
+    def _extends(self, digest: str | None, round_: int) -> bool:
+        """Whether a digest is of this config but for fewer rounds, at least as many as done."""
+        if self.config is None:
+            return False
+        fewer = (replace(self.config, rounds=n) for n in range(max(1, round_), self.config.rounds))
+        return any(hashlib.sha256(c.to_json().encode()).hexdigest() == digest for c in fewer)
 
     def checkpoint(self, tensors: Mapping[str, Tensor], facts: Row) -> None:
         """Write the checkpoint of `tensors` and `facts`; the one before is kept beside it."""
@@ -313,6 +335,8 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Row]:
 def require_same(folder: Path, config: RunConfig, resume: bool) -> None:
     """Refuse a folder that holds another run, or one that is not to be resumed.
 
+    The same run with more rounds is no other.
+
     Raises:
         UserError: saying what differs.
     """
@@ -330,7 +354,14 @@ def require_same(folder: Path, config: RunConfig, resume: bool) -> None:
     mine, there = LATER | json.loads(config.to_json()), LATER | run.recorded
     changed = [k for k in sorted(mine | there) if there.get(k) != mine.get(k)]
     settings = [k for k in changed if k != "run_id"] or changed
-    if changed:
+    if settings == ["rounds"]:
+        if config.rounds < run.config.rounds:
+            raise UserError(
+                f"{folder} holds a run of {run.config.rounds} rounds, and {config.rounds} are "
+                f"fewer. Give --rounds {run.config.rounds} or more, which extends it, or another "
+                "--out."
+            )
+    elif changed:
         told = (f"{k} is {there.get(k)!r} there, not {mine.get(k)!r}" for k in settings[:3])
         raise UserError(
             f"{folder} holds another run: {', '.join(told)}. Give another --out, or remove that "

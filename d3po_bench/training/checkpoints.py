@@ -36,7 +36,7 @@ def restore(trainer: Trainer, store: RunStore) -> int | None:
                    "remove that folder to start again")  # fmt: skip
     trainer.restore(tensors, facts)
     store.keep_until(trainer.round)
-    store.require_digests(facts["rows"])
+    store.require_digests(facts["rows"], trainer.round)
     return trainer.round
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from d3po_bench import own, registry
@@ -93,15 +95,22 @@ class Evaluation:
         c = self.config
         return c.eval_every > 0 and (round_ % c.eval_every == 0 or round_ == c.rounds)
 
-    def __call__(self, model: Model, round_: int) -> Evaluated:
+    def __call__(
+        self, model: Model, round_: int, working: Callable[[float], None] = lambda share: None
+    ) -> Evaluated:
         """Draw and score.
+
+        Args:
+            model: as it is after that round.
+            round_: number of rounds done.
+            working: called with the share of the evaluation that is done.
 
         Raises:
             RunError: a latent, the score, or the drift is not finite.
         """
         spent = model.forwards, model.backwards
         try:
-            rows, pictures = self.tools.evaluate(model, self.what, self.scorers)
+            rows, pictures = self.tools.evaluate(model, self.what, self.scorers, working)
         except RunError as problem:
             where = f"Evaluation after round {round_}, seed {self.config.seed}"
             raise RunError(f"{where}: {problem}") from problem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.run import RunFolder
+from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
-from d3po_bench.training.listeners import Listener, ProgressListener, Recorder
-from d3po_bench.training.progress import Progress, Report, label
+from d3po_bench.training.listeners import Listener, ProgressListener, Recorder, by_round
+from d3po_bench.training.progress import Report, label, planned
 from d3po_bench.training.stopping import Stopping
 from d3po_bench.training.tools import Tools
+from d3po_bench.training.tracking import Tracked, Tracker
 from d3po_bench.training.trainer import Trainer
 
 WITHOUT_LOCKS = (
@@ -44,6 +45,8 @@ class Job:
     resume: bool = True
     """Continue what is in the folder, or refuse it."""
     trackers: tuple[str, ...] = ()
+    command: str = ""
+    """What makes the run, for people; "" for the `d3po-bench run` of its config."""
     experience: Experience | None = None
     """None for images that the policy draws."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -67,15 +70,14 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
     config, execution = job.config, job.execution
     own.adopt(job.objects)
     with RunStore.open(job.folder, config, resume=job.resume) as store:
-        before = RunFolder(job.folder)
-        if before.finished:
-            before.require_content()
-            today = inputs_today(before, _prompts(job), job.tools)
-            before.require_inputs(today, "give another --out")
-            report(Progress(label(config), 1.0, "finished before"))
+        if _made_before(job):
+            plan = planned(config)
+            before = "finished before"
+            report(replace(plan, left={}, done=plan.left, text=before, detail=before))
             return
+        progress = ProgressListener(config, report)
         if store.hold and not store.hold.everywhere:
-            report(Progress(label(config), 0.0, "", WITHOUT_LOCKS))
+            progress.note(WITHOUT_LOCKS)
         store.require_packages()
         source = model_source(config.model)
         torch.set_num_threads(threads_of(source, execution.threads))
@@ -84,27 +86,61 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         experience = job.experience or on_policy(job, device, source.scorers)
         trainer = Trainer(config, execution, experience, device)
         after = restore(trainer, store)
-        progress = ProgressListener(config, experience.scorer.unit, report)
         if store.damaged:
-            text = f"the newest checkpoint is damaged: resuming from round {trainer.round}"
-            report(Progress(label(config), trainer.round / config.rounds, text))
+            progress.note(
+                f"{label(config)}: the newest checkpoint is damaged: resuming from round "
+                f"{trainer.round}"
+            )
         evaluation = Evaluation(config, execution, experience, job.tools, device)
         evaluation.try_out(trainer.model)
         scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
         store.start(
             config, {**trainer.inputs, "scorers": scorers}, after=after,
-            facts=_facts(job, trainer, evaluation, report),
+            facts=_facts(job, trainer, evaluation, progress),
             device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
             execution=vars(execution).copy(), **_plugins(config, evaluation),
         )  # fmt: skip
-        trackers: list[Listener] = [registry.tracker(name)(job.folder) for name in job.trackers]
-        listeners = [
-            Recorder(store), progress, Checkpoints(trainer, store), *trackers,
-            Stopping(config.rounds),
-        ]  # fmt: skip
+        listeners: list[Listener] = [Recorder(store), progress, Checkpoints(trainer, store)]
+        listeners += [*_trackers(job, after, store, progress), Stopping(config.rounds)]
+        progress.begin(trainer.round, experience.scorer.unit, store)
         trainer.train(evaluation, listeners, measured=bool(store.evaluation))
         store.save_lora(trainer.model.save)
         store.finish()
+
+
+def _made_before(job: Job) -> bool:
+    """Whether the run is there already, after checking that it is whole and still the same.
+
+    One that ended after fewer rounds than are wanted now goes on from its end.
+    """
+    before = RunFolder(job.folder)
+    if not before.finished:
+        return False
+    extended = before.config.rounds != job.config.rounds
+    before.require_content(*([LAST] if extended else []))
+    today = inputs_today(before, _prompts(job), job.tools)
+    before.require_inputs(today, "give another --out")
+    return not extended
+
+
+def _trackers(
+    job: Job, after: int | None, store: RunStore, progress: ProgressListener
+) -> list[Tracker]:
+    """What shows the run elsewhere."""
+    config = job.config
+    run = Tracked(
+        folder=job.folder,
+        name=label(config),
+        settings={**asdict(config), **asdict(job.execution)},
+        command=job.command or job.tools.command(config, job.folder),
+        after=after,
+        first=by_round(store.evaluation).get(0, []),
+    )
+    found: list[Tracker] = [registry.tracker(name)(run) for name in job.trackers]
+    for tracker in found:
+        if tracker.where:
+            progress.note(f"{label(config)}: {tracker.where}")
+    return found
 
 
 def _prompts(job: Job) -> Sequence[str]:
@@ -136,7 +172,9 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
     )
 
 
-def _facts(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> dict[str, Any]:
+def _facts(
+    job: Job, trainer: Trainer, evaluation: Evaluation, progress: ProgressListener
+) -> dict[str, Any]:
     """What provenance keeps beside the inputs, such as what a score means.
 
     The objective need not be installed where the run is read.
@@ -147,19 +185,18 @@ def _facts(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -
         name = scorer.name
     return {
         "score": {"scorer": name, "unit": scorer.unit, "sign": objective.sign},
-        "unchecked_scorers": _unchecked(job, trainer, evaluation, report),
+        "unchecked_scorers": _unchecked(job, evaluation, progress),
         **job.facts,
     }
 
 
-def _unchecked(job: Job, trainer: Trainer, evaluation: Evaluation, report: Report) -> list[str]:
+def _unchecked(job: Job, evaluation: Evaluation, progress: ProgressListener) -> list[str]:
     """The scorers that nothing was compared with, after saying so."""
     known = registry.names("scorer")  # which does not name people's votes
     named = {n: s for n, s in evaluation.named.items() if n.partition(":")[0] in known}
     names = job.tools.unchecked(named)
     if names:
-        done = trainer.round / job.config.rounds
-        report(Progress(label(job.config), done, "", job.tools.note(names)))
+        progress.note(job.tools.note(names))
     return names
 
 

@@ -38,10 +38,8 @@ def ask(number: int, frame: FrameType | None = None) -> None:
 @contextmanager
 def heeding(*numbers: int) -> Iterator[None]:
     """Take these signals as a wish to stop; elsewhere than on the main thread, none comes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, ask) for number in numbers}
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, ask) for number in (numbers if here else ())}
     try:
         yield
     finally:

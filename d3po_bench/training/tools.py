@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
+    from d3po_bench.config import RunConfig
     from d3po_bench.diffusion.process import Sampler
     from d3po_bench.types import Model, Scorer
 
@@ -41,15 +44,19 @@ class Tools:
     scorer: Callable[[str, torch.device, str], Scorer]
     """The scorer of a name, on a device, with weights; checked against its golden scores."""
     evaluate: Callable[
-        [Model, EvaluationSet, Mapping[str, Scorer]], tuple[list[Row], dict[str, Tensor]]
+        [Model, EvaluationSet, Mapping[str, Scorer], Callable[[float], None]],
+        tuple[list[Row], dict[str, Tensor]],
     ]
-    """Rows of an evaluation, and the pictures [N, 3, h, w] uint8 of each sampler."""
+    """Rows of an evaluation, and the pictures [N, 3, h, w] uint8 of each sampler. What comes last
+    is called with the share that is done."""
     fingerprint: Callable[[Any], str]
     """What names a scorer's weights."""
     unchecked: Callable[[Mapping[str, Scorer]], list[str]]
     """The scorers without golden scores for their weights."""
     note: Callable[[Sequence[str]], str]
     """What to tell people about those."""
+    command: Callable[[RunConfig, Path], str]
+    """The command line that makes the run of a config in a folder."""
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:

@@ -146,10 +146,13 @@ class Trainer:
             listener.finished()
 
     def _evaluate(self, evaluation: Evaluation, listeners: Sequence[Listener]) -> None:
-        if evaluation.due(self.round):
+        def working(share: float) -> None:
             for listener in listeners:
-                listener.evaluating(self.round)
-            found = evaluation(self.model, self.round)
+                listener.evaluating(self.round, share)
+
+        if evaluation.due(self.round):
+            working(0)
+            found = evaluation(self.model, self.round, working)
             for listener in listeners:
                 listener.evaluated(self.round, found)
 

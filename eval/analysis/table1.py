@@ -8,9 +8,8 @@ is not judged by it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,14 @@ from d3po_bench.digests import changed
 from d3po_bench.errors import UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
+from d3po_bench.launch.progress import Board
 from d3po_bench.models.sources import model_source
 from d3po_bench.runs.files import csv_bytes, read_csv, readable, write_atomically
 from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
-from d3po_bench.training.progress import label
+from d3po_bench.training.progress import IMAGE, Counted, Progress, label
 from d3po_bench.training.run import Job
 from eval.analysis import choices
+from eval.analysis.cells import Cells
 from eval.analysis.choices import Choices
 from eval.analysis.runs import require_alike
 from eval.analysis.statistics import interval
@@ -60,8 +61,6 @@ SIGNAL = {"blip": "blip_itm_logit"}
 SAMPLER = "eta1"
 """Of the printed table; the rows hold both."""
 
-Cells = dict[str, str]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Table1Request:
@@ -79,11 +78,12 @@ class Table1Request:
     device: str
     jobs: int | None
     out: Path
+    track: Sequence[str] = ()
     runs: tuple[Path, ...] = ()
     """Finished runs to take instead of training."""
 
 
-def run(request: Table1Request, tell: Callable[[str], None]) -> str:
+def run(request: Table1Request, board: Board) -> str:
     """Train or take the models, score them, write and return the table.
 
     Writes OUT/rows/METHOD-SEED.csv, OUT/table1.csv, .md and .tex, and OUT/signal.json. Raters'
@@ -101,17 +101,32 @@ def run(request: Table1Request, tell: Callable[[str], None]) -> str:
     targets = {BASE_ROWS: Path(request.model), **folders}
     asked = {name: _asked(request, folder, name, drawn) for name, folder in targets.items()}
     _require_room(request.out, asked)
-    _train(jobs, request)
-    once = cache(tell)  # what is to be known of the scorers is the same for each model
-    made: dict[str, str] = {}
-    for name, evaluation in asked.items():
-        tell(f"scoring {name}")
-        rows = (work.run(evaluation, note=once) / "rows.csv").read_bytes()
-        write_atomically(request.out / "rows" / f"{name}.csv", rows)
-        made[f"rows/{name}.csv"] = sha256(rows).hexdigest()
+    with board:
+        made = _made(jobs, asked, request, board)
     signal = {**_signal(request), "rows": made}
     write_atomically(request.out / "signal.json", (json.dumps(signal, indent=1) + "\n").encode())
     return write(request.out)
+
+
+def _made(
+    jobs: list[Job], asked: Mapping[str, plan.EvaluateRequest], request: Table1Request, board: Board
+) -> dict[str, str]:
+    """Train, then score each model: the digest of each file of rows."""
+    images = work.images(plan.planned(asked[BASE_ROWS]))
+    waiting = {name: Progress(run=f"scoring {name}", left={IMAGE: images}) for name in asked}
+    board.expect(waiting.values())
+    names = {label(job.config): label(job.config) for job in jobs}
+    if jobs:
+        launch.require_all(launch.execute(jobs, request.jobs, names, board))
+    made: dict[str, str] = {}
+    for name, evaluation in asked.items():
+        told = Counted(waiting[name].run, IMAGE, board.report)
+        # What is to be known of the scorers is the same for each model.
+        folder = work.run(evaluation, told, board.note)
+        rows = (folder / "rows.csv").read_bytes()
+        write_atomically(request.out / "rows" / f"{name}.csv", rows)
+        made[f"rows/{name}.csv"] = sha256(rows).hexdigest()
+    return made
 
 
 def _signal(request: Table1Request) -> dict[str, str]:
@@ -137,17 +152,10 @@ def _jobs(request: Table1Request) -> list[Job]:
             RunRequest(
                 method=method, objective=request.objective, model=request.model,
                 preset=preset(request), settings=request.settings, seeds=request.seeds,
-                device=request.device, out=request.out / "runs", tools=TOOLS,
+                device=request.device, out=request.out / "runs", tools=TOOLS, track=request.track,
             )
         )
     ]  # fmt: skip
-
-
-def _train(jobs: list[Job], request: Table1Request) -> None:
-    names = {label(job.config): label(job.config) for job in jobs}
-    failed = launch.execute(jobs, request.jobs, names) if jobs else {}
-    if failed:
-        launch.require_all(failed)
 
 
 def preset(request: Table1Request) -> str | None:

@@ -100,7 +100,7 @@ def record(run: RunFolder, name: str) -> Record:
         "training_kl_last": last["kl"],
         "saturated_last": last["saturated"],
         **_end(run, len(rounds)),
-        "command": f"{command(own)} --out {shlex.quote(_out(run.folder))}",
+        "command": command(own, run.folder),
     }
 
 
@@ -142,11 +142,6 @@ def _by_round(run: RunFolder) -> dict[int, list[Record]]:
     return found
 
 
-def _out(run: Path) -> str:
-    """The --out of which OUT/MODEL/OBJECTIVE/METHOD/seed-N is the run's folder."""
-    return str(run.parents[3]) if len(run.parts) > 4 else "runs"
-
-
 # ---- commands
 
 
@@ -161,9 +156,11 @@ def arguments(own: RunConfig) -> list[str]:
     ]  # fmt: skip
 
 
-def command(own: RunConfig) -> str:
-    """What makes a run of that config, below runs/."""
-    return shlex.join(["d3po-bench", *arguments(own)])
+def command(own: RunConfig, folder: Path | None = None) -> str:
+    """What makes a run of that config, in that run folder; if None, below runs/."""
+    place = folder.parents[3] if folder and len(folder.parts) > 4 else "runs"
+    out = ["--out", str(place)] if folder else []
+    return shlex.join(["d3po-bench", *arguments(own), *out])
 
 
 def settings(own: RunConfig) -> Settings:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from hashlib import sha256
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +49,7 @@ Piece = tuple[int, str]
 
 
 Told = Callable[[int, int], None]
-"""Called with pieces done and pieces in all."""
+"""Called with images done and images in all."""
 
 
 Task = tuple[Plan, Piece, Path, EvaluateRequest]
@@ -94,10 +92,13 @@ def run(
         if unchecked:
             note(golden.note(unchecked))
         rest = [p for p in pieces if not _is_done(out, plan, p, request)]
-        numbers = count(len(pieces) - len(rest))
+        total = images(plan)
+        left = sum(_images(plan, piece) for piece in rest)
 
-        def done() -> None:
-            told(next(numbers), len(pieces))
+        def done(task: Task | None = None) -> None:
+            nonlocal left
+            left -= _images(plan, task[1]) if task else 0
+            told(total - left, total)
 
         done()
         tasks = [(plan, piece, out, request) for piece in rest]
@@ -106,9 +107,18 @@ def run(
         else:
             for task in tasks:
                 _do(*task)
-                done()
+                done(task)
     _finish(out, plan, pieces, request)
     return out
+
+
+def images(plan: Plan) -> int:
+    """How many are scored."""
+    return len(plan.prompts) * plan.images * len(plan.samplers)
+
+
+def _images(plan: Plan, piece: Piece) -> int:
+    return len(plan.prompts[piece[0] : piece[0] + PIECE]) * plan.images
 
 
 def require_same(out: Path, plan: Row) -> None:
@@ -230,13 +240,13 @@ def _plugins(plan: Plan) -> Row:
     return registry.plugins(used)
 
 
-def _side_by_side(tasks: Sequence[Task], jobs: int, done: Callable[[], None]) -> None:
+def _side_by_side(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None]) -> None:
     def ended(task: Task, found: End | Died) -> bool:
         end = died(found.code, SMALLER) if isinstance(found, Died) else found
         if end.problem is not None:
             print(end.trace, end="", file=sys.stderr)
             raise end.problem
-        done()
+        done(task)
         return True
 
     side_by_side(_attempt, tasks, jobs, ended)
@@ -345,7 +355,7 @@ def _read(path: Path) -> Any:
     return torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1).unsqueeze(0)
 
 
-def summary(out: Path) -> Iterator[str]:
+def summary(out: Path) -> Iterator[Row]:
     """The mean of every column of rows.csv, for each sampler."""
     rows = read_csv(out / "rows.csv")
     told = {"steps", "guidance", "size", "sampler", "prompt", "index", "weights", "file"}
@@ -355,17 +365,4 @@ def summary(out: Path) -> Iterator[str]:
             values = [float(row[column]) for row in mine if row[column] not in ("", "nan")]
             if values:
                 mean = sum(values) / len(values)
-                yield f"{sampler or 'pictures'}  {column}  {mean:.4f}  ({len(values)} images)"
-
-
-def lines_of_progress(echo: Callable[[str], None]) -> Told:
-    """Tell how far it is and, once a piece is done, how long the rest will take."""
-    began: list[tuple[float, int]] = []
-
-    def told(done: int, total: int) -> None:
-        began.append((time.monotonic(), done))
-        seconds, fresh = time.monotonic() - began[0][0], done - began[0][1]
-        left = f", {seconds * (total - done) / fresh:.0f} s left" if fresh else ""
-        echo(f"{done} of {total} pieces{left}")
-
-    return told
+                yield {"sampler": sampler, "column": column, "mean": mean, "images": len(values)}

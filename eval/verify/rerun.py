@@ -23,6 +23,7 @@ import pandas as pd
 
 from d3po_bench.config import Execution, make
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.launch.progress import Board
 from d3po_bench.runs.files import Row, readable
 from d3po_bench.runs.run import IMAGE, RunFolder, find_runs, finite
 from d3po_bench.runs.sessions import differing
@@ -81,6 +82,7 @@ def rerun(
     seed: int = 0,
     settings: Mapping[str, str] | None = None,
     out: Path | None = None,
+    board: Board | None = None,
 ) -> Iterator[Verdict]:
     """Make `count` of the published runs again, one after the other.
 
@@ -91,6 +93,7 @@ def rerun(
         seed: of the draw.
         settings: execution settings other than the recorded ones, as --set takes them.
         out: where the new runs go, and stay; a temporary folder if None.
+        board: shows how far they are.
 
     Raises:
         UserError: there are not so many, a setting decides numbers, or a run cannot begin here.
@@ -101,14 +104,15 @@ def rerun(
     from eval.tools import TOOLS
 
     executions = {run.folder: _execution(run, settings or {}) for run in runs}
-    with nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="d3po-bench-") as place:
+    somewhere = nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="d3po-bench-")
+    with somewhere as place, board or Board() as shown:
         for run in drawn(runs, count, seed):
             name, config = str(run.folder.relative_to(folder)), run.config
             job = Job(
                 config=config, execution=executions[run.folder], folder=Path(place, name),
                 tools=TOOLS,
             )  # fmt: skip
-            failed = launch.execute([job], 1, {label(config): label(config)})
+            failed = launch.execute([job], 1, {label(config): label(config)}, shown)
             for problem in failed.values():
                 if not isinstance(problem, RunError):
                     raise problem

@@ -1,50 +1,52 @@
-"""TensorBoard: metrics and held-out scores as event files in the run folder (extra `track`)."""
+"""TensorBoard: event files in RUN/tensorboard, shown by `tensorboard --logdir runs`."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from d3po_bench.training.listeners import Evaluated, Listener
+from torch import Tensor
 
-Row = dict[str, Any]
+from d3po_bench.training.tracking import Scalars, Tracked, Tracker
+
+FIRST = ("held-out eta1/score", "held-out eta1/gain", "reward_mean")
+"""What the table of hyperparameters shows beside them."""
 
 
-class TensorBoard(Listener):
-    """Writes to RUN/tensorboard while the run is in progress."""
+class TensorBoard(Tracker):
+    """Writes while the run is in progress."""
 
     NEEDS = "tensorboard"
-    """The package, which the extra `track` installs."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder`: of the run."""
+    def __init__(self, run: Tracked) -> None:
+        """Begin a file, which hides what earlier ones have of the rounds that come again."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        super().__init__(run)
+        begin = 0 if run.after is None else run.after + 1
+        self.writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=begin)
+        if run.after is None:
+            self._introduce(run)
 
-    def round(self, metrics: Row, timing: Row) -> None:
-        """Every metric of the round."""
-        for name in metrics.keys() - {"round"}:
-            self.writer.add_scalar(name, metrics[name], metrics["round"])
+    def _introduce(self, run: Tracked) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        kinds = (bool, int, float, str)
+        given = {k: v if isinstance(v, kinds) else str(v) for k, v in run.settings.items()}
+        for summary in hparams(given, dict.fromkeys(FIRST, 0.0)):
+            self.writer.file_writer.add_summary(summary)
+        self.writer.add_text("command", f"    {run.command}")
         self.writer.flush()
 
-    def evaluated(self, round_: int, found: Evaluated) -> None:
-        """Means over the images of each sampler."""
-        sums: dict[str, list[float]] = defaultdict(list)
-        for row in found.rows:
-            for name in row.keys() - {"sampler", "prompt", "index"}:
-                if row[name] != "":
-                    sums[f"held-out {row['sampler']}/{name}"].append(float(row[name]))
-        for name, values in sums.items():
-            self.writer.add_scalar(name, sum(values) / len(values), round_)
+    def log(self, round_: int, scalars: Scalars, pictures: Mapping[str, Tensor]) -> None:
+        """Write them at once."""
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, round_)
+        for prompt, picture in pictures.items():
+            self.writer.add_image(f"samples/{prompt}", picture, round_)
         self.writer.flush()
 
-    def finished(self) -> None:
-        """Close the file."""
-        self.writer.close()
-
-    def stopped(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Close the file."""
         self.writer.close()
 
