@@ -252,8 +252,12 @@ def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> N
             )
 
 
-def pairs_of(settings: Sequence[str]) -> dict[str, str]:
+def pairs_of(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
     """KEY=VALUE strings as a dictionary.
+
+    Args:
+        settings: the strings.
+        option: what they were given to.
 
     Raises:
         UserError: one has no =, or a key comes twice.
@@ -262,9 +266,9 @@ def pairs_of(settings: Sequence[str]) -> dict[str, str]:
     for text in settings:
         key, sign, value = text.partition("=")
         if not sign:
-            raise UserError(f"--set takes KEY=VALUE, not {text!r}.")
+            raise UserError(f"{option} takes KEY=VALUE, not {text!r}.")
         if key in found:
-            raise UserError(f"--set {key}=... is there twice. Leave one out.")
+            raise UserError(f"{option} {key}=... is there twice. Leave one out.")
         found[key] = value
     return found
 

@@ -19,11 +19,11 @@ class RunError(UserError):
     exit_code = 1
 
 
-class InUse(UserError):
+class InUseError(UserError):
     """Another process works in the same folder."""
 
 
-class TryAgain(RunError):
+class TryAgainError(RunError):
     """A run that was asked to stop after its round: the same command goes on with it."""
 
     exit_code = 75

@@ -2,7 +2,8 @@
 
 A method is a file with `METHOD = ...` beside `d3po.py` or in `baselines/`; a scorer one with
 `def load(` in `eval/scorers/`; an objective one with `OBJECTIVE = ...`; a model one with
-`SOURCE = ...`; a family of models one with `FAMILY = ...`; a tracker one with `TRACKER = ...`.
+`SOURCE = ...`; a family of models one with `FAMILY = ...`; a tracker one with `TRACKER = ...`; a
+place that makes runs one with `PLACE = ...`.
 Packages elsewhere add methods and scorers through the entry points `d3po_bench.methods` and
 `d3po_bench.scorers`. Methods, scorers and objectives may also be the user's own (`own`), and
 objectives sums of others (`rewards.sums`).
@@ -32,7 +33,7 @@ from d3po_bench.types import Method, Objective, Scorer
 if TYPE_CHECKING:
     from d3po_bench.scoring import Guarded
 
-Kind = Literal["method", "objective", "scorer", "model", "family", "tracker"]
+Kind = Literal["method", "objective", "scorer", "model", "family", "tracker", "place"]
 
 HOME = Path(__file__).parent.parent
 _FOLDERS: dict[Kind, tuple[str, ...]] = {
@@ -42,6 +43,7 @@ _FOLDERS: dict[Kind, tuple[str, ...]] = {
     "model": ("d3po_bench.models",),
     "family": ("d3po_bench.models",),
     "tracker": ("d3po_bench.training.trackers",),
+    "place": ("d3po_bench.launch.places",),
 }
 _MARKS: dict[Kind, str] = {
     "method": "\nMETHOD",
@@ -50,6 +52,7 @@ _MARKS: dict[Kind, str] = {
     "model": "\nSOURCE",
     "family": "\nFAMILY",
     "tracker": "\nTRACKER",
+    "place": "\nPLACE",
 }
 
 
@@ -405,3 +408,8 @@ def family(pipeline: str, path: str) -> Any:
 def tracker(name: str) -> Any:
     """The class of that tracker, a `training.tracking.Tracker`."""
     return _module("tracker", name).TRACKER
+
+
+def place(name: str) -> Any:
+    """What makes runs there, a `launch.place.Place`."""
+    return _module("place", name).PLACE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from d3po_bench.config import MOST_SEEDS
 
 if TYPE_CHECKING:
     from d3po_bench.launch.progress import Board
+    from d3po_bench.launch.state import State
 
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
@@ -26,6 +28,15 @@ JOBS = click.option(
 OUT = click.option(
     "--out", type=PLACE, default=Path("runs"), show_default=True, help="Folder of run folders."
 )
+WHERE = click.option(
+    "--where", default="local", show_default=True, shell_complete=completion.of("place"),
+    help="Where the runs are made: local, ray or slurm.",
+)  # fmt: skip
+ASK = click.option(
+    "--ask", "asked", multiple=True, metavar="KEY=VALUE",
+    help="What each run asks of the cluster, such as num_gpus=0.25 (ray) or timeout_min=120 "
+    "(slurm); repeatable.",
+)  # fmt: skip
 RESUME = click.option(
     "--resume/--no-resume", default=True, show_default=True,
     help="Continue runs that are already there.",
@@ -88,6 +99,8 @@ RESUME = click.option(
 )  # fmt: skip
 @DEVICE
 @JOBS
+@WHERE
+@ASK
 @OUT
 @RESUME
 @click.option(
@@ -109,6 +122,8 @@ def run(
     rounds: int | None,
     device: str,
     jobs: int | None,
+    where: str,
+    asked: tuple[str, ...],
     out: Path,
     resume: bool,
     deterministic: bool | None,
@@ -135,6 +150,7 @@ def run(
         preset=preset, settings=pairs_of(settings), rounds=rounds,
         seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs, out=out,
         resume=resume, track=track, tools=TOOLS,
+        where=launch.Where(where, pairs_of(asked, "--ask")),
         deterministic="auto" if deterministic is None else "on" if deterministic else "off",
     )  # fmt: skip
     return _ended(launch.run(request, board), out)
@@ -144,12 +160,17 @@ def run(
 @click.argument("grid", type=PLACE)
 @DEVICE
 @JOBS
+@WHERE
+@ASK
 @OUT
 @RESUME
 @TRACK
+@click.option(
+    "--status", is_flag=True, help="Say where each run is, by the folders alone, and run nothing."
+)
 def sweep(
-    grid: Path, device: str, jobs: int | None, out: Path, resume: bool, track: tuple[str, ...],
-    board: Board,
+    grid: Path, device: str, jobs: int | None, where: str, asked: tuple[str, ...], out: Path,
+    resume: bool, track: tuple[str, ...], status: bool, board: Board,
 ) -> Result:  # fmt: skip
     """Run methods x objectives x seeds from the TOML file GRID.
 
@@ -168,14 +189,44 @@ def sweep(
     Example:
         d3po-bench sweep grid.toml
         d3po-bench sweep results/tiny/grid.toml --out runs/grid --jobs 2
+        d3po-bench sweep grid.toml --where slurm --ask timeout_min=120 --ask gpus_per_node=1
+        d3po-bench sweep grid.toml --status
     """  # noqa: D301
+    from d3po_bench.config import pairs_of
     from d3po_bench.launch import grid as sweeping
+    from d3po_bench.launch.launch import Where
     from eval.tools import TOOLS
 
+    if status:
+        return _status(sweeping.states(grid, TOOLS, out))
     made = sweeping.run(
-        grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume, track=track, board=board
-    )
+        grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume, track=track, board=board,
+        where=Where(where, pairs_of(asked, "--ask")),
+    )  # fmt: skip
     return _ended(made, out)
+
+
+def _status(states: list[State]) -> Result:
+    """Where each run is, and how many are where."""
+    from d3po_bench.training.progress import label
+
+    names = [label(state.config) for state in states]
+    wide = max(map(len, names))
+    lines = [
+        f"{name:<{wide}}  {state.name:<9}  {f'{state.rounds}/{state.config.rounds}':>7}  "
+        f"{state.gained:<16}  {state.why}".rstrip()
+        for name, state in zip(names, states, strict=True)
+    ]
+    counts = Counter(state.name for state in states)
+    data = [
+        {"run": name, "state": state.name, "rounds": state.rounds, "of": state.config.rounds,
+         "gain": state.gain, "unit": state.unit, "why": state.why}
+        for name, state in zip(names, states, strict=True)
+    ]  # fmt: skip
+    return Result(
+        lines, {"runs": data, "counts": counts},
+        [", ".join(f"{n} {name}" for name, n in counts.items()) + f", of {len(states)} runs"],
+    )  # fmt: skip
 
 
 def _ended(folders: list[Path], out: Path) -> Result:

@@ -39,10 +39,11 @@ from pydantic import (
 
 from d3po_bench import registry
 from d3po_bench.config import MOST_SEEDS, RunConfig
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import RunError, TryAgainError, UserError
 from d3po_bench.launch import launch
-from d3po_bench.launch.launch import RunRequest
+from d3po_bench.launch.launch import HERE, RunRequest, Where
 from d3po_bench.launch.progress import Board
+from d3po_bench.launch.state import State, read_states
 from d3po_bench.prompts.tables import read_text
 from d3po_bench.rewards import sums
 from d3po_bench.training.progress import label
@@ -171,7 +172,7 @@ def read(path: Path) -> Grid:
 
 def run(
     path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool,
-    track: Sequence[str] = (), board: Board | None = None,
+    track: Sequence[str] = (), board: Board | None = None, where: Where = HERE,
 ) -> list[Path]:  # fmt: skip
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
 
@@ -185,13 +186,15 @@ def run(
     work: list[Job] = []
     for request in _requests(read(path), tools, out, device, resume):
         try:
-            work += launch.planned(replace(request, track=track))
+            work += launch.planned(replace(request, track=track, where=where))
         except UserError as problem:
             where = f"{request.method} on {request.objective}, seed {request.seeds.start}"
             raise UserError(f"{problem} This is about {where} of the grid.") from problem
     names = {label(job.config): label(job.config) for job in work}
     with board or Board() as shown:
-        failed = launch.execute(work, jobs, names, shown)
+        failed = launch.execute(work, jobs, names, shown, where)
+        if failed and all(isinstance(said, TryAgainError) for said in failed.values()):
+            launch.require_all(failed)
         for name, said in failed.items():
             click.echo(f"{name}: {said}", err=True)
         if failed:
@@ -201,6 +204,15 @@ def run(
                 "correct the grid and remove the folders of those runs."
             )
     return [job.folder for job in work]
+
+
+def states(path: Path, tools: Tools, out: Path) -> list[State]:
+    """Where each run of the grid at `path` is, by the folders below `out` alone.
+
+    Raises:
+        UserError: bad input.
+    """
+    return read_states({launch.run_folder(out, c): c for c in configs(read(path), tools)})
 
 
 def configs(grid: Grid, tools: Tools) -> list[RunConfig]:

@@ -7,7 +7,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from d3po_bench.errors import InUse, RunError, TryAgain, UserError, is_out_of_memory, of_system
+from d3po_bench.errors import (
+    InUseError,
+    RunError,
+    TryAgainError,
+    UserError,
+    is_out_of_memory,
+    of_system,
+)
 from d3po_bench.training.progress import Report
 from d3po_bench.training.run import Job, run_seed
 
@@ -25,7 +32,7 @@ class End:
     """The traceback, where nobody expected the problem."""
 
 
-KINDS = (InUse, TryAgain, RunError, UserError)
+KINDS = (InUseError, TryAgainError, RunError, UserError)
 """Of problems; whatever else they hold stays in the process."""
 
 LONGEST = 300

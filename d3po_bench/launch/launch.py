@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import own
+from d3po_bench import own, registry
 from d3po_bench.config import Execution, RunConfig, make
-from d3po_bench.errors import UserError
-from d3po_bench.launch.job import SMALLER, End, died, make_run
-from d3po_bench.launch.local import Died, side_by_side
+from d3po_bench.errors import TryAgainError, UserError
+from d3po_bench.launch.job import End
+from d3po_bench.launch.place import Work
 from d3po_bench.launch.progress import Board
 from d3po_bench.machine import device_of
 from d3po_bench.models import start
@@ -31,6 +27,18 @@ from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
 
 Deterministic = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """On which machines runs are made."""
+
+    place: str = "local"
+    asked: Mapping[str, str] = field(default_factory=dict)
+    """What each run asks of a cluster."""
+
+
+HERE = Where()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,7 @@ class RunRequest:
     lora: str | None = None
     """File or folder of the LoRA to begin with; None for the base model."""
     jobs: int | None = None
+    where: Where = HERE
     resume: bool = True
     track: Sequence[str] = ()
     deterministic: Deterministic = "auto"
@@ -74,7 +83,7 @@ def run(request: RunRequest, board: Board | None = None) -> list[Path]:
     jobs = planned(request)
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
     with board or Board() as shown:
-        failed = execute(jobs, request.jobs, names, shown)
+        failed = execute(jobs, request.jobs, names, shown, request.where)
         alone = len(jobs) == 1
         require_all({"" if alone else names[run]: why for run, why in failed.items()})
     return [job.folder for job in jobs]
@@ -87,7 +96,8 @@ def planned(request: RunRequest) -> list[Job]:
         UserError: bad input.
     """
     config, execution = configured(request)
-    device_of(request.device)
+    if request.where.place == "local":
+        device_of(request.device)
     trackers = tracking.require(request.track)
     jobs = []
     objects = own.held([*config.sources.values(), *config.eval_scorers])
@@ -114,9 +124,10 @@ def run_folder(out: Path, config: RunConfig) -> Path:
 
 
 def execute(
-    jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board
-) -> dict[str, UserError]:
-    """Make the runs, side by side where there are cores; what failed, by its label.
+    jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board,
+    where: Where = HERE,
+) -> dict[str, UserError]:  # fmt: skip
+    """Make the runs, side by side where there is room; what failed, by its label.
 
     A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
     is printed on stderr.
@@ -126,12 +137,12 @@ def execute(
         count: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
         board: shows how far they are.
+        where: on which machines.
     """
     failed: dict[str, UserError] = {}
     printed = {""}
 
-    def ended(job: Job, found: End | Died) -> bool:
-        end = died(found.code, SMALLER) if isinstance(found, Died) else found
+    def ended(job: Job, end: End) -> bool:
         name = label(job.config)
         if end.problem is not None:
             failed[name] = end.problem
@@ -142,16 +153,17 @@ def execute(
         # What nobody expected may have left a process in which nothing works, a GPU's context say.
         return not end.trace
 
-    count = count or _as_many_as_fit(jobs[0])
-    board.expect([before_run(job.config) for job in jobs], count, names)
-    with _terminable():
-        if min(count, len(jobs)) > 1:
-            for job in jobs:
-                own.require_portable(job.objects)
-            side_by_side(make_run, jobs, count, ended, board.report)
-        else:
-            for job in jobs:
-                ended(job, make_run(job, board.report))
+    def begin(count: int) -> None:
+        board.expect([before_run(job.config) for job in jobs], count, names)
+
+    if where.place != "local":
+        for job in jobs:
+            own.require_portable(job.objects)
+    registry.place(where.place)(
+        Work(
+            jobs=jobs, count=count, ended=ended, report=board.report, begin=begin, asked=where.asked
+        )
+    )  # fmt: skip
     labels = [label(job.config) for job in jobs]
     return {name: failed[name] for name in labels if name in failed}
 
@@ -170,21 +182,9 @@ def require_all(failed: Mapping[str, UserError]) -> None:
         for name, problem in failed.items():
             said.setdefault(str(problem), []).append(name)
         parts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
-        kind = type(next(iter(failed.values())))
+        kinds = [type(problem) for problem in failed.values() if type(problem) is not TryAgainError]
+        kind = kinds[0] if kinds else TryAgainError
         raise kind(" ".join(parts).removeprefix(": "))
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Treat SIGTERM, which clusters send, like Ctrl-C: no worker outlives its parent."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
@@ -210,13 +210,3 @@ def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     if request.deterministic != "auto":
         execution = replace(execution, deterministic=request.deterministic)
     return config, replace(execution, device=request.device)
-
-
-def _as_many_as_fit(job: Job) -> int:
-    """One run per core for a small model on a CPU; others may not fit twice."""
-    small = model_source(job.config.model).small
-    if not small or device_of(job.execution.device).type != "cpu":
-        return 1
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -9,10 +9,13 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count as count_from
 from multiprocessing import connection
 from typing import Any, Generic, TypeVar
+
+from d3po_bench.training import stopping
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -46,11 +49,15 @@ class _Worker(Generic[Task, Result]):
     and does not tell whose task that was.
     """
 
-    def __init__(self, work: Work[Task, Result], task: Task) -> None:
+    def __init__(
+        self, work: Work[Task, Result], task: Task, number: int = 0, place: Mapping[str, str] = {}
+    ) -> None:
+        self.number = number
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work))
-        self.process.start()
+        with _environment(place):  # CUDA reads it once, long before there is a task
+            self.process.start()
         theirs.close()  # so that the pipe ends with the process
         self.give(task)
 
@@ -76,6 +83,21 @@ class _Worker(Generic[Task, Result]):
             told(said)
 
 
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Give processes that are started other variables than this one has."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class _Stopped(BaseException):
     """A worker is to end: no mistake of the task that it is at."""
 
@@ -98,6 +120,7 @@ def _serve(pipe: connection.Connection[Any, Any], work: Work[Any, Any]) -> None:
     """In a worker process: do the tasks that come, until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGUSR1, stopping.wish)
     # A task may tell nothing for hours, and would find out no sooner.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -124,6 +147,9 @@ def side_by_side(
     count: int,
     ended: Callable[[Task, Result | Died], bool],
     told: Callable[[Any], None] = lambda said: None,
+    *,
+    places: Sequence[Mapping[str, str]] = (),
+    stop: Callable[[], object] = lambda: False,
 ) -> None:
     """Do the tasks in worker processes, a new one where one died. All end with this process.
 
@@ -133,15 +159,26 @@ def side_by_side(
         count: workers at a time.
         ended: called with each task and its result; whether its process can do another.
         told: called with what the tasks tell on the way.
+        places: variables of the environment that send a worker to its GPU; one in turn for each.
+        stop: whether workers are to end after the round that they are at, and no task to begin.
     """
     waiting, workers = deque(tasks), list[_Worker[Task, Result]]()
     started = list[_Worker[Task, Result]]()
+    asked = False
     try:
         while waiting or workers:
             while waiting and len(workers) < count:
-                workers.append(_Worker(work, waiting.popleft()))
+                free = next(n for n in count_from(0) if n not in [w.number for w in workers])
+                place = places[free % len(places)] if places else {}
+                workers.append(_Worker(work, waiting.popleft(), free, place))
                 started.append(workers[-1])
             connection.wait([worker.pipe for worker in workers], timeout=0.2)
+            if stop() and not asked:
+                asked = True
+                waiting.clear()
+                for worker in workers:
+                    if worker.process.is_alive() and worker.process.pid:
+                        os.kill(worker.process.pid, signal.SIGUSR1)
             for worker in list(workers):
                 end = worker.hear(told)
                 if end is None:

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from d3po_bench.errors import OF_THE_DISK, InUse, RunError, UserError, is_out_of_memory
+from d3po_bench.errors import OF_THE_DISK, InUseError, RunError, UserError, is_out_of_memory
 from d3po_bench.runs.holder import DEAD, SIZE, Holder, beating
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-LOCK = ".lock"
+LOCK, FAILED = ".lock", ".failed"
+"""Of a run: who works there, and why it ended early."""
 
 SETTLED = 2.0
 """Seconds after which processes that take a folder over see what the others wrote."""
@@ -246,11 +247,15 @@ class Hold:
 def _lock_file(path: Path) -> IO[str]:
     """Open a file to lock, making it if need be; never what a link names, and without waiting."""
     how = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
-    file = open(path, "w", opener=lambda name, _: os.open(name, how, 0o666))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+
+    def opened(name: str, _: int) -> int:
+        number = os.open(name, how, 0o666)
+        if stat.S_ISREG(os.fstat(number).st_mode):
+            return number
+        os.close(number)
         raise OSError(errno.EINVAL, "it is no regular file")
-    return file
+
+    return open(path, "w", opener=opened)
 
 
 def _holder(file: IO[str]) -> Holder | None:
@@ -281,7 +286,7 @@ def taken(folder: Path) -> Iterator[Hold]:
     lock of a dead process is free at once.
 
     Raises:
-        InUse: another process holds it.
+        InUseError: another process holds it.
         UserError: it cannot be made.
         RunError: at the end, the folder was moved or removed meanwhile.
     """
@@ -337,11 +342,11 @@ def _locked(folder: Path, file: IO[str], stack: contextlib.ExitStack) -> bool:
     return True
 
 
-def _busy(folder: Path, who: Holder | None = None) -> InUse:
+def _busy(folder: Path, who: Holder | None = None) -> InUseError:
     named = f" ({who})" if who else ""
     wait = f" If it is dead, its folder is free {DEAD:.0f} s after its last sign of life." if (
         who and not who.near) else ""  # fmt: skip
-    return InUse(
+    return InUseError(
         f"Another process is running in {folder}{named}. Wait for it, or give another --out.{wait}"
     )
 

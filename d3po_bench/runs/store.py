@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d3po_bench.config import LATER, RunConfig
-from d3po_bench.errors import RunError, UserError, is_out_of_memory
+from d3po_bench.errors import RunError, TryAgainError, UserError, is_out_of_memory
 from d3po_bench.runs.files import (
+    FAILED,
     Hold,
     Row,
     csv_bytes,
@@ -63,7 +64,7 @@ class RunStore:
         self.evaluation: list[Row] = [*run.table]  # text, which is written again as it is
         self.damaged = False
         """Whether the newest checkpoint was passed over."""
-        self._checkpointed = False
+        self._checkpointed = self._started = False
 
     @classmethod
     @contextlib.contextmanager
@@ -76,7 +77,14 @@ class RunStore:
         """
         with taken(folder) as hold:
             require_same(folder, config, resume)
-            yield cls(folder, config, hold)
+            store = cls(folder, config, hold)
+            try:
+                yield store
+            except TryAgainError:
+                raise
+            except (Exception, SystemExit) as problem:
+                store.failed(problem)
+                raise
 
     # ---- writing
 
@@ -109,6 +117,8 @@ class RunStore:
         known = {name: fact for name, fact in known.items() if name not in ENDED}
         if not (self.folder / "config.json").exists():
             self._write("config.json", config.to_json().encode())
+        (self.folder / FAILED).unlink(missing_ok=True)
+        self._started = True
         session = {**environment(), **how}
         this = {**session, "after_round": after or 0, "rounds": config.rounds}
         self._checkpointed = after is not None
@@ -119,6 +129,13 @@ class RunStore:
         if RunFolder(self.folder).config.rounds != config.rounds:  # now that it has not ended
             self._write("config.json", config.to_json().encode())
         remove(self.folder / LORA)  # of fewer rounds
+
+    def failed(self, problem: BaseException) -> None:
+        """Leave word of what ended the run, if it had begun in this process."""
+        if self._started:
+            told = " ".join(str(problem).split()) or type(problem).__name__
+            with contextlib.suppress(UserError):  # what ended the run is what is told
+                self._write(FAILED, f"{told}\n".encode())
 
     def require_packages(self) -> None:
         """Refuse to resume with other package versions, on which scores depend.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from d3po_bench.errors import TryAgain
+from d3po_bench.errors import TryAgainError
 from d3po_bench.training.listeners import Evaluated, Listener
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -32,6 +32,11 @@ def ask(number: int, frame: FrameType | None = None) -> None:
     """Ask this process to stop after its round; the second time, at once."""
     if _asked:
         signal.default_int_handler(number, frame)
+    wish(number)
+
+
+def wish(number: int, frame: FrameType | None = None) -> None:
+    """Ask this process to stop after its round, however often."""
     _asked.append(number)
 
 
@@ -69,6 +74,6 @@ class Stopping(Listener):
             raise stopped(f"after round {round_}")
 
 
-def stopped(when: str) -> TryAgain:
+def stopped(when: str) -> TryAgainError:
     """The error of a run that was asked to stop."""
-    return TryAgain(f"Stopped as asked, {when}. The same command goes on from there.")
+    return TryAgainError(f"Stopped as asked, {when}. The same command goes on from there.")
