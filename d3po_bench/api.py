@@ -36,9 +36,8 @@ def run(
     scorers: Sequence[str | Scorer] = (), seeds: int | range = 1, model: str | Path = "tiny",
     prompts: str | Path | None = None, preset: str | None = None,
     settings: Mapping[str, object] | None = None, rounds: int | None = None, device: str = "auto",
-    jobs: int = 1, out: str | Path = "runs", resume: bool = True,
-    track: str | Sequence[str] = (), deterministic: launch.Deterministic = "auto",
-    quiet: bool = False,
+    jobs: int = 1, out: str | Path = "runs", resume: bool = True, track: str | Sequence[str] = (),
+    deterministic: launch.Deterministic = "auto", quiet: bool = False,
 ) -> Runs:  # fmt: skip
     """Fine-tune a model, a run for each seed, as `d3po-bench run` does.
 
@@ -55,11 +54,9 @@ def run(
         prompts: a list or a file; None for the objective's own.
         preset: settings to start from; None for the one made for the model.
         settings: what `--set` takes, such as `{"learning_rate": 1e-3}`.
-        rounds: sampling rounds (the paper's epochs); None for the preset's. More of them than
-            before extend runs that are there.
+        rounds: sampling rounds; None for the preset's. More than before extend what is there.
         device: auto, cpu, cuda, cuda:1 or mps.
-        jobs: seeds side by side. With several, a script needs `if __name__ == "__main__":` around
-            its code, as with Python's multiprocessing.
+        jobs: seeds side by side; with several, `if __name__ == "__main__":` around a script's code.
         out: folder of the run folders.
         resume: continue runs that are already there.
         track: trackers that show the runs live: tensorboard, wandb.
@@ -81,9 +78,8 @@ def run(
         resume=resume, track=[track] if isinstance(track, str) else track, tools=TOOLS,
         deterministic=deterministic,
     )  # fmt: skip
-    board = Board(Level.QUIET if quiet else Level.NORMAL)
     with undisturbed():
-        return Runs(tuple(launch.run(request, board)))
+        return Runs(tuple(launch.run(request, Board(Level.QUIET if quiet else Level.NORMAL))))
 
 
 def _text(thing: Any) -> str:

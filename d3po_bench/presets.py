@@ -77,3 +77,13 @@ PRESET_SUMMARIES = {
     "paper": "Table 2: 80 pairs a round, 400 rounds, lr 3e-5, LoRA on q, k, v",
     "official_code": "one device of the published code: 20 pairs, one pair per update",
 }
+
+ELSEWHERE = {
+    "lr": "learning_rate", "batch_size": "units_per_update", "steps": "sampling_steps",
+    "num_inference_steps": "sampling_steps", "num_steps": "sampling_steps", "cfg": "guidance",
+    "cfg_scale": "guidance", "guidance_scale": "guidance", "epochs": "rounds",
+    "num_epochs": "rounds", "rank": "lora_rank", "alpha": "lora_alpha", "wd": "weight_decay",
+    "grad_clip": "max_grad_norm", "precision": "dtype", "mixed_precision": "dtype",
+    "eval_freq": "eval_every", "target_modules": "lora_targets", "num_images": "images_per_prompt",
+}  # fmt: skip
+"""What other programs call a setting -> what it is called here."""

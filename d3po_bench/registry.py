@@ -26,6 +26,7 @@ from d3po_bench import own
 from d3po_bench.contracts import fault_of
 from d3po_bench.errors import UserError
 from d3po_bench.own import is_name
+from d3po_bench.presets import ELSEWHERE
 from d3po_bench.rewards import http, sums
 from d3po_bench.rewards.declared import declared
 from d3po_bench.types import Method, Objective, Scorer
@@ -146,17 +147,6 @@ def _is_ours(kind: Kind, text: str) -> bool:
     """Whether a name, with or without :weights, is one that a file or a package has."""
     base = text.partition(":")[0] if kind == "scorer" else text
     return base in _files(kind) or base in _plugins(kind)
-
-
-ELSEWHERE = {
-    "lr": "learning_rate", "batch_size": "units_per_update", "steps": "sampling_steps",
-    "num_inference_steps": "sampling_steps", "num_steps": "sampling_steps", "cfg": "guidance",
-    "cfg_scale": "guidance", "guidance_scale": "guidance", "epochs": "rounds",
-    "num_epochs": "rounds", "rank": "lora_rank", "alpha": "lora_alpha", "wd": "weight_decay",
-    "grad_clip": "max_grad_norm", "precision": "dtype", "mixed_precision": "dtype",
-    "eval_freq": "eval_every", "target_modules": "lora_targets", "num_images": "images_per_prompt",
-}  # fmt: skip
-"""What other programs call a setting -> what it is called here."""
 
 
 def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> UserError:
@@ -405,11 +395,6 @@ def family(pipeline: str, path: str) -> Any:
     return found
 
 
-def tracker(name: str) -> Any:
-    """The class of that tracker, a `training.tracking.Tracker`."""
-    return _module("tracker", name).TRACKER
-
-
-def place(name: str) -> Any:
-    """What makes runs there, a `launch.place.Place`."""
-    return _module("place", name).PLACE
+def part(kind: Literal["tracker", "place"], name: str) -> Any:
+    """A class of `training.tracking.Tracker`, or a `launch.place.Place`."""
+    return getattr(_module(kind, name), kind.upper())

@@ -56,7 +56,7 @@ ALLOWED = {
     "d3po_bench.pictures": {"errors", "prompts"},
     "d3po_bench.own": {"errors", "digests", "types", "scoring"},
     "d3po_bench.rewards": {"errors", "digests", "own", "rewards", "runs.files"},
-    "d3po_bench.registry": {"contracts", "errors", "types", "scoring", "own", "rewards"},
+    "d3po_bench.registry": {"presets", "contracts", "errors", "types", "scoring", "own", "rewards"},
     "d3po_bench.scoring": {"errors", "digests", "types"},
     "d3po_bench.config": {
         "errors", "digests", "own", "presets", "registry", "rewards", "setting",

@@ -110,9 +110,7 @@ def test_all_cells_run_and_finished_ones_are_skipped(
     capsys.readouterr()
     assert sweep(grid, "--out", whole, "-v") == 0
     told = capsys.readouterr().err.splitlines()
-    assert (
-        sum(re.fullmatch(r"\[.*\] .* seed \d: finished before", t) is not None for t in told) == 8
-    )
+    assert sum(re.fullmatch(r"\[[^;]*: finished before", t) is not None for t in told) == 8
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}
 
 

@@ -159,7 +159,7 @@ def execute(
     if where.place != "local":
         for job in jobs:
             own.require_portable(job.objects)
-    registry.place(where.place)(
+    registry.part("place", where.place)(
         Work(
             jobs=jobs, count=count, ended=ended, report=board.report, begin=begin, asked=where.asked
         )

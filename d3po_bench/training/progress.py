@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from d3po_bench.config import RunConfig
 from d3po_bench.prompts import read_prompts
@@ -62,6 +62,12 @@ def planned(config: RunConfig) -> Progress:
         left[IMAGE] = evaluation_images(config) * (1 + evaluations_after(config, 0))
     kind = f"{config.method} {config.objective}"
     return Progress(run=label(config), like=kind, left=left, text="waiting")
+
+
+def ended_before(config: RunConfig) -> Progress:
+    """A run that an earlier process has made."""
+    plan, said = planned(config), "finished before"
+    return replace(plan, left={}, done=plan.left, text=said, detail=said)
 
 
 def evaluation_images(config: RunConfig) -> int:

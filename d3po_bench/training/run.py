@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
 from d3po_bench.training.listeners import Listener, ProgressListener, Recorder, by_round
-from d3po_bench.training.progress import Report, label, planned
+from d3po_bench.training.progress import Report, ended_before, label
 from d3po_bench.training.stopping import Stopping
 from d3po_bench.training.tools import Tools
 from d3po_bench.training.tracking import Tracked, Tracker
@@ -71,9 +71,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
     own.adopt(job.objects)
     with RunStore.open(job.folder, config, resume=job.resume) as store:
         if _made_before(job):
-            plan = planned(config)
-            before = "finished before"
-            report(replace(plan, left={}, done=plan.left, text=before, detail=before))
+            report(ended_before(config))
             return
         progress = ProgressListener(config, report)
         if store.hold and not store.hold.everywhere:
@@ -136,7 +134,7 @@ def _trackers(
         after=after,
         first=by_round(store.evaluation).get(0, []),
     )
-    found: list[Tracker] = [registry.tracker(name)(run) for name in job.trackers]
+    found: list[Tracker] = [registry.part("tracker", name)(run) for name in job.trackers]
     for tracker in found:
         if tracker.where:
             progress.note(f"{label(config)}: {tracker.where}")

@@ -1,1 +1,1 @@
-"""Where runs are made: a file for each place. `registry.place` finds them by name."""
+"""Where runs are made: a file for each place. `registry.part` finds them by name."""
