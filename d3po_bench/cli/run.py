@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d3po_bench.cli import completion
-from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, TRACK, Result, Working
+from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, TRACK, Out, Result, Working
 from d3po_bench.config import MOST_SEEDS
 
 if TYPE_CHECKING:
@@ -26,7 +26,11 @@ JOBS = click.option(
     help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
 )  # fmt: skip
 OUT = click.option(
-    "--out", type=PLACE, default=Path("runs"), show_default=True, help="Folder of run folders."
+    "--out",
+    type=Out(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of run folders, or an address such as s3://BUCKET/runs.",
 )
 WHERE = click.option(
     "--where", default="local", show_default=True, shell_complete=completion.of("place"),
@@ -231,9 +235,12 @@ def _status(states: list[State]) -> Result:
 
 def _ended(folders: list[Path], out: Path) -> Result:
     """What the runs reached, and what to do with them next."""
+    from d3po_bench.runs.remote import address_of
     from eval.analysis.ending import ending
 
     table, hints = ending(folders, out)
+    if address := address_of(out):
+        hints = [*hints, f"These are copies: the runs are kept in {address}"]
     tables = partial(_tables, folders) if table else None
     return Result([table] if table else [], {"runs": folders, "tables": tables}, hints)
 

@@ -176,19 +176,10 @@ def side_by_side(
             if stop() and not asked:
                 asked = True
                 waiting.clear()
-                for worker in workers:
-                    if worker.process.is_alive() and worker.process.pid:
-                        os.kill(worker.process.pid, signal.SIGUSR1)
-            for worker in list(workers):
-                end = worker.hear(told)
-                if end is None:
-                    continue
-                reusable = ended(worker.task, end.result if isinstance(end, _Done) else end)
-                if reusable and waiting and worker.process.is_alive():
-                    worker.give(waiting.popleft())
-                else:
-                    worker.pipe.close()
-                    workers.remove(worker)
+                _ask(workers)
+            for worker in [w for w in workers if _heard(w, told, ended, waiting)]:
+                worker.pipe.close()
+                workers.remove(worker)
     except BaseException:
         for worker in started:
             worker.process.terminate()
@@ -196,3 +187,25 @@ def side_by_side(
     finally:
         for worker in started:
             worker.process.join()
+
+
+def _ask(workers: Iterable[_Worker[Any, Any]]) -> None:
+    """Ask workers to end after their round."""
+    for worker in workers:
+        if worker.process.is_alive() and worker.process.pid:
+            os.kill(worker.process.pid, signal.SIGUSR1)
+
+
+def _heard(
+    worker: _Worker[Task, Result], told: Callable[[Any], None],
+    ended: Callable[[Task, Result | Died], bool], waiting: deque[Task],
+) -> bool:  # fmt: skip
+    """Hear what a worker tells, and give it the next task; whether it can do no more."""
+    end = worker.hear(told)
+    if end is None:
+        return False
+    reusable = ended(worker.task, end.result if isinstance(end, _Done) else end)
+    if not (reusable and waiting and worker.process.is_alive()):
+        return True
+    worker.give(waiting.popleft())
+    return False

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from d3po_bench.errors import InUseError, RunError, TryAgainError, UserError
 from d3po_bench.launch.job import End, make_run
 from d3po_bench.launch.state import read_state
 from d3po_bench.runs.holder import BEAT, DEAD
+from d3po_bench.runs.remote import Mirror, address_of, workplace
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.training import stopping
 from d3po_bench.training.progress import Report
@@ -55,6 +56,8 @@ class Task:
     """A run as a job of a scheduler: `make` it wherever, until it says that it has finished."""
 
     job: Job
+    address: str | None
+    """Of the folder in object storage, which each machine works on in a place of its own."""
     cwd: str
     """Where relative paths begin: those of a config are part of it."""
     path: tuple[str, ...]
@@ -63,7 +66,7 @@ class Task:
     @classmethod
     def of(cls, job: Job) -> Task:
         """The task for a run that was planned in this process."""
-        return cls(job, str(Path.cwd()), tuple(sys.path))
+        return cls(job, address_of(job.folder), str(Path.cwd()), tuple(sys.path))
 
     def make(self) -> tuple[End, int]:
         """Make the run, or go on with it.
@@ -81,16 +84,19 @@ class Task:
                 "command in a folder that all machines share."
             )), 0  # fmt: skip
         sys.path += [place for place in self.path if place not in sys.path]
+        job = self.job
+        if self.address:
+            job = replace(job, folder=workplace(self.address))
         until = time.monotonic() + DEAD + 2 * BEAT
         with stopping.heeding(*stopping.SIGNALS):
-            end = make_run(self.job, lambda progress: None)
+            end = make_run(job, lambda progress: None)
             while (
                 isinstance(end.problem, InUseError)
                 and time.monotonic() < until
                 and not stopping.asked()
             ):
                 time.sleep(BEAT / 4)
-                end = make_run(self.job, lambda progress: None)
+                end = make_run(job, lambda progress: None)
             return end, stopping.asked()
 
 
@@ -117,11 +123,13 @@ def follow(work: Work, most: int, submit: Callable[[Sequence[Task]], Sequence[Po
         looked = time.monotonic() if look else looked
         for job, poll in list(busy):
             end = poll()
-            if end is None and look:
-                work.report(read_state(job.folder, job.config).progress)
-            elif end is not None:
+            mirror = Mirror.of(job.folder)  # what is far away is looked at when it has ended
+            if end is not None:
                 busy.remove((job, poll))
+                if mirror:
+                    mirror.pull()
                 work.ended(job, _seen(job, end))
+            if end is not None or (look and not mirror):
                 work.report(read_state(job.folder, job.config).progress)
 
 
@@ -174,5 +182,7 @@ def require_installed(package: str, where: str) -> None:
 
 
 def common(jobs: Sequence[Job]) -> Path:
-    """The folder that all runs lie in."""
+    """A folder that all machines share: the one of all runs, or else this one."""
+    if address_of(jobs[0].folder):
+        return Path.cwd()
     return Path(os.path.commonpath([job.folder.absolute() for job in jobs]))

@@ -11,6 +11,7 @@ from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import FAILED, LOCK
 from d3po_bench.runs.holder import SIZE, Holder
+from d3po_bench.runs.remote import seen
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.listeners import by_round, mean_score
 from d3po_bench.training.progress import IMAGE, ROUND, START, Progress, evaluations_after, planned
@@ -97,7 +98,7 @@ def read_states(runs: Mapping[Path, RunConfig]) -> list[State]:
     found = []
     for folder, config in runs.items():
         try:
-            found.append(read_state(folder, config))
+            found.append(read_state(seen(folder), config))
         except UserError as problem:
             found.append(State(config, "failed", 0, why=str(problem)))
     return found

@@ -31,6 +31,7 @@ from d3po_bench.runs.files import (
     write_folder,
 )
 from d3po_bench.runs.provenance import environment, now, packages
+from d3po_bench.runs.remote import Mirror
 from d3po_bench.runs.run import LAST, LORA, SAMPLES, TEXT, RunFolder, content
 from d3po_bench.runs.sessions import kept
 
@@ -65,6 +66,8 @@ class RunStore:
         self.damaged = False
         """Whether the newest checkpoint was passed over."""
         self._checkpointed = self._started = False
+        self.mirror: Mirror | None = None
+        """Where else the run is kept, if it is."""
 
     @classmethod
     @contextlib.contextmanager
@@ -75,9 +78,13 @@ class RunStore:
             UserError: it cannot be written, belongs to another config, is in use, or holds a
                 run that was not to be resumed.
         """
-        with taken(folder) as hold:
+        mirror = Mirror.of(folder)
+        with taken(folder) as hold, mirror.held() if mirror else contextlib.nullcontext():
+            if mirror:
+                mirror.pull()
             require_same(folder, config, resume)
             store = cls(folder, config, hold)
+            store.mirror = mirror
             try:
                 yield store
             except TryAgainError:
@@ -129,6 +136,7 @@ class RunStore:
         if RunFolder(self.folder).config.rounds != config.rounds:  # now that it has not ended
             self._write("config.json", config.to_json().encode())
         remove(self.folder / LORA)  # of fewer rounds
+        self._keep()
 
     def failed(self, problem: BaseException) -> None:
         """Leave word of what ended the run, if it had begun in this process."""
@@ -136,6 +144,12 @@ class RunStore:
             told = " ".join(str(problem).split()) or type(problem).__name__
             with contextlib.suppress(UserError):  # what ended the run is what is told
                 self._write(FAILED, f"{told}\n".encode())
+                self._keep()
+
+    def _keep(self) -> None:
+        """Bring what was written to where else the run is kept."""
+        if self.mirror is not None:
+            self.mirror.push()
 
     def require_packages(self) -> None:
         """Refuse to resume with other package versions, on which scores depend.
@@ -257,6 +271,7 @@ class RunStore:
         if not self._checkpointed:  # from now on, a folder without one has lost it
             self.write_provenance(checkpointed=True)
             self._checkpointed = True
+        self._keep()
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], Row] | None:
         """Tensors and facts of the newest checkpoint that is whole; None where there is none yet.
@@ -309,6 +324,7 @@ class RunStore:
                     "run the same command again."
                 )
         self.write_provenance(ended=now(), content=found, **facts)
+        self._keep()
 
     def provenance(self) -> Row:
         """What is known about where the run was made."""
