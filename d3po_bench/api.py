@@ -12,6 +12,7 @@ from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import launch
 from d3po_bench.launch.grid import as_set
+from d3po_bench.launch.launch import Deterministic
 from d3po_bench.launch.progress import Board, Level
 from d3po_bench.machine import device_of
 from d3po_bench.models.adapters import DiffusersModel, Training
@@ -36,19 +37,19 @@ def run(
     scorers: Sequence[str | Scorer] = (), seeds: int | range = 1, model: str | Path = "tiny",
     prompts: str | Path | None = None, preset: str | None = None,
     settings: Mapping[str, object] | None = None, rounds: int | None = None, device: str = "auto",
-    jobs: int = 1, out: str | Path = "runs", resume: bool = True, track: str | Sequence[str] = (),
-    deterministic: launch.Deterministic = "auto", quiet: bool = False,
+    jobs: int = 1, ranks: int = 1, out: str | Path = "runs", resume: bool = True,
+    track: str | Sequence[str] = (), quiet: bool = False, deterministic: Deterministic = "auto",
 ) -> Runs:  # fmt: skip
     """Fine-tune a model, a run for each seed, as `d3po-bench run` does.
 
-    Progress goes to stderr. The same call resumes where it was interrupted, and reads what has
-    finished before. Torch's threads, seed and kernels are afterwards as they were.
+    The same call resumes what was interrupted and reads what has finished. Torch's threads, seed
+    and kernels are afterwards as they were.
 
     Args:
         objective: what is learned to please: a name, a file or a sum as after `--objective`, an
             `Objective`, or a function or class that scores, with attributes unit and direction.
         method: what learns: a name or a file, a method's class, or one with its options.
-        scorers: what else judges at every evaluation, in place of those of the preset.
+        scorers: what else judges at every evaluation, in place of the preset's.
         seeds: how many, from 0, or which, such as `range(5, 10)`.
         model: tiny, sd15, a diffusers folder, a hub id, or a file with a model family.
         prompts: a list or a file; None for the objective's own.
@@ -57,26 +58,26 @@ def run(
         rounds: sampling rounds; None for the preset's. More than before extend what is there.
         device: auto, cpu, cuda, cuda:1 or mps.
         jobs: seeds side by side; with several, `if __name__ == "__main__":` around a script's code.
+        ranks: processes that share each run, a GPU for each, as for `jobs`.
         out: folder of the run folders.
         resume: continue runs that are already there.
         track: trackers that show the runs live: tensorboard, wandb.
         deterministic: on: the same bits each time, or an error; auto: on a CPU alone.
-        quiet: show no progress.
+        quiet: show no progress on stderr.
 
     Raises:
         UserError: bad input, before anything is written.
         RunError: a run failed; the others have finished.
     """
     learns, options = _method(method)
-    chosen = {**options, **(settings or {})}
-    if scorers:
-        chosen["eval_scorers"] = [_text(scorer) for scorer in scorers]
+    watching = {"eval_scorers": [_text(scorer) for scorer in scorers]} if scorers else {}
+    chosen = {**options, **(settings or {}), **watching}
     request = launch.RunRequest(
         method=learns, objective=_objective(objective), model=str(model), preset=preset,
         prompts=None if prompts is None else str(prompts), settings=_as_text(chosen),
-        rounds=rounds, seeds=_counted(seeds), device=device, jobs=jobs, out=Path(out),
-        resume=resume, track=[track] if isinstance(track, str) else track, tools=TOOLS,
-        deterministic=deterministic,
+        rounds=rounds, seeds=_counted(seeds), device=device, jobs=jobs, ranks=ranks,
+        out=Path(out), resume=resume, track=[track] if isinstance(track, str) else track,
+        tools=TOOLS, deterministic=deterministic,
     )  # fmt: skip
     with undisturbed():
         return Runs(tuple(launch.run(request, Board(Level.QUIET if quiet else Level.NORMAL))))

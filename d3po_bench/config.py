@@ -229,6 +229,8 @@ class Execution:
     round; one that is killed loses at most these."""
     deterministic: Literal["auto", "on", "off"] = "auto"
     """Kernels that give the same bits each time, or an error; auto: on for a CPU, off elsewhere."""
+    rank_timeout: int = 1800
+    """Seconds that the ranks of one run wait for each other: one must sample a batch in them."""
 
     def check(self) -> None:
         """Refuse batches of nothing, and a checkpoint that never comes.
@@ -239,7 +241,8 @@ class Execution:
         sizes = (
             "sample_batch", "micro_batch", "reference_batch", "decode_batch", "checkpoint_every",
         )  # fmt: skip
-        _check_ranges(self, {"threads": (0, 1024)} | dict.fromkeys(sizes, (1, 10**6)))
+        others = {"threads": (0, 1024), "rank_timeout": (1, 10**6)}
+        _check_ranges(self, others | dict.fromkeys(sizes, (1, 10**6)))
 
 
 def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -253,11 +256,7 @@ def _check_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> N
 
 
 def pairs_of(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
-    """KEY=VALUE strings as a dictionary.
-
-    Args:
-        settings: the strings.
-        option: what they were given to.
+    """KEY=VALUE strings, which were given to an option, as a dictionary.
 
     Raises:
         UserError: one has no =, or a key comes twice.

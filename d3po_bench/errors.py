@@ -2,8 +2,9 @@
 
 import contextlib
 import errno
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
@@ -43,8 +44,20 @@ def said_in_one_line() -> Iterator[None]:
         fail(str(problem), problem.exit_code)
 
 
+def leads() -> bool:
+    """Whether this process speaks to people: of several that a launcher started, the first does."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return alone or os.environ.get("RANK", "0") == "0"
+
+
+speaks: Callable[[], bool] = leads
+"""Whether this process tells what ends it. Ranks that know each other put theirs in its place."""
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Print `message` in one line on stderr, and end with the exit status `code`."""
+    if not speaks():
+        sys.exit(code)
     line = " ".join(message.split())
     # A name from the command line may hold bytes that are no text.
     with contextlib.suppress(OSError):  # where stderr is full, the exit status is all there is

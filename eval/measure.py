@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, pretrained_means, sample
+from d3po_bench.diffusion.sampling import pictures as drawn
 from d3po_bench.errors import RunError
 from d3po_bench.scoring import apart, require_scores
 from d3po_bench.training.tools import EvaluationSet
@@ -60,14 +63,14 @@ def evaluate(
     prompts = [p for p in what.prompts for _ in range(what.images)]
     for number, sampler in enumerate(what.samplers):
 
-        def drawn(share: float, number: int = number) -> None:
+        def told(share: float, number: int = number) -> None:
             progress((number + share / 2) / len(what.samplers))
 
         kind, eta = (what.sampler, what.eta) if sampler == TRAINING else ("ddim", 0.0)
         policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance, sampler=kind)
-        rollout = sample(policy, prompts, draws, batch=what.batch, progress=drawn)
-        images = model.decode(rollout.latents[:, 0, -1])
-        scores = scored(images, prompts, scorers)
+        rollout = sample(policy, prompts, draws, batch=what.batch, progress=told)
+        images = drawn(model, rollout.latents[:, 0, -1], what.decode_batch)
+        scores = parallel.tell(partial(scored, images, prompts, scorers))
         if OBJECTIVE in scores:  # further scorers may have nothing to say about an image
             require_scores(scorers[OBJECTIVE], scores[OBJECTIVE])
         if sampler == TRAINING:

@@ -71,7 +71,7 @@ def refused(outcome: Outcome, *words: str, code: int = 2) -> str:
         assert lines == errors
     assert "Traceback" not in outcome.err + outcome.out
     for word in words:
-        assert word in errors[0]
+        assert word in errors[0], errors[0]
     return errors[0]
 
 

@@ -49,7 +49,7 @@ def test_the_lines_say_where_things_are_and_what_is_next(tmp_path: Path) -> None
     place = tmp_path / "tiny" / "incompress"
     assert lines == [
         f"The LoRA of each run is in {place}/d3po/seed-N/lora",
-        f"More tables: d3po-bench report {tmp_path}",
+        f"Tables, curves and pictures on one page: d3po-bench report {tmp_path} --out report.html",
         f"Runs are in {tmp_path}. Draw them: d3po-bench plot {tmp_path}",
     ]
     both = [*(place / "d3po").iterdir(), *folders(tmp_path, "ddpo")]

@@ -71,7 +71,7 @@ ALLOWED = {
     "d3po_bench.training": {
         *SETTINGS, "scoring", "diffusion", "models", "experience", "runs", "training",
     },
-    "d3po_bench.launch": {*SETTINGS, "models", "runs", "training", "launch"},
+    "d3po_bench.launch": {*SETTINGS, "diffusion", "models", "runs", "training", "launch"},
     "d3po_bench.feedback": {
         *SETTINGS, "pictures", "diffusion", "models", "experience", "runs", "training", "feedback",
     },
@@ -87,6 +87,7 @@ Python door, `d3po_bench.api`, put everything together."""
 ONLY_IN = {
     "diffusers": ("d3po_bench.models",),
     "peft": ("d3po_bench.models",),
+    "accelerate": ("d3po_bench.launch",),
     "transformers": ("d3po_bench.models", "eval.embedded", "eval.scorers"),
     "matplotlib": ("eval.figures",),
     "scipy": ("eval",),

@@ -1,16 +1,14 @@
-"""Updates: one gradient whatever the micro-batches and ranks, and none from nothing."""
+"""Updates: one gradient whatever the micro-batches, and none from nothing."""
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from d3po_bench.d3po import D3PO, Pairs
@@ -175,58 +173,6 @@ def test_a_loss_that_would_mislead_stops(
     rows = rows_of(policy, untrained=True)
     with pytest.raises(RunError, match=said):
         update(policy, method, rows, adam(micro_model), Updates(), shuffled())
-
-
-# ---- ranks
-
-
-def _round(micro: str) -> tuple[Tensor, Tensor]:
-    """First latents of each step, and the weights after a round on all ranks that there are."""
-    model = loaded(micro)
-    model.add_adapter(0)
-    disturb(model, 0.01)
-    policy = Policy(model, steps=4)
-    rows = rows_of(policy)
-    optimizer = adam(model)
-    for updates in (
-        Updates(units=2, micro_batch=3),
-        Updates(units=1, every="timestep"),  # of one item: the other ranks have none
-    ):
-        update(policy, D3PO(), rows, optimizer, updates, shuffled())
-    return rows.x_t, weights(model)
-
-
-def _round_on_rank(rank: int, world: int, micro: str, out: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{out}/rendezvous-{world}", world)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    torch.save(_round(micro), f"{out}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("world", "start"),
-    [
-        pytest.param(2, "fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")),
-        pytest.param(1, "spawn", marks=pytest.mark.slow),
-        pytest.param(2, "spawn", marks=pytest.mark.slow),
-        pytest.param(3, "spawn", marks=pytest.mark.slow),
-    ],
-)
-def test_ranks_give_the_weights_of_one_process(
-    world: int, start: Literal["fork", "spawn"], micro: Path, tmp_path: Path
-) -> None:
-    torch.multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-        _round_on_rank, (world, str(micro), str(tmp_path)), nprocs=world, start_method=start
-    )
-    latents, alone = _round(str(micro))
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    for drawn, trained in found:
-        assert torch.equal(trained, found[0][1])
-        assert torch.equal(drawn, found[0][0])
-    torch.testing.assert_close(found[0][0], latents, rtol=1e-4, atol=1e-4)
-    near(found[0][1], alone)  # the ranks split the sums elsewhere: equal up to rounding
 
 
 def test_nothing_is_trained_without_autograd(micro_model: StableDiffusion) -> None:

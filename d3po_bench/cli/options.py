@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import click
 
-from d3po_bench.errors import UserError
+from d3po_bench.errors import UserError, leads
 from d3po_bench.text import section
 
 MOST_JOBS = 1024
@@ -137,6 +137,11 @@ class Answering(click.Command):
         """Call it and print what it found."""
         as_json = ctx.params.pop("as_json")
         result: Result = super().invoke(ctx)
+        if leads():
+            self._print(ctx, result, as_json)
+        result.end()
+
+    def _print(self, ctx: click.Context, result: Result, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(_plain(result.data), indent=1, allow_nan=False))
         else:
@@ -144,7 +149,6 @@ class Answering(click.Command):
                 click.echo(line)
         for hint in result.hints:
             self.hint(ctx, hint)
-        result.end()
 
     def hint(self, ctx: click.Context, text: str) -> None:
         """Tell people what to do next."""

@@ -120,10 +120,9 @@ def report(
     told = functools.partial(click.echo, err=True)
     form = form or ENDINGS.get(out.suffix.lower() if out else "", "md")
     text = made(runs or (Path("runs"),), tables, form, measured=measure, told=told)
-    if out is None:
-        click.echo(text)
-    else:
+    if out is not None:
         write_atomically(out, f"{text}\n".encode())
+    click.echo(text if out is None else out)
 
 
 @click.command(cls=Answering)

@@ -25,6 +25,10 @@ JOBS = click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS),
     help="Runs side by side; default: one per core for tiny on a CPU, else 1.",
 )  # fmt: skip
+RANKS = click.option(
+    "--ranks", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True,
+    help="Processes that share each run, a GPU for each; the bytes are those of one.",
+)  # fmt: skip
 OUT = click.option(
     "--out",
     type=Out(path_type=Path),
@@ -103,6 +107,7 @@ RESUME = click.option(
 )  # fmt: skip
 @DEVICE
 @JOBS
+@RANKS
 @WHERE
 @ASK
 @OUT
@@ -128,6 +133,7 @@ def run(
     jobs: int | None,
     where: str,
     asked: tuple[str, ...],
+    ranks: int,
     out: Path,
     resume: bool,
     deterministic: bool | None,
@@ -152,8 +158,8 @@ def run(
     request = launch.RunRequest(
         method=method, objective=objective, model=model, prompts=prompts, lora=lora,
         preset=preset, settings=pairs_of(settings), rounds=rounds,
-        seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs, out=out,
-        resume=resume, track=track, tools=TOOLS,
+        seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs,
+        ranks=ranks, out=out, resume=resume, track=track, tools=TOOLS,
         where=launch.Where(where, pairs_of(asked, "--ask")),
         deterministic="auto" if deterministic is None else "on" if deterministic else "off",
     )  # fmt: skip
@@ -164,6 +170,7 @@ def run(
 @click.argument("grid", type=PLACE)
 @DEVICE
 @JOBS
+@RANKS
 @WHERE
 @ASK
 @OUT
@@ -173,8 +180,8 @@ def run(
     "--status", is_flag=True, help="Say where each run is, by the folders alone, and run nothing."
 )
 def sweep(
-    grid: Path, device: str, jobs: int | None, where: str, asked: tuple[str, ...], out: Path,
-    resume: bool, track: tuple[str, ...], status: bool, board: Board,
+    grid: Path, device: str, jobs: int | None, ranks: int, where: str, asked: tuple[str, ...],
+    out: Path, resume: bool, track: tuple[str, ...], status: bool, board: Board,
 ) -> Result:  # fmt: skip
     """Run methods x objectives x seeds from the TOML file GRID.
 
@@ -204,8 +211,8 @@ def sweep(
     if status:
         return _status(sweeping.states(grid, TOOLS, out))
     made = sweeping.run(
-        grid, TOOLS, out=out, jobs=jobs, device=device, resume=resume, track=track, board=board,
-        where=Where(where, pairs_of(asked, "--ask")),
+        grid, TOOLS, out=out, jobs=jobs, ranks=ranks, device=device, resume=resume, track=track,
+        board=board, where=Where(where, pairs_of(asked, "--ask")),
     )  # fmt: skip
     return _ended(made, out)
 

@@ -13,7 +13,7 @@ from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import Purpose, normal, stream
-from d3po_bench.types import Conditions, Method, Rollout, UsesSomeImages
+from d3po_bench.types import Conditions, Method, Model, Rollout, UsesSomeImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +45,10 @@ class Draws:
 
 @torch.no_grad()
 def sample(
-    policy: Policy,
-    prompts: Sequence[str],
-    draws: Draws,
-    *,
-    images_per_prompt: int = 1,
-    shared_noise: bool = False,
-    batch: int = 64,
+    policy: Policy, prompts: Sequence[str], draws: Draws, *,
+    images_per_prompt: int = 1, shared_noise: bool = False, batch: int = 64,
     progress: Callable[[float], None] = lambda share: None,
-) -> Rollout:
+) -> Rollout:  # fmt: skip
     """Draw images and keep every latent on the way; scores are left at zero.
 
     Args:
@@ -77,14 +72,16 @@ def sample(
     means = torch.empty(total, k, steps, *shape, device=model.device)
     block = max(1, batch // k)
     blocks = [range(start, min(start + block, total)) for start in range(0, total, block)]
-    for number, rows in enumerate(blocks):
-        if not parallel.mine(number):
-            continue
+
+    def walk(number: int) -> None:
+        rows = blocks[number]
         part = slice(rows.start, rows.stop)
         latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
         noise = draws.along(rows, k, steps, shape).to(model.device)
         _walk(policy, latents[part], means[part], noise, conditions.take(part), shared_noise)
         progress(rows.stop / total)
+
+    parallel.share(len(blocks), walk)
     for number, rows in enumerate(blocks):
         parallel.send(latents[rows.start : rows.stop], number)
         parallel.send(means[rows.start : rows.stop], number)
@@ -145,15 +142,38 @@ def pretrained_means(
     prompt, image = chosen.to(device).nonzero(as_tuple=True)
     flat = torch.empty(len(prompt) * steps, *out.shape[3:], device=device)
     pieces = torch.arange(len(flat), device=device).split(batch)
-    for number, items in enumerate(pieces):
-        if parallel.mine(number):
-            i, j, s = prompt[items // steps], image[items // steps], items % steps
-            x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
-            flat[items] = policy.step(x, s, conditions, weights="base").mean
+
+    def compute(number: int) -> None:
+        items = pieces[number]
+        i, j, s = prompt[items // steps], image[items // steps], items % steps
+        x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
+        flat[items] = policy.step(x, s, conditions, weights="base").mean
+
+    parallel.share(len(pieces), compute)
     for number, items in enumerate(pieces):
         parallel.send(flat[int(items[0]) : int(items[-1]) + 1], number)
     out[prompt, image] = flat.view(len(prompt), *out.shape[2:])
     return out
+
+
+def pictures(model: Model, latents: Tensor, batch: int) -> Tensor:
+    """Pictures [N, 3, h, w] uint8 of final latents [N, C, H, W], as `Model.decode` gives them.
+
+    Args:
+        model: whose decoder.
+        latents: of all pictures.
+        batch: pictures in a piece of the work, which decides bits where decoders' do.
+    """
+    pieces = latents.split(batch)
+
+    own: dict[int, Tensor] = {}
+
+    def decode(number: int) -> None:
+        own[number] = model.decode(pieces[number])
+
+    parallel.share(len(pieces), decode)
+    shares = parallel.gather(own)
+    return torch.cat([shares[n % len(shares)][n] for n in range(len(pieces))])
 
 
 def images_used(method: Method[Any], rollout: Rollout) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -66,9 +67,10 @@ def update(
     groups = [g for _ in range(updates.passes) for g in _groups(rows, updates, rng)]
     parameters = list(policy.model.trainable().values())
     totals: dict[str, float] = {}
+    if scaler is not None:  # a rank without a micro-batch of its own has to have a scale, too
+        scaler.scale(torch.zeros((), device=policy.model.device))
     for number, (unit, step) in enumerate(groups):
         metrics = _accumulate(policy, method, rows, unit, step, updates.micro_batch, scaler)
-        parallel.add_up([*(p.grad for p in parameters if p.grad is not None), *metrics.values()])
         metrics["grad_norm"] = _clip(parameters, optimizer, updates.max_grad_norm, scaler)
         _require_finite(metrics, scaler, policy.model.trainable())
         _apply(optimizer, scaler)
@@ -117,29 +119,57 @@ def _accumulate(
     micro_batch: int,
     scaler: torch.amp.GradScaler | None,
 ) -> Metrics:
-    """Gradients of the mean loss over the items, a micro-batch at a time; mean metrics."""
-    totals: Metrics = {}
-    size = max(1, min(micro_batch, len(unit) // parallel.world()))
-    pieces = list(zip(unit.split(size), step.split(size), strict=True))
-    for number, (u, s) in enumerate(pieces):
-        mine = parallel.mine(number)
-        # A rank without a piece does the last one at weight 0: all have the same sums to add.
-        if not mine and (totals or number + 1 < len(pieces)):
-            continue
-        share = len(u) / len(unit) * mine
-        loss, metrics = method.loss(policy, rows.take(u, s))
-        require_own_names(type(method).__name__, metrics, ("loss", "grad_norm", "updates"))
-        scaled = loss * share if scaler is None else scaler.scale(loss * share)
-        if not scaled.requires_grad:
-            raise RunError(
-                f"The loss of {type(method).__name__} has no gradient, so nothing would be "
-                "trained. Compute it from policy.step or policy.denoise, without detach or no_grad."
-            )
-        scaled.backward()
-        for name, value in {"loss": loss, **metrics}.items():
-            part = value.detach().double() * share
-            totals[name] = totals[name] + part if name in totals else part
+    """Gradients of the mean loss over the items, a micro-batch at a time; mean metrics.
+
+    Micro-batches are the same whatever the number of ranks. Those that the ranks do at a time are
+    a wave; a rank that has none in the last wave adds nothing.
+    """
+    pieces = list(zip(unit.split(micro_batch), step.split(micro_batch), strict=True))
+    parameters = list(policy.model.trainable().values())
+    ranks, totals = parallel.world(), Metrics()
+    sums = [p.grad for p in parameters]
+
+    def backward(number: int) -> Metrics:
+        if number >= len(pieces):
+            return {}
+        u, s = pieces[number]
+        return _backward(policy, method, rows.take(u, s), len(u) / len(unit), scaler)
+
+    for first in range(0, len(pieces), ranks):
+        if ranks > 1:  # this piece's gradients alone; one rank's are added up by autograd
+            _set_gradients(parameters, [None] * len(parameters))
+        own = parallel.together(partial(backward, first + parallel.rank()))
+        if ranks > 1:
+            busy = min(ranks, len(pieces) - first)
+            parallel.add_in_order(sums, [p.grad for p in parameters], busy)
+            own = {name: value.cpu() for name, value in own.items()}
+        for metrics in parallel.gather(own):
+            for name, part in metrics.items():
+                totals[name] = totals[name] + part if name in totals else part
+    if ranks > 1:
+        _set_gradients(parameters, sums)
     return totals
+
+
+def _set_gradients(parameters: list[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def _backward(
+    policy: Policy, method: Method[R], items: R, share: float, scaler: torch.amp.GradScaler | None
+) -> Metrics:
+    """Add to the gradients those of some items, of whose mean loss they are a share."""
+    loss, metrics = method.loss(policy, items)
+    require_own_names(type(method).__name__, metrics, ("loss", "grad_norm", "updates"))
+    scaled = loss * share if scaler is None else scaler.scale(loss * share)
+    if not scaled.requires_grad:
+        raise RunError(
+            f"The loss of {type(method).__name__} has no gradient, so nothing would be "
+            "trained. Compute it from policy.step or policy.denoise, without detach or no_grad."
+        )
+    scaled.backward()
+    return {n: v.detach().double() * share for n, v in {"loss": loss, **metrics}.items()}
 
 
 def _clip(

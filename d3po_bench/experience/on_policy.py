@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.policy import Policy
-from d3po_bench.diffusion.sampling import Draws, sample
+from d3po_bench.diffusion.sampling import Draws, pictures, sample
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.experience import Stage
 from d3po_bench.scoring import apart, require_scores
@@ -30,6 +31,7 @@ class OnPolicy:
     """Whether the images of a prompt start from one noise."""
     batch: int
     """Images drawn side by side."""
+    decode_batch: int = 16
     counts: dict[str, int] = field(default_factory=lambda: {"images": 0, "scorer_calls": 0})
     part_means: Mapping[str, float] = field(default_factory=dict)
     initial: Mapping[str, Tensor] | None = None
@@ -59,9 +61,11 @@ class OnPolicy:
 
     def _scored(self, policy: Policy, rollout: Rollout) -> Rollout:
         p, k = rollout.scores.shape
-        images = policy.model.decode(rollout.latents[:, :, -1].flatten(0, 1))
+        latents = rollout.latents[:, :, -1].flatten(0, 1)
+        images = pictures(policy.model, latents, self.decode_batch)
         prompts = [prompt for prompt in rollout.prompts for _ in range(k)]
-        scores, parts = apart(self.scorer, images, prompts)
+        # By one rank, at once: of many scorers the bits depend on what is scored together.
+        scores, parts = parallel.tell(lambda: apart(self.scorer, images, prompts))
         require_scores(self.scorer, scores)
         self.part_means = {name: float(found.mean()) for name, found in parts.items()}
         self.counts["images"] += p * k

@@ -18,8 +18,9 @@ clip_range = 0.1
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -39,8 +40,10 @@ from pydantic import (
 
 from d3po_bench import registry
 from d3po_bench.config import MOST_SEEDS, RunConfig
-from d3po_bench.errors import RunError, TryAgainError, UserError
+from d3po_bench.diffusion import parallel
+from d3po_bench.errors import RunError, TryAgainError, UserError, leads
 from d3po_bench.launch import launch
+from d3po_bench.launch import ranks as processes
 from d3po_bench.launch.launch import HERE, RunRequest, Where
 from d3po_bench.launch.progress import Board
 from d3po_bench.launch.state import State, read_states
@@ -172,7 +175,7 @@ def read(path: Path) -> Grid:
 
 def run(
     path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool,
-    track: Sequence[str] = (), board: Board | None = None, where: Where = HERE,
+    ranks: int = 1, track: Sequence[str] = (), board: Board | None = None, where: Where = HERE,
 ) -> list[Path]:  # fmt: skip
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
 
@@ -183,19 +186,19 @@ def run(
         UserError: bad input, before anything runs.
         RunError: some runs failed, each named; the others have finished.
     """
-    work: list[Job] = []
-    for request in _requests(read(path), tools, out, device, resume):
-        try:
-            work += launch.planned(replace(request, track=track, where=where))
-        except UserError as problem:
-            where = f"{request.method} on {request.objective}, seed {request.seeds.start}"
-            raise UserError(f"{problem} This is about {where} of the grid.") from problem
+    found = _requests(read(path), tools, out, device, resume)
+    requests = [replace(request, track=track, where=where) for request in found]
+    launch.require_ranks(ranks, jobs, device, where)
+    with _named(requests[0]):
+        limit = launch.configured(requests[0])[1].rank_timeout
+    processes.join(device, limit)
+    work = parallel.together(lambda: _planned(requests))
     names = {label(job.config): label(job.config) for job in work}
     with board or Board() as shown:
-        failed = launch.execute(work, jobs, names, shown, where)
+        failed = launch.execute(work, jobs, names, shown, ranks, where)
         if failed and all(isinstance(said, TryAgainError) for said in failed.values()):
             launch.require_all(failed)
-        for name, said in failed.items():
+        for name, said in failed.items() if leads() else ():
             click.echo(f"{name}: {said}", err=True)
         if failed:
             raise RunError(
@@ -213,6 +216,24 @@ def states(path: Path, tools: Tools, out: Path) -> list[State]:
         UserError: bad input.
     """
     return read_states({launch.run_folder(out, c): c for c in configs(read(path), tools)})
+
+
+def _planned(requests: Iterable[RunRequest]) -> list[Job]:
+    work: list[Job] = []
+    for request in requests:
+        with _named(request):
+            work += launch.planned(request)
+    return work
+
+
+@contextlib.contextmanager
+def _named(request: RunRequest) -> Iterator[None]:
+    """Say which run of the grid an error is about."""
+    try:
+        yield
+    except UserError as problem:
+        where = f"{request.method} on {request.objective}, seed {request.seeds.start}"
+        raise UserError(f"{problem} This is about {where} of the grid.") from problem
 
 
 def configs(grid: Grid, tools: Tools) -> list[RunConfig]:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from d3po_bench.diffusion import parallel
 from d3po_bench.errors import (
     InUseError,
     RunError,
@@ -30,6 +31,8 @@ class End:
     problem: UserError | None = None
     trace: str = ""
     """The traceback, where nobody expected the problem."""
+    lost: bool = False
+    """Whether it failed because another rank was no more."""
 
 
 KINDS = (InUseError, TryAgainError, RunError, UserError)
@@ -61,7 +64,7 @@ def attempt(work: Callable[[], None], smaller: str) -> End:
         work()
     except UserError as problem:
         kind = next(kind for kind in KINDS if isinstance(problem, kind))
-        return End(kind(str(problem)))
+        return End(kind(str(problem)), lost=parallel.lost())
     except (Exception, SystemExit) as problem:  # a plug-in that exits is one that failed
         if is_out_of_memory(problem):
             return End(RunError(f"Out of memory. {smaller}"))
@@ -78,6 +81,15 @@ def attempt(work: Callable[[], None], smaller: str) -> End:
     return End()
 
 
+def how_it_died(code: int) -> str:
+    """What to say of a process by its exit status; a signal's number is below 0."""
+    if code == -signal.SIGKILL:
+        return "was killed (out of memory?)"
+    if code < 0:
+        return f"died of signal {-code} ({signal.strsignal(-code)})"
+    return f"ended with status {code}"
+
+
 def died(code: int, smaller: str) -> End:
     """The end of work whose process ended on the way.
 
@@ -85,14 +97,9 @@ def died(code: int, smaller: str) -> End:
         code: its exit status; a signal's number is below 0.
         smaller: how it needs less memory, for people.
     """
-    how = f"ended with status {code}"
-    if code == -signal.SIGKILL:
-        how = "was killed (out of memory?)"
-    elif code < 0:
-        how = f"died of signal {-code} ({signal.strsignal(-code)})"
     return End(
         RunError(
-            f"The worker process {how}. Run the same command again: it resumes. If memory is "
-            f"short, add --jobs 1. {smaller}"
+            f"The worker process {how_it_died(code)}. Run the same command again: it resumes. If "
+            f"memory is short, add --jobs 1. {smaller}"
         )
     )

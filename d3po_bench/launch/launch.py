@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import own, registry
+from d3po_bench import errors, own, registry
 from d3po_bench.config import Execution, RunConfig, make
+from d3po_bench.diffusion import parallel
 from d3po_bench.errors import TryAgainError, UserError
+from d3po_bench.launch import ranks
 from d3po_bench.launch.job import End
 from d3po_bench.launch.place import Work
 from d3po_bench.launch.progress import Board
@@ -60,6 +62,8 @@ class RunRequest:
     lora: str | None = None
     """File or folder of the LoRA to begin with; None for the base model."""
     jobs: int | None = None
+    ranks: int = 1
+    """Processes on each run; where a launcher has started them, 1."""
     where: Where = HERE
     resume: bool = True
     track: Sequence[str] = ()
@@ -80,10 +84,12 @@ def run(request: RunRequest, board: Board | None = None) -> list[Path]:
         UserError: bad input.
         RunError: a run failed, or its process was killed; the others have finished.
     """
-    jobs = planned(request)
+    require_ranks(request.ranks, request.jobs, request.device, request.where)
+    ranks.join(request.device, configured(request)[1].rank_timeout)
+    jobs = parallel.together(lambda: planned(request))
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
     with board or Board() as shown:
-        failed = execute(jobs, request.jobs, names, shown, request.where)
+        failed = execute(jobs, request.jobs, names, shown, request.ranks, request.where)
         alone = len(jobs) == 1
         require_all({"" if alone else names[run]: why for run, why in failed.items()})
     return [job.folder for job in jobs]
@@ -125,7 +131,7 @@ def run_folder(out: Path, config: RunConfig) -> Path:
 
 def execute(
     jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board,
-    where: Where = HERE,
+    processes: int = 1, where: Where = HERE,
 ) -> dict[str, UserError]:  # fmt: skip
     """Make the runs, side by side where there is room; what failed, by its label.
 
@@ -137,6 +143,8 @@ def execute(
         count: how many side by side; None for as many as the model and machine allow.
         names: label of a run -> what to call it in the progress.
         board: shows how far they are.
+        processes: to start for each run; then runs are made one after the other, as they are
+            where this process is a rank itself.
         where: on which machines.
     """
     failed: dict[str, UserError] = {}
@@ -147,7 +155,9 @@ def execute(
         if end.problem is not None:
             failed[name] = end.problem
             board.failed(name)
-        if end.trace not in printed:  # once for all runs that end in the same
+        if end.trace not in printed and (
+            errors.leads() or parallel.lost()
+        ):  # once for all runs that end in it
             printed.add(end.trace)
             print(f"{name}:\n{end.trace}", end="", file=sys.stderr)
         # What nobody expected may have left a process in which nothing works, a GPU's context say.
@@ -161,11 +171,27 @@ def execute(
             own.require_portable(job.objects)
     registry.part("place", where.place)(
         Work(
-            jobs=jobs, count=count, ended=ended, report=board.report, begin=begin, asked=where.asked
+            jobs=jobs, count=count, processes=processes, ended=ended, report=board.report,
+            begin=begin, asked=where.asked,
         )
     )  # fmt: skip
     labels = [label(job.config) for job in jobs]
     return {name: failed[name] for name in labels if name in failed}
+
+
+def require_ranks(count: int, jobs: int | None, device: str, where: Where) -> None:
+    """Refuse several ranks where they cannot work.
+
+    Raises:
+        UserError: saying why.
+    """
+    if where.place == "local":
+        ranks.require(count, jobs, device)
+    elif count > 1:
+        raise UserError(
+            f"Several ranks work on one machine, not with --where {where.place}. Leave out one of "
+            "the two."
+        )
 
 
 def require_all(failed: Mapping[str, UserError]) -> None:

@@ -20,6 +20,9 @@ from d3po_bench.training import stopping
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+CONTEXT = multiprocessing.get_context("spawn")
+"""How processes are started."""
+
 GRACE = 5.0
 """Seconds that a worker gets to leave its folder in order."""
 
@@ -36,13 +39,13 @@ class Died:
 
 
 @dataclass(frozen=True)
-class _Done(Generic[Result]):
+class Done(Generic[Result]):
     """What a worker says last of a task."""
 
     result: Result
 
 
-class _Worker(Generic[Task, Result]):
+class Worker(Generic[Task, Result]):
     """A process that does one task after the other, and what it is at.
 
     Each has a pipe of its own: a queue that several share can stay locked when one is killed,
@@ -52,10 +55,10 @@ class _Worker(Generic[Task, Result]):
     def __init__(
         self, work: Work[Task, Result], task: Task, number: int = 0, place: Mapping[str, str] = {}
     ) -> None:
+        """Start a process that does `task` with `work`, with the variables of its `place`."""
         self.number = number
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, work))
+        self.pipe, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, work))
         with _environment(place):  # CUDA reads it once, long before there is a task
             self.process.start()
         theirs.close()  # so that the pipe ends with the process
@@ -67,7 +70,7 @@ class _Worker(Generic[Task, Result]):
         with contextlib.suppress(OSError):  # it has died, and `hear` will say so
             self.pipe.send(task)
 
-    def hear(self, told: Callable[[Any], None]) -> _Done[Result] | Died | None:
+    def hear(self, told: Callable[[Any], None]) -> Done[Result] | Died | None:
         """Pass on what the task has told; how it ended, if it has."""
         while True:
             alive = self.process.is_alive()  # asked first: what it said last is in the pipe
@@ -76,7 +79,7 @@ class _Worker(Generic[Task, Result]):
             except (EOFError, OSError):
                 self.process.join()
                 said, alive = None, False
-            if isinstance(said, _Done):
+            if isinstance(said, Done):
                 return said
             if said is None:
                 return None if alive else Died(self.process.exitcode or 0)
@@ -136,7 +139,7 @@ def _serve(pipe: connection.Connection[Any, Any], work: Work[Any, Any]) -> None:
                 task = pipe.recv()
             except (EOFError, OSError):
                 return
-            tell(_Done(work(task, tell)))
+            tell(Done(work(task, tell)))
     except _Stopped:
         os._exit(1)  # what was open is closed; threads of a plug-in hold nobody up
 
@@ -162,15 +165,15 @@ def side_by_side(
         places: variables of the environment that send a worker to its GPU; one in turn for each.
         stop: whether workers are to end after the round that they are at, and no task to begin.
     """
-    waiting, workers = deque(tasks), list[_Worker[Task, Result]]()
-    started = list[_Worker[Task, Result]]()
+    waiting, workers = deque(tasks), list[Worker[Task, Result]]()
+    started = list[Worker[Task, Result]]()
     asked = False
     try:
         while waiting or workers:
             while waiting and len(workers) < count:
                 free = next(n for n in count_from(0) if n not in [w.number for w in workers])
                 place = places[free % len(places)] if places else {}
-                workers.append(_Worker(work, waiting.popleft(), free, place))
+                workers.append(Worker(work, waiting.popleft(), free, place))
                 started.append(workers[-1])
             connection.wait([worker.pipe for worker in workers], timeout=0.2)
             if stop() and not asked:
@@ -189,7 +192,7 @@ def side_by_side(
             worker.process.join()
 
 
-def _ask(workers: Iterable[_Worker[Any, Any]]) -> None:
+def _ask(workers: Iterable[Worker[Any, Any]]) -> None:
     """Ask workers to end after their round."""
     for worker in workers:
         if worker.process.is_alive() and worker.process.pid:
@@ -197,14 +200,14 @@ def _ask(workers: Iterable[_Worker[Any, Any]]) -> None:
 
 
 def _heard(
-    worker: _Worker[Task, Result], told: Callable[[Any], None],
+    worker: Worker[Task, Result], told: Callable[[Any], None],
     ended: Callable[[Task, Result | Died], bool], waiting: deque[Task],
 ) -> bool:  # fmt: skip
     """Hear what a worker tells, and give it the next task; whether it can do no more."""
     end = worker.hear(told)
     if end is None:
         return False
-    reusable = ended(worker.task, end.result if isinstance(end, _Done) else end)
+    reusable = ended(worker.task, end.result if isinstance(end, Done) else end)
     if not (reusable and waiting and worker.process.is_alive()):
         return True
     worker.give(waiting.popleft())

@@ -37,6 +37,8 @@ class Work:
     jobs: Sequence[Job]
     count: int | None
     """How many side by side; None for as many as there is room for."""
+    processes: int = 1
+    """That share each run; this one may be a rank itself."""
     ended: Callable[[Job, End], bool]
     """Called with each and how it ended; whether its process can make another."""
     report: Report

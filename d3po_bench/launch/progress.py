@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from d3po_bench.errors import leads
 from d3po_bench.launch.estimate import Estimate, Standing
 from d3po_bench.training.progress import START, Progress
 
@@ -39,8 +40,8 @@ class Board:
     """
 
     def __init__(self, level: Level = Level.NORMAL, console: Console | None = None) -> None:
-        """`level`: how much is said; `console`: where, in place of stderr."""
-        self.level, self.estimate = level, Estimate()
+        """`level`: how much the first rank says; `console`: where, in place of stderr."""
+        self.level, self.estimate = level if leads() else Level.QUIET, Estimate()
         self.console = console or Console(stderr=True)
         self.names: dict[str, str] = {}
         self.began = time.monotonic()

@@ -12,7 +12,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from d3po_bench.runs.provenance import environment, now, packages
 from d3po_bench.runs.remote import Mirror
 from d3po_bench.runs.run import LAST, LORA, SAMPLES, TEXT, RunFolder, content
 from d3po_bench.runs.sessions import kept
+from d3po_bench.runs.tensors import digest_of, read_tensors
 
 NEWEST, BEFORE = LAST, "checkpoints/previous.safetensors"
 """Of a run's checkpoints."""
@@ -261,7 +261,7 @@ class RunStore:
 
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         text = json.dumps(facts)
-        known = {"facts": text, "sha256": _digest(contiguous, text)}
+        known = {"facts": text, "sha256": digest_of(contiguous, text)}
         # One entry: safetensors writes several in an order that differs from call to call.
         data = save(contiguous, metadata={"checkpoint": json.dumps(known)})
         before = self.folder / BEFORE
@@ -282,7 +282,7 @@ class RunStore:
         problems: list[str] = []
         for path in (self.folder / NEWEST, self.folder / BEFORE):
             try:
-                found = _read_checkpoint(path)
+                found = read_tensors(path)
             except FileNotFoundError:
                 continue
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
@@ -337,32 +337,6 @@ class RunStore:
     def _write_facts(self, facts: Row) -> None:
         data = json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n"
         self._write("provenance.json", data)
-
-
-def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
-    """SHA-256 of everything that a checkpoint holds; the tensors are contiguous, on the CPU."""
-    whole = hashlib.sha256(facts.encode())
-    for name, t in sorted(tensors.items()):
-        whole.update(f"\0{name} {t.dtype} {tuple(t.shape)}\0".encode())
-        whole.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Row]:
-    """Tensors and facts.
-
-    Raises:
-        ValueError: the file is not what was written; its readers raise others.
-    """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        known = json.loads(file.metadata()["checkpoint"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if known["sha256"] != _digest(tensors, known["facts"]):
-        raise ValueError("its checksum is another or is missing")
-    facts: Row = json.loads(known["facts"])
-    return tensors, facts
 
 
 def require_same(folder: Path, config: RunConfig, resume: bool) -> None:

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
+from d3po_bench.diffusion import parallel
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import Row
 from d3po_bench.runs.run import require_inputs
@@ -15,8 +16,12 @@ from d3po_bench.training.stopping import asked
 from d3po_bench.training.trainer import Trainer
 
 
-def restore(trainer: Trainer, store: RunStore) -> int | None:
+def restore(trainer: Trainer, store: RunStore | None) -> int | None:
     """Go back to the newest whole checkpoint, and drop the rows of later rounds.
+
+    Args:
+        trainer: where it goes to.
+        store: where it is read from; None on the ranks that the first one tells.
 
     Returns:
         The checkpoint's round; None without one.
@@ -25,19 +30,26 @@ def restore(trainer: Trainer, store: RunStore) -> int | None:
         UserError: the folder has lost its checkpoint, the rows are not the checkpoint's, or the
             model or prompts are not.
     """
+    checkpoint = parallel.tell(lambda: _checkpoint(trainer.inputs, store) if store else None)
+    if checkpoint is None:
+        return None
+    trainer.restore(*checkpoint)
+    return trainer.round
+
+
+def _checkpoint(inputs: Row, store: RunStore) -> tuple[dict[str, Tensor], Row] | None:
     checkpoint = store.load_checkpoint()
     store.require_rest(checkpoint=checkpoint is not None)
     if checkpoint is None:
         store.keep_until(-1)
         return None
-    tensors, facts = checkpoint
+    facts = checkpoint[1]
     began = facts.get("inputs", {})  # none in those of an earlier version
-    require_inputs(f"The run of the checkpoint in {store.folder}", began, trainer.inputs,
+    require_inputs(f"The run of the checkpoint in {store.folder}", began, inputs,
                    "remove that folder to start again")  # fmt: skip
-    trainer.restore(tensors, facts)
-    store.keep_until(trainer.round)
-    store.require_digests(facts["rows"], trainer.round)
-    return trainer.round
+    store.keep_until(facts["round"])
+    store.require_digests(facts["rows"], facts["round"])
+    return checkpoint
 
 
 class Checkpoints(Listener):

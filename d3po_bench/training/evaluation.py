@@ -8,6 +8,7 @@ import torch
 
 from d3po_bench import own, registry
 from d3po_bench.config import Execution, RunConfig
+from d3po_bench.diffusion import parallel
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.experience import Experience
 from d3po_bench.models.sources import model_source
@@ -60,6 +61,7 @@ class Evaluation:
             sampler=config.sampler,
             eta=config.eta,
             batch=execution.sample_batch,
+            decode_batch=execution.decode_batch,
         )
 
     def _of_objective(self, experience: Experience) -> dict[str, Scorer]:
@@ -110,7 +112,8 @@ class Evaluation:
         """
         spent = model.forwards, model.backwards
         try:
-            rows, pictures = self.tools.evaluate(model, self.what, self.scorers, working)
+            with parallel.at("evaluation"):
+                rows, pictures = self.tools.evaluate(model, self.what, self.scorers, working)
         except RunError as problem:
             where = f"Evaluation after round {round_}, seed {self.config.seed}"
             raise RunError(f"{where}: {problem}") from problem

@@ -6,13 +6,15 @@ checkpoints, which hold digests of what is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from d3po_bench.config import RunConfig
+from d3po_bench.diffusion import parallel
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.progress import (
     IMAGE,
@@ -88,6 +90,46 @@ class Listener:
 
     def stopped(self) -> None:
         """The run ends before its last round."""
+
+
+class OfFirstRank(Listener):
+    """What hears of a run is on its first rank; if it fails there, it fails on all of them."""
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        """`listeners`: none on the other ranks."""
+        self.listeners = listeners
+
+    def _each(self, tell: Callable[[Listener], None]) -> None:
+        for listener in self.listeners:
+            tell(listener)
+
+    def evaluating(self, round_: int, share: float) -> None:
+        """Pass it on."""
+        self._each(lambda listener: listener.evaluating(round_, share))
+
+    def evaluated(self, round_: int, found: Evaluated) -> None:
+        """Pass it on, and let the other ranks wait for it."""
+        tell = partial(self._each, lambda listener: listener.evaluated(round_, found))
+        with parallel.at("writing"):
+            parallel.lead(tell)
+
+    def working(self, round_: int, share: float) -> None:
+        """Pass it on."""
+        self._each(lambda listener: listener.working(round_, share))
+
+    def round(self, metrics: Row, timing: Row) -> None:
+        """Pass it on, and let the other ranks wait for it."""
+        tell = partial(self._each, lambda listener: listener.round(metrics, timing))
+        with parallel.at(f"writing after round {metrics['round']}"):
+            parallel.lead(tell)
+
+    def finished(self) -> None:
+        """Pass it on, and let the other ranks wait for it."""
+        parallel.lead(partial(self._each, lambda listener: listener.finished()))
+
+    def stopped(self) -> None:
+        """Pass it on: the other ranks may be no more."""
+        self._each(lambda listener: listener.stopped())
 
 
 class Recorder(Listener):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from d3po_bench import own, registry
 from d3po_bench.config import Execution, RunConfig, method_of
+from d3po_bench.diffusion import parallel
 from d3po_bench.experience import Experience
 from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.machine import determine, device_of
@@ -22,7 +24,13 @@ from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import inputs_today
-from d3po_bench.training.listeners import Listener, ProgressListener, Recorder, by_round
+from d3po_bench.training.listeners import (
+    Listener,
+    OfFirstRank,
+    ProgressListener,
+    Recorder,
+    by_round,
+)
 from d3po_bench.training.progress import Report, ended_before, label
 from d3po_bench.training.stopping import Stopping
 from d3po_bench.training.tools import Tools
@@ -69,41 +77,89 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
     """
     config, execution = job.config, job.execution
     own.adopt(job.objects)
-    with RunStore.open(job.folder, config, resume=job.resume) as store:
-        if _made_before(job):
+    if parallel.rank():
+        job = replace(job, tools=replace(job.tools, scorer=lambda *_: Elsewhere()))
+    with contextlib.ExitStack() as held, parallel.at("loading"):
+        opened = RunStore.open(job.folder, config, resume=job.resume)
+        store = parallel.lead(lambda: held.enter_context(opened))
+        if parallel.tell(lambda: store is not None and _made_before(job)):
             report(ended_before(config))
             return
         progress = ProgressListener(config, report)
-        if store.hold and not store.hold.everywhere:
+        if store and store.hold and not store.hold.everywhere:
             progress.note(WITHOUT_LOCKS)
-        store.require_packages()
+        parallel.lead(lambda: store.require_packages() if store else None)
         source = model_source(config.model)
         torch.set_num_threads(threads_of(source, execution.threads))
         device = device_of(execution.device)
         deterministic = determine(device, execution.deterministic)
-        experience = job.experience or on_policy(job, device, source.scorers)
-        trainer = Trainer(config, execution, experience, device)
+        trainer = parallel.together(lambda: _trainer(job, device))
         after = restore(trainer, store)
-        if store.damaged:
-            progress.note(
-                f"{label(config)}: the newest checkpoint is damaged: resuming from round "
-                f"{trainer.round}"
-            )
-        evaluation = Evaluation(config, execution, experience, job.tools, device)
-        evaluation.try_out(trainer.model)
-        scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
-        store.start(
-            config, {**trainer.inputs, "scorers": scorers}, after=after,
-            facts=_facts(job, trainer, evaluation, progress),
-            device=str(device), threads=torch.get_num_threads(), deterministic=deterministic,
-            execution=vars(execution).copy(), **_plugins(config, evaluation),
-        )  # fmt: skip
-        listeners: list[Listener] = [Recorder(store), progress, Checkpoints(trainer, store)]
-        listeners += [*_trackers(job, after, store, progress), Stopping(config.rounds)]
-        progress.begin(trainer.round, experience.scorer.unit, store)
-        trainer.train(evaluation, listeners, measured=bool(store.evaluation))
-        store.save_lora(trainer.model.save)
-        store.finish()
+        experience, tools = trainer.experience, job.tools
+        evaluation = parallel.together(
+            lambda: Evaluation(config, execution, experience, tools, device)
+        )
+
+        def begin(store: RunStore) -> list[Listener]:
+            how = {"device": str(device), "deterministic": deterministic, **_ranks()}
+            return _begun(job, store, trainer, evaluation, progress, after=after, **how)
+
+        listeners = parallel.lead(lambda: begin(store) if store else [])
+        measured = parallel.tell(lambda: store is not None and bool(store.evaluation))
+        trainer.train(evaluation, [OfFirstRank(listeners or [])], measured)
+
+        def end(store: RunStore) -> None:
+            store.save_lora(trainer.model.save)
+            store.finish()
+
+        parallel.lead(lambda: end(store) if store else None)
+
+
+def _begun(
+    job: Job, store: RunStore, trainer: Trainer, evaluation: Evaluation,
+    progress: ProgressListener, *, after: int | None, **how: Any,
+) -> list[Listener]:  # fmt: skip
+    """Record how the run begins or resumes; who hears of it from now on."""
+    if store.damaged:
+        progress.note(
+            f"{label(job.config)}: the newest checkpoint is damaged: resuming from round "
+            f"{trainer.round}"
+        )
+    evaluation.try_out(trainer.model)
+    scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
+    store.start(
+        job.config, {**trainer.inputs, "scorers": scorers}, after=after,
+        facts=_facts(job, trainer, evaluation, progress), threads=torch.get_num_threads(),
+        execution=vars(job.execution).copy(), **how, **_plugins(job.config, evaluation),
+    )  # fmt: skip
+    listeners: list[Listener] = [Recorder(store), progress, Checkpoints(trainer, store)]
+    listeners += [*_trackers(job, after, store, progress), Stopping(job.config.rounds)]
+    progress.begin(trainer.round, trainer.experience.scorer.unit, store)
+    return listeners
+
+
+class Elsewhere:
+    """Stands where the first rank has its scorers, which tells the others what they say."""
+
+    unit = ""
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Not possible.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("the first rank scores")
+
+
+def _trainer(job: Job, device: torch.device) -> Trainer:
+    scorers = model_source(job.config.model).scorers
+    experience = job.experience or on_policy(job, device, scorers)
+    return Trainer(job.config, job.execution, experience, device)
+
+
+def _ranks() -> dict[str, int]:
+    return {"ranks": parallel.world()} if parallel.world() > 1 else {}
 
 
 def _made_before(job: Job) -> bool:
@@ -167,6 +223,7 @@ def on_policy(job: Job, device: torch.device, weights: str) -> OnPolicy:
         images_per_prompt=config.images_per_prompt or method.images_per_prompt,
         shared_noise=method.shared_noise,
         batch=job.execution.sample_batch,
+        decode_batch=job.execution.decode_batch,
     )
 
 

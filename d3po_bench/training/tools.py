@@ -31,6 +31,7 @@ class EvaluationSet:
     """Of training, with its `eta`."""
     eta: float = 1.0
     batch: int = 128
+    decode_batch: int = 16
     first: int = 0
     """Number of the first prompt in a longer list, whose other parts are drawn elsewhere."""
     samplers: Sequence[str] = ("eta1", "eta0")

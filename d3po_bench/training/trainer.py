@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench.config import Execution, RunConfig, method_of
+from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
@@ -165,6 +166,7 @@ class Trainer:
             working: called with the share of the round that is done.
         """
         seconds: dict[str, float] = {}
+        before = self.model.forwards, self.model.backwards
 
         def stage(name: str) -> AbstractContextManager[None]:
             return _timed(seconds, name)
@@ -184,6 +186,7 @@ class Trainer:
         measured = self._measured(rollout)
         with stage("update"):
             learned = self._learn(rollout, working)
+            self._agree(before)
         self.round += 1
         metrics = {"round": self.round, **self._spent(), **measured}
         require_own_names(self.config.method, learned, metrics)
@@ -222,6 +225,25 @@ class Trainer:
             stream(c.seed, "shuffle", self.round), self.scaler,
             progress=lambda share: working(0.5 + share / 2),
         )  # fmt: skip
+
+    def _agree(self, before: tuple[int, int]) -> None:
+        """Add up what the ranks spent of the network since `before`, and see to equal weights.
+
+        Raises:
+            RunError: the ranks have come to different weights.
+        """
+        if parallel.world() == 1:
+            return
+        weights = torch.stack([p.detach().double().sum() for p in self.model.trainable().values()])
+        spent = self.model.forwards - before[0], self.model.backwards - before[1]
+        found = parallel.gather((*spent, weights.cpu().numpy().tobytes()))
+        self.model.forwards = before[0] + sum(forwards for forwards, _, _ in found)
+        self.model.backwards = before[1] + sum(backwards for _, backwards, _ in found)
+        if len({digest for _, _, digest in found}) > 1:
+            raise RunError(
+                "The ranks have come to different weights, so one of them computes otherwise. "
+                "Use devices of one kind with --deterministic, or a single rank."
+            )
 
     def _spent(self) -> Row:
         return {
@@ -283,5 +305,6 @@ class Trainer:
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.monotonic()
-    yield
+    with parallel.at(stage):
+        yield
     seconds[stage] = time.monotonic() - start

@@ -47,7 +47,7 @@ def _next(folders: Sequence[Path], groups: Groups, out: str) -> Iterator[str]:
         yield "One seed has no interval. For one, give the same command with more of them."
     if pair := _rivals(groups):
         yield f"Is one better? d3po-bench compare {shlex.join(map(str, pair))}"
-    yield f"More tables: d3po-bench report {out}"
+    yield f"Tables, curves and pictures on one page: d3po-bench report {out} --out report.html"
     yield f"Runs are in {out}. Draw them: d3po-bench plot {out}"
 
 

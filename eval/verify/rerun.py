@@ -191,8 +191,11 @@ def _differences(then: Row, now: Row) -> Iterator[str]:
     """What differs of what bytes depend on, and what of it was not recorded."""
     parts = []
     for facts in (then, now):
-        # Other splits of the work round otherwise.
-        split = {k: v for k, v in facts.get("execution", {}).items() if k not in SAME}
+        # Other splits of the work round otherwise. What an earlier version did not have is as
+        # it was then: at its default.
+        recorded = facts.get("execution", {})
+        recorded = {**vars(Execution()), **recorded} if recorded else {}
+        split = {k: v for k, v in recorded.items() if k not in SAME}
         parts.append({**{k: facts[k] for k in SAME if k in facts}, "execution": split})
     for name, (old, new) in differing(*parts).items():
         yield f"{name} is not on record" if old is None else f"{name} {old} -> {new}"
