@@ -4,6 +4,7 @@
 `nox --force-python 3.12`.
 """
 
+import tempfile
 from datetime import date
 from pathlib import Path
 
@@ -46,6 +47,26 @@ def lock(session: nox.Session) -> None:
     """Write the versions and checksums of all packages; `-- --check`: say if they are too old."""
     session.install("-c", "constraints.txt", "uv")
     session.run("python", "-m", "tests.lock", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the docs site into build/site; `-- -b linkcheck` asks for other people's pages, too."""
+    session.install("-c", "constraints.txt", "-e", ".[docs]")
+    site = ["-c", "docs/site", ".", "build/site"]
+    session.run("sphinx-build", "-EaW", "--keep-going", *session.posargs, *site)
+
+
+@nox.session(reuse_venv=False)
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it and nothing else, and use it in an empty folder; minutes."""
+    walk = Path("tests/wheel.py").resolve()
+    with tempfile.TemporaryDirectory() as place:
+        session.run("pip", "wheel", "--no-deps", "--wheel-dir", place, ".")
+        (built,) = Path(place).glob("*.whl")
+        session.install("-c", "constraints.txt", f"{built}[feedback]")
+        with session.chdir(place):
+            session.run("python", "-P", str(walk), env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

@@ -32,12 +32,15 @@ class DDPO:
     loss_form: Literal["importance", "score_function"] = "importance"
     """PPO, or -A log p: then set units_per_update so that a round is one optimizer step."""
     clip_range: float = 1e-4
+    """PPO's: how far the probability ratio of a step may move from 1 and still count."""
     advantage_clip: float = 5.0
+    """Advantages are cut here, in standard deviations."""
     buffer: int = 16
     """Scores of a prompt that its advantage is taken over; 0: over the round, for all prompts."""
     minimum: int = 16
     """Scores that a prompt needs before its own statistics count."""
     shared_noise: bool = False
+    """Start the images of a prompt from the same noise."""
 
     images_per_prompt: ClassVar[int] = 1
     reference: ClassVar[Reference | None] = None
@@ -64,7 +67,16 @@ class DDPO:
         return Advantages(**vars(images), advantage=clipped.unsqueeze(1).expand(images.step.shape))
 
     def loss(self, policy: Policy, items: Advantages) -> tuple[Tensor, Metrics]:
-        """Mean loss of the items' steps."""
+        r"""Mean loss of the items' steps.
+
+        $$
+        L = \max\bigl(-A\, \rho,\; -A\, \mathrm{clip}(\rho,\, 1 - \epsilon,\, 1 + \epsilon)\bigr),
+        \qquad
+        \rho = \frac{\pi_\theta(x_{t-1} \mid x_t, c)}{\pi_\mathrm{old}(x_{t-1} \mid x_t, c)}
+        $$
+
+        A is the image's advantage, epsilon `clip_range`, and old the policy that drew the image.
+        """
         step = policy.step(items.x_t, items.step, items.conditions)
         log_ratio = step.log_ratio(items.sampled, items.x_next)
         if self.loss_form == "score_function":

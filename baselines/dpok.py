@@ -38,15 +38,23 @@ class DPOK:
     """Advantage and ratio default to DDPO's, so that the penalty is all that differs."""
 
     kl: Literal["gaussian", "noise_mse", "none"] = "gaussian"
+    """The penalty: exact, that of the DPOK authors' code, or none, which D3PO's code amounts to."""
     kl_weight: float = 0.01
+    """The penalty's weight, beta in their Eq. 8."""
     ratio: Literal["ppo", "hard_clamp"] = "ppo"
+    """PPO's clipped loss, as in DDPO, or the cut ratio of the DPOK authors' code."""
     value: Literal["off", "on"] = "off"
     """Subtract a value that a small network learns for every latent on the way."""
     clip_range: float = 1e-4
+    """How far the probability ratio of a step may move from 1, as in DDPO."""
     advantage_clip: float = 5.0
+    """Advantages are cut here, in standard deviations."""
     buffer: int = 16
+    """Scores of a prompt that its advantage is taken over; 0: over the round, for all prompts."""
     minimum: int = 16
+    """Scores that a prompt needs before its own statistics count."""
     shared_noise: bool = False
+    """Start the images of a prompt from the same noise."""
 
     images_per_prompt: ClassVar[int] = 1
 
@@ -82,7 +90,17 @@ class DPOK:
         return Regularised(**vars(images), advantage=clipped, pretrained=means.flatten(0, 1))
 
     def loss(self, policy: Policy, items: Regularised) -> tuple[Tensor, Metrics]:
-        """Mean over the items of the clipped policy gradient and the weighted penalty."""
+        r"""Mean over the items of the clipped policy gradient and the weighted penalty.
+
+        $$
+        L = \max\bigl(-A\, \rho,\; -A\, \mathrm{clip}(\rho,\, 1 - \epsilon,\, 1 + \epsilon)\bigr)
+        + \beta\, \mathrm{KL}\bigl(\pi_\theta(x_{t-1} \mid x_t, c) \,\|\,
+        \pi_\mathrm{pre}(x_{t-1} \mid x_t, c)\bigr)
+        $$
+
+        A and the ratio are DDPO's, epsilon is `clip_range`, beta `kl_weight`, and pre the
+        pretrained model.
+        """
         step = policy.step(items.x_t, items.step, items.conditions)
         log_ratio = step.log_ratio(items.sampled, items.x_next)
         if self.ratio == "ppo":

@@ -24,6 +24,7 @@ class PreferredImages:
     guided: bool = False
     """Put guidance into the loss."""
     shared_noise: bool = True
+    """Start the images of a prompt from the same noise, as D3PO does."""
 
     images_per_prompt: ClassVar[int] = 2
     least_images: ClassVar[int] = 2
@@ -38,7 +39,15 @@ class PreferredImages:
         return NoisedRows.of(rollout, prompt, image, rng, self.timesteps)
 
     def loss(self, policy: Policy, items: NoisedRows) -> tuple[Tensor, Metrics]:
-        """Mean squared error of the predicted noise."""
+        r"""Mean squared error of the predicted noise.
+
+        $$
+        L = \lVert \epsilon_\theta(x_s, s, c) - \epsilon \rVert^2
+        $$
+
+        x_s is a winner's latent with noise epsilon of level s. The square is a mean over the
+        latent's elements.
+        """
         predicted, target = policy.denoise(
             items.x_0, items.level, items.noise, items.conditions, guided=self.guided
         )

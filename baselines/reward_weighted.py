@@ -51,15 +51,19 @@ class RewardWeighted:
     """Defaults: own choice, as no publication prints all of them."""
 
     weight: Literal["softmax_advantage", "softmax_raw", "sparse", "lee"] = "softmax_advantage"
+    """What becomes of a reward; each is somebody's, see above."""
     inverse_temperature: float = 1.0
     """Multiplies advantages or rewards; 0.2 per kB in jannerm/ddpo."""
     per_prompt: bool = False
     """Softmax within the images of each prompt instead of over the round."""
     largest_weight: float = 10.0
+    """Weights of the softmax, whose mean is 1, are cut here."""
     quantile: float = 0.9
     """`sparse` keeps the rewards of a round that are at or above it."""
     buffer: int = 16
+    """Scores of a prompt that its advantage is taken over; 0: over the round, for all prompts."""
     minimum: int = 16
+    """Scores that a prompt needs before its own statistics count."""
     timesteps: Literal["all", "sampler"] = "all"
     """Noise levels of all 1000 training timesteps, or of the sampler's T."""
     guided: bool = False
@@ -67,6 +71,7 @@ class RewardWeighted:
     anchor: float = 0.0
     """Weight of the distance to the pretrained model's prediction."""
     shared_noise: bool = False
+    """Start the images of a prompt from the same noise."""
 
     images_per_prompt: ClassVar[int] = 2
     reference: ClassVar[Reference | None] = None
@@ -123,7 +128,16 @@ class RewardWeighted:
         )
 
     def loss(self, policy: Policy, items: Weighted) -> tuple[Tensor, Metrics]:
-        """Weighted mean squared error of the predicted noise, and its anchor."""
+        r"""Weighted mean squared error of the predicted noise, and its anchor.
+
+        $$
+        L = w\, \lVert \epsilon_\theta(x_s, s, c) - \epsilon \rVert^2
+        + a\, \lVert \epsilon_\theta(x_s, s, c) - \epsilon_\mathrm{pre}(x_s, s, c) \rVert^2
+        $$
+
+        w is the image's weight, x_s its latent with noise epsilon of level s, a the option
+        `anchor`, and pre the pretrained model. Squares are means over the latent's elements.
+        """
         place = items.x_0, items.level, items.noise, items.conditions
         predicted, target = policy.denoise(*place, guided=self.guided)
         error = (predicted - target).square().flatten(1).mean(1)

@@ -53,6 +53,7 @@ class RunConfig:
     rounds: int = 400
     """Sampling rounds; the paper's epochs."""
     prompts_per_round: int = 20
+    """One of the four devices' share of the 80 pairs that the published code draws in a round."""
     images_per_prompt: int = 0
     """K; 0 means the method's own."""
     sampling_steps: int = 20
@@ -62,6 +63,7 @@ class RunConfig:
     """Strength of the noise in each step: DDIM's eta, or the a of flow_sde and cps."""
     guidance: float = 5.0
     learning_rate: float = 3e-5
+    """The paper's, for hundreds of rounds; the embedded model, trained for minutes, takes more."""
     optimizer: Literal["adamw", "adam"] = "adamw"
     """The paper says Adam with weight decay, its code is AdamW; "adam" decays through the loss."""
     adam_beta1: float = 0.9
@@ -72,6 +74,7 @@ class RunConfig:
     units_per_update: int = 1
     """Pairs (or images) in one optimizer step."""
     timestep_fraction: float = 1.0
+    """Share of each unit's denoising steps that is trained on."""
     skip_steps: int = 0
     """Last denoising steps that are sampled but not trained on. The next-to-last is
     23 to 76 times as sensitive to the network's output as the others at T = 20, 40 to 74 at 10."""

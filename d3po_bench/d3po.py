@@ -137,13 +137,17 @@ class D3PO:
     """
 
     beta: float = 0.1
+    """The loss's temperature: 0.1 in paper and code, in the code on means."""
     clip: Literal["ratio", "one_sided", "none"] = "ratio"
+    """Where log-ratios are cut; the code cuts both, the paper says only that one can."""
     clip_range: float = 0.1
+    """Largest change of a probability ratio from 1. The code's; the paper prints none."""
     log_prob: Literal["mean", "sum"] = "mean"
     """Over latent elements: the code's mean, or the joint density of the paper's Eq. 14."""
     reference: Reference = "pretrained"
     """Algorithm 1's fixed copy, or, as in section 5.2, the model at the start of the round."""
     shared_noise: bool = True
+    """Start the images of a prompt from the same noise, as paper and code do."""
     pairs: Literal["all", "extremes"] = "all"
     """Of more than two images of a prompt: every pair, or the best against the worst."""
     skip_ties: bool = False
@@ -196,7 +200,15 @@ class D3PO:
         )
 
     def loss(self, policy: Policy, items: Pairs) -> tuple[Tensor, Metrics]:
-        """Mean of Eq. 14 over the items, both images of all pairs in one network call."""
+        r"""Mean of Eq. 14 over the items, both images of all pairs in one network call.
+
+        $$
+        L = -\log \sigma\bigl(\beta\, h\, (q_w - q_l)\bigr), \qquad
+        q = \log \frac{\pi_\theta(x_{t-1} \mid x_t, c)}{\pi_\mathrm{ref}(x_{t-1} \mid x_t, c)}
+        $$
+
+        w is the preferred image of a pair and l the other one; h is 1, or 0 for a tie.
+        """
         step = policy.step(
             items.x_t.flatten(0, 1),
             items.step.repeat_interleave(2),

@@ -58,12 +58,6 @@ def tiny() -> Groups:
     return read_groups([HOME / "tiny"])
 
 
-@cache
-def confirmed() -> Groups:
-    """D3PO on seeds that no setting was chosen by."""
-    return read_groups([HOME / "confirm"])
-
-
 # ---- tables
 
 
@@ -114,8 +108,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "efficiency": lambda: efficiency(tiny()),
     "crossed": lambda: crossed(tiny()),
     "settings": lambda: settings(tiny()),
-    "confirm-gains": lambda: gains(confirmed()),
-    "confirm-cost": lambda: cost(confirmed()),
+    "confirm": search.confirm,
     "feedback": feedback.rounds,
     "feedback-choices": feedback.choices,
     "feedback-scorers": feedback.scorers,
@@ -166,7 +159,6 @@ FORMS = (
 NAMED = {
     "gains": "{objective}.{method}",
     "contrast": "contrast.{method}",
-    "confirm-gains": "confirm.{objective}.{method}",
     "efficiency": "efficiency.{objective}.{method}",
     "crossed": "crossed.{method}.{objective}",
     "fidelity": "fidelity.{name}",

@@ -94,7 +94,7 @@ def test_a_run_and_an_evaluation(command: Command, micro: Path, tmp_path: Path) 
 
 def test_a_damaged_result_fails_after_its_document(command: Command, tmp_path: Path) -> None:
     place = tmp_path / "results"
-    shutil.copytree(ROOT / "results" / "confirm", place / "confirm")
+    shutil.copytree(ROOT / "results" / "tiny" / "incompress" / "d3po", place / "d3po")
     assert command("verify", place, "--record").code == 0
     next(place.rglob("metrics.jsonl")).unlink()
     checks = {check["check"]: check["verdict"] for check in asked(command, "verify", place, code=1)}

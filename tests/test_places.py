@@ -56,7 +56,7 @@ def visible(task: int, tell: Callable[[Any], None]) -> str:
     """What a worker is given to see, after all workers are there."""
     place = os.environ["CUDA_VISIBLE_DEVICES"]
     Path(f"{task}.there").touch()
-    while len(list(Path().glob("*.there"))) < 3:
+    while len(list(Path().glob("*.there"))) < 2:
         time.sleep(0.01)
     return place
 
@@ -71,8 +71,8 @@ def test_every_worker_has_a_gpu_in_turn(tmp_path: Path, monkeypatch: pytest.Monk
         return True
 
     places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("4", "GPU-b")]
-    side_by_side(visible, [1, 2, 3], 3, ended, places=places)
-    assert seen == {1: "4", 2: "GPU-b", 3: "4"}
+    side_by_side(visible, [1, 2], 2, ended, places=places)
+    assert seen == {1: "4", 2: "GPU-b"}
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 

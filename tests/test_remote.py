@@ -85,7 +85,7 @@ def test_a_run_that_was_killed_goes_on_from_there_to_the_same_bytes(
     assert {n: data for n, data in contents(Path("fresh")).items() if n not in index} == expected
 
 
-@pytest.mark.parametrize("number", range(0, 16, 3))
+@pytest.mark.parametrize("number", [0, 4, 9, 14])
 def test_wherever_an_upload_breaks_off_the_run_resumes(
     number: int, command: Command, micro: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +213,7 @@ def test_on_s3_a_killed_process_is_resumed_by_another_machine(
         [sys.executable, "-m", "d3po_bench", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
     ) as process:
         end = time.monotonic() + 180
-        while not (folder / "metrics.jsonl").exists():
+        while len(RunFolder(folder).metrics) < 3:  # then a checkpoint was uploaded
             assert time.monotonic() < end
             time.sleep(0.05)
         process.kill()

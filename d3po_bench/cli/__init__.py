@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if problem.name not in EXTRA:
             raise
         fail(f"The extra `feedback` is not installed: there is no module {problem.name}. Run: "
-             "pip install -c constraints.txt -e '.[feedback]'", 2)  # fmt: skip
+             "pip install -c constraints.txt 'd3po-bench[feedback]'", 2)  # fmt: skip
     except OSError as problem:
         told = of_system(problem)
         if told is None and problem.errno != errno.EPIPE:
