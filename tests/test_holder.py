@@ -69,7 +69,9 @@ def test_another_machine_is_waited_for_while_it_gives_signs_of_life(
         taken(tmp_path),
     ):
         pass
-    assert Holder.read(lock.read_bytes()) == replace(FAR, time=pytest.approx(time.time(), abs=9))
+    found = Holder.read(lock.read_bytes())
+    assert found is not None
+    assert found.token == "theirs"
     silent = FAR.record().replace(b'"time": ', b'"time": -')
     lock.write_bytes(silent)
     with taken(tmp_path):

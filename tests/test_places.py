@@ -272,7 +272,7 @@ def _not_ended(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def grid(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("grid") / "grid.toml"
-    path.write_text(GRID.format(model=micro, rounds=40))
+    path.write_text(GRID.format(model=micro, rounds=16))
     return path
 
 
@@ -305,7 +305,7 @@ def _kill_one(out: Path, process: subprocess.Popen[bytes]) -> None:
             holder = None
             if (path.parent / LOCK).exists():
                 holder = Holder.read((path.parent / LOCK).read_bytes())
-            if holder is not None and path.read_text().count("\n") < 35:
+            if holder is not None and path.read_text().count("\n") < 13:
                 os.kill(holder.pid, signal.SIGKILL)
                 return
         time.sleep(0.02)

@@ -180,7 +180,7 @@ def in_group(number: int) -> bool:
 @pytest.mark.parametrize(
     ("number", "jobs", "code", "said"),
     [
-        (signal.SIGTERM, 2, 75, ["error: seed 0: Stopped as asked, after round", "seed 1: Stopped"]),
+        (signal.SIGTERM, 2, 75, ["error: seed 0", "Stopped as asked, after round"]),
         (signal.SIGINT, 1, 1, ["error: Interrupted. The same command resumes"]),
     ],
 )

@@ -19,7 +19,7 @@ import torch
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.runs import store
+from d3po_bench.runs import store, tensors
 from d3po_bench.runs.store import BEFORE, NEWEST, RunStore
 from tests.damage import Harm, failing, flipped, flipped_in_the_header, listed, truncated
 
@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: RunStore, harm: H
 
 
 def _round_of(path: Path) -> int:
-    return int(store.read_tensors(path)[1]["round"])
+    return int(tensors.read_tensors(path)[1]["round"])
 
 
 def test_the_one_before_is_there_whenever_the_newest_is_not(
