@@ -265,10 +265,9 @@ def pairs_of(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
         UserError: one has no =, or a key comes twice.
     """
     found: dict[str, str] = {}
-    for text in settings:
-        key, sign, value = text.partition("=")
+    for key, sign, value in (text.partition("=") for text in settings):
         if not sign:
-            raise UserError(f"{option} takes KEY=VALUE, not {text!r}.")
+            raise UserError(f"{option} takes KEY=VALUE, not {key!r}.")
         if key in found:
             raise UserError(f"{option} {key}=... is there twice. Leave one out.")
         found[key] = value

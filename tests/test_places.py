@@ -177,8 +177,14 @@ def test_a_job_says_where_its_folder_is_missing(job: Any) -> None:
 def test_a_run_that_is_not_seen_from_here_is_told(job: Any) -> None:
     """As where the workers of a cluster have disks of their own."""
     ends: list[End] = []
-    work = Work(jobs=[job], count=1, ended=lambda job, end: bool(ends.append(end)),
-                report=lambda p: None, begin=lambda n: None)  # fmt: skip
+
+    def ended(job: Any, end: End) -> bool:
+        ends.append(end)
+        return True
+
+    work = Work(
+        jobs=[job], count=1, ended=ended, report=lambda p: None, begin=lambda n: None
+    )  # fmt: skip
     follow(work, 1, lambda tasks: [lambda: End()])
     assert "is not seen from this machine" in str(ends[0].problem)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from d3po_bench import api
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.runs import remote
 from d3po_bench.runs.holder import Holder
@@ -143,6 +144,7 @@ def test_runs_are_read_from_their_address(command: Command, micro: Path) -> None
     assert command("report", OUT).code == 0
     assert command("plot", OUT, "--out", "figures").code == 0
     assert not workplace(OUT).exists()  # what reads leaves the place of work alone
+    assert len(api.load_runs(OUT).folders) == 1
     copied = files(remote.copy(OUT))
     assert not [name for name in copied if "checkpoints" in name or ".lock" in name]
     assert [name for name in copied if name.endswith("pytorch_lora_weights.safetensors")]
