@@ -211,9 +211,7 @@ def test_on_s3_a_killed_process_is_resumed_by_another_machine(
 ) -> None:
     arguments = run_of(micro, "--out", bucket, rounds=30, eval_every=0)
     folder = seed_folder(workplace(bucket), micro)
-    with subprocess.Popen(
-        [sys.executable, "-m", "d3po_bench", *arguments], cwd=ROOT
-    ) as process:
+    with subprocess.Popen([sys.executable, "-m", "d3po_bench", *arguments], cwd=ROOT) as process:
         end = time.monotonic() + 300
         while len(RunFolder(folder).metrics) < 3:  # then a checkpoint was uploaded
             assert time.monotonic() < end
