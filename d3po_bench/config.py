@@ -259,19 +259,18 @@ class Execution:
         return replace(self, **{n: getattr(self, n) or most for n, most in BATCHES.items()})
 
 
-def pairs_of(settings: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE strings as a dictionary.
+def pairs_of(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
+    """KEY=VALUE strings, which were given to an option, as a dictionary.
 
     Raises:
         UserError: one has no =, or a key comes twice.
     """
     found: dict[str, str] = {}
-    for text in settings:
-        key, sign, value = text.partition("=")
+    for key, sign, value in (text.partition("=") for text in settings):
         if not sign:
-            raise UserError(f"--set takes KEY=VALUE, not {text!r}.")
+            raise UserError(f"{option} takes KEY=VALUE, not {key!r}.")
         if key in found:
-            raise UserError(f"--set {key}=... is there twice. Leave one out.")
+            raise UserError(f"{option} {key}=... is there twice. Leave one out.")
         found[key] = value
     return found
 

@@ -39,7 +39,8 @@ from d3po_bench.feedback.schema import Answer, Kind, Question
 from d3po_bench.feedback.simulated import Annotator
 from d3po_bench.feedback.store import HandoutSettings, default_url, open_labels
 from d3po_bench.feedback.votes import cast_vote, effective_votes, scores_of
-from d3po_bench.runs.store import RunStore, _digest, _read_checkpoint
+from d3po_bench.runs.store import RunStore
+from d3po_bench.runs.tensors import digest_of, read_tensors
 from d3po_bench.training.progress import Progress
 from d3po_bench.training.trainer import Trainer
 from eval.tools import TOOLS
@@ -64,9 +65,9 @@ def without_times(path: Path) -> bytes:
     """A file's bytes; of a checkpoint, what it holds but for the digest of timing.jsonl."""
     if path.parent.name != "checkpoints":
         return path.read_bytes()
-    tensors, facts = _read_checkpoint(path)
+    tensors, facts = read_tensors(path)
     del facts["rows"]["timing.jsonl"]
-    return _digest(tensors, json.dumps(facts)).encode()
+    return digest_of(tensors, json.dumps(facts)).encode()
 
 
 def draw(

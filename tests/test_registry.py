@@ -229,7 +229,7 @@ def test_plugins_are_named_by_package_and_version(
     metadata = tmp_path / "my_scorers-2.5.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Name: my-scorers\nVersion: 2.5\n")
-    groups = ("methods", "objectives", "scorers", "models", "families", "trackers")
+    groups = ("methods", "objectives", "scorers", "models", "families", "trackers", "places")
     text = "".join(f"[d3po_bench.{group}]\nmine = decimal:Decimal\n" for group in groups)
     (metadata / "entry_points.txt").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
