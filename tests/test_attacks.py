@@ -247,7 +247,7 @@ def test_methods_that_draw_differently_are_not_compared(
 ) -> None:
     write_run(tmp_path)
     write_run(tmp_path, method="ddpo", **setting)
-    with pytest.raises(UserError, match=f"must share the setting {next(iter(setting))}"):
+    with pytest.raises(UserError, match=f"do not share the setting {next(iter(setting))}"):
         read_groups([tmp_path])
     assert len(read_groups([tmp_path / "tiny" / "incompress" / "ddpo"])) == 1
 

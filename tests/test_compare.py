@@ -67,7 +67,7 @@ def test_what_is_not_shown_is_no_fault_unless_better_is_required(
     theirs = side(tmp_path, "ddpo", (2, 1, 1.1))
     for a, b in ((ours, theirs), (theirs, ours), (ours, ours)):
         done = command("compare", a, b)
-        assert done.out.endswith("): not shown.\n")
+        assert done.out.endswith("): no difference is shown.\n")
         assert done.code == 0
         assert command("compare", a, b, "--require", "better").code == 1
     assert "p = 1, 3 seeds each, paired" in command("compare", ours, ours).out
@@ -82,7 +82,7 @@ def test_other_seeds_are_not_paired(sides: tuple[Path, Path]) -> None:
     write_run(theirs.parents[2], method="ddpo", seed=3, gain=0.13)
     found = compare(ours, theirs)
     assert found.difference == pytest.approx(difference([1, 1.5, 2], [0.5, 0.9, 1.6, 1.3]))
-    assert found.sentence().endswith(", 3 and 4 seeds): not shown.")
+    assert found.sentence().endswith(", 3 and 4 seeds): no difference is shown.")
 
 
 def test_other_images_are_not_paired(sides: tuple[Path, Path]) -> None:
@@ -90,14 +90,16 @@ def test_other_images_are_not_paired(sides: tuple[Path, Path]) -> None:
         path.write_text(path.read_text().replace("sea horse", "dog"))
     found = compare(*sides)
     assert found.difference == pytest.approx(difference([1, 1.5, 2], [0.5, 0.9, 1.6]))
-    assert "3 seeds each, evaluated on different images): not shown." in found.sentence()
+    assert (
+        "3 seeds each, evaluated on different images): no difference is shown." in found.sentence()
+    )
 
 
 def test_one_seed_shows_nothing(sides: tuple[Path, Path]) -> None:
     found = compare(*(folder / "seed-1" for folder in sides))
     assert found.sentence() == (
         "d3po gains 0.600 kB more than ddpo on incompress (difference +0.600, no interval without "
-        "two seeds of each, 1 seed each, paired): not shown."
+        "two seeds of each: run more, 1 seed each, paired): no difference is shown."
     )
 
 

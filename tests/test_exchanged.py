@@ -187,7 +187,7 @@ def test_a_table_is_of_what_was_asked(home: Path, command: Command) -> None:
     refused(command(*asked, "--prompts", "more.txt"), "another evaluation: prompts differs")
     refused(command(*asked[:-1], "animal"), "holds another evaluation: scorers differs")
     others = ["table1", "other", CELL / "seed-1", *asked[2:]]
-    refused(command(*others), "must share the setting learning_rate")
+    refused(command(*others), "do not share the setting learning_rate")
     refused(command("table1", "other", *asked[2:]), "d3po-0 holds another evaluation: adapter")
     one = ["table1", CELL / "seed-0", *asked[2:]]
     refused(command(*one), "d3po-1.csv is of a model that this command does not ask for")

@@ -193,7 +193,7 @@ def test_resuming_with_a_smaller_batch_is_on_record(
     assert [s["after_round"] for s in facts["sessions"]] == [0, 1]
     assert facts["execution"]["micro_batch"] == 32
     shown = command("show", folder).out
-    assert "made in several environments:\n  start 2, after round 1  execution.micro_batch" in shown
+    assert "started again:\n  start 2, after round 1  execution.micro_batch" in shown
     said = "was made in several environments: from round 1 with other execution.micro_batch"
     assert said in list(verify.check_run(RunFolder(folder)))
 
@@ -204,7 +204,7 @@ def test_resuming_in_the_same_environment_is_nothing_to_tell(
     folder = stopped(command, micro, monkeypatch)
     assert command(*run_of(micro)).code == 0
     assert len(RunFolder(folder).facts["sessions"]) == 2
-    assert "several environments" not in command("show", folder).out
+    assert "started again" not in command("show", folder).out
     assert not any(
         "several environments" in problem for problem in verify.check_run(RunFolder(folder))
     )

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import click
 
+from d3po_bench.cli import completion
 from d3po_bench.errors import UserError, leads
 from d3po_bench.text import section
 
@@ -88,7 +89,7 @@ def scorer_names(text: str) -> tuple[str, ...]:
 
 
 TRACK = click.option(
-    "--track", multiple=True, metavar="TRACKER",
+    "--track", multiple=True, metavar="TRACKER", shell_complete=completion.of("tracker"),
     help="Also show the run live in tensorboard or wandb: metrics, held-out scores, pictures; "
     "repeatable.",
 )  # fmt: skip

@@ -49,7 +49,7 @@ def known(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     yield "settings", _settings(run.config)
     yield "made with", _made_with(run.facts)
     if several := _sessions(run.facts):
-        yield "made in several environments", several
+        yield "started again", several
     yield "inputs", _inputs(run.facts)
     yield "content", _content(run)
     yield "cost", _cost(run)

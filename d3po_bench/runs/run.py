@@ -182,11 +182,16 @@ def require_inputs(
         UserError: naming what is another.
     """
     for name, value in today.items():
-        if began.get(name, value) != value:
-            raise UserError(
-                f"{owner} began with other inputs: {name} {began[name]}, not {value}. Bring those "
-                f"back, or {instead}."
-            )
+        then = began.get(name, value)
+        if then == value:
+            continue
+        if isinstance(then, Mapping) and isinstance(value, Mapping):
+            other = next(k for k in {**then, **value} if then.get(k) != value.get(k))
+            name, then, value = f"{name} {other}", then.get(other), value.get(other)
+        raise UserError(
+            f"{owner} began with other inputs: {name} {then}, not {value}, so its content has "
+            f"changed. Bring that back, or {instead}."
+        )
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunFolder]:

@@ -95,12 +95,16 @@ class Comparison:
         does = f"gains {size} {more} than"
         if self.sign < 0:
             does = f"lowers the score {size} {more} than"
-        spread = "no interval without two seeds of each"
+        spread = "no interval without two seeds of each: run more"
         if not math.isnan(found.low):
             spread = f"95 % interval {found.low:+.3f} to {found.high:+.3f}, p = {found.p:.2g}"
         facts = [f"difference {found.mean:+.3f}", spread, self._seeds()]
         facts += [] if self.same_images else ["evaluated on different images"]
-        shown = "not shown" if self.verdict == "not shown" else f"shown to be {self.verdict}"
+        shown = (
+            "no difference is shown"
+            if self.verdict == "not shown"
+            else f"shown to be {self.verdict}"
+        )
         return (
             f"{self.ours.name} {does} {self.theirs.name} on {self.objective} "
             f"({', '.join(facts)}): {shown}."

@@ -54,7 +54,7 @@ PAID = {
 }  # fmt: skip
 
 BRIEF = (
-    "method", "objective", "seeds", "base", "end", "gain (95 % interval)", "KL at the end",
+    "method", "objective", "unit", "seeds", "base", "end", "gain (95 % interval)", "KL at the end",
     "recognised", "images", "seconds a seed",
 )  # fmt: skip
 """Of both, what a command shows when its runs have ended."""
@@ -84,8 +84,13 @@ def brief(groups: Groups) -> Table:
     Raises:
         UserError: methods were judged on different held-out images.
     """
-    every = LEARNED | PAID
-    return Table(records(groups), {name: every[name] for name in BRIEF}, left=(*NAMES,))
+    every = LEARNED | PAID | {"unit": _unit}
+    return Table(records(groups), {name: every[name] for name in BRIEF}, left=(*NAMES, "unit"))
+
+
+def _unit(record: Record) -> str:
+    better = "larger" if record["sign"] > 0 else "smaller"
+    return f"{record['unit']}, {better} is better"
 
 
 def contrast(groups: Groups) -> Table:
@@ -151,6 +156,8 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
     return {
         "objective": objective,
         "method": method,
+        "unit": score.unit,
+        "sign": score.sign,
         "seeds": len(runs),
         "base": float(base.mean()),
         "end": float(end.mean()),

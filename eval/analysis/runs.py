@@ -240,8 +240,9 @@ def _require_one(what: str, found: Iterable[tuple[RunFolder, Any]]) -> None:
         first, expected = known[0]
         if value != expected:
             raise UserError(
-                f"Runs that are shown together must share the {what}, which is {expected!r} in "
-                f"{first} and {value!r} in {folder}. Name those of one."
+                f"These runs do not share the {what}: it is {expected!r} in {first} and "
+                f"{value!r} in {folder}. Such runs cannot be compared: name only those that "
+                "share it."
             )
 
 
