@@ -23,19 +23,28 @@ class PreferredImages:
     """Noise levels of all 1000 training timesteps, or of the sampler's T."""
     guided: bool = False
     """Put guidance into the loss."""
+    liked: Literal["best", "above_value"] = "best"
+    """The winners of each prompt, or every image with a score above `value`, as tags are judged."""
+    value: float = 0.0
+    """What `above_value` compares scores with."""
     shared_noise: bool = True
     """Start the images of a prompt from the same noise, as D3PO does."""
 
     images_per_prompt: ClassVar[int] = 2
-    least_images: ClassVar[int] = 2
-    """One image wins against none."""
     reference: ClassVar[Reference | None] = None
+    needs_chain: ClassVar[bool] = False
+
+    @property
+    def least_images(self) -> int:
+        """One image wins against none."""
+        return 2 if self.liked == "best" else 1
 
     def rows(self, rollout: Rollout, rng: Generator) -> NoisedRows:
         """The winners, each with T draws of a noise level and noise; none in a round of ties."""
         scores = rollout.scores
         best = scores == scores.amax(1, keepdim=True)
-        prompt, image = (best & ~best.all(1, keepdim=True)).nonzero(as_tuple=True)
+        kept = best & ~best.all(1, keepdim=True) if self.liked == "best" else scores > self.value
+        prompt, image = kept.nonzero(as_tuple=True)
         return NoisedRows.of(rollout, prompt, image, rng, self.timesteps)
 
     def loss(self, policy: Policy, items: NoisedRows) -> tuple[Tensor, Metrics]:

@@ -75,6 +75,7 @@ class RewardWeighted:
 
     images_per_prompt: ClassVar[int] = 2
     reference: ClassVar[Reference | None] = None
+    needs_chain: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse options without a meaning.

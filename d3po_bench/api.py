@@ -17,6 +17,7 @@ from d3po_bench.launch.progress import Board, Level
 from d3po_bench.machine import device_of
 from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.sources import load, model_source
+from d3po_bench.runs import remote
 from d3po_bench.runs.run import LORA, RunFolder
 from d3po_bench.scoring import undisturbed
 from d3po_bench.training.inputs import require_unchanged
@@ -59,7 +60,7 @@ def run(
         device: auto, cpu, cuda, cuda:1 or mps.
         jobs: seeds side by side; with several, `if __name__ == "__main__":` around a script's code.
         ranks: processes that share each run, a GPU for each, as for `jobs`.
-        out: folder of the run folders.
+        out: folder of the run folders, or an address such as s3://BUCKET/runs.
         resume: continue runs that are already there.
         track: trackers that show the runs live: tensorboard, wandb.
         deterministic: on: the same bits each time, or an error; auto: on a CPU alone.
@@ -76,11 +77,15 @@ def run(
         method=learns, objective=_objective(objective), model=str(model), preset=preset,
         prompts=None if prompts is None else str(prompts), settings=_as_text(chosen),
         rounds=rounds, seeds=_counted(seeds), device=device, jobs=jobs, ranks=ranks,
-        out=Path(out), resume=resume, track=[track] if isinstance(track, str) else track,
+        out=_out(out), resume=resume, track=[track] if isinstance(track, str) else track,
         tools=TOOLS, deterministic=deterministic,
     )  # fmt: skip
     with undisturbed():
         return Runs(tuple(launch.run(request, Board(Level.QUIET if quiet else Level.NORMAL))))
+
+
+def _out(place: str | Path) -> Path:
+    return remote.workplace(str(place)) if remote.is_address(str(place)) else Path(place)
 
 
 def _text(thing: Any) -> str:
@@ -123,12 +128,13 @@ def _as_text(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def load_runs(*paths: str | Path) -> Runs:
-    """The evaluated runs at or below `paths`, at any depth, finished or not.
+    """The evaluated runs at or below `paths` or addresses, at any depth, finished or not.
 
     Raises:
         UserError: there is none.
     """
-    return Runs(tuple(run.folder for run in evaluated(map(Path, paths))))
+    places = (remote.copy(str(p)) if remote.is_address(str(p)) else Path(p) for p in paths)
+    return Runs(tuple(run.folder for run in evaluated(places)))
 
 
 def load_pipeline(run: str | Path, device: str = "auto") -> Any:

@@ -257,19 +257,18 @@ class Execution:
         return replace(self, **sizes)
 
 
-def pairs_of(settings: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE strings as a dictionary.
+def pairs_of(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
+    """KEY=VALUE strings, which were given to an option, as a dictionary.
 
     Raises:
         UserError: one has no =, or a key comes twice.
     """
     found: dict[str, str] = {}
-    for text in settings:
-        key, sign, value = text.partition("=")
+    for key, sign, value in (text.partition("=") for text in settings):
         if not sign:
-            raise UserError(f"--set takes KEY=VALUE, not {text!r}.")
+            raise UserError(f"{option} takes KEY=VALUE, not {key!r}.")
         if key in found:
-            raise UserError(f"--set {key}=... is there twice. Leave one out.")
+            raise UserError(f"{option} {key}=... is there twice. Leave one out.")
         found[key] = value
     return found
 
@@ -371,8 +370,7 @@ def settings(method: str) -> dict[str, dict[str, Any]]:
                 f"The options of the method {method} cannot be read: {problem}. Correct the types "
                 "in its package."
             ) from problem
-        given = {*ELSEWHERE, "options", "sources"}
-        names = (f.name for f in fields(kind) if f.name not in given)
+        names = (f.name for f in fields(kind) if f.name not in {*ELSEWHERE, "options", "sources"})
         found[group] = {name: hints[name] for name in names}
     _require_options(method, found["options"], {*found["run"], *found["execution"]})
     return found

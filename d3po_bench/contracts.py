@@ -15,7 +15,8 @@ def fault_of(method: Any) -> str:
     if missing := [name for name in _OF_A_METHOD if not hasattr(method, name)]:
         return f"has no {missing[0]}"
     for name in ("images_per_prompt", "least_images"):
-        if type(number := getattr(method, name, 1)) is not int:
+        number = getattr(method, name, 1)
+        if type(number) is not int and not isinstance(number, property):  # it follows an option
             return f"has {name} = {ascii(number)[:40]}, not a whole number"
     for option in fields(method):
         if option.default is MISSING and option.default_factory is MISSING:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import combinations
 from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
+from d3po_bench.diffusion.preferences import pairs_of
 from d3po_bench.errors import UserError
 from d3po_bench.types import (
     Conditions,
@@ -86,49 +86,6 @@ def d3po_loss(
     return -logsigmoid(beta / elements * preference * (winner - loser))
 
 
-def preferred(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All pairs of images of each prompt, the one with the larger score first.
-
-    Args:
-        scores: [P, K], or [P, K, m] for m criteria: then an image wins only if it is at least
-            as good in all and better in one (Pareto), else the pair is a tie.
-
-    Returns:
-        prompt [M], images [M, 2] and preference [M] (0 for a tie, whose images keep their
-        order), pairs in lexicographic order.
-
-    Raises:
-        UserError: there are no two images to compare.
-    """
-    if scores.shape[1] < 2:
-        raise UserError(
-            f"D3PO compares images of a prompt and needs at least 2, not {scores.shape[1]}. Use "
-            "--set images_per_prompt=2."
-        )
-    scores = scores if scores.ndim == 3 else scores.unsqueeze(-1)
-    pairs = torch.tensor(list(combinations(range(scores.shape[1]), 2)))
-    first, second = scores[:, pairs[:, 0]], scores[:, pairs[:, 1]]
-    wins = (first >= second).all(-1) & (first > second).any(-1)
-    loses = (second >= first).all(-1) & (second > first).any(-1)
-    images = torch.where(loses.unsqueeze(-1), pairs.flip(1), pairs).flatten(0, 1)
-    prompt = torch.arange(len(scores)).repeat_interleave(len(pairs))
-    return prompt, images, (wins | loses).flatten().float()
-
-
-def extremes(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best and the worst image of each prompt, as `preferred` returns pairs.
-
-    With two images of a prompt this is `preferred`. Of scores [P, K, m] the first counts.
-    """
-    if scores.shape[1] < 2:
-        return preferred(scores)
-    first = scores if scores.ndim == 2 else scores[..., 0]
-    # The last of equally bad images: a tie keeps two different ones.
-    worst = first.shape[1] - 1 - first.flip(1).argmin(1)
-    images = torch.stack([first.argmax(1), worst], 1)
-    return torch.arange(len(first)), images, (first.amax(1) > first.amin(1)).float()
-
-
 @dataclass(frozen=True)
 class D3PO:
     """Defaults follow the published code, in log space and with the mean log-probability.
@@ -169,22 +126,16 @@ class D3PO:
                 f"{self.clip_range} and {self.beta}. Change them with --set."
             )
 
-    def _pairs(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return extremes(scores) if self.pairs == "extremes" else preferred(scores)
-
     def images_used(self, rollout: Rollout) -> Tensor:
         """Images that are in a pair, [P, K] bool."""
-        prompt, images, _ = self._pairs(rollout.scores)
+        prompt, images, _ = pairs_of(rollout.scores, self.pairs)
         chosen = torch.zeros(rollout.scores.shape[:2], dtype=torch.bool)
         chosen[prompt.unsqueeze(1), images] = True
         return chosen
 
     def rows(self, rollout: Rollout, rng: Generator) -> Pairs:
         """Pair up the images of each prompt, winner first."""
-        prompt, images, preference = self._pairs(rollout.scores)
-        if self.skip_ties:
-            kept = preference > 0
-            prompt, images, preference = prompt[kept], images[kept], preference[kept]
+        prompt, images, preference = pairs_of(rollout.scores, self.pairs, self.skip_ties)
         if rollout.reference is None:
             raise ValueError("D3PO needs rollout.reference: see diffusion.sampling.with_reference")
         index = prompt.unsqueeze(1), images

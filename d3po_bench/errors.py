@@ -35,6 +35,17 @@ class TooLarge(MemoryError):  # noqa: N818
         self.setting, self.size = setting, size
 
 
+class InUseError(UserError):
+    """Another process works in the same folder."""
+
+
+class TryAgainError(RunError):
+    """A run that was asked to stop after its round: the same command goes on with it."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h, which means the same."""
+
+
 @contextlib.contextmanager
 def said_in_one_line() -> Iterator[None]:
     """Around a script's work: a `UserError` becomes a line on stderr and an exit status.

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import require_text
@@ -36,7 +36,7 @@ KEPT_BY = {"parameters": "AUTOMATIC1111", "prompt": "ComfyUI"}
 """Name of the text in a PNG file that says how it was drawn -> the program that writes it."""
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path | BinaryIO) -> Image.Image:
     """A picture as RGB, whole in memory, turned as programs that show it turn it.
 
     Raises:
@@ -61,7 +61,7 @@ def _lets_through(picture: Image.Image) -> bool:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path | BinaryIO) -> Iterator[Image.Image]:
     """A picture whose pixels are not read yet.
 
     Raises:

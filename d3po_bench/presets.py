@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-_EACH_IMAGE = {"units_per_update": 16, "minimum": 8}
-"""As many images in an update as D3PO samples for one; 8 of a prompt are enough to compare."""
+_SIXTEEN = {"units_per_update": 16}
+"""As many images in an update as D3PO samples for one."""
+
+_EACH_IMAGE = {**_SIXTEEN, "minimum": 8}
+"""8 of a prompt are enough to compare."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -32,6 +35,18 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "learning_rate": 4e-4,
             },
             "preferred_images": {"skip_steps": 0, "timestep_fraction": 1.0, "learning_rate": 4e-4},
+            "diffusion_dpo": {
+                "skip_steps": 0,
+                "timestep_fraction": 1.0,
+                "pairs": "extremes",
+                "learning_rate": 4e-4,
+            },
+            "kto": {
+                **_SIXTEEN,
+                "skip_steps": 0,
+                "timestep_fraction": 0.5,
+                "learning_rate": 4e-4,
+            },
         },
     },
     "paper": {

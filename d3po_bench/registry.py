@@ -2,7 +2,8 @@
 
 A method is a file with `METHOD = ...` beside `d3po.py` or in `baselines/`; a scorer one with
 `def load(` in `eval/scorers/`; an objective one with `OBJECTIVE = ...`; a model one with
-`SOURCE = ...`; a family of models one with `FAMILY = ...`; a tracker one with `TRACKER = ...`.
+`SOURCE = ...`; a family of models one with `FAMILY = ...`; a tracker one with `TRACKER = ...`; a
+place that makes runs one with `PLACE = ...`.
 Packages elsewhere add methods and scorers through the entry points `d3po_bench.methods` and
 `d3po_bench.scorers`. Methods, scorers and objectives may also be the user's own (`own`), and
 objectives sums of others (`rewards.sums`).
@@ -33,7 +34,7 @@ from d3po_bench.types import Method, Objective, Scorer
 if TYPE_CHECKING:
     from d3po_bench.scoring import Guarded
 
-Kind = Literal["method", "objective", "scorer", "model", "family", "tracker"]
+Kind = Literal["method", "objective", "scorer", "model", "family", "tracker", "place"]
 
 HOME = Path(__file__).parent.parent
 _FOLDERS: dict[Kind, tuple[str, ...]] = {
@@ -43,6 +44,7 @@ _FOLDERS: dict[Kind, tuple[str, ...]] = {
     "model": ("d3po_bench.models",),
     "family": ("d3po_bench.models",),
     "tracker": ("d3po_bench.training.trackers",),
+    "place": ("d3po_bench.launch.places",),
 }
 _MARKS: dict[Kind, str] = {
     "method": "\nMETHOD",
@@ -51,6 +53,7 @@ _MARKS: dict[Kind, str] = {
     "model": "\nSOURCE",
     "family": "\nFAMILY",
     "tracker": "\nTRACKER",
+    "place": "\nPLACE",
 }
 
 
@@ -392,6 +395,6 @@ def family(pipeline: str, path: str) -> Any:
     return found
 
 
-def tracker(name: str) -> Any:
-    """The class of that tracker, a `training.tracking.Tracker`."""
-    return _module("tracker", name).TRACKER
+def part(kind: Literal["tracker", "place"], name: str) -> Any:
+    """A class of `training.tracking.Tracker`, or a `launch.place.Place`."""
+    return getattr(_module(kind, name), kind.upper())

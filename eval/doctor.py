@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d3po_bench import registry
+from d3po_bench.cache import home
 from d3po_bench.errors import UserError
 from eval import downloads
 
@@ -35,7 +36,7 @@ def everything() -> Iterator[tuple[str, dict[str, str]]]:
     }
     yield "extras", extras
     yield "device", _devices()
-    weights = {"folder": str(downloads.home())}
+    weights = {"folder": str(home())}
     for name, entry in downloads.known().items():
         state = downloads.state(name)
         need = f" (`d3po-bench weights fetch {name}`)" if state == "absent" else ""

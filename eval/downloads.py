@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from d3po_bench.cache import home
 from d3po_bench.digests import sha256_of
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.prompts.fetched import LISTS
@@ -64,13 +65,6 @@ def known() -> dict[str, Weights]:
                 case ast.Assign(targets=[ast.Name(id="WEIGHTS")], value=value):
                     found |= ast.literal_eval(value)
     return {name: Weights(**fields) for name, fields in found.items()}
-
-
-def home() -> Path:
-    """The cache: D3PO_BENCH_CACHE, or d3po-bench/ in the user's cache folder."""
-    if own := os.environ.get("D3PO_BENCH_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d3po-bench"
 
 
 def find(*names: str) -> list[Path]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from d3po_bench.d3po import D3PO, d3po_loss, extremes, preferred
+from d3po_bench.d3po import D3PO, d3po_loss
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.preferences import extremes, preferred
 from d3po_bench.diffusion.sampling import with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
@@ -99,7 +100,9 @@ def test_options_without_a_meaning_are_refused(options: dict[str, float]) -> Non
 
 @pytest.mark.parametrize("pairs", [preferred, extremes])
 def test_one_image_is_no_pair(pairs: Callable[[Tensor], object]) -> None:
-    with pytest.raises(UserError, match=r"needs at least 2, not 1.*--set images_per_prompt=2"):
+    with pytest.raises(
+        UserError, match=r"at least 2 images of a prompt, not 1.*--set images_per_prompt=2"
+    ):
         pairs(torch.zeros(3, 1))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from d3po_bench import cache
 from d3po_bench.errors import RunError, UserError
 from eval import downloads
 from eval.downloads import Weights
@@ -30,7 +31,7 @@ class Server(ThreadingHTTPServer):
         self.stops: list[int] = []
         """Bytes after which each of the next answers breaks off."""
         self.ranges = True
-        self.path = downloads.home() / "toy" / "toy.bin"
+        self.path = cache.home() / "toy" / "toy.bin"
         self.part = self.path.with_name("toy.bin.part")
         self.path.parent.mkdir()
         self.offer(SHA)
@@ -109,12 +110,12 @@ def test_sizes_are_readable(size: int, text: str) -> None:
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("D3PO_BENCH_CACHE", "/a/b")
-    assert downloads.home() == Path("/a/b")
+    assert cache.home() == Path("/a/b")
     monkeypatch.delenv("D3PO_BENCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert downloads.home() == Path("/c/d3po-bench")
+    assert cache.home() == Path("/c/d3po-bench")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert downloads.home() == Path.home() / ".cache" / "d3po-bench"
+    assert cache.home() == Path.home() / ".cache" / "d3po-bench"
 
 
 # ---- found

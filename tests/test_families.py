@@ -102,6 +102,14 @@ def test_the_ode_and_the_pictures_are_the_pipelines(family: Family) -> None:
     assert gap(model.decode(ours) / 255, pictures) <= 1 / 255
 
 
+def test_pictures_become_the_latents_that_the_decoder_takes(family: Family) -> None:
+    model = model_of(family.folder)
+    pictures = model.decode(torch.randn(3, *model.latent_shape))
+    found = model.vae.encode(pictures.float() / 127.5 - 1)
+    expected = found.latents if hasattr(found, "latents") else found.latent_dist.mean
+    torch.testing.assert_close(model._latents(model.encode_pictures(pictures)), expected)
+
+
 def test_encode_is_the_pipelines_also_of_a_prompt_that_is_cut(family: Family) -> None:
     model, pipe = model_of(family.folder, long_prompts="cut"), family.pipe
     prompts = [*PROMPTS, "cat dog " * 200]

@@ -39,7 +39,8 @@ from d3po_bench.feedback.schema import Answer, Kind, Question
 from d3po_bench.feedback.simulated import Annotator
 from d3po_bench.feedback.store import HandoutSettings, default_url, open_labels
 from d3po_bench.feedback.votes import cast_vote, effective_votes, scores_of
-from d3po_bench.runs.store import RunStore, _digest, _read_checkpoint
+from d3po_bench.runs.store import RunStore
+from d3po_bench.runs.tensors import digest_of, read_tensors
 from d3po_bench.training.progress import Progress
 from d3po_bench.training.trainer import Trainer
 from eval.tools import TOOLS
@@ -64,9 +65,9 @@ def without_times(path: Path) -> bytes:
     """A file's bytes; of a checkpoint, what it holds but for the digest of timing.jsonl."""
     if path.parent.name != "checkpoints":
         return path.read_bytes()
-    tensors, facts = _read_checkpoint(path)
+    tensors, facts = read_tensors(path)
     del facts["rows"]["timing.jsonl"]
-    return _digest(tensors, json.dumps(facts)).encode()
+    return digest_of(tensors, json.dumps(facts)).encode()
 
 
 def draw(
@@ -248,7 +249,9 @@ def test_the_next_round_goes_on_from_what_was_learnt(
     assert not torch.allclose(base, kept["means"][:, 0, 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["preferred_images", "reward_weighted", "ddpo", "dpok"])
+@pytest.mark.parametrize(
+    "method", ["preferred_images", "reward_weighted", "ddpo", "dpok", "diffusion_dpo", "kto"]
+)
 def test_other_methods_learn_from_the_same_votes(method: str, drawn: Path, tmp_path: Path) -> None:
     training.train(learnable(drawn), request(method), tmp_path / "run")
     weights = RunStore(tmp_path / "run").load_checkpoint()
@@ -688,10 +691,12 @@ def test_only_a_finished_training_can_draw_the_next_round(own: Path, trained: Pa
     )
 
 
-def test_pictures_from_elsewhere_are_not_trained_on(tmp_path: Path) -> None:
+def test_pictures_from_elsewhere_have_no_denoising_steps_to_learn_from(tmp_path: Path) -> None:
     new_round(tmp_path, "tags", 2)
     say(tmp_path, [(0,), ()])
-    refused("feedback", "train", tmp_path, match="judged, but not trained on")
+    refused("feedback", "train", tmp_path, match="came finished. Use --method diffusion_dpo, kto")
+    (tmp_path / "round.json").unlink()
+    refused("feedback", "train", tmp_path, "--method", "kto", match="There is no round.json")
 
 
 def test_pictures_with_bad_metadata_are_refused(tmp_path: Path) -> None:

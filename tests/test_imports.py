@@ -46,6 +46,7 @@ ALLOWED = {
     "d3po_bench.errors": set[str](),
     "d3po_bench.digests": set[str](),
     "d3po_bench.text": set[str](),
+    "d3po_bench.cache": set[str](),
     "d3po_bench.setting": {"errors"},
     "d3po_bench.contracts": set[str](),
     "d3po_bench.types": set[str](),
@@ -64,9 +65,9 @@ ALLOWED = {
     "d3po_bench.diffusion": CORE,
     "d3po_bench.d3po": CORE,
     "baselines": CORE,
-    "d3po_bench.experience": {*CORE, "scoring", "experience"},
+    "d3po_bench.experience": {*CORE, "scoring", "prompts", "pictures", "experience"},
     "d3po_bench.models": {*CORE, "own", "registry", "prompts", "models"},
-    "d3po_bench.runs": {*SETTINGS, "runs"},
+    "d3po_bench.runs": {*SETTINGS, "cache", "runs"},
     "d3po_bench.training": {
         *SETTINGS, "scoring", "diffusion", "models", "experience", "runs", "training",
     },
@@ -94,12 +95,14 @@ ONLY_IN = {
     "fastapi": ("d3po_bench.feedback",),
     "sqlalchemy": ("d3po_bench.feedback",),
     "krippendorff": ("d3po_bench.feedback",),
+    "pyarrow": ("d3po_bench.experience",),
 }
 
 LIGHT = (
     "d3po_bench", "d3po_bench.cli", "d3po_bench.config", "d3po_bench.digests",
     "d3po_bench.errors", "d3po_bench.models", "d3po_bench.objectives", "d3po_bench.presets",
-    "d3po_bench.prompts", "d3po_bench.registry", "d3po_bench.runs.files", "d3po_bench.runs.run",
+    "d3po_bench.prompts", "d3po_bench.registry", "d3po_bench.runs.files", "d3po_bench.runs.holder",
+    "d3po_bench.runs.run",
     "d3po_bench.runs.sessions", "d3po_bench.text", "d3po_bench.types", "baselines", "eval",
     "eval.scorers", "d3po_bench.own", "d3po_bench.rewards", "d3po_bench.setting",
     "d3po_bench.contracts",

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 import pytest
 
-from d3po_bench import config
+from d3po_bench import config, registry
 from d3po_bench.cli import cli
 from tests.commands import Command, files, refused
 
@@ -75,7 +75,7 @@ def wrong_settings(kind: Any) -> list[str]:
     }.get(kind, [])  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["d3po", "ddpo", "dpok", "reward_weighted", "preferred_images"])
+@pytest.mark.parametrize("method", registry.names("method"))
 def test_settings_of_another_type_or_out_of_range_are_refused(
     method: str, command: Command
 ) -> None:

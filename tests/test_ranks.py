@@ -43,7 +43,9 @@ from tests.commands import (
     written,
 )
 
-METHODS = ("d3po", "ddpo", "dpok", "preferred_images", "reward_weighted")
+METHODS = (
+    "d3po", "ddpo", "dpok", "preferred_images", "reward_weighted", "diffusion_dpo", "kto",
+)  # fmt: skip
 SPLIT = {
     "prompts_per_round": 5, "sample_batch": 4, "reference_batch": 7, "micro_batch": 3,
     "decode_batch": 4, "sampling_steps": 2, "units_per_update": 2, "eval_prompts": 3,

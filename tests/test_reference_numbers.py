@@ -15,10 +15,11 @@ from torch import Tensor
 
 from baselines.dpok import DPOK
 from baselines.reward_weighted import softmax_weights
-from d3po_bench.d3po import d3po_loss, preferred
+from d3po_bench.d3po import d3po_loss
 from d3po_bench.diffusion.advantages import advantages, ppo_loss
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.preferences import preferred
 from d3po_bench.diffusion.process import VariancePreserving
 from d3po_bench.errors import UserError
 from d3po_bench.models.embedded import recipe

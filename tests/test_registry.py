@@ -229,7 +229,7 @@ def test_plugins_are_named_by_package_and_version(
     metadata = tmp_path / "my_scorers-2.5.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Name: my-scorers\nVersion: 2.5\n")
-    groups = ("methods", "objectives", "scorers", "models", "families", "trackers")
+    groups = ("methods", "objectives", "scorers", "models", "families", "trackers", "places")
     text = "".join(f"[d3po_bench.{group}]\nmine = decimal:Decimal\n" for group in groups)
     (metadata / "entry_points.txt").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -269,5 +269,5 @@ def test_the_settings_have_defaults_choices_and_meanings() -> None:
     told = {k: v for _, rows in listing.settings_of("d3po") for k, v in rows.items()}
     assert told["eval_every=10"] == "Rounds between evaluations; 0 switches evaluation off."
     assert told["dtype=fp32"] == "fp32 or bf16 or fp16"
-    assert told["beta=0.1"] == ""
+    assert told["beta=0.1"].startswith("The loss's temperature: 0.1 in paper and code")
     assert not [name for name in told if name.startswith(("seed=", "device=", "options="))]

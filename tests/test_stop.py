@@ -178,11 +178,14 @@ def in_group(number: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "jobs"),
-    [(signal.SIGTERM, 2), pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow)],
+    ("number", "jobs", "code", "said"),
+    [
+        (signal.SIGTERM, 2, 75, ["error: seed 0", "Stopped as asked, after round"]),
+        (signal.SIGINT, 1, 1, ["error: Interrupted. The same command resumes"]),
+    ],
 )
 def test_a_stopped_command_takes_its_workers_along_and_keeps_its_rounds(
-    number: signal.Signals, jobs: int, micro: Path, tmp_path: Path
+    number: signal.Signals, jobs: int, code: int, said: list[str], micro: Path, tmp_path: Path
 ) -> None:
     arguments = run_of(
         micro, "--seeds", str(jobs), "--jobs", str(jobs),
@@ -207,8 +210,8 @@ def test_a_stopped_command_takes_its_workers_along_and_keeps_its_rounds(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 1
-    assert error.splitlines()[-1].startswith("error: Interrupted. The same command resumes")
+    assert process.returncode == code
+    assert all(words in error.splitlines()[-1] for words in said)
     assert "Traceback" not in error
     assert not [name for name in files(tmp_path) if name.endswith((".lock", ".part"))]
     for folder in (path.parent for path in tmp_path.rglob("metrics.jsonl")):

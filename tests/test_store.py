@@ -19,7 +19,7 @@ import torch
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
-from d3po_bench.runs import store
+from d3po_bench.runs import store, tensors
 from d3po_bench.runs.store import BEFORE, NEWEST, RunStore
 from tests.damage import Harm, failing, flipped, flipped_in_the_header, listed, truncated
 
@@ -339,7 +339,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: RunStore, harm: H
 
 
 def _round_of(path: Path) -> int:
-    return int(store._read_checkpoint(path)[1]["round"])
+    return int(tensors.read_tensors(path)[1]["round"])
 
 
 def test_the_one_before_is_there_whenever_the_newest_is_not(
@@ -379,7 +379,7 @@ def test_too_little_memory_to_read_is_no_damage(
 ) -> None:
     run.checkpoint(*state(1))
     problem = OSError(errno.ENOMEM, "Cannot allocate memory")
-    monkeypatch.setattr(store, "_read_checkpoint", failing(problem))
+    monkeypatch.setattr(store, "read_tensors", failing(problem))
     with pytest.raises(OSError, match="Cannot allocate memory"):
         run.load_checkpoint()
 

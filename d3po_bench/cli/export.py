@@ -7,11 +7,11 @@ from typing import Literal
 
 import click
 
-from d3po_bench.cli.options import PLACE, Answering, Result
+from d3po_bench.cli.options import PLACE, RUNS, Answering, Result
 
 
 @click.command(cls=Answering)
-@click.argument("run", type=PLACE)
+@click.argument("run", type=RUNS)
 @click.option(
     "--format", "form", type=click.Choice(["diffusers", "kohya", "comfyui"]), required=True,
     help="Whose names its layers get: of diffusers, of kohya's tools and web UIs, or of ComfyUI.",

@@ -216,7 +216,7 @@ def export(folder: Path, out: Path | None, labels: str | None) -> Result:
 
 
 @click.command(cls=Working)
-@FOLDER
+@click.argument("data", type=PLACE)
 @click.option("--method", default="d3po", show_default=True, help="Method to train with.")
 @click.option(
     "--passes", type=click.IntRange(1, 10**4), default=1, show_default=True,
@@ -226,42 +226,52 @@ def export(folder: Path, out: Path | None, labels: str | None) -> Result:
     "--label-files", type=PLACE,
     help="Use the label files of the published code in this folder instead of votes.",
 )  # fmt: skip
+@click.option(
+    "--pictures", type=PLACE,
+    help="Where the pictures' paths in a table begin; default: at the table.",
+)  # fmt: skip
+@click.option("--model", help="What learns from pictures that were not drawn here; default: tiny.")
 @PRESET
-@click.option("--out", type=PLACE, help="Default: FOLDER/trained/METHOD.")
+@click.option("--seed", type=click.IntRange(0, 2**31), help="Of such a training; default: 0.")
+@click.option("--out", type=PLACE, help="Default: trained/METHOD in DATA or beside it.")
 @SETTINGS
 @DEVICE
 @LABELS
 @TRACK
 def train(
-    folder: Path, method: str, passes: int, label_files: Path | None, preset: str | None,
-    out: Path | None, settings: tuple[str, ...], device: str, labels: str | None,
-    track: tuple[str, ...], board: Board,
+    data: Path, method: str, passes: int, label_files: Path | None, pictures: Path | None,
+    model: str | None, preset: str | None, seed: int | None, out: Path | None,
+    settings: tuple[str, ...], device: str, labels: str | None, track: tuple[str, ...],
+    board: Board,
 ) -> Result:  # fmt: skip
-    """Train on the votes on the round in FOLDER, starting from the weights that drew it.
+    """Train on DATA: the folder of a round that people voted on, or a table of judged pictures.
 
-    D3PO's reference is the model that drew the round. The LoRA is in OUT/lora; `feedback new
-    --from OUT` draws the next round with it. Run the same command again to continue after an
-    interruption; once it has finished, it changes nothing.
+    A round of images that were drawn here is learned from the weights that drew it, which are
+    D3PO's reference. Pictures from elsewhere, in a round or in a table (.csv, .json, .jsonl or
+    .parquet, as of Pick-a-Pic, HPD, ImageReward or Label Studio), teach the --model with
+    diffusion_dpo, kto, preferred_images or reward_weighted.
+
+    The LoRA is in OUT/lora; `feedback new --from OUT` draws the next round with it. Run the same
+    command again to continue after an interruption; once it has finished, it changes nothing.
 
     \b
     Example:
         d3po-bench feedback train round-1
         d3po-bench feedback train round-1 --method preferred_images --passes 5
+        d3po-bench feedback train pairs.csv --pictures pictures --method diffusion_dpo
     """  # noqa: D301
     from d3po_bench.config import pairs_of
-    from d3po_bench.feedback import training
-    from d3po_bench.feedback.agreement import read_label_files
-    from d3po_bench.feedback.votes import scores_of
+    from d3po_bench.feedback import existing, training
     from eval.tools import TOOLS
 
     request = training.TrainRequest(
         method=method, passes=passes, settings=pairs_of(settings), preset=preset, device=device,
-        tools=TOOLS, track=track,
+        tools=TOOLS, track=track, model=model, seed=seed, pictures=pictures,
     )  # fmt: skip
-    target = out or folder / "trained" / method
-    scores = read_label_files(label_files, board.say) if label_files else scores_of(folder, labels)
+    target = out or (data.with_suffix("") if data.is_file() else data) / "trained" / method
     with board:
-        training.train(training.data_of(folder, scores), request, target, board.report)
+        learned = existing.learnable(data, request, labels, label_files, board.say)
+        training.train(learned, request, target, board.report)
     lora = target / "lora"
     hint = (f"The LoRA is in {lora}. Draw the next round: d3po-bench feedback new NEXT --prompts "
             f"LIST --from {target}")  # fmt: skip

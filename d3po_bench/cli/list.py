@@ -21,8 +21,10 @@ Sections = Iterator[tuple[str, dict[str, str]]]
 
 
 def everything() -> Sections:
-    """Methods, objectives, scorers, models, trackers, presets and prompt lists."""
-    kinds: tuple[registry.Kind, ...] = ("method", "objective", "scorer", "model", "tracker")
+    """Methods, objectives, scorers, models, trackers, places, presets and prompt lists."""
+    kinds: tuple[registry.Kind, ...] = (
+        "method", "objective", "scorer", "model", "tracker", "place",
+    )  # fmt: skip
     for kind in kinds:
         yield kind + "s", {n: registry.summary(kind, n) for n in registry.names(kind)}
     yield "presets", PRESET_SUMMARIES
@@ -62,7 +64,7 @@ def _field_docs(kind: type) -> dict[str, str]:
 @click.option("--settings", is_flag=True, help="List what --set can change instead.")
 @click.option("--method", default="d3po", show_default=True, help="Whose options to list.")
 def list_(settings: bool, method: str) -> Result:
-    """List methods, objectives, scorers, models, trackers, presets and prompt lists.
+    """List methods, objectives, scorers, models, trackers, places, presets and prompt lists.
 
     \b
     Example:

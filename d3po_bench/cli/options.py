@@ -35,10 +35,43 @@ class Place(click.Path):
         """The path, as pathlib has it."""
         if value == "":
             self.fail("it is empty. Give a path, such as . for the folder you are in.", param, ctx)
+        if isinstance(value, str) and "://" in value:
+            value = self.elsewhere(value, param, ctx)
         return super().convert(value, param, ctx)
+
+    def elsewhere(
+        self, address: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """What stands for something in object storage."""
+        self.fail(f"{address} is not on this machine. Give a path.", param, ctx)
+
+
+class Runs(Place):
+    """Run folders, to be read: of those in object storage, a copy."""
+
+    def elsewhere(
+        self, address: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """A folder with the copy."""
+        from d3po_bench.runs.remote import copy
+
+        return str(copy(address))
+
+
+class Out(Place):
+    """Where runs are to lie, on this machine or in object storage."""
+
+    def elsewhere(
+        self, address: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """The folder in which they are worked on."""
+        from d3po_bench.runs.remote import workplace
+
+        return str(workplace(address))
 
 
 PLACE = Place(path_type=Path)
+RUNS = Runs(path_type=Path)
 PROMPTS = Place()
 """A list, or a file of prompts."""
 

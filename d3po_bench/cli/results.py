@@ -15,6 +15,7 @@ from d3po_bench.cli.options import (
     MOST_JOBS,
     PLACE,
     PROMPTS,
+    RUNS,
     TRACK,
     Answering,
     Range,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Answering)
-@click.argument("runs", nargs=-1, type=PLACE)
+@click.argument("runs", nargs=-1, type=RUNS)
 @click.option(
     "--x",
     type=click.Choice(
@@ -68,7 +69,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
 
 
 @click.command()
-@click.argument("runs", nargs=-1, type=PLACE)
+@click.argument("runs", nargs=-1, type=RUNS)
 @click.option(
     "--table",
     "tables",
@@ -125,8 +126,8 @@ def report(
 
 
 @click.command(cls=Answering)
-@click.argument("a", type=PLACE)
-@click.argument("b", type=PLACE)
+@click.argument("a", type=RUNS)
+@click.argument("b", type=RUNS)
 @click.option(
     "--require", "required", type=click.Choice(["not-worse", "better"]), default="not-worse",
     show_default=True, help="What must hold of A, or the exit status is 1.",
@@ -160,7 +161,7 @@ def compare(a: Path, b: Path, required: str, drawn: Path | None) -> Result:
 
 
 @click.command(cls=Working)
-@click.argument("target", type=PLACE)
+@click.argument("target", type=RUNS)
 @click.option(
     "--scorers",
     shell_complete=completion.of("scorer", several=True),
@@ -238,7 +239,7 @@ def evaluate(
 
 
 @click.command(cls=Working)
-@click.argument("runs", nargs=-1, type=PLACE)
+@click.argument("runs", nargs=-1, type=RUNS)
 @click.option("--model", default="tiny", show_default=True, help="tiny, sd15, a folder, a hub id.")
 @click.option(
     "--objective", default="image_reward", show_default=True,

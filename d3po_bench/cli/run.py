@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d3po_bench.cli import completion
-from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, TRACK, Result, Working
+from d3po_bench.cli.options import MOST_JOBS, PLACE, PROMPTS, TRACK, Out, Result, Working
 from d3po_bench.config import MOST_SEEDS
 
 if TYPE_CHECKING:
     from d3po_bench.launch.progress import Board
+    from d3po_bench.launch.state import State
 
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
@@ -28,8 +30,21 @@ RANKS = click.option(
     help="Processes that share each run, a GPU for each; the bytes are those of one.",
 )  # fmt: skip
 OUT = click.option(
-    "--out", type=PLACE, default=Path("runs"), show_default=True, help="Folder of run folders."
+    "--out",
+    type=Out(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of run folders, or an address such as s3://BUCKET/runs.",
 )
+WHERE = click.option(
+    "--where", default="local", show_default=True, shell_complete=completion.of("place"),
+    help="Where the runs are made: local, ray or slurm.",
+)  # fmt: skip
+ASK = click.option(
+    "--ask", "asked", multiple=True, metavar="KEY=VALUE",
+    help="What each run asks of the cluster, such as num_gpus=0.25 (ray) or timeout_min=120 "
+    "(slurm); repeatable.",
+)  # fmt: skip
 RESUME = click.option(
     "--resume/--no-resume", default=True, show_default=True,
     help="Continue runs that are already there.",
@@ -93,6 +108,8 @@ RESUME = click.option(
 @DEVICE
 @JOBS
 @RANKS
+@WHERE
+@ASK
 @OUT
 @RESUME
 @click.option(
@@ -114,6 +131,8 @@ def run(
     rounds: int | None,
     device: str,
     jobs: int | None,
+    where: str,
+    asked: tuple[str, ...],
     ranks: int,
     out: Path,
     resume: bool,
@@ -141,6 +160,7 @@ def run(
         preset=preset, settings=pairs_of(settings), rounds=rounds,
         seeds=range(seed_start, seed_start + seeds), device=device, jobs=jobs,
         ranks=ranks, out=out, resume=resume, track=track, tools=TOOLS,
+        where=launch.Where(where, pairs_of(asked, "--ask")),
         deterministic="auto" if deterministic is None else "on" if deterministic else "off",
     )  # fmt: skip
     return _ended(launch.run(request, board), out)
@@ -151,12 +171,17 @@ def run(
 @DEVICE
 @JOBS
 @RANKS
+@WHERE
+@ASK
 @OUT
 @RESUME
 @TRACK
+@click.option(
+    "--status", is_flag=True, help="Say where each run is, by the folders alone, and run nothing."
+)
 def sweep(
-    grid: Path, device: str, jobs: int | None, ranks: int, out: Path, resume: bool,
-    track: tuple[str, ...], board: Board,
+    grid: Path, device: str, jobs: int | None, ranks: int, where: str, asked: tuple[str, ...],
+    out: Path, resume: bool, track: tuple[str, ...], status: bool, board: Board,
 ) -> Result:  # fmt: skip
     """Run methods x objectives x seeds from the TOML file GRID.
 
@@ -175,22 +200,54 @@ def sweep(
     Example:
         d3po-bench sweep grid.toml
         d3po-bench sweep results/tiny/grid.toml --out runs/grid --jobs 2
+        d3po-bench sweep grid.toml --where slurm --ask timeout_min=120 --ask gpus_per_node=1
+        d3po-bench sweep grid.toml --status
     """  # noqa: D301
+    from d3po_bench.config import pairs_of
     from d3po_bench.launch import grid as sweeping
+    from d3po_bench.launch.launch import Where
     from eval.tools import TOOLS
 
+    if status:
+        return _status(sweeping.states(grid, TOOLS, out))
     made = sweeping.run(
         grid, TOOLS, out=out, jobs=jobs, ranks=ranks, device=device, resume=resume, track=track,
-        board=board,
+        board=board, where=Where(where, pairs_of(asked, "--ask")),
     )  # fmt: skip
     return _ended(made, out)
 
 
+def _status(states: list[State]) -> Result:
+    """Where each run is, and how many are where."""
+    from d3po_bench.training.progress import label
+
+    names = [label(state.config) for state in states]
+    wide = max(map(len, names))
+    lines = [
+        f"{name:<{wide}}  {state.name:<9}  {f'{state.rounds}/{state.config.rounds}':>7}  "
+        f"{state.gained:<16}  {state.why}".rstrip()
+        for name, state in zip(names, states, strict=True)
+    ]
+    counts = Counter(state.name for state in states)
+    data = [
+        {"run": name, "state": state.name, "rounds": state.rounds, "of": state.config.rounds,
+         "gain": state.gain, "unit": state.unit, "why": state.why}
+        for name, state in zip(names, states, strict=True)
+    ]  # fmt: skip
+    return Result(
+        lines, {"runs": data, "counts": counts},
+        [", ".join(f"{n} {name}" for name, n in counts.items()) + f", of {len(states)} runs"],
+    )  # fmt: skip
+
+
 def _ended(folders: list[Path], out: Path) -> Result:
     """What the runs reached, and what to do with them next."""
+    from d3po_bench.runs.remote import address_of
     from eval.analysis.ending import ending
 
     table, hints = ending(folders, out)
+    if address := address_of(out):
+        hints = [*hints, f"These are copies: the runs are kept in {address}"]
     tables = partial(_tables, folders) if table else None
     return Result([table] if table else [], {"runs": folders, "tables": tables}, hints)
 

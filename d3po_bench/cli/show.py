@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from d3po_bench import registry
-from d3po_bench.cli.options import PLACE, Answering, Result
+from d3po_bench.cli.options import RUNS, Answering, Result
 from d3po_bench.config import RunConfig, of_preset
 from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
@@ -211,7 +211,7 @@ def _means(rows: list[Row]) -> str:
 
 
 @click.command(cls=Answering)
-@click.argument("run", type=PLACE)
+@click.argument("run", type=RUNS)
 def show(run: Path) -> Result:
     """Print what is known about the run in the folder RUN: settings, origin, cost, last score.
 

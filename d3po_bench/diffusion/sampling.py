@@ -183,6 +183,11 @@ def images_used(method: Method[Any], rollout: Rollout) -> Tensor:
     return torch.ones(rollout.means.shape[:2], dtype=torch.bool)
 
 
+def needs_chain(method: Any) -> bool:
+    """Whether it learns from every denoising step of an image, not from the finished one alone."""
+    return bool(getattr(method, "needs_chain", True))
+
+
 def with_reference(
     policy: Policy,
     rollout: Rollout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +17,18 @@ from d3po_bench.errors import RunError
 from d3po_bench.types import Method, Metrics, Rows
 
 R = TypeVar("R", bound=Rows)
+
+
+@runtime_checkable
+class SharesMean(Protocol):
+    """A method whose loss needs a mean over all items of an optimizer step.
+
+    Its rows have a tensor `shared` [M, T], in which `loss` finds that mean, whatever the split
+    into micro-batches and ranks.
+    """
+
+    def shared(self, policy: Policy, items: Any) -> Tensor:
+        """What is averaged, [N]; called without gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +140,13 @@ def _accumulate(
     parameters = list(policy.model.trainable().values())
     ranks, totals = parallel.world(), Metrics()
     sums = [p.grad for p in parameters]
+    complete = _with_mean(policy, method, rows, pieces)
 
     def backward(number: int) -> Metrics:
         if number >= len(pieces):
             return {}
-        u, s = pieces[number]
-        return _backward(policy, method, rows.take(u, s), len(u) / len(unit), scaler)
+        items = complete(rows.take(*pieces[number]))
+        return _backward(policy, method, items, len(pieces[number][0]) / len(unit), scaler)
 
     for first in range(0, len(pieces), ranks):
         if ranks > 1:  # this piece's gradients alone; one rank's are added up by autograd
@@ -149,6 +162,33 @@ def _accumulate(
     if ranks > 1:
         _set_gradients(parameters, sums)
     return totals
+
+
+@torch.no_grad()
+def _with_mean(
+    policy: Policy, method: Method[R], rows: R, pieces: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[[R], R]:
+    """What puts into items the mean that the method shares over all pieces, if it does.
+
+    Each piece is computed by one rank and added in the order of the pieces.
+    """
+    if not isinstance(method, SharesMean):
+        return lambda items: items
+    own: dict[int, Tensor] = {}
+
+    def compute(number: int) -> None:
+        own[number] = method.shared(policy, rows.take(*pieces[number])).cpu().double().sum()
+
+    parallel.share(len(pieces), compute)
+    shares = parallel.gather(own)
+    total = torch.stack([shares[n % len(shares)][n] for n in range(len(pieces))]).sum()
+    mean = float(total) / sum(len(unit) for unit, _ in pieces)
+    return lambda items: _filled(items, mean)
+
+
+def _filled(items: R, mean: float) -> R:
+    values = vars(items)
+    return type(items)(**{**values, "shared": torch.full_like(values["shared"], mean)})
 
 
 def _set_gradients(parameters: list[Tensor], gradients: Sequence[Tensor | None]) -> None:

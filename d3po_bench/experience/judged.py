@@ -13,7 +13,7 @@ from torch import Tensor
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.experience import Stage
-from d3po_bench.types import Objective, Rollout, Scorer
+from d3po_bench.types import Model, Objective, Rollout, Scorer
 
 
 class Stored(Protocol):
@@ -27,8 +27,13 @@ class Stored(Protocol):
     def image_prompts(self) -> Sequence[str]:
         """The prompt of each of its P groups of images."""
 
-    def stored(self, rows: Tensor) -> dict[str, Tensor]:
-        """`latents` and `means` of some groups, shaped as in a rollout."""
+    def stored(self, rows: Tensor, model: Model) -> dict[str, Tensor]:
+        """`latents` and `means` of some groups, shaped as in a rollout, or final latents alone.
+
+        Args:
+            rows: numbers of the groups.
+            model: in training, which may encode pictures.
+        """
 
 
 class Votes:
@@ -88,7 +93,7 @@ class Judged:
             start = part * self.prompts_per_round
             rows = self.judged[order[start : start + self.prompts_per_round].sort().values]
             prompts = [self.drawn.image_prompts[i] for i in rows.tolist()]
-            stored = self.drawn.stored(rows)
+            stored = self.drawn.stored(rows, policy.model)
             device = policy.model.device
             rollout = Rollout(
                 prompts=prompts,

@@ -87,8 +87,8 @@ class Sampling:
             return found
         except FileNotFoundError as problem:
             raise UserError(
-                f"{folder} has no {path.name}, so `feedback new` did not draw it. Pictures from "
-                "elsewhere can be judged, but not trained on."
+                f"{folder} has no {path.name}, so `feedback new` did not draw it. Make the "
+                "round again."
             ) from problem
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as problem:
             raise UserError(

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from d3po_bench.experience.judged import Judged, Votes
 from d3po_bench.feedback.agreement import Floats, preferences
 from d3po_bench.feedback.rounds import ADAPTER, Round, require_files
 from d3po_bench.feedback.sampling import FIXED, Sampling, read_rollout
+from d3po_bench.feedback.schema import Kind
 from d3po_bench.models.sources import model_source
 from d3po_bench.runs.run import RunFolder, require_inputs
 from d3po_bench.training import tracking
@@ -26,12 +27,17 @@ from d3po_bench.training.inputs import model_today
 from d3po_bench.training.progress import Report
 from d3po_bench.training.run import Job, run_seed
 from d3po_bench.training.tools import Tools
+from d3po_bench.types import Model
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "d3po": {"pairs": "all", "reference": "sampling", "skip_ties": True},
+    "diffusion_dpo": {"pairs": "all", "skip_ties": True},
 }
 """Options that differ from a preset's: the paper's section 5.2 compares with the last round's
 model, and a tie between votes says nothing."""
+
+OF_TAGS: dict[str, dict[str, Any]] = {"kto": {"liked": "above_value", "value": -0.5}}
+"""The same where images were tagged: liked is what less than half of the raters tagged."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,38 @@ class Data:
     """[P, K]; NaN: nobody judged."""
     content: str
     """Names the pictures that were judged."""
+    kind: Kind
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the next round starts from."""
+        known = json.loads(json.dumps(asdict(self.sampling)))
+        known.pop("prompts")
+        return {"round": known}
+
+    def decided(self, request: TrainRequest) -> dict[str, Any]:
+        """The settings that the round has decided.
+
+        Raises:
+            UserError: the request has one of them.
+        """
+        own = self.sampling.config(request.method)
+        fixed = {f.name: getattr(own, f.name) for f in fields(RunConfig) if f.name in FIXED}
+        fixed |= {"images_per_prompt": self.sampling.images, "seed": own.seed}
+        own_options = {"model": request.model, "seed": request.seed}
+        asked = {k: str(v) for k, v in own_options.items() if v is not None}
+        asked |= request.settings
+        for key in asked.keys() & fixed.keys():
+            how = f"--{key}" if key in ("model", "seed") else f"--set {key}={asked[key]}"
+            raise UserError(
+                f"The round decides {key}, so {how} cannot change it here. Give it to `feedback "
+                "new`."
+            )
+        return fixed
+
+    def defaults(self, method: str) -> dict[str, Any]:
+        """Options of a method that differ from a preset's."""
+        return DEFAULTS.get(method, {}) | (OF_TAGS.get(method, {}) if self.kind == "tags" else {})
 
     @property
     def image_prompts(self) -> Sequence[str]:
@@ -64,7 +102,7 @@ class Data:
         path = self.folder / ADAPTER
         return load_file(path) if path.exists() else None
 
-    def stored(self, rows: Tensor) -> dict[str, Tensor]:
+    def stored(self, rows: Tensor, model: Model) -> dict[str, Tensor]:
         """latents and means of some prompts."""
         size = self.sampling.block
         blocks = {b: read_rollout(self.folder, b) for b in (rows // size).unique().tolist()}
@@ -104,7 +142,8 @@ def data_of(folder: Path, scores: Floats) -> Data:
         )
     whole = torch.full((number, images), float("nan"))
     whole[: len(scores)] = torch.from_numpy(scores).float()
-    return Data(folder, sampling, whole, Round.read(folder).content)
+    round_ = Round.read(folder)
+    return Data(folder, sampling, whole, round_.content, round_.kind)
 
 
 # ---- a training
@@ -121,42 +160,59 @@ class TrainRequest:
     device: str
     tools: Tools
     track: Sequence[str] = ()
+    model: str | None = None
+    """Of pictures from elsewhere; of a drawn round it is known."""
+    seed: int | None = None
+    pictures: Path | None = None
+    """Where the paths of a table begin, if not at the table."""
 
 
-def planned(data: Data, request: TrainRequest) -> tuple[RunConfig, Execution]:
+class Learnable(Protocol):
+    """Judged pictures, as a training takes them."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the round, or the table."""
+
+    @property
+    def scores(self) -> Tensor:
+        """[P, K]; NaN: nobody judged."""
+
+    @property
+    def content(self) -> str:
+        """Names the pictures that were judged."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """To keep in provenance.json."""
+
+    def decided(self, request: TrainRequest) -> dict[str, Any]:
+        """Fields of RunConfig that are not for the request to choose."""
+
+    def defaults(self, method: str) -> dict[str, Any]:
+        """Options of a method that differ from a preset's."""
+
+    def experience(self, config: RunConfig) -> Judged:
+        """It, as what a run learns from."""
+
+
+def planned(data: Learnable, request: TrainRequest) -> tuple[RunConfig, Execution]:
     """The config of a training: the round's settings, the preset's for the rest.
 
     Raises:
         UserError: bad input, or a setting that the round has decided.
     """
-    sampling = data.sampling
-    fixed = next((key for key in request.settings if key in (*FIXED, "images_per_prompt")), None)
-    if fixed is not None:
-        raise UserError(
-            f"The round decides {fixed}, so --set {fixed}={request.settings[fixed]} cannot change "
-            "it here. Give it to `feedback new`."
-        )
-    own = sampling.config(request.method)
-    given = {f.name: getattr(own, f.name) for f in fields(RunConfig) if f.name in FIXED}
-    preset = request.preset or model_source(own.model).preset
-    config, execution = make(
-        request.method, FEEDBACK, preset, request.settings, seed=own.seed,
-        images_per_prompt=sampling.images, eval_every=0, **given,
-    )  # fmt: skip
-    options = {**config.options, **_defaults(request)}
+    given = data.decided(request)
+    preset = request.preset or model_source(given["model"]).preset
+    mine = data.defaults(request.method)
+    changes = {name: str(value).lower() for name, value in mine.items()} | {**request.settings}
+    config, execution = make(request.method, FEEDBACK, preset, changes, eval_every=0, **given)
     rounds = request.passes * data.experience(config).parts
-    config = replace(config, options=options, rounds=rounds)
-    config.check()
-    return config, replace(execution, device=request.device)
-
-
-def _defaults(request: TrainRequest) -> dict[str, Any]:
-    mine = DEFAULTS.get(request.method, {})
-    return {name: value for name, value in mine.items() if name not in request.settings}
+    return replace(config, rounds=rounds), replace(execution, device=request.device)
 
 
 def train(
-    data: Data, request: TrainRequest, out: Path, report: Report = lambda progress: None
+    data: Learnable, request: TrainRequest, out: Path, report: Report = lambda progress: None
 ) -> None:
     """Learn into `out`, a run folder; the same call resumes where it was interrupted.
 
@@ -174,28 +230,27 @@ def train(
             f"The training in {out} began with other votes. Give another --out, or remove that "
             "folder."
         )
-    # The next round starts from it.
-    known = json.loads(json.dumps(asdict(data.sampling)))
-    known.pop("prompts")
     run_seed(
         Job(
             config=config, execution=execution, folder=out, tools=request.tools,
-            experience=experience, facts={"round": known}, trackers=trackers,
+            experience=experience, facts=data.facts, trackers=trackers,
             command=_command(data, request, out),
         ),
         report,
     )  # fmt: skip
 
 
-def _command(data: Data, request: TrainRequest, out: Path) -> str:
+def _command(data: Learnable, request: TrainRequest, out: Path) -> str:
     """The command line of a training, but for where its votes were."""
     sets = [part for k, v in request.settings.items() for part in ("--set", f"{k}={v}")]
-    preset = ["--preset", request.preset] if request.preset else []
+    asked = {"preset": request.preset, "model": request.model, "seed": request.seed,
+             "pictures": request.pictures}  # fmt: skip
+    preset = [w for k, v in asked.items() if v is not None for w in (f"--{k}", str(v))]
     words = ["d3po-bench", "feedback", "train", str(data.folder), "--method", request.method]
     return shlex.join([*words, "--passes", str(request.passes), *preset, *sets, "--out", str(out)])
 
 
-def _require_differences(data: Data, config: RunConfig, scores: Tensor) -> None:
+def _require_differences(data: Learnable, config: RunConfig, scores: Tensor) -> None:
     """Refuse votes that teach nothing: some methods compare with other prompts' images, too."""
     within = least_images(method_of(config)) > 1
     if not len(preferences(scores.numpy())) if within else len(scores.unique()) == 1:

@@ -153,8 +153,10 @@ def export(store: LabelStore, out: Path) -> int:
     kind = out.suffix.lower()
     if kind not in (".csv", ".json"):
         raise UserError(f"Votes are written as .csv or .json, not {out.name!a}. Change --out.")
+    items = store.items
     rows = [
-        {"prompt": store.items[vote.item].prompt, **asdict(vote)} for vote in effective_votes(store)
+        {"prompt": items[v.item].prompt, **asdict(v), "images": items[v.item].images}
+        for v in effective_votes(store)
     ]
     if kind == ".json":
         data = (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()

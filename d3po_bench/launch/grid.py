@@ -41,11 +41,12 @@ from pydantic import (
 from d3po_bench import registry
 from d3po_bench.config import MOST_SEEDS, RunConfig
 from d3po_bench.diffusion import parallel
-from d3po_bench.errors import RunError, UserError, leads
+from d3po_bench.errors import RunError, TryAgainError, UserError, leads
 from d3po_bench.launch import launch
 from d3po_bench.launch import ranks as processes
-from d3po_bench.launch.launch import RunRequest
+from d3po_bench.launch.launch import HERE, RunRequest, Where
 from d3po_bench.launch.progress import Board
+from d3po_bench.launch.state import State, read_states
 from d3po_bench.prompts.tables import read_text
 from d3po_bench.rewards import sums
 from d3po_bench.training.progress import label
@@ -174,7 +175,7 @@ def read(path: Path) -> Grid:
 
 def run(
     path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool,
-    ranks: int = 1, track: Sequence[str] = (), board: Board | None = None,
+    ranks: int = 1, track: Sequence[str] = (), board: Board | None = None, where: Where = HERE,
 ) -> list[Path]:  # fmt: skip
     """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
 
@@ -186,15 +187,17 @@ def run(
         RunError: some runs failed, each named; the others have finished.
     """
     found = _requests(read(path), tools, out, device, resume)
-    requests = [replace(request, track=track) for request in found]
-    processes.require(ranks, jobs, device)
+    requests = [replace(request, track=track, where=where) for request in found]
+    launch.require_ranks(ranks, jobs, device, where)
     with _named(requests[0]):
         limit = launch.configured(requests[0])[1].rank_timeout
     processes.join(device, limit)
     work = parallel.together(lambda: _planned(requests))
     names = {label(job.config): label(job.config) for job in work}
     with board or Board() as shown:
-        failed = launch.execute(work, jobs, names, shown, ranks)
+        failed = launch.execute(work, jobs, names, shown, ranks, where)
+        if failed and all(isinstance(said, TryAgainError) for said in failed.values()):
+            launch.require_all(failed)
         for name, said in failed.items() if leads() else ():
             click.echo(f"{name}: {said}", err=True)
         if failed:
@@ -204,6 +207,15 @@ def run(
                 "correct the grid and remove the folders of those runs."
             )
     return [job.folder for job in work]
+
+
+def states(path: Path, tools: Tools, out: Path) -> list[State]:
+    """Where each run of the grid at `path` is, by the folders below `out` alone.
+
+    Raises:
+        UserError: bad input.
+    """
+    return read_states({launch.run_folder(out, c): c for c in configs(read(path), tools)})
 
 
 def _planned(requests: Iterable[RunRequest]) -> list[Job]:

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from d3po_bench.diffusion import parallel
-from d3po_bench.errors import RunError, TooLarge, UserError, is_out_of_memory, of_system
+from d3po_bench.errors import (
+    InUseError,
+    RunError,
+    TooLarge,
+    TryAgainError,
+    UserError,
+    is_out_of_memory,
+    of_system,
+)
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.progress import Report, label, planned
 from d3po_bench.training.run import Job, run_seed
@@ -32,6 +40,9 @@ class End:
     lost: bool = False
     """Whether it failed because another rank was no more."""
 
+
+KINDS = (InUseError, TryAgainError, RunError, UserError)
+"""Of problems; whatever else they hold stays in the process."""
 
 LONGEST = 300
 """Characters of a foreign exception that a line quotes."""
@@ -88,7 +99,7 @@ def attempt(work: Callable[[], None], smaller: str) -> End:
     try:
         work()
     except UserError as problem:
-        kind = RunError if isinstance(problem, RunError) else UserError
+        kind = next(kind for kind in KINDS if isinstance(problem, kind))
         return End(kind(str(problem)), lost=parallel.lost())
     except (Exception, SystemExit) as problem:  # a plug-in that exits is one that failed
         if is_out_of_memory(problem):

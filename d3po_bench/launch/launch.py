@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d3po_bench import errors, own
+from d3po_bench import errors, own, registry
 from d3po_bench.config import Execution, RunConfig, make
 from d3po_bench.diffusion import parallel
-from d3po_bench.errors import UserError
+from d3po_bench.errors import TryAgainError, UserError
 from d3po_bench.launch import ranks
-from d3po_bench.launch.job import SMALLER, End, died, make_run
-from d3po_bench.launch.local import Died, side_by_side
+from d3po_bench.launch.job import End
+from d3po_bench.launch.place import Work
 from d3po_bench.launch.progress import Board
 from d3po_bench.machine import device_of
 from d3po_bench.models import start
@@ -33,6 +29,18 @@ from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
 
 Deterministic = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """On which machines runs are made."""
+
+    place: str = "local"
+    asked: Mapping[str, str] = field(default_factory=dict)
+    """What each run asks of a cluster."""
+
+
+HERE = Where()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,7 @@ class RunRequest:
     jobs: int | None = None
     ranks: int = 1
     """Processes on each run; where a launcher has started them, 1."""
+    where: Where = HERE
     resume: bool = True
     track: Sequence[str] = ()
     deterministic: Deterministic = "auto"
@@ -75,12 +84,12 @@ def run(request: RunRequest, board: Board | None = None) -> list[Path]:
         UserError: bad input.
         RunError: a run failed, or its process was killed; the others have finished.
     """
-    ranks.require(request.ranks, request.jobs, request.device)
+    require_ranks(request.ranks, request.jobs, request.device, request.where)
     ranks.join(request.device, configured(request)[1].rank_timeout)
     jobs = parallel.together(lambda: planned(request))
     names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
     with board or Board() as shown:
-        failed = execute(jobs, request.jobs, names, shown, request.ranks)
+        failed = execute(jobs, request.jobs, names, shown, request.ranks, request.where)
         alone = len(jobs) == 1
         require_all({"" if alone else names[run]: why for run, why in failed.items()})
     return [job.folder for job in jobs]
@@ -93,7 +102,8 @@ def planned(request: RunRequest) -> list[Job]:
         UserError: bad input.
     """
     config, execution = configured(request)
-    device_of(request.device)
+    if request.where.place == "local":
+        device_of(request.device)
     trackers = tracking.require(request.track)
     jobs = []
     objects = own.held([*config.sources.values(), *config.eval_scorers])
@@ -121,9 +131,9 @@ def run_folder(out: Path, config: RunConfig) -> Path:
 
 def execute(
     jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board,
-    processes: int = 1,
+    processes: int = 1, where: Where = HERE,
 ) -> dict[str, UserError]:  # fmt: skip
-    """Make the runs, side by side where there are cores; what failed, by its label.
+    """Make the runs, side by side where there is room; what failed, by its label.
 
     A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
     is printed on stderr.
@@ -135,12 +145,12 @@ def execute(
         board: shows how far they are.
         processes: to start for each run; then runs are made one after the other, as they are
             where this process is a rank itself.
+        where: on which machines.
     """
     failed: dict[str, UserError] = {}
     printed = {""}
 
-    def ended(job: Job, found: End | Died) -> bool:
-        end = died(found.code, SMALLER) if isinstance(found, Died) else found
+    def ended(job: Job, end: End) -> bool:
         name = label(job.config)
         if end.problem is not None:
             failed[name] = end.problem
@@ -153,21 +163,35 @@ def execute(
         # What nobody expected may have left a process in which nothing works, a GPU's context say.
         return not end.trace
 
-    alone = max(processes, parallel.world()) == 1
-    count = (count or _as_many_as_fit(jobs[0])) if alone else 1
-    board.expect([before_run(job.config) for job in jobs], count, names)
-    with _terminable():
-        if max(processes, min(count, len(jobs))) > 1:
-            for job in jobs:
-                own.require_portable(job.objects)
-        if processes > 1:
-            ranks.on_ranks(jobs, processes, ended, board.report)
-        elif min(count, len(jobs)) > 1:
-            side_by_side(make_run, jobs, count, ended, board.report)
-        else:
-            ranks.one_by_one(jobs, ended, board.report)
+    def begin(count: int) -> None:
+        board.expect([before_run(job.config) for job in jobs], count, names)
+
+    if where.place != "local":
+        for job in jobs:
+            own.require_portable(job.objects)
+    registry.part("place", where.place)(
+        Work(
+            jobs=jobs, count=count, processes=processes, ended=ended, report=board.report,
+            begin=begin, asked=where.asked,
+        )
+    )  # fmt: skip
     labels = [label(job.config) for job in jobs]
     return {name: failed[name] for name in labels if name in failed}
+
+
+def require_ranks(count: int, jobs: int | None, device: str, where: Where) -> None:
+    """Refuse several ranks where they cannot work.
+
+    Raises:
+        UserError: saying why.
+    """
+    if where.place == "local":
+        ranks.require(count, jobs, device)
+    elif count > 1:
+        raise UserError(
+            f"Several ranks work on one machine, not with --where {where.place}. Leave out one of "
+            "the two."
+        )
 
 
 def require_all(failed: Mapping[str, UserError]) -> None:
@@ -184,21 +208,9 @@ def require_all(failed: Mapping[str, UserError]) -> None:
         for name, problem in failed.items():
             said.setdefault(str(problem), []).append(name)
         parts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
-        kind = type(next(iter(failed.values())))
+        kinds = [type(problem) for problem in failed.values() if type(problem) is not TryAgainError]
+        kind = kinds[0] if kinds else TryAgainError
         raise kind(" ".join(parts).removeprefix(": "))
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Treat SIGTERM, which clusters send, like Ctrl-C: no worker outlives its parent."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
@@ -224,13 +236,3 @@ def configured(request: RunRequest) -> tuple[RunConfig, Execution]:
     if request.deterministic != "auto":
         execution = replace(execution, deterministic=request.deterministic)
     return config, replace(execution, device=request.device)
-
-
-def _as_many_as_fit(job: Job) -> int:
-    """One run per core for a small model on a CPU; others may not fit twice."""
-    small = model_source(job.config.model).small
-    if not small or device_of(job.execution.device).type != "cpu":
-        return 1
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -9,10 +9,13 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count as count_from
 from multiprocessing import connection
 from typing import Any, Generic, TypeVar
+
+from d3po_bench.training import stopping
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -49,11 +52,15 @@ class Worker(Generic[Task, Result]):
     and does not tell whose task that was.
     """
 
-    def __init__(self, work: Work[Task, Result], task: Task) -> None:
-        """Start a process that does `task` with `work`."""
+    def __init__(
+        self, work: Work[Task, Result], task: Task, number: int = 0, place: Mapping[str, str] = {}
+    ) -> None:
+        """Start a process that does `task` with `work`, with the variables of its `place`."""
+        self.number = number
         self.pipe, theirs = CONTEXT.Pipe()
         self.process = CONTEXT.Process(target=_serve, args=(theirs, work))
-        self.process.start()
+        with _environment(place):  # CUDA reads it once, long before there is a task
+            self.process.start()
         theirs.close()  # so that the pipe ends with the process
         self.give(task)
 
@@ -79,6 +86,21 @@ class Worker(Generic[Task, Result]):
             told(said)
 
 
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Give processes that are started other variables than this one has."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class _Stopped(BaseException):
     """A worker is to end: no mistake of the task that it is at."""
 
@@ -101,6 +123,7 @@ def _serve(pipe: connection.Connection[Any, Any], work: Work[Any, Any]) -> None:
     """In a worker process: do the tasks that come, until the parent closes the pipe or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends us
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGUSR1, stopping.wish)
     # A task may tell nothing for hours, and would find out no sooner.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -127,6 +150,9 @@ def side_by_side(
     count: int,
     ended: Callable[[Task, Result | Died], bool],
     told: Callable[[Any], None] = lambda said: None,
+    *,
+    places: Sequence[Mapping[str, str]] = (),
+    stop: Callable[[], object] = lambda: False,
 ) -> None:
     """Do the tasks in worker processes, a new one where one died. All end with this process.
 
@@ -136,25 +162,27 @@ def side_by_side(
         count: workers at a time.
         ended: called with each task and its result; whether its process can do another.
         told: called with what the tasks tell on the way.
+        places: variables of the environment that send a worker to its GPU; one in turn for each.
+        stop: whether workers are to end after the round that they are at, and no task to begin.
     """
     waiting, workers = deque(tasks), list[Worker[Task, Result]]()
     started = list[Worker[Task, Result]]()
+    asked = False
     try:
         while waiting or workers:
             while waiting and len(workers) < count:
-                workers.append(Worker(work, waiting.popleft()))
+                free = next(n for n in count_from(0) if n not in [w.number for w in workers])
+                place = places[free % len(places)] if places else {}
+                workers.append(Worker(work, waiting.popleft(), free, place))
                 started.append(workers[-1])
             connection.wait([worker.pipe for worker in workers], timeout=0.2)
-            for worker in list(workers):
-                end = worker.hear(told)
-                if end is None:
-                    continue
-                reusable = ended(worker.task, end.result if isinstance(end, Done) else end)
-                if reusable and waiting and worker.process.is_alive():
-                    worker.give(waiting.popleft())
-                else:
-                    worker.pipe.close()
-                    workers.remove(worker)
+            if stop() and not asked:
+                asked = True
+                waiting.clear()
+                _ask(workers)
+            for worker in [w for w in workers if _heard(w, told, ended, waiting)]:
+                worker.pipe.close()
+                workers.remove(worker)
     except BaseException:
         for worker in started:
             worker.process.terminate()
@@ -162,3 +190,25 @@ def side_by_side(
     finally:
         for worker in started:
             worker.process.join()
+
+
+def _ask(workers: Iterable[Worker[Any, Any]]) -> None:
+    """Ask workers to end after their round."""
+    for worker in workers:
+        if worker.process.is_alive() and worker.process.pid:
+            os.kill(worker.process.pid, signal.SIGUSR1)
+
+
+def _heard(
+    worker: Worker[Task, Result], told: Callable[[Any], None],
+    ended: Callable[[Task, Result | Died], bool], waiting: deque[Task],
+) -> bool:  # fmt: skip
+    """Hear what a worker tells, and give it the next task; whether it can do no more."""
+    end = worker.hear(told)
+    if end is None:
+        return False
+    reusable = ended(worker.task, end.result if isinstance(end, Done) else end)
+    if not (reusable and waiting and worker.process.is_alive()):
+        return True
+    worker.give(waiting.popleft())
+    return False

@@ -24,6 +24,7 @@ from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.models.lora import put_on
 from d3po_bench.models.parts import complete, load_part, quieten, refused, require_followed
+from d3po_bench.models.pictures import encoded
 from d3po_bench.models.text_encoders import lent, require_short
 from d3po_bench.types import Conditions, Prediction, Process, Weights
 
@@ -35,8 +36,8 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 BASE = "base "
 """Before the names of conditions without the text encoders' LoRA, for the pretrained weights."""
 
-ENCODED_TOGETHER = 64
-"""Prompts in one pass of the text encoders."""
+ENCODED_TOGETHER, MOST_ENCODED = 64, 8192
+"""Prompts in one pass of the text encoders, and those that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +216,7 @@ class DiffusersModel(ABC):
             found = Conditions({n: t.float() for n, t in tensors.items()})
             self._encoded |= {p: found.take(slice(i, i + 1)) for i, p in enumerate(batch)}
         entries = [self._encoded[p] for p in prompts]
+        self._encoded = dict([*self._encoded.items()][-MOST_ENCODED:])
         names = entries[0].tensors
         return Conditions({name: torch.cat([e[name] for e in entries]) for name in names})
 
@@ -254,6 +256,11 @@ class DiffusersModel(ABC):
             whole = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
             pictures.append(whole.cpu())
         return torch.cat(pictures)
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents [N, C, H, W] of pictures [N, 3, h, w] uint8, of the size that `decode` gives."""
+        slices = pictures.split(self.training.decode_batch)
+        return torch.cat([encoded(self.vae, self._latents, x.to(self.device)) for x in slices])
 
     def add_adapter(self, seed: int) -> None:
         """Install the LoRA: down ~ N(0, 1/rank^2) from the stream "adapter", up = 0.

@@ -11,7 +11,9 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,19 @@ from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from d3po_bench.errors import OF_THE_DISK, RunError, UserError, is_out_of_memory
+from d3po_bench.errors import OF_THE_DISK, InUseError, RunError, UserError, is_out_of_memory
+from d3po_bench.runs.holder import DEAD, SIZE, Holder, beating
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Row = dict[str, Any]
 
-LOCK = ".lock"
+LOCK, FAILED = ".lock", ".failed"
+"""Of a run: who works there, and why it ended early."""
+
+SETTLED = 2.0
+"""Seconds after which processes that take a folder over see what the others wrote."""
 
 
 def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
@@ -192,6 +199,8 @@ class Hold:
     """Of a file in the folder."""
     everywhere: bool
     """Whether other machines are kept out, too."""
+    holder: Holder
+    """This process."""
 
     @property
     def there(self) -> bool:
@@ -206,19 +215,52 @@ class Hold:
         """Refuse to work on in a folder that is no longer there, or is another.
 
         Raises:
-            RunError: naming it.
+            RunError: naming it, or the process that has taken it over.
         """
         if not self.there:
             raise RunError(
                 f"{self.folder} was moved or removed while a command worked in it. Move it back "
                 "and run the same command again: it resumes."
             )
+        if now := self.other:
+            raise RunError(
+                f"{self.folder} was taken over by {now}, as nothing was heard of this process. "
+                "Let that one go on."
+            )
+
+    @property
+    def other(self) -> Holder | None:
+        """Who has taken the folder over, if anybody has."""
+        now = _holder(self.lock)
+        return now if now and now.token != self.holder.token else None
+
+    def beat(self) -> None:
+        """Give a sign of life, unless another process has taken the folder over."""
+        if not self.other:
+            self.sign()
+
+    def sign(self) -> None:
+        """Say that this process works here."""
+        os.pwrite(self.lock.fileno(), self.holder.record(), 0)
 
 
 def _lock_file(path: Path) -> IO[str]:
     """Open a file to lock, making it if need be; never what a link names, and without waiting."""
-    how = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-    return open(path, "w", opener=lambda name, _: os.open(name, how, 0o666))
+    how = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+
+    def opened(name: str, _: int) -> int:
+        number = os.open(name, how, 0o666)
+        if stat.S_ISREG(os.fstat(number).st_mode):
+            return number
+        os.close(number)
+        raise OSError(errno.EINVAL, "it is no regular file")
+
+    return open(path, "w", opener=opened)
+
+
+def _holder(file: IO[str]) -> Holder | None:
+    """Who says in a lock file that it works there."""
+    return Holder.read(os.pread(file.fileno(), SIZE, 0))
 
 
 def _lock(file: IO[str]) -> None:
@@ -239,10 +281,13 @@ def _of_this_machine(folder: Path) -> Iterator[None]:
 def taken(folder: Path) -> Iterator[Hold]:
     """Hold the folder's lock, making the folder if need be and removing it if left empty.
 
-    Where its file system has no locks, other processes of this machine alone are kept out.
+    Where its file system has no locks, or each machine its own, a process of another machine
+    counts as alive until it has given no sign of life for `DEAD` seconds. On this machine, the
+    lock of a dead process is free at once.
 
     Raises:
-        UserError: another process holds it, or it cannot be made.
+        InUseError: another process holds it.
+        UserError: it cannot be made.
         RunError: at the end, the folder was moved or removed meanwhile.
     """
     path = folder / LOCK
@@ -257,14 +302,23 @@ def taken(folder: Path) -> Iterator[Hold]:
     except OSError as problem:
         raise write_error(folder, problem) from problem
     with file, contextlib.ExitStack() as stack:
-        hold = Hold(folder, file, _locked(folder, file, stack))
+        hold = Hold(folder, file, _locked(folder, file, stack), Holder.here())
         if not hold.there:  # removed by its holder between the opening and the lock
             raise _busy(folder)
+        before = _holder(file)
+        if before and before.alive and not before.near:
+            raise _busy(folder, before)
         try:
+            with writing(path):
+                hold.sign()
+            if before and not before.near:
+                time.sleep(SETTLED)  # two may take over a folder at once: the last one has it
+                hold.require()
+            stack.enter_context(beating(hold.beat))
             yield hold
             hold.require()
         finally:
-            if hold.there:
+            if hold.there and not hold.other:
                 with contextlib.suppress(OSError):
                     path.unlink()
                     for place in fresh:
@@ -282,14 +336,19 @@ def _locked(folder: Path, file: IO[str], stack: contextlib.ExitStack) -> bool:
             stack.enter_context(_of_this_machine(folder))
             return False
     except BlockingIOError as problem:
-        raise _busy(folder) from problem
+        raise _busy(folder, _holder(file)) from problem
     except OSError as problem:
         raise write_error(folder / LOCK, problem) from problem
     return True
 
 
-def _busy(folder: Path) -> UserError:
-    return UserError(f"Another process is running in {folder}. Wait for it, or give another --out.")
+def _busy(folder: Path, who: Holder | None = None) -> InUseError:
+    named = f" ({who})" if who else ""
+    wait = f" If it is dead, its folder is free {DEAD:.0f} s after its last sign of life." if (
+        who and not who.near) else ""  # fmt: skip
+    return InUseError(
+        f"Another process is running in {folder}{named}. Wait for it, or give another --out.{wait}"
+    )
 
 
 REMEDY = "Restore that file, leave that folder out, or run it again."

@@ -12,13 +12,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from d3po_bench.config import LATER, RunConfig
-from d3po_bench.errors import RunError, UserError, is_out_of_memory
+from d3po_bench.errors import RunError, TryAgainError, UserError, is_out_of_memory
 from d3po_bench.runs.files import (
+    FAILED,
     Hold,
     Row,
     csv_bytes,
@@ -30,8 +30,10 @@ from d3po_bench.runs.files import (
     write_folder,
 )
 from d3po_bench.runs.provenance import environment, now, packages
+from d3po_bench.runs.remote import Mirror
 from d3po_bench.runs.run import LAST, LORA, SAMPLES, TEXT, RunFolder, content
 from d3po_bench.runs.sessions import kept
+from d3po_bench.runs.tensors import digest_of, read_tensors
 
 NEWEST, BEFORE = LAST, "checkpoints/previous.safetensors"
 """Of a run's checkpoints."""
@@ -63,7 +65,9 @@ class RunStore:
         self.evaluation: list[Row] = [*run.table]  # text, which is written again as it is
         self.damaged = False
         """Whether the newest checkpoint was passed over."""
-        self._checkpointed = False
+        self._checkpointed = self._started = False
+        self.mirror: Mirror | None = None
+        """Where else the run is kept, if it is."""
 
     @classmethod
     @contextlib.contextmanager
@@ -74,9 +78,20 @@ class RunStore:
             UserError: it cannot be written, belongs to another config, is in use, or holds a
                 run that was not to be resumed.
         """
-        with taken(folder) as hold:
+        mirror = Mirror.of(folder)
+        with taken(folder) as hold, mirror.held() if mirror else contextlib.nullcontext():
+            if mirror:
+                mirror.pull()
             require_same(folder, config, resume)
-            yield cls(folder, config, hold)
+            store = cls(folder, config, hold)
+            store.mirror = mirror
+            try:
+                yield store
+            except TryAgainError:
+                raise
+            except (Exception, SystemExit) as problem:
+                store.failed(problem)
+                raise
 
     # ---- writing
 
@@ -109,6 +124,8 @@ class RunStore:
         known = {name: fact for name, fact in known.items() if name not in ENDED}
         if not (self.folder / "config.json").exists():
             self._write("config.json", config.to_json().encode())
+        (self.folder / FAILED).unlink(missing_ok=True)
+        self._started = True
         session = {**environment(), **how}
         this = {**session, "after_round": after or 0, "rounds": config.rounds}
         self._checkpointed = after is not None
@@ -119,6 +136,20 @@ class RunStore:
         if RunFolder(self.folder).config.rounds != config.rounds:  # now that it has not ended
             self._write("config.json", config.to_json().encode())
         remove(self.folder / LORA)  # of fewer rounds
+        self._keep()
+
+    def failed(self, problem: BaseException) -> None:
+        """Leave word of what ended the run, if it had begun in this process."""
+        if self._started:
+            told = " ".join(str(problem).split()) or type(problem).__name__
+            with contextlib.suppress(UserError):  # what ended the run is what is told
+                self._write(FAILED, f"{told}\n".encode())
+                self._keep()
+
+    def _keep(self) -> None:
+        """Bring what was written to where else the run is kept."""
+        if self.mirror is not None:
+            self.mirror.push()
 
     def require_packages(self) -> None:
         """Refuse to resume with other package versions, on which scores depend.
@@ -230,7 +261,7 @@ class RunStore:
 
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         text = json.dumps(facts)
-        known = {"facts": text, "sha256": _digest(contiguous, text)}
+        known = {"facts": text, "sha256": digest_of(contiguous, text)}
         # One entry: safetensors writes several in an order that differs from call to call.
         data = save(contiguous, metadata={"checkpoint": json.dumps(known)})
         before = self.folder / BEFORE
@@ -240,6 +271,7 @@ class RunStore:
         if not self._checkpointed:  # from now on, a folder without one has lost it
             self.write_provenance(checkpointed=True)
             self._checkpointed = True
+        self._keep()
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], Row] | None:
         """Tensors and facts of the newest checkpoint that is whole; None where there is none yet.
@@ -250,7 +282,7 @@ class RunStore:
         problems: list[str] = []
         for path in (self.folder / NEWEST, self.folder / BEFORE):
             try:
-                found = _read_checkpoint(path)
+                found = read_tensors(path)
             except FileNotFoundError:
                 continue
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as problem:
@@ -292,6 +324,7 @@ class RunStore:
                     "run the same command again."
                 )
         self.write_provenance(ended=now(), content=found, **facts)
+        self._keep()
 
     def provenance(self) -> Row:
         """What is known about where the run was made."""
@@ -304,32 +337,6 @@ class RunStore:
     def _write_facts(self, facts: Row) -> None:
         data = json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n"
         self._write("provenance.json", data)
-
-
-def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
-    """SHA-256 of everything that a checkpoint holds; the tensors are contiguous, on the CPU."""
-    whole = hashlib.sha256(facts.encode())
-    for name, t in sorted(tensors.items()):
-        whole.update(f"\0{name} {t.dtype} {tuple(t.shape)}\0".encode())
-        whole.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Row]:
-    """Tensors and facts.
-
-    Raises:
-        ValueError: the file is not what was written; its readers raise others.
-    """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        known = json.loads(file.metadata()["checkpoint"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if known["sha256"] != _digest(tensors, known["facts"]):
-        raise ValueError("its checksum is another or is missing")
-    facts: Row = json.loads(known["facts"])
-    return tensors, facts
 
 
 def require_same(folder: Path, config: RunConfig, resume: bool) -> None:

@@ -12,6 +12,7 @@ from d3po_bench.runs.files import Row
 from d3po_bench.runs.run import require_inputs
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.listeners import Evaluated, Listener
+from d3po_bench.training.stopping import asked
 from d3po_bench.training.trainer import Trainer
 
 
@@ -73,7 +74,7 @@ class Checkpoints(Listener):
         every, last = self.trainer.execution.checkpoint_every, self.trainer.config.rounds
         tensors, facts = self.trainer.state()
         facts |= {"rows": self.store.digests(), "inputs": self.trainer.inputs}
-        due = self.trainer.round % every == 0 or self.trainer.round == last
+        due = self.trainer.round % every == 0 or self.trainer.round == last or bool(asked())
         if not due:  # the next round changes the tensors
             tensors = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
         self.pending = tensors, facts
@@ -81,8 +82,14 @@ class Checkpoints(Listener):
             self.store.checkpoint(tensors, facts)
             self.pending = None
 
+    def working(self, round_: int, share: float) -> None:
+        """Write what is pending once the run is asked to stop: a kill may follow."""
+        if asked():
+            self.stopped()
+
     def stopped(self) -> None:
         """Write what is pending, whatever ended the run."""
         if self.pending is not None:
+            pending, self.pending = self.pending, None
             with suppress(UserError, MemoryError):  # what ended the run is what is told
-                self.store.checkpoint(*self.pending)
+                self.store.checkpoint(*pending)

@@ -35,6 +35,7 @@ from d3po_bench.training.listeners import (
 )
 from d3po_bench.training.progress import Report, ended_before, label
 from d3po_bench.training.sizes import recorded, settled
+from d3po_bench.training.stopping import Stopping
 from d3po_bench.training.tools import Tools
 from d3po_bench.training.tracking import Tracked, Tracker
 from d3po_bench.training.trainer import Trainer
@@ -135,7 +136,7 @@ def _begun(
         execution=recorded(job.execution), **how, **_plugins(job.config, evaluation),
     )  # fmt: skip
     listeners: list[Listener] = [Recorder(store), progress, Checkpoints(trainer, store)]
-    listeners += _trackers(job, after, store, progress)
+    listeners += [*_trackers(job, after, store, progress), Stopping(job.config.rounds)]
     progress.begin(trainer.round, trainer.experience.scorer.unit, store)
     return listeners
 
@@ -208,7 +209,7 @@ def _trackers(
         after=after,
         first=by_round(store.evaluation).get(0, []),
     )
-    found: list[Tracker] = [registry.tracker(name)(run) for name in job.trackers]
+    found: list[Tracker] = [registry.part("tracker", name)(run) for name in job.trackers]
     for tracker in found:
         if tracker.where:
             progress.note(f"{label(config)}: {tracker.where}")

@@ -111,7 +111,7 @@ def require(names: Sequence[str]) -> tuple[str, ...]:
         UserError: there is no such tracker, its package is not installed, or it is not logged in.
     """
     for name in names:
-        tracker = registry.tracker(name)
+        tracker = registry.part("tracker", name)
         if find_spec(tracker.NEEDS) is None:
             raise UserError(
                 f"--track {name} needs the extra `track`. Install it: pip install -c "

@@ -32,6 +32,9 @@ from d3po_bench.training.listeners import Listener
 from d3po_bench.training.sizes import watched
 from d3po_bench.types import Rollout
 
+TRIED_TOGETHER = 1024
+"""Prompts that are encoded at a time before the first round: data sets have a hundred thousand."""
+
 HISTORY = 64
 """Rewards of each prompt that are kept from round to round."""
 
@@ -76,7 +79,9 @@ class Trainer:
         self.inputs = {"model": fingerprint(source), "prompts": digest(experience.prompts)}
         if self.model.commit:
             self.inputs["model_commit"] = self.model.commit
-        self.model.encode([*experience.prompts, ""])
+        asked = list(dict.fromkeys([*experience.prompts, ""]))
+        for first in range(0, len(asked), TRIED_TOGETHER):
+            self.model.encode(asked[first : first + TRIED_TOGETHER])
         self.inputs |= start.digest(config.lora) | method_digest(config)
         start.begin(self.model, config.seed, config.lora)
         self.policy = Policy(

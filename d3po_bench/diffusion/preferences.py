@@ -1,0 +1,77 @@
+"""Who is preferred to whom, read from scores: pairs of images, and images that are liked."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from d3po_bench.errors import UserError
+
+
+def pairs_of(
+    scores: Tensor, which: Literal["all", "extremes"], skip_ties: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of every prompt, as `preferred` or `extremes` returns them, or without ties."""
+    prompt, images, preference = extremes(scores) if which == "extremes" else preferred(scores)
+    if not skip_ties:
+        return prompt, images, preference
+    kept = preference > 0
+    return prompt[kept], images[kept], preference[kept]
+
+
+def preferred(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of images of each prompt, the one with the larger score first.
+
+    Args:
+        scores: [P, K], or [P, K, m] for m criteria: then an image wins only if it is at least
+            as good in all and better in one (Pareto), else the pair is a tie.
+
+    Returns:
+        prompt [M], images [M, 2] and preference [M] (0 for a tie, whose images keep their
+        order), pairs in lexicographic order.
+
+    Raises:
+        UserError: there are no two images to compare.
+    """
+    if scores.shape[1] < 2:
+        raise UserError(
+            f"Pairs are made of at least 2 images of a prompt, not {scores.shape[1]}. Use --set "
+            "images_per_prompt=2."
+        )
+    scores = scores if scores.ndim == 3 else scores.unsqueeze(-1)
+    pairs = torch.tensor(list(combinations(range(scores.shape[1]), 2)))
+    first, second = scores[:, pairs[:, 0]], scores[:, pairs[:, 1]]
+    wins = (first >= second).all(-1) & (first > second).any(-1)
+    loses = (second >= first).all(-1) & (second > first).any(-1)
+    images = torch.where(loses.unsqueeze(-1), pairs.flip(1), pairs).flatten(0, 1)
+    prompt = torch.arange(len(scores)).repeat_interleave(len(pairs))
+    return prompt, images, (wins | loses).flatten().float()
+
+
+def extremes(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best and the worst image of each prompt, as `preferred` returns pairs.
+
+    With two images of a prompt this is `preferred`. Of scores [P, K, m] the first counts.
+    """
+    if scores.shape[1] < 2:
+        return preferred(scores)
+    first = scores if scores.ndim == 2 else scores[..., 0]
+    # The last of equally bad images: a tie keeps two different ones.
+    worst = first.shape[1] - 1 - first.flip(1).argmin(1)
+    images = torch.stack([first.argmax(1), worst], 1)
+    return torch.arange(len(first)), images, (first.amax(1) > first.amin(1)).float()
+
+
+def liking(scores: Tensor, value: float | None = None) -> Tensor:
+    """Which images are liked, [P, K]: 1 above `value`, -1 below, 0 where neither.
+
+    Args:
+        scores: [P, K], larger is better; NaN: nobody judged, which is neither.
+        value: to compare with; None for the mean of the prompt's images.
+    """
+    wide = scores.double()  # in which the mean of equal scores is that score
+    middle = wide.mean(1, keepdim=True) if value is None else torch.full_like(wide, value)
+    return (wide > middle).float() - (wide < middle).float()

@@ -1,0 +1,227 @@
+"""Layouts of preference data that exist already, each recognised by the columns of its table.
+
+A row becomes marks: what it says of one picture. Marks with the same key are of one comparison, and
+what several rows say of a picture is averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+Judged = Literal["pairs", "tags"]
+"""Pictures compared with each other, or each judged by itself."""
+
+
+class Mark(NamedTuple):
+    """What a row says of one picture."""
+
+    key: str
+    """Of the pictures that were compared with it; "" for those of the row alone."""
+    prompt: str
+    picture: Any
+    """A path, or the name of the column that holds its bytes."""
+    score: float
+    """Larger is better; of tags 1 for liked and -1 for disliked."""
+
+
+Row = Mapping[str, Any]
+Marks = Iterator[Mark]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of table."""
+
+    name: str
+    columns: frozenset[str]
+    """All of which it has; other columns do not matter."""
+    judged: Callable[[Row], Judged]
+    """What its first row says that it is."""
+    marks: Callable[[Row], Marks]
+    """Of a row; raises ValueError, KeyError or TypeError where it is malformed."""
+
+
+def _text(row: Row, *names: str) -> str:
+    name = next((n for n in names if n in row), names[0])
+    if not isinstance(row.get(name), str) or not row[name].strip():
+        raise ValueError(f"{name} is {ascii(row.get(name))[:40]}, not a text")
+    return str(row[name])
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{name} is {ascii(value)[:40]}, not a number")
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if not abs(number) <= 1e6:  # nan is not
+        raise ValueError(f"{name} is {ascii(value)[:40]}, not a number")
+    return number
+
+
+def _list(row: Row, name: str, length: int | None = None) -> list[Any]:
+    found = list(row[name]) if isinstance(row[name], list | tuple) else []
+    if len(found) < 2 or (length is not None and len(found) != length):
+        raise ValueError(f"{name} is {ascii(row[name])[:60]}, not a list of {length or 'pictures'}")
+    return found
+
+
+# ---- Pick-a-Pic
+
+
+def _pick_a_pic(row: Row) -> Marks:
+    if row.get("has_label") in (False, "False", "false"):
+        return
+    for n in ("0", "1"):
+        label = _number(row[f"label_{n}"], f"label_{n}")
+        if not 0 <= label <= 1:
+            raise ValueError(f"label_{n} is {label:g}, not from 0 to 1")
+        yield Mark("", _text(row, "caption", "prompt"), row[f"jpg_{n}"], label)
+
+
+# ---- HPD, ImageReward
+
+
+def _hpd(row: Row) -> Marks:
+    pictures = _list(row, "image_path")
+    name = "human_preference" if "human_preference" in row else "rank"
+    sign = 1 if name == "human_preference" else -1  # a rank of 1 is the best
+    for picture, value in zip(pictures, _list(row, name, len(pictures)), strict=True):
+        yield Mark("", _text(row, "prompt"), picture, sign * _number(value, name))
+
+
+def _generations(row: Row) -> Marks:
+    pictures = _list(row, "generations")
+    for picture, rank in zip(pictures, _list(row, "ranking", len(pictures)), strict=True):
+        yield Mark("", _text(row, "prompt"), picture, -_number(rank, "ranking"))
+
+
+def _image_reward_db(row: Row) -> Marks:
+    key = str(row["prompt_id"])
+    yield Mark(key, _text(row, "prompt"), row["image_path"], -_number(row["rank"], "rank"))
+
+
+# ---- Label Studio
+
+WORDS: Mapping[str, tuple[float, float]] = {
+    "left": (1, 0), "a": (1, 0), "1": (1, 0), "right": (0, 1), "b": (0, 1), "2": (0, 1),
+    "tie": (0, 0), "equal": (0, 0), "both": (0, 0), "neither": (0, 0), "bad": (0, 0),
+}  # fmt: skip
+"""What is chosen of two pictures -> their scores."""
+
+TAGS: Mapping[str, float] = {
+    "good": 1, "like": 1, "liked": 1, "yes": 1, "1": 1, "true": 1,
+    "bad": -1, "dislike": -1, "disliked": -1, "no": -1, "0": -1, "-1": -1, "false": -1,
+}  # fmt: skip
+"""What is said of one picture -> its score."""
+
+PICTURE = re.compile(r"\.(png|jpe?g|webp)$", re.IGNORECASE)
+
+
+def _label_studio(row: Row) -> Marks:
+    data = row["data"]
+    prompt = _text(data, "prompt", "text", "caption")
+    pictures = [v for v in data.values() if isinstance(v, str) and PICTURE.search(v)]
+    if len(pictures) not in (1, 2):
+        raise ValueError(f"its data name {len(pictures)} pictures, not one or two")
+    for annotation in row["annotations"]:
+        if annotation.get("was_cancelled"):
+            continue
+        chosen = _chosen(annotation["result"])
+        scores = _scores(chosen, WORDS) if len(pictures) == 2 else [_scores(chosen, TAGS)]
+        for picture, score in zip(pictures, scores, strict=True):
+            yield Mark("", prompt, _local(picture), score)
+
+
+def _chosen(result: Any) -> str:
+    """The one word that an annotation is."""
+    for part in result:
+        value = part["value"]
+        if part["type"] == "pairwise":
+            return str(value.get("selected") or "tie").lower()
+        if part["type"] == "choices":
+            return str(value["choices"][0]).lower()
+    raise ValueError("an annotation has neither pairwise nor choices as its result")
+
+
+def _scores(chosen: str, known: Mapping[str, Any]) -> Any:
+    if chosen not in known:
+        raise ValueError(f"{chosen!a} is none of {', '.join(known)}")
+    return known[chosen]
+
+
+def _local(picture: str) -> str:
+    """The file behind an address of Label Studio's own server."""
+    upload = re.fullmatch(r"/data/upload/\d+/(.+)", picture)
+    return upload[1] if upload else picture.removeprefix("/data/local-files/?d=")
+
+
+# ---- our page, the paper authors' label files, and a plain list of tags
+
+
+def _our_page(row: Row) -> Marks:
+    pictures, answer = row["images"], row["answer"]
+    pictures = pictures.split() if isinstance(pictures, str) else pictures
+    if str(row["repeat"]) != "0":  # asked again, to measure the rater
+        return
+    if answer in ("a", "b", "tie", "bad"):
+        scores = list(WORDS[answer])
+    else:
+        tagged = {int(n) for n in (answer.split() if isinstance(answer, str) else answer)}
+        if not tagged <= set(range(len(pictures))):
+            raise ValueError(f"answer is {ascii(answer)[:40]}, of {len(pictures)} images")
+        scores = [-1.0 if n in tagged else 1.0 for n in range(len(pictures))]
+    prompt = _text(row, "prompt")
+    if prompt[0] == "'" and prompt[1:].lstrip().startswith(("=", "+", "-", "@")):
+        prompt = prompt[1:]  # which keeps spreadsheets from computing it
+    for picture, score in zip(pictures, scores, strict=True):
+        yield Mark(str(row["item"]), prompt, picture, score)
+
+
+def _label_file(row: Row) -> Marks:
+    for number, value in enumerate(row["labels"]):
+        if value not in (0, -1) or isinstance(value, bool):
+            raise ValueError(f"{ascii(value)[:40]} is neither 0 nor -1")
+        picture = f"images/{row['first'] + number:05d}.png"
+        yield Mark(str(row["first"]), _text(row, "prompt"), picture, 1.0 if value == 0 else -1.0)
+
+
+def _liked(row: Row) -> Marks:
+    score = _scores(json.dumps(row["liked"]).strip('"').lower(), TAGS)
+    yield Mark("", _text(row, "text", "prompt", "caption"), row["file_name"], score)
+
+
+def _pairs(row: Row) -> Judged:
+    return "pairs"
+
+
+def _tags(row: Row) -> Judged:
+    return "tags"
+
+
+LAYOUTS = (
+    Layout("Pick-a-Pic", frozenset({"jpg_0", "jpg_1", "label_0", "label_1"}), _pairs, _pick_a_pic),
+    Layout("HPD", frozenset({"prompt", "image_path", "human_preference"}), _pairs, _hpd),
+    Layout("ImageReward", frozenset({"prompt", "generations", "ranking"}), _pairs, _generations),
+    Layout(
+        "ImageRewardDB", frozenset({"prompt_id", "prompt", "image_path", "rank"}), _pairs,
+        _image_reward_db,
+    ),
+    Layout("HPD", frozenset({"prompt", "image_path", "rank"}), _pairs, _hpd),
+    Layout(
+        "Label Studio", frozenset({"data", "annotations"}),
+        lambda row: "pairs" if len([*_label_studio(row)]) != 1 else "tags", _label_studio,
+    ),
+    Layout(
+        "our page", frozenset({"prompt", "item", "repeat", "answer", "images"}),
+        lambda row: "pairs" if row["answer"] in ("a", "b", "tie", "bad") else "tags", _our_page,
+    ),
+    Layout("the D3PO authors' labels", frozenset({"first", "labels"}), _tags, _label_file),
+    Layout("tags", frozenset({"file_name", "liked"}), _tags, _liked),
+)  # fmt: skip
+"""The first that fits is taken."""

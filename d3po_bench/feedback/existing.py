@@ -1,0 +1,150 @@
+"""Learn from pictures that people have judged and that no round of ours drew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from d3po_bench import registry
+from d3po_bench.config import RunConfig
+from d3po_bench.diffusion.sampling import needs_chain
+from d3po_bench.errors import UserError
+from d3po_bench.experience import dataset
+from d3po_bench.experience.dataset import Dataset, Group
+from d3po_bench.experience.judged import Judged
+from d3po_bench.feedback.agreement import Floats, read_label_files
+from d3po_bench.feedback.rounds import FILE, SAMPLING, Round
+from d3po_bench.feedback.schema import Kind
+from d3po_bench.feedback.training import Learnable, TrainRequest, data_of
+from d3po_bench.feedback.votes import scores_of
+
+OF_TAGS: Mapping[str, dict[str, Any]] = {
+    "kto": {"liked": "above_value"},
+    "preferred_images": {"liked": "above_value"},
+}
+"""Options of a method that differ from a preset's: a tag is no comparison."""
+
+
+@dataclass(frozen=True)
+class Existing:
+    """Judged pictures from elsewhere, as a method takes them; implements `Learnable`."""
+
+    folder: Path
+    dataset: Dataset
+    kind: Kind
+
+    @property
+    def scores(self) -> Tensor:
+        """[P, K]; larger is better."""
+        return self.dataset.scores
+
+    @property
+    def content(self) -> str:
+        """Names what was judged."""
+        return self.dataset.content
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The next round may be drawn from what was learned; it is the first that is drawn."""
+        return {"round": {"number": 0}, "data": str(self.folder)}
+
+    def decided(self, request: TrainRequest) -> dict[str, Any]:
+        """What is fixed before the preset: model, seed, and pictures of a group."""
+        return {
+            "model": request.model or "tiny",
+            "seed": request.seed or 0,
+            "images_per_prompt": self.scores.shape[1],
+        }
+
+    def defaults(self, method: str) -> dict[str, Any]:
+        """Options of a method that differ from a preset's."""
+        if method == "diffusion_dpo":
+            return {"skip_ties": True}
+        return OF_TAGS.get(method, {}) if self.kind == "tags" else {}
+
+    def experience(self, config: RunConfig) -> Judged:
+        """It, as what a run learns from."""
+        return Judged(
+            drawn=self.dataset, scores=self.scores, seed=config.seed, initial=None,
+            prompts_per_round=config.prompts_per_round,
+        )  # fmt: skip
+
+
+def learnable(
+    place: Path,
+    request: TrainRequest,
+    labels: str | None = None,
+    label_files: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Learnable:
+    """What `feedback train` was given: a round, of our own pictures or others, or a table.
+
+    Args:
+        place: the folder of a round, or a file.
+        request: whose method decides which rows there are.
+        labels: URL of a round's votes; None for those in its folder.
+        label_files: folder of the published code's label files, in place of votes.
+        say: hears of rows of label files that are left out.
+
+    Raises:
+        UserError: it is none of them, or the method cannot learn from it.
+    """
+    if place.is_file():
+        if labels or label_files:
+            raise UserError(f"{place} holds its own judgements. Leave out --labels.")
+        table = dataset.read(place, request.pictures)
+        return _taken(place, table.groups, table.judged, table.content, request, table.parquet)
+    if request.pictures:
+        raise UserError(f"{place} is a folder, which has its own pictures. Leave out --pictures.")
+    scores = read_label_files(label_files, say) if label_files else scores_of(place, labels)
+    if (place / SAMPLING).exists() or not (place / FILE).exists():
+        return data_of(place, scores)
+    round_ = Round.read(place)
+    groups = _judged(place, round_, scores)
+    return _taken(place, groups, round_.kind, round_.content, request)
+
+
+def _judged(folder: Path, round_: Round, scores: Floats) -> list[Group]:
+    """The items of a round that somebody judged."""
+    if round_.kind == "tags":
+        scores = 2 * scores + 1  # 0 and -1, as votes are averaged, become liked and disliked
+    return [
+        Group(item.prompt, tuple(folder / name for name in item.images), tuple(row))
+        for item, row in zip(round_.items, scores.tolist(), strict=False)
+        if np.isfinite(row).all()
+    ]
+
+
+def _taken(
+    place: Path, groups: list[Group], kind: Kind, content: str, request: TrainRequest,
+    parquet: Path | None = None,
+) -> Existing:  # fmt: skip
+    """In the rows that the method takes: pairs, or pictures one by one.
+
+    Raises:
+        UserError: it takes neither.
+    """
+    method = registry.method(request.method)
+    if needs_chain(method):
+        able = [n for n in registry.names("method") if not needs_chain(registry.method(n))]
+        raise UserError(
+            f"{request.method} learns from every denoising step of an image, and the pictures in "
+            f"{place} came finished. Use --method {', '.join(able[:-1])} or {able[-1]}."
+        )
+    # Where an option decides whether a method compares, `defaults` says that it does not.
+    compares = kind == "pairs" or getattr(method, "least_images", 1) == 2
+    rows = dataset.pairs_of(groups, kind) if compares else dataset.singles_of(groups)
+    if not rows:
+        raise UserError(
+            f"No two pictures of a prompt in {place} were judged differently, so {request.method} "
+            "has nothing to compare. Use --method kto or preferred_images."
+            if groups
+            else f"Nobody has voted on the round in {place}. Ask for votes with `d3po-bench "
+            "feedback serve`."
+        )
+    return Existing(place, Dataset(content, rows, parquet), kind)
