@@ -18,10 +18,8 @@ from d3po_bench.setting import require_ranges, value_of
 FEEDBACK = "feedback"
 """The objective of runs that learn from votes: no program could score for it."""
 
-
 MOST_SEEDS = 10_000
 """Of a command: more are a slip, since each is a run."""
-
 
 LATER: dict[str, Any] = {"sampler": "auto", "long_prompts": "refuse", "lora": "", "sources": {}}
 """Settings, with their defaults, that configs did not have when the first runs were published."""
@@ -229,8 +227,7 @@ class Execution:
     reference_batch: int = 0
     decode_batch: int = 0
     memory: float = 0.0
-    """GB that the run may take of its device, by which its batches are chosen; 0 for what is free
-    on a GPU."""
+    """GB that the run may take, by which its batches are chosen; 0 for what is free on a GPU."""
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
@@ -256,7 +253,8 @@ class Execution:
 
     def usual(self) -> Self:
         """The batches that are left to be chosen as they are where nothing has to be counted."""
-        return replace(self, **{n: getattr(self, n) or most for n, most in BATCHES.items()})
+        sizes: dict[str, Any] = {n: getattr(self, n) or most for n, most in BATCHES.items()}
+        return replace(self, **sizes)
 
 
 def pairs_of(settings: Sequence[str], option: str = "--set") -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from d3po_bench.config import BATCHES, Execution, RunConfig
 from d3po_bench.diffusion import parallel
+from d3po_bench.diffusion.update import update
 from d3po_bench.errors import TooLarge
 from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.memory import ROOM, SHARE, Needs, alive, forward, shadow
@@ -52,7 +54,11 @@ def saved(model: DiffusersModel, count: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-FAMILIES = {"sd": pipelines.sd, "sdxl": pipelines.sdxl, "sd3": pipelines.sd3}
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "sd": pipelines.sd,
+    "sdxl": pipelines.sdxl,
+    "sd3": pipelines.sd3,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,7 +189,7 @@ class Full:
 def test_a_batch_that_was_chosen_too_large_is_halved_once(
     command: Command, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = Full(trainer.update, 1)
+    full = Full(update, 1)
     monkeypatch.setattr(trainer, "update", full)
     done = command(*run_of(small))
     assert done.code == 0
@@ -204,7 +210,7 @@ def test_what_does_not_fit_after_that_names_the_setting(
     settings: dict[str, int], times: int, said: str, command: Command, small: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(trainer, "update", Full(trainer.update, times))
+    monkeypatch.setattr(trainer, "update", Full(update, times))
     refused(command(*run_of(small, **settings)), said, code=1)
 
 
@@ -236,8 +242,10 @@ def test_published_models_stay_under_their_card(name: str) -> None:
     for row, card in zip(rows, (24, 40, 80), strict=True):
         # SD3 at 1024 pixels holds 22 GB of latents in a round of the paper's size.
         assert (row["peak"] + ROOM <= card * 1e9) == ((name, card) != ("sd3", 24))
-        larger = row["peak"] + row["micro_batch"] * 2 * row["update"]
-        assert row["micro_batch"] == BATCHES["micro_batch"] or larger > card * 1e9 * 0.8
+        latent = row["checkpointed" if row["gradient_checkpointing"] else "update"]
+        rollout = 6 * 160 * 21 * row["latent"]
+        twice = row["weights"] + rollout + 2 * row["micro_batch"] * 4 * latent
+        assert twice > (card * 1e9 - ROOM) * SHARE
     by_hand = {"sd15": 860e6 * 2 + 84e6 * 4, "sdxl": 2.57e9 * 2 + 84e6 * 4, "sd3": 4.5e9}
     assert rows[0]["weights"] == pytest.approx(by_hand[name], rel=0.02)
 
@@ -263,7 +271,6 @@ def test_ranks_take_what_fits_the_smallest_card(
     monkeypatch.setattr(parallel, "gather", lambda limit: [limit, 3 * 10**6])
     beside = sizes.settled(asked, config, model, {}, notes.append)
     assert alone.micro_batch == BATCHES["micro_batch"] > beside.micro_batch
-    assert notes == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -83,7 +84,8 @@ def _tried(job: Job, report: Report) -> Job | None:
             raise
         note = f"{label(job.config)}: out of memory with {name}={size}: trying {size // 2}"
         report(replace(planned(job.config), note=note))
-        return replace(job, execution=replace(job.execution, **{name: size // 2}))
+        half: dict[str, Any] = {name: size // 2}
+        return replace(job, execution=replace(job.execution, **half))
     return None
 
 

@@ -63,7 +63,7 @@ def _fused() -> Iterator[None]:
             return aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)[0]
         return aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
-    functional.scaled_dot_product_attention = attention
+    functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -74,7 +74,7 @@ class _Alive(TorchDispatchMode):
     """Bytes of the storages that operations make, now and at most, but for those known before."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = {t.untyped_storage()._cdata for t in known}
         self.now = self.most = 0
 

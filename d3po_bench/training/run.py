@@ -92,18 +92,15 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         if store and store.hold and not store.hold.everywhere:
             progress.note(WITHOUT_LOCKS)
         parallel.lead(lambda: store.require_packages() if store else None)
-        source = model_source(config.model)
-        torch.set_num_threads(threads_of(source, execution.threads))
+        torch.set_num_threads(threads_of(model_source(config.model), execution.threads))
         device = device_of(execution.device)
         deterministic = determine(device, execution.deterministic)
         trainer = parallel.together(lambda: _trainer(job, device))
         after = restore(trainer, store)
-        began = parallel.tell(lambda: _computed(store) if store and after is not None else {})
-        job = parallel.together(lambda: _settled(job, trainer, began, progress))
-        execution = job.execution
-        experience, tools = trainer.experience, job.tools
+        before = None if after is None else store
+        job = parallel.together(lambda: _settled(job, trainer, before, progress))
         evaluation = parallel.together(
-            lambda: Evaluation(config, execution, experience, tools, device)
+            lambda: Evaluation(config, job.execution, trainer.experience, job.tools, device)
         )
 
         def begin(store: RunStore) -> list[Listener]:
@@ -144,8 +141,11 @@ def _begun(
     return listeners
 
 
-def _settled(job: Job, trainer: Trainer, began: Row, progress: ProgressListener) -> Job:
+def _settled(
+    job: Job, trainer: Trainer, resumed: RunStore | None, progress: ProgressListener
+) -> Job:
     """The job with batches that are chosen, by which its trainer then computes."""
+    began = parallel.tell(lambda: _computed(resumed) if resumed else {})
     execution = settled(job.execution, job.config, trainer.model, began, progress.note)
     trainer.take(execution)
     return replace(job, execution=execution)

@@ -91,7 +91,7 @@ def chosen(asked: Execution, config: RunConfig, needs: Needs, limit: int) -> Exe
     if not asked.micro_batch and not careful:
         careful = needs.update * _item(config) > left
     given = replace(asked, gradient_checkpointing=careful)
-    found = {}
+    found: dict[str, Any] = {}
     for name, each in _each(given, config, needs).items():
         size = getattr(asked, name) or BATCHES[name]
         while not getattr(asked, name) and size > 1 and size * each > left:
@@ -103,7 +103,7 @@ def chosen(asked: Execution, config: RunConfig, needs: Needs, limit: int) -> Exe
 def peak(execution: Execution, config: RunConfig, needs: Needs) -> int:
     """The most bytes that a run takes beside its weights."""
     each = _each(execution, config, needs)
-    most = max(getattr(execution, name) * size for name, size in each.items())
+    most: int = max(getattr(execution, name) * size for name, size in each.items())
     return most + needs.optimizer + _held(config, needs)
 
 
