@@ -367,6 +367,7 @@ def test_on_slurm_a_killed_job_leaves_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its open logs
 def test_the_debug_executor_runs_in_this_process(command: Command, micro: Path) -> None:
     pytest.importorskip("submitit")
     done = command(*run_of(micro, "--where", "slurm", "--ask", "cluster=debug"))
