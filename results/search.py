@@ -53,7 +53,8 @@ def _unusual(own: Settings, usual: Settings, method: str) -> str:
     """
     plain = {**tries.options(method), **usual}
     names = [*sorted(tries.options(method)), *(k for k in usual if k not in tries.options(method))]
-    return ", ".join(f"{k}={own[k]}" for k in names if own[k] != plain[k])
+    # A try of before a method had an option has the option's default.
+    return ", ".join(f"{k}={own[k]}" for k in names if own.get(k, plain[k]) != plain[k])
 
 
 def _setting(name: str, form: str = "") -> Any:

@@ -31,10 +31,11 @@ def folders(out: Path, *methods: str, seeds: int = 3, **settings: object) -> lis
 def test_the_table_shows_the_numbers_of_report(tmp_path: Path) -> None:
     table, _ = ending(folders(tmp_path, "d3po", "ddpo"), tmp_path)
     head, *body = rows(table, "  ")
-    assert head == ["method", "objective", "seeds", "base", "end", "gain (95 % interval)",
+    assert head == ["method", "objective", "unit", "seeds", "base", "end", "gain (95 % interval)",
                     "KL at the end", "recognised", "images", "seconds a seed"]  # fmt: skip
-    assert body[0] == ["d3po", "incompress", "3", "7.100", "8.100", "+1.000 (+1.000 to +1.000)",
-                       "0.200", "0.80 -> 0.80", "640", "30"]  # fmt: skip
+    assert body[0] == ["d3po", "incompress", "kB, larger is better", "3", "7.100",
+                       "8.100", "+1.000 (+1.000 to +1.000)", "0.200", "0.80 -> 0.80",
+                       "640", "30"]  # fmt: skip
     shown = report([tmp_path]).split("\n\n")
     for line in (dict(zip(head, row, strict=True)) for row in body):
         for printed in shown:
@@ -86,9 +87,10 @@ def test_runs_without_a_table_have_ended_well(tmp_path: Path) -> None:
 
 def test_a_run_ends_with_its_table_on_stdout(command: Command, micro: Path) -> None:
     done = command(*run_of(micro, rounds=1, eval_every=1))
-    assert [row[:3] for row in rows(done.out, "  ")] == [
-        ["method", "objective", "seeds"], ["d3po", "incompress", "1"]
-    ]  # fmt: skip
+    assert [row[:4] for row in rows(done.out, "  ")] == [
+        ["method", "objective", "unit", "seeds"],
+        ["d3po", "incompress", "kB, larger is better", "1"],
+    ]
     assert f"The LoRA is in {seed_folder(Path('runs'), micro)}/lora" in done.err.splitlines()
 
 
