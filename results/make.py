@@ -221,7 +221,8 @@ def drawn(place: Path) -> Iterator[tuple[Path, Path]]:
     """
     for x, folder in AXES.items():
         for made in plot([HOME / "tiny"], place / x, x):
-            yield HOME / "tiny" / "figures" / folder / made.name, made
+            if made.suffix == ".png":  # what documents show
+                yield HOME / "tiny" / "figures" / folder / made.name, made
     feedback.draw(place)
     for made in sorted(place.glob("*.png")):
         yield HOME / "tiny" / "feedback" / made.name, made
