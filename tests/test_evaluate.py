@@ -131,7 +131,10 @@ def test_a_killed_worker_is_told_and_what_is_scored_is_kept(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("pictures", "shares"),
-    [(240, (0.3,)), pytest.param(1000, (0.1, 0.5), marks=pytest.mark.slow)],
+    [
+        pytest.param(240, (0.3,), marks=pytest.mark.slow),
+        pytest.param(1000, (0.1, 0.5), marks=pytest.mark.slow),
+    ],
 )
 def test_many_pictures_survive_kills(
     pictures: int, shares: tuple[float, ...], tmp_path: Path

@@ -144,7 +144,7 @@ def test_the_images_of_a_prompt_start_from_one_noise(drawn: Path) -> None:
 def test_a_round_holds_what_its_policy_did(drawn: Path) -> None:
     """The stored means are those of the stored latents, and pictures are the last latents."""
     sampling = Sampling.read(drawn)
-    model, policy = prepared(sampling, None, Execution(device="cpu"))
+    model, policy = prepared(sampling, None, Execution(device="cpu").usual())
     kept = read_rollout(drawn, 1)
     conditions = model.encode(sampling.prompts[2:4])
     for step in range(3):

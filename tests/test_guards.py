@@ -256,7 +256,7 @@ def test_runs_of_other_scorer_weights_are_not_put_together(tmp_path: Path) -> No
     assert len(read_groups([tmp_path])) == 1
     with_scorer(write_run(tmp_path, method="ddpo"), "bbb")
     with pytest.raises(
-        UserError, match=r"version of the scorer aesthetic, which is 'aaa' in .* and 'bbb' in"
+        UserError, match=r"version of the scorer aesthetic: it is 'aaa' in .* and 'bbb' in"
     ):
         read_groups([tmp_path])
 
@@ -345,7 +345,7 @@ def test_a_newer_version_is_refused(tmp_path: Path, version: str, newer: bool) -
 
 def test_what_is_published_is_read(tmp_path: Path) -> None:
     configs = list((ROOT / "results").rglob("config.json"))
-    assert len(configs) > 100
+    assert len(configs) >= 100
     assert all(RunFolder(path.parent).config.method for path in configs)
 
 

@@ -118,6 +118,8 @@ def test_runs_are_spread_over_the_gpus_that_there_are(
 def test_what_no_place_can_do_is_refused(
     options: list[str], said: str, command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "slurm" in options:
+        pytest.importorskip("submitit")  # of the extra `cluster`, which tests do not bring
     monkeypatch.setenv("PATH", "")
     refused(command(*run_of(micro, *options)), said)
     assert not Path("runs").exists() or not find_runs([Path("runs")])

@@ -134,7 +134,7 @@ def test_the_mean_gain_is_that_of_the_whole_step(policy: Policy) -> None:
     given = Updates(units=9, micro_batch=5)
     update(policy, Spy(), rows, KeepGradient(policy.model), given, stream(0, "shuffle"))
     assert len(Spy.seen) == len(rows) * rows.steps
-    assert Spy.seen == pytest.approx([expected] * len(Spy.seen), rel=1e-4)
+    assert Spy.seen == pytest.approx([expected] * len(Spy.seen), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", [DiffusionDPO(), KTO()])

@@ -133,8 +133,8 @@ def test_a_log_gets_a_line_now_and_then(clock: Clock, capsys: pytest.CaptureFixt
         clock.now += LATE
         board.report(now)
     found = lines(capsys)
-    assert found[0] == "[0:00:00] 0 %, 0:06:40 left; 0 of 2 runs done, held-out gain +0.000 kB " \
-                       "(mean of 1); seed 0: round 0/100"  # fmt: skip
+    assert found[0] == "[0:00:02] 0 %, 0:06:38 left; 0 of 2 runs done, held-out gain +0.010 kB " \
+                       "(mean of 1); seed 0: round 1/100"  # fmt: skip
     assert len(found) < 202 / SOON
     assert found[-2].startswith("[0:08:22] 50 %, 0:03:20 left; 1 of 2 runs done")
     assert found[-1] == "done in 0:08:22"
@@ -155,7 +155,9 @@ def test_levels(level: Level, clock: Clock, capsys: pytest.CaptureFixture[str]) 
     with Board(level) as board:
         for _ in range(2):
             board.report(Progress(run="a", note="mind the step"))
-        board.report(Progress(run="a", left={ROUND: 1}, text="now", detail="a round in 3 s"))
+        board.report(
+            Progress(run="a", done={ROUND: 1}, left={ROUND: 1}, text="now", detail="a round in 3 s")
+        )
     expected = ["note: mind the step", "[0:00:00] a: a round in 3 s", "[0:00:00] a: now",
                 "done in 0:00:00"]  # fmt: skip
     wanted = {Level.QUIET: [], Level.NORMAL: [0, 2, 3], Level.VERBOSE: [0, 1, 2, 3]}[level]

@@ -438,7 +438,7 @@ def test_several_base_models(tmp_path: Path) -> None:
     one = write_run(tmp_path, model="tiny")
     other = write_run(tmp_path, "compress", "ddpo", model="hub/some-model")
     text = refused(lambda: figure_of.plot([tmp_path]))
-    assert f"share the base model, which is 'hub/some-model' in {other} and 'tiny' in {one}" in text
+    assert f"share the base model: it is 'hub/some-model' in {other} and 'tiny' in {one}" in text
     assert figure_of.plot([tmp_path / "tiny"])
 
 
@@ -538,7 +538,7 @@ def test_seeds_with_other_settings(tmp_path: Path) -> None:
     write_run(tmp_path, seed=0, learning_rate=1e-3)
     write_run(tmp_path, seed=1, learning_rate=3e-3)
     said = refused(lambda: figure_of.plot([tmp_path]))
-    assert "share the setting learning_rate, which is 0.001 in" in said
+    assert "share the setting learning_rate: it is 0.001 in" in said
 
 
 def test_damaged_sample(tmp_path: Path) -> None:
@@ -576,7 +576,7 @@ def test_seeds_of_other_inputs_are_not_averaged(tmp_path: Path) -> None:
         put(2, **{"model": "m1", "prompts": "p1"} | {name: value})
         said = refused(lambda: read_groups([tmp_path]))
         assert all(str(folder) in said for folder in folders[1:])
-        assert f"{name}, which is '{name[0]}1' in" in said
+        assert f"{name}: it is '{name[0]}1' in" in said
 
 
 def test_methods_on_other_weights_of_a_model_are_not_compared(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_two_threads_reproduce(results: Path) -> None:
     assert ": reproduced" in done.output
 
 
+@pytest.mark.slow
 def test_another_split_reproduces_with_other_bytes(results: Path) -> None:
     done = again(results, "--set", "micro_batch=5", "--set", "sample_batch=3")
     assert done.exit_code == 0, done.output

@@ -453,6 +453,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_make_finds_everything_that_was_changed(project: Path) -> None:
     """A number, a row of a document, rows and seeds that were dropped, figures and files."""
     results, docs = project / "results", project / "docs"

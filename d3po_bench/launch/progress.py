@@ -139,7 +139,8 @@ class _Lines:
     def show(self, progress: Progress) -> None:
         """Print the line, if it is time."""
         now, board = time.monotonic(), self.board
-        early = self.tenth < 0 and not progress.left.get(START)  # a model that loads: no refusal
+        begun = any(progress.done.values()) and not progress.left.get(START)
+        early = self.tenth < 0 and begun  # before that it may be refused, in one line
         if now - self.last < SOON and not early:
             return
         whole = board.estimate.whole()
