@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
-from d3po_bench.diffusion.preferences import pairs_of
+from d3po_bench.diffusion.preferences import error_gap, pairs_of
 from d3po_bench.errors import UserError
 from d3po_bench.types import (
     Conditions,
@@ -119,17 +119,13 @@ class DiffusionDPO:
         and h is 1, or 0 for a tie. Of a flow, e is the error of its velocity. The square is a mean
         over the latent's elements; pre is the pretrained model.
         """
-        place = (
+        gaps = error_gap(
+            policy,
             items.x_0.flatten(0, 1),
             items.level.repeat_interleave(2),
             items.noise.repeat_interleave(2, 0),
             items.conditions.repeat(2),
-        )
-        predicted, target = policy.denoise(*place)
-        with torch.no_grad():
-            before, _ = policy.denoise(*place, weights="base")
-        now, base = ((p - target).square().flatten(1).mean(1) for p in (predicted, before))
-        gaps = (now - base).view(-1, 2)
+        ).view(-1, 2)
         loss = diffusion_dpo_loss(gaps, items.preference, self.beta)
         return loss.mean(), _diagnostics(gaps.detach(), items.preference)
 

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from d3po_bench.diffusion.preferences import liking
+from d3po_bench.diffusion.preferences import error_gap, liking
 from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
 
@@ -101,12 +101,7 @@ class KTO:
 
     def gain(self, policy: Policy, items: NoisedRows) -> Tensor:
         """By how much the error of the network's output is below the pretrained model's, [N]."""
-        place = items.x_0, items.level, items.noise, items.conditions
-        predicted, target = policy.denoise(*place)
-        with torch.no_grad():
-            before, _ = policy.denoise(*place, weights="base")
-        base, now = ((p - target).square().flatten(1).mean(1) for p in (before, predicted))
-        return base - now
+        return -error_gap(policy, items.x_0, items.level, items.noise, items.conditions)
 
     def shared(self, policy: Policy, items: LikedRows) -> Tensor:
         """See `diffusion.update.SharesMean`: the gain, [N]."""

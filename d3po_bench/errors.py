@@ -35,12 +35,17 @@ class TooLarge(MemoryError):  # noqa: N818
         self.setting, self.size = setting, size
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra of this package."""
+    return f"pip install -c constraints.txt 'd3po-bench[{extra}]'"
+
+
 class InUseError(UserError):
     """Another process works in the same folder."""
 
 
 class TryAgainError(RunError):
-    """A run that was asked to stop after its round: the same command goes on with it."""
+    """A run was asked to stop after its round: the same command resumes it."""
 
     exit_code = 75
     """EX_TEMPFAIL of sysexits.h, which means the same."""

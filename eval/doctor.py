@@ -14,7 +14,7 @@ from typing import Any
 
 from d3po_bench import registry
 from d3po_bench.cache import home
-from d3po_bench.errors import UserError
+from d3po_bench.errors import UserError, install
 from eval import downloads
 
 EMBEDDED = registry.HOME / "eval" / "embedded"
@@ -29,9 +29,7 @@ def everything() -> Iterator[tuple[str, dict[str, str]]]:
     yield "python", {platform.python_version(): sys.executable}
     yield "packages", _packages()
     extras = {
-        name: "installed"
-        if find_spec(module)
-        else f"not installed: pip install -c constraints.txt 'd3po-bench[{name}]'"
+        name: "installed" if find_spec(module) else f"not installed: {install(name)}"
         for name, module in EXTRAS.items()
     }
     yield "extras", extras

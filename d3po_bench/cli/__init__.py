@@ -14,7 +14,7 @@ from d3po_bench import __version__
 from d3po_bench.cli import export, feedback, results, run, show, weights
 from d3po_bench.cli import list as listing
 from d3po_bench.cli.options import Commands
-from d3po_bench.errors import UserError, fail, of_system
+from d3po_bench.errors import UserError, fail, install, of_system
 
 EXTRA = ("fastapi", "itsdangerous", "jinja2", "krippendorff", "sqlalchemy", "uvicorn")
 """Modules that the extra `feedback` brings."""
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if problem.name not in EXTRA:
             raise
         fail(f"The extra `feedback` is not installed: there is no module {problem.name}. Run: "
-             "pip install -c constraints.txt 'd3po-bench[feedback]'", 2)  # fmt: skip
+             f"{install('feedback')}", 2)  # fmt: skip
     except OSError as problem:
         told = of_system(problem)
         if told is None and problem.errno != errno.EPIPE:

@@ -1,4 +1,4 @@
-"""Who is preferred to whom, read from scores: pairs of images, and images that are liked."""
+"""What preference methods share: pairs and liked images read from scores, and the error gap."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench.errors import UserError
+from d3po_bench.types import Conditions, Policy
 
 
 def pairs_of(
@@ -75,3 +76,18 @@ def liking(scores: Tensor, value: float | None = None) -> Tensor:
     wide = scores.double()  # in which the mean of equal scores is that score
     middle = wide.mean(1, keepdim=True) if value is None else torch.full_like(wide, value)
     return (wide > middle).float() - (wide < middle).float()
+
+
+def error_gap(
+    policy: Policy, x_0: Tensor, level: Tensor, noise: Tensor, conditions: Conditions
+) -> Tensor:
+    """By how much the error of the network's output exceeds the pretrained model's, [N].
+
+    Squared error, mean over latent elements; arguments as those of `Policy.denoise`.
+    """
+    place = x_0, level, noise, conditions
+    predicted, target = policy.denoise(*place)
+    with torch.no_grad():
+        before, _ = policy.denoise(*place, weights="base")
+    now, base = ((p - target).square().flatten(1).mean(1) for p in (predicted, before))
+    return now - base

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench.digests import sha256_of
-from d3po_bench.errors import UserError
+from d3po_bench.errors import UserError, install
 from d3po_bench.experience.layouts import LAYOUTS, Judged, Layout, Mark
 from d3po_bench.pictures import open_picture
 from d3po_bench.prompts.tables import SUFFIXES, rows_of
@@ -278,8 +278,7 @@ def _arrow() -> Any:
         import pyarrow.parquet
     except ImportError as problem:
         raise UserError(
-            "Parquet files need the package pyarrow. Install it: pip install -c constraints.txt "
-            '-e ".[parquet]"'
+            f"Parquet files need the extra `parquet`. Install it: {install('parquet')}."
         ) from problem
     return pyarrow.parquet
 

@@ -116,7 +116,7 @@ def chosen_prompts(known: Sequence[str], count: int | None, seed: int, number: i
 
 @dataclass(frozen=True)
 class Before:
-    """What a round goes on from: a finished training from the round before it."""
+    """What a round starts from: a finished training from the round before it."""
 
     weights: dict[str, Tensor]
     settings: Mapping[str, Any]

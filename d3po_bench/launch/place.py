@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from d3po_bench.errors import InUseError, RunError, TryAgainError, UserError
+from d3po_bench.errors import InUseError, RunError, TryAgainError, UserError, install
 from d3po_bench.launch.job import End, make_run
 from d3po_bench.launch.state import read_state
 from d3po_bench.runs.holder import BEAT, DEAD
@@ -71,7 +71,7 @@ class Task:
         return cls(job, address_of(job.folder), str(Path.cwd()), tuple(sys.path))
 
     def make(self) -> tuple[End, int]:
-        """Make the run, or go on with it.
+        """Make the run, or resume it.
 
         A folder whose last process died with its machine is waited for.
 
@@ -178,8 +178,7 @@ def require_installed(package: str, where: str) -> None:
     """
     if find_spec(package) is None:
         raise UserError(
-            f"--where {where} needs the extra `cluster`. Install it: pip install -c "
-            "constraints.txt 'd3po-bench[cluster]'."
+            f"--where {where} needs the extra `cluster`. Install it: {install('cluster')}."
         )
 
 

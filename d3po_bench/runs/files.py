@@ -225,7 +225,7 @@ class Hold:
         if now := self.other:
             raise RunError(
                 f"{self.folder} was taken over by {now}, as nothing was heard of this process. "
-                "Let that one go on."
+                "Let that process finish."
             )
 
     @property

@@ -1,7 +1,7 @@
 """Run folders in object storage, such as s3://bucket/runs: worked on in a folder of this machine.
 
 The folder of an address lies in the cache, and says which address it is of: what writes a run
-there (`runs.store`) uploads it after each checkpoint, and goes on from what is there. What only
+there (`runs.store`) uploads it after each checkpoint, and resumes from what is there. What only
 reads gets a copy of its own.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from d3po_bench.cache import home
-from d3po_bench.errors import InUseError, RunError, UserError
+from d3po_bench.errors import InUseError, RunError, UserError, install
 from d3po_bench.runs.files import LOCK, write_atomically
 from d3po_bench.runs.holder import DEAD, Holder, beating
 
@@ -114,7 +114,7 @@ class Mirror:
         except ImportError as problem:
             raise UserError(
                 f"{self.address} needs a package that is not there: {problem}. For s3://, gs:// "
-                "and az://: pip install -c constraints.txt 'd3po-bench[storage]'."
+                f"and az://: {install('storage')}."
             ) from problem
         except UserError:
             raise
@@ -250,5 +250,5 @@ class Mirror:
         if now and now.token != self.mine.token:
             raise RunError(
                 f"{self.address} was taken over by {now}, as nothing was heard of this process. "
-                "Let that one go on."
+                "Let that process finish."
             )

@@ -167,7 +167,7 @@ class ProgressListener(Listener):
         self._tell("loading the model")
 
     def begin(self, round_: int, unit: str, store: RunStore) -> None:
-        """The model is loaded, and training goes on after that round.
+        """The model is loaded, and training continues after that round.
 
         Args:
             round_: rounds that are done.

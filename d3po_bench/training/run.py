@@ -184,7 +184,7 @@ def _ranks() -> dict[str, int]:
 def _made_before(job: Job) -> bool:
     """Whether the run is there already, after checking that it is whole and still the same.
 
-    One that ended after fewer rounds than are wanted now goes on from its end.
+    One that ended after fewer rounds than are wanted now continues from its end.
     """
     before = RunFolder(job.folder)
     if not before.finished:

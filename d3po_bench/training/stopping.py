@@ -76,4 +76,4 @@ class Stopping(Listener):
 
 def stopped(when: str) -> TryAgainError:
     """The error of a run that was asked to stop."""
-    return TryAgainError(f"Stopped as asked, {when}. The same command goes on from there.")
+    return TryAgainError(f"Stopped as asked, {when}. The same command resumes from there.")

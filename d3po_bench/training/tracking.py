@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from d3po_bench import registry
-from d3po_bench.errors import UserError
+from d3po_bench.errors import UserError, install
 from d3po_bench.training.listeners import Evaluated, Listener
 
 Row = dict[str, Any]
@@ -34,12 +35,12 @@ class Tracked:
     command: str
     """What makes it again."""
     after: int | None
-    """Round of the checkpoint that it goes on from; None at its beginning."""
+    """Round of the checkpoint that it resumes from; None at its beginning."""
     first: Sequence[Row]
     """Rows of its first evaluation, from which gains are counted; [] before it."""
 
 
-class Tracker(Listener):
+class Tracker(Listener, ABC):
     """Sends the numbers of a run, and its pictures of fixed prompts, to another program."""
 
     NEEDS: ClassVar[str]
@@ -59,13 +60,13 @@ class Tracker(Listener):
             UserError: with what to do about it.
         """
 
+    @abstractmethod
     def log(self, round_: int, scalars: Scalars, pictures: Mapping[str, Tensor]) -> None:
         """Numbers, and pictures [3, h, w] uint8 by prompt, after a round."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self, *, failed: bool) -> None:
         """Nothing more comes."""
-        raise NotImplementedError
 
     def evaluated(self, round_: int, found: Evaluated) -> None:
         """Means over the images of each sampler, gains over the first evaluation, pictures."""
@@ -114,8 +115,7 @@ def require(names: Sequence[str]) -> tuple[str, ...]:
         tracker = registry.part("tracker", name)
         if find_spec(tracker.NEEDS) is None:
             raise UserError(
-                f"--track {name} needs the extra `track`. Install it: pip install -c "
-                "constraints.txt 'd3po-bench[track]'."
+                f"--track {name} needs the extra `track`. Install it: {install('track')}."
             )
         tracker.require()
     return tuple(dict.fromkeys(names))

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d3po_bench.errors import UserError
+from d3po_bench.errors import UserError, install
 from d3po_bench.types import Scorer
 
 
@@ -30,7 +30,7 @@ class OpenClipScore:
         except (ImportError, RuntimeError) as problem:
             raise UserError(
                 f"The scorer open_clip needs an extra that is not installed here ({problem}). "
-                "Install it: pip install -c constraints.txt 'd3po-bench[open-clip]'."
+                f"Install it: {install('open-clip')}."
             ) from problem
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(

@@ -26,7 +26,7 @@ from d3po_bench.launch.place import (
 )
 
 USUAL = {"name": "d3po-bench", "timeout_min": 240}
-"""What a job asks for; one that is out of time goes on in another."""
+"""What a job asks for; a run that is out of time is resumed by the next job."""
 
 TIMEOUTS = 1000
 """How often a job may be out of time."""

@@ -36,7 +36,7 @@ class WandB(Tracker):
                 wandb.login()
 
     def __init__(self, run: Tracked) -> None:
-        """Begin a run there, or go on with it.
+        """Begin a run there, or continue it.
 
         Raises:
             UserError: there is no login, or no connection.
