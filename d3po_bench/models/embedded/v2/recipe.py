@@ -61,13 +61,15 @@ class Recipe(Losses):
     vae_images: int = 120_000
     vae_batch: int = 16
     vae_lr: float = 2e-3
+    vae_steady: float = 0.0
     vae_width: int = 32
     vae_levels: int = 3
     latent_channels: int = 8
     latent_noise: float = 0.08
-    unet_images: int = 2_000_000
+    unet_images: int = 800_000
     unet_batch: int = 64
     unet_lr: float = 1.2e-3
+    unet_steady: float = 0.6
     unet_channels: tuple[int, ...] = (48, 80, 112)
     text_layers: int = 3
 
@@ -258,9 +260,11 @@ def _worker(rank: int, stage: str, recipe: Recipe, work: Path, options: dict[str
             str(work / f".rendezvous-{stage}"), processes
         )
         dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    images, batch, lr = (getattr(recipe, f"{stage}_{k}") for k in ("images", "batch", "lr"))
+    images, batch, lr, steady = (
+        getattr(recipe, f"{stage}_{k}") for k in ("images", "batch", "lr", "steady")
+    )
     plan = Plan(
-        name=stage, images=images, batch=batch, lr=lr, memory=max(64_000, 500 * batch),
+        name=stage, images=images, batch=batch, lr=lr, steady=steady, memory=max(64_000, 500 * batch),
         folder=work, device=device, bf16=options["bf16"], seed=recipe.seed, lead=rank == 0,
         minutes=options["minutes"],
     )  # fmt: skip

@@ -26,9 +26,11 @@ class Plan:
 
     name: str
     images: int
-    """Pictures to see in all; the rate falls along a cosine until then."""
+    """Pictures to see in all."""
     batch: int
     lr: float
+    steady: float = 0.0
+    """Share of the plan at the full rate; then the rate falls along half a cosine."""
     memory: int
     """Pictures over which the weights are averaged, about."""
     folder: Path
@@ -148,7 +150,7 @@ def fit(
     losses: list[Tensor] = []
     while state.progress < 1:
         for group in optimizer.param_groups:
-            group["lr"] = plan.lr * rate(state.progress, state.step, warmup=200)
+            group["lr"] = plan.lr * rate(_falling(plan, state), state.step, warmup=200)
         with cast:
             value = loss(random(plan, state.step), share)
         losses.append(value.detach())
@@ -175,6 +177,11 @@ def _descend(module: nn.Module, optimizer: torch.optim.Optimizer, value: Tensor)
     share_gradients(module)
     nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
+
+
+def _falling(plan: Plan, state: State) -> float:
+    """Share of the fall of the rate that is over."""
+    return max(0.0, state.progress - plan.steady) / (1 - plan.steady)
 
 
 def _progress(plan: Plan, state: State, first: float, spent: float) -> float:
