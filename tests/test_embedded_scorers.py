@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +14,70 @@ import torch
 from click.testing import CliRunner
 
 from d3po_bench import registry
-from d3po_bench.models.embedded.render import FONT
+from d3po_bench.models.embedded.v2.pictures import SHARD
+from d3po_bench.models.embedded.v2.scenes import KINDS, Scene, Thing
+from d3po_bench.models.embedded.v2.scenes import scene as drawn
 from eval.embedded import facts, recipe
 from eval.embedded.facts import Facts
-from eval.embedded.recipe import Recipe
+from eval.embedded.recipe import Batches, Recipe
 
-SMALL = Recipe(pictures=2100, batch=16, width=32, layers=1, embedding=16)
-needs_font = pytest.mark.skipif(not FONT.exists(), reason=f"needs the emoji font at {FONT}")
+SMALL = Recipe(batch=16, width=32, layers=1, embedding=16)
 
 
 def some(count: int) -> Facts:
-    """Noise pictures with random facts."""
-    rng = np.random.default_rng(1)
-    truth = rng.integers(0, (45, 7, 12), (count, 3))
-    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return Facts(images, torch.from_numpy(truth))
+    """Noise pictures with random scenes of every kind."""
+    rng, kinds = np.random.default_rng(1), list(KINDS)
+    scenes = [drawn(rng, kinds[i % len(kinds)]) for i in range(count)]
+    images = torch.randint(256, (count, 3, 64, 64), generator=torch.Generator().manual_seed(1))
+    return Facts(lambda index: images[index].to(torch.uint8), scenes)
 
 
-def test_a_caption_is_right_where_it_names_nothing_wrong() -> None:
-    pictures = torch.tensor([[0, 1, 2], [0, 1, 3], [4, 1, 2]])
-    captions = torch.tensor([[0, 1, 2], [0, 5, 5]])
-    found = facts.agree(pictures, captions, torch.tensor([True, False]))
-    assert found.tolist() == [[True, True], [False, True], [False, False]]
+def thing(animal: str, x: float = 0.5, card: str | None = None) -> Thing:
+    """An animal at half height."""
+    return Thing(animal=animal, x=x, y=0.5, side=0.4, card=card)
 
 
-def test_a_wrong_caption_differs_in_one_thing_that_it_names() -> None:
-    source = some(500)
-    full = torch.arange(500) % 2 == 0
-    changed = facts.wrong(source.truth, full, torch.Generator().manual_seed(0))
-    different = changed != source.truth
-    assert different.sum(1).eq(1).all()
-    assert different[~full, 0].all()
-    assert different[full].any(0).all(), "each of the three is changed somewhere"
-    assert (changed >= 0).all()
-    assert (changed < torch.tensor([45, 7, 12])).all()
-    apart = facts.agree(source.truth, changed, full).diagonal()
-    assert not apart.any()
+FOX_ON_RED_LEFT_OF_FROG = Scene(
+    kind="position", caption="a fox left of a frog", ground="mist",
+    things=(thing("fox", 0.25, "red"), thing("frog", 0.75, "blue")),
+)  # fmt: skip
 
 
-def test_captions_are_those_of_the_embedded_model() -> None:
-    cat = [facts.ANIMALS.index("cat"), facts.PATTERNS.index("striped"), facts.COLOURS.index("blue")]
-    assert facts.caption(cat, True) == "a cat on a blue striped background"
-    assert facts.caption(cat, False) == "cat"
+@pytest.mark.parametrize(
+    ("caption", "right"),
+    [
+        ("fox", True), ("a frog", True), ("a cat", False), ("one fox", True), ("two foxes", False),
+        ("a fox and a frog", True), ("a frog and a cat", False), ("a frog right of a fox", True),
+        ("a frog left of a fox", False), ("a fox above a frog", False),
+        ("a fox on a red card", True), ("a fox on a blue card", False),
+        ("a frog on a blue card and a fox on a red card", True),
+        ("a fox on a red background", False),
+    ],
+)  # fmt: skip
+def test_a_caption_is_right_where_it_asks_for_nothing_wrong(caption: str, right: bool) -> None:
+    assert facts.holds(FOX_ON_RED_LEFT_OF_FROG, caption) is right
+
+
+def test_a_background_is_right_in_colour_and_pattern() -> None:
+    striped = Scene(kind="background", caption="", ground="red", pattern="striped",
+                    things=(thing("fox"),))  # fmt: skip
+    plain = replace(striped, pattern="plain")
+    captions = ["a fox on a red striped background", "a fox on a red background"]
+    assert facts.agree([striped, plain], captions).tolist() == [[True, False], [False, True]]
+
+
+def test_a_scenes_own_caption_is_right_and_a_changed_one_wrong() -> None:
+    source, rng = some(400), random.Random(0)
+    assert facts.agree(source.scenes[:48], source.captions()[:48]).diagonal().all()
+    for scene in source.scenes:
+        changed = facts.wrong(scene, rng)
+        assert facts.holds(scene, scene.caption)
+        assert not facts.holds(scene, changed)
+        assert len(changed.split()) == len(scene.caption.split())
 
 
 def test_no_damage_changes_nothing_and_much_changes_much() -> None:
-    images = some(4).pictures(slice(None))
+    images = some(4).pictures()
     rng = torch.Generator().manual_seed(0)
     assert torch.equal(facts.damaged(images, torch.zeros(4), rng), images)
     heavy = facts.damaged(images, torch.ones(4), rng).float()
@@ -65,15 +85,20 @@ def test_no_damage_changes_nothing_and_much_changes_much() -> None:
 
 
 def test_what_people_like_by_hand() -> None:
-    about = torch.tensor([[1, 2, 3]] * 3)
-    truth = torch.tensor([[1, 2, 3], [1, 0, 3], [0, 2, 0]])
-    damage = torch.tensor([0.0, 0.5, 1.0])
-    assert recipe.utility(truth, about, damage).tolist() == [4.0, 2.0, -1.0]
+    def worth(caption: str, damage: float = 0.0) -> float:
+        return recipe.utility(FOX_ON_RED_LEFT_OF_FROG, caption, damage)
+
+    assert worth("a fox left of a frog") == 4.0
+    assert worth("a fox left of a frog", 0.5) == 3.0
+    assert worth("a fox right of a frog") == pytest.approx(4 * 2 / 3)
+    assert worth("a fox on a blue card and a frog on a blue card") == 3.0
+    assert worth("two foxes") == 2.0
+    assert worth("two cats", 1.0) == -2.0
 
 
 def test_choices_offer_both_sides() -> None:
-    pairs = recipe.choices(some(300), 64, torch.Generator().manual_seed(0))
-    assert pairs.first.shape == pairs.second.shape == (64, 3, 32, 32)
+    pairs = recipe.choices(Batches(some(450), 16), 64, torch.Generator().manual_seed(0))
+    assert pairs.first.shape == pairs.second.shape == (64, 3, 64, 64)
     assert len(pairs.captions) == 64
     assert (pairs.better > 0.2).sum() > 10
     assert (pairs.better < -0.2).sum() > 10
@@ -107,10 +132,9 @@ def test_every_right_caption_is_a_target() -> None:
 
 
 def test_blip_starts_from_clips_image_tower(tmp_path: Path) -> None:
-    from transformers import CLIPTokenizer
-
     torch.manual_seed(0)
-    clip = recipe.new_clip(SMALL, CLIPTokenizer.from_pretrained(recipe.TOKENIZER))
+    words = recipe.new_tokenizer(["a fox"], tmp_path)
+    clip = recipe.new_clip(SMALL, words)
     recipe.write_vocabulary(tmp_path / "vocab.txt")
     blip = recipe.new_blip(SMALL, tmp_path / "vocab.txt")
     recipe.take_tower(blip, {f"clip.{k}": v for k, v in clip.state_dict().items()})
@@ -125,19 +149,33 @@ def test_blip_starts_from_clips_image_tower(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@needs_font
 def test_the_whole_recipe_runs_and_its_scorers_load(tmp_path: Path) -> None:
-    changes = {"pictures": 2100, "batch": 16, "width": 32, "layers": 1, "embedding": 16,
-               "clip_steps": 2, "blip_steps": 2, "reward_steps": 2, "bf16": False}  # fmt: skip
+    source = some(facts.HELD_OUT + SHARD)
+    shards(source, tmp_path / "pictures")
+    changes = {"batch": 16, "width": 32, "layers": 1, "embedding": 16, "clip_steps": 2,
+               "blip_steps": 2, "reward_steps": 2}  # fmt: skip
     sets = [part for k, v in changes.items() for part in ("--set", f"{k}={json.dumps(v)}")]
-    where = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    where = ["--pictures", str(tmp_path / "pictures"), "--work", str(tmp_path / "work"),
+             "--out", str(tmp_path)]  # fmt: skip
     found = CliRunner().invoke(recipe.main, ["all", *where, *sets], catch_exceptions=False)
     assert found.exit_code == 0
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["recipe"]["clip_steps"] == 2
     (tmp_path / "aesthetic" / "clip").symlink_to(tmp_path / "clip")
-    images = some(3).pictures(slice(None))
+    images = source.images(torch.arange(3))
     prompts = ["cat", "a dog on a red striped background", "fox"]
     for name in ("clip", "aesthetic", "blip", "image_reward"):
         scorer: Any = registry.load_scorer(f"{name}:{tmp_path / name}", torch.device("cpu"))
         assert torch.isfinite(scorer(images, prompts)).all()
+
+
+def shards(source: Facts, folder: Path) -> None:
+    """Write the pictures as the embedded model's recipe does."""
+    folder.mkdir()
+    for number in range(len(source) // SHARD):
+        index = torch.arange(number * SHARD, (number + 1) * SHARD)
+        pixels = source.images(index).permute(0, 2, 3, 1)
+        masks = torch.full((*pixels.shape[:3], 1), 255, dtype=torch.uint8)
+        np.save(folder / f"images-{number:04}.npy", torch.cat([pixels, masks], 3).numpy())
+        lines = (json.dumps(asdict(source.scenes[i])) for i in index.tolist())
+        (folder / f"scenes-{number:04}.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,29 +1,29 @@
-"""Pictures with everything that is true of them, for teaching and testing the embedded scorers.
+"""Renders with everything that is true of them, for teaching and testing the embedded scorers.
 
-The renders are those of the embedded model's recipe, from another seed. A picture has an animal,
-a pattern and a colour; a caption names the animal alone or all three, and is right for every
-picture that agrees with what it names.
+The pictures are those that the embedded model's version 2 learned from. A caption is right for
+every picture of which it holds by GenEval's rules, whichever picture it was written for.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+import random
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d3po_bench.models.embedded import render
-
-ANIMALS, PATTERNS, COLOURS = tuple(render.GLYPHS), render.PATTERNS, tuple(render.COLOURS)
-SEED = 4242
-"""Of the renders; the embedded model was trained on those of seed 0."""
+from d3po_bench.models.embedded.render import COLOURS, PATTERNS
+from d3po_bench.models.embedded.v2 import captions, judge_recipe
+from d3po_bench.models.embedded.v2.captions import ANIMALS, Asked, read
+from d3po_bench.models.embedded.v2.judge import Found
+from d3po_bench.models.embedded.v2.pictures import Pictures
+from d3po_bench.models.embedded.v2.scenes import Scene, Thing
+from eval.scorers._geneval import fits, right, towards
 
 HELD_OUT = 2_000
 """Last pictures of a set, which nothing is trained on."""
@@ -31,106 +31,137 @@ HELD_OUT = 2_000
 
 @dataclass(frozen=True)
 class Facts:
-    """N pictures. Facts are numbers in ANIMALS, PATTERNS and COLOURS."""
+    """N pictures and what they show."""
 
-    images: Any
-    """[N, 32, 32, 3] uint8, a numpy array."""
-    truth: Tensor
-    """[N, 3] int64: animal, pattern, colour."""
+    images: Callable[[Tensor], Tensor]
+    """Pictures [M, 3, 64, 64] uint8 of these numbers [M]."""
+    scenes: Sequence[Scene]
 
     def __len__(self) -> int:
         """N."""
-        return len(self.truth)
+        return len(self.scenes)
 
-    def pictures(self, index: Any) -> Tensor:
-        """[M, 3, 32, 32] uint8."""
-        return torch.from_numpy(np.array(self.images[index])).permute(0, 3, 1, 2)
+    def pictures(self) -> Tensor:
+        """All of them, [N, 3, 64, 64] uint8."""
+        return self.images(torch.arange(len(self)))
 
-    def part(self, where: slice) -> Facts:
-        """Some of them."""
-        return Facts(self.images[where], self.truth[where])
-
-
-def _block(start: int, stop: int) -> tuple[Any, list[list[int]]]:
-    images, truth = [], []
-    for index in range(start, stop):
-        rng = np.random.default_rng([SEED, index])
-        facts = [int(rng.integers(len(kinds))) for kinds in (ANIMALS, PATTERNS, COLOURS)]
-        picture = render.draw(ANIMALS[facts[0]], PATTERNS[facts[1]], COLOURS[facts[2]], rng)
-        images.append(picture[..., :3])
-        truth.append(facts)
-    return np.stack(images), truth
+    def captions(self) -> list[str]:
+        """The caption that each was drawn for."""
+        return [scene.caption for scene in self.scenes]
 
 
-def render_facts(count: int, work: Path, processes: int) -> None:
-    """Write facts.npy [N, 32, 32, 3] and truth.json."""
-    starts = range(0, count, 500)
-    stops = [min(start + 500, count) for start in starts]
-    with ProcessPoolExecutor(processes) as pool:
-        blocks = list(pool.map(_block, starts, stops))
-    np.save(work / "facts.npy", np.concatenate([images for images, _ in blocks]))
-    (work / "truth.json").write_text(json.dumps([facts for _, part in blocks for facts in part]))
-
-
-def read_facts(work: Path) -> tuple[Facts, Facts]:
-    """Those to train on, and the held-out ones."""
-    images = np.load(work / "facts.npy", mmap_mode="r")
-    whole = Facts(images, torch.tensor(json.loads((work / "truth.json").read_text())))
-    return whole.part(slice(0, len(whole) - HELD_OUT)), whole.part(slice(-HELD_OUT, None))
+def read_facts(folder: Path) -> tuple[Facts, Facts]:
+    """Those in a folder of `v2.pictures` to train on, and the held-out ones."""
+    pictures = Pictures(folder)
+    scenes = [
+        Scene(**(s | {"things": tuple(Thing(**t) for t in s["things"])})) for s in pictures.scenes()
+    ]
+    first = len(scenes) - HELD_OUT
+    return (
+        Facts(lambda index: pictures.batch(index)[:, :3], scenes[:first]),
+        Facts(lambda index: pictures.batch(index + first)[:, :3], scenes[first:]),
+    )
 
 
 def held_out(count: int) -> Facts:
-    """Fresh renders that no set of `render_facts` holds, for measuring."""
-    images, truth = _block(10**7, 10**7 + count)
-    return Facts(images, torch.tensor(truth))
+    """Fresh renders that nothing was trained on, as many of each kind of caption."""
+    pictures, scenes = judge_recipe.held_out(count)
+    return Facts(lambda index: pictures[index], scenes)
 
 
-# ---- captions
+# ---- what is true
+
+_read = lru_cache(maxsize=100_000)(read)
 
 
-def caption(truth: Sequence[int], full: bool) -> str:
-    """The animal alone, or with colour and pattern, as the embedded model's captions have it."""
-    animal, pattern, colour = truth
-    if full:
-        return render.caption(ANIMALS[animal], PATTERNS[pattern], COLOURS[colour])
-    return ANIMALS[animal]
+def truth(scene: Scene) -> list[Found]:
+    """What a judge without error finds in a scene."""
+    return [
+        Found(
+            animal=t.animal, probability=1.0, x=t.x, y=t.y, side=t.side,
+            colour=t.card or scene.ground, card=t.card is not None,
+        )
+        for t in scene.things
+    ]  # fmt: skip
 
 
-def agree(pictures: Tensor, captions: Tensor, full: Tensor) -> Tensor:
-    """Which captions are right for which pictures, [N, M] bool.
-
-    Args:
-        pictures: [N, 3] what is true of each picture.
-        captions: [M, 3] what each caption is about.
-        full: [M] bool, whether it names all three or the animal alone.
-    """
-    same = pictures[:, None, :] == captions[None, :, :]
-    return same[..., 0] & (same.all(2) | ~full[None, :])
+def asked_by(caption: str) -> Asked:
+    """What one of our captions asks for."""
+    asked = _read(caption)
+    if asked is None:
+        raise ValueError(f"No caption of version 2: {caption!r}")
+    return asked
 
 
-def wrong(truth: Tensor, full: Tensor, rng: torch.Generator) -> Tensor:
-    """Facts [N, 3] with one changed that the caption names: the animal, or any of the three."""
-    sizes = torch.tensor([len(ANIMALS), len(PATTERNS), len(COLOURS)])
-    which = torch.randint(3, (len(truth),), generator=rng) * full
-    step = 1 + (torch.rand(len(truth), generator=rng) * (sizes[which] - 1)).long()
-    changed = truth.clone()
-    row = torch.arange(len(truth))
-    changed[row, which] = (truth[row, which] + step) % sizes[which]
-    return changed
+def holds(scene: Scene, caption: str) -> bool:
+    """Whether a caption is right for a scene: GenEval's rules, and the background's pattern."""
+    if caption.endswith(" background"):
+        word = caption.split()[-2]
+        if scene.pattern != (word if word in PATTERNS else "plain"):
+            return False
+    return right(truth(scene), asked_by(caption))
 
 
-def texts(truth: Tensor, full: Tensor) -> list[str]:
-    """Captions of facts [N, 3]."""
-    return [caption(t, f) for t, f in zip(truth.tolist(), full.tolist(), strict=True)]
+def agree(scenes: Sequence[Scene], texts: Sequence[str]) -> Tensor:
+    """Which captions are right for which scenes, [N, M] bool."""
+    shown = [{t.animal for t in scene.things} for scene in scenes]
+    named = [{w.animal for w in asked_by(text).wanted} for text in texts]
+    found = torch.zeros(len(scenes), len(texts), dtype=torch.bool)
+    for n, scene in enumerate(scenes):
+        for m, text in enumerate(texts):
+            found[n, m] = named[m] <= shown[n] and holds(scene, text)
+    return found
+
+
+def share_right(scene: Scene, caption: str) -> float:
+    """Share of what a caption asks for, fact by fact, that is true of a scene."""
+    found, asked = truth(scene), asked_by(caption)
+    told = []
+    for wanted in asked.wanted:
+        of_it = [f for f in found if f.animal == wanted.animal]
+        told.append(bool(of_it))
+        told += [any(fits(f, wanted) for f in of_it)] if wanted.colour else []
+        told += [len(of_it) == wanted.count] if asked.kind == "counting" else []
+    if asked.relation:
+        both = [[f for f in found if f.animal == w.animal] for w in asked.wanted]
+        told.append(all(both) and towards(both[0][0], both[1][0], asked.relation) > 0.5)
+    return sum(told) / len(told)
+
+
+# ---- wrong captions
+
+_KINDS = (
+    ANIMALS, tuple(captions.plural(animal) for animal in ANIMALS), ("two", "three", "four"),
+    tuple(COLOURS), PATTERNS[1:], ("left", "right"), ("above", "below"),
+)  # fmt: skip
+"""Words of which one may stand for another."""
+
+
+def wrong(scene: Scene, rng: random.Random) -> str:
+    """The scene's caption with a word changed, or two animals exchanged, so that it is wrong."""
+    words = scene.caption.split()
+    spots = [(i, kind) for i, word in enumerate(words) for kind in _KINDS if word in kind]
+    animals = [i for i, word in enumerate(words) if word in ANIMALS]
+    while True:
+        changed = words.copy()
+        if len(animals) == 2 and rng.random() < 0.25:
+            one, other = animals
+            changed[one], changed[other] = words[other], words[one]
+        else:
+            i, kind = rng.choice(spots)
+            changed[i] = rng.choice([word for word in kind if word != words[i]])
+        text = re.sub(r"\ban? (\w+)", lambda found: captions.a(found[1]), " ".join(changed))
+        if _read(text) and not holds(scene, text):
+            return text
 
 
 # ---- damage
 
 
 def damaged(images: Tensor, strength: Tensor, rng: torch.Generator) -> Tensor:
-    """Pictures [N, 3, 32, 32] uint8 with blur and noise of strength 0 to 1, [N]; uint8 again."""
+    """Pictures [N, 3, s, s] uint8 with blur and noise of strength 0 to 1, [N]; uint8 again."""
     x = images.float()
-    blurred = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    blurred = F.avg_pool2d(F.pad(x, (4, 4, 4, 4), mode="replicate"), 9, 1)
     s = strength.view(-1, 1, 1, 1)
     noise = torch.randn(x.shape, generator=rng)
     return (x + s * (blurred - x) + 60 * s * noise).clamp(0, 255).round().to(torch.uint8)
