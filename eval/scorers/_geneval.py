@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench.models.embedded.render import COLOURS
+from d3po_bench.models.embedded.v2 import judge
 from d3po_bench.models.embedded.v2.captions import ANIMALS, RELATIONS, Asked, Wanted, read
 from d3po_bench.models.embedded.v2.judge import Found, Judge, Seen, objects
 
@@ -164,3 +165,8 @@ def by_kind(scores: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     places = _places(prompts)
     told = {kind: float(scores[here].mean()) for kind, here in places.items() if here.any()}
     return told | {"mean": sum(told.values()) / len(told)} if told else {}
+
+
+def shipped(name: str, which: str, rule: Rule, device: torch.device) -> GenEval:
+    """The scorer `name`: the verdicts of a judge that ships, `first` or `second`."""
+    return GenEval(name, judge.load(which, device), rule, judge.paths(which, judge.HERE))
