@@ -17,7 +17,6 @@ from d3po_bench.cache import home
 from d3po_bench.errors import UserError, install
 from eval import downloads
 
-EMBEDDED = registry.HOME / "eval" / "embedded"
 """Small scorers that ship with the project."""
 
 EXTRAS = {"open-clip": "open_clip", "feedback": "fastapi", "track": "tensorboard", "cluster": "ray"}
@@ -69,6 +68,8 @@ def _devices() -> dict[str, str]:
 
 def checkable() -> list[str]:
     """Scorers by name and, where they have any, by weights."""
+    from eval.scorers._clip import SHIPPED, shipped
+
     found = []
     for name in registry.names("scorer"):
         if name == "open_clip":
@@ -76,7 +77,7 @@ def checkable() -> list[str]:
         if not registry.takes_weights(name):
             found.append(name)
             continue
-        found += [f"{name}:tiny"] if (EMBEDDED / name).is_dir() else []
+        found += [f"{name}:{which}" for which in SHIPPED if shipped(name, which).is_dir()]
         found.append(f"{name}:official")
     return found
 

@@ -22,6 +22,7 @@ from d3po_bench.digests import sha256_of, short
 from d3po_bench.errors import UserError
 from d3po_bench.scoring import Sum
 from d3po_bench.types import Scorer, ScorerWithColumns
+from eval.scorers._clip import SHIPPED
 
 GOLDEN = Path(__file__).parent / "golden.json"
 
@@ -94,7 +95,7 @@ def check(name: str, scorer: Scorer) -> bool:
         for column, found in columns(base, scorer).items():
             _compare(base, column, known[files], found)
         return True
-    if known and weights in ("", "tiny"):
+    if known and weights in ("", *SHIPPED):
         raise UserError(
             f"The weights of {base} ({files}) are not those that ship with the package "
             f"({', '.join(known)}): a file is damaged or was exchanged. Install the package again; "

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from d3po_bench import registry
+from d3po_bench.models.embedded.recipe import new_tokenizer
 from d3po_bench.models.embedded.v2.pictures import SHARD
 from d3po_bench.models.embedded.v2.scenes import KINDS, Scene, Thing
 from d3po_bench.models.embedded.v2.scenes import scene as drawn
@@ -133,7 +134,7 @@ def test_every_right_caption_is_a_target() -> None:
 
 def test_blip_starts_from_clips_image_tower(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    words = recipe.new_tokenizer(["a fox"], tmp_path)
+    words = new_tokenizer(["a fox"], tmp_path)
     clip = recipe.new_clip(SMALL, words)
     recipe.write_vocabulary(tmp_path / "vocab.txt")
     blip = recipe.new_blip(SMALL, tmp_path / "vocab.txt")

@@ -362,10 +362,10 @@ def _made(folder: Path) -> Path:
 def test_the_recipe_makes_a_pipeline_that_diffusers_loads_and_draws(made: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(made / "tiny")
+    pipe = StableDiffusionPipeline.from_pretrained(made / "tiny2")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("three foxes", num_inference_steps=1).images[0].size == (64, 64)
-    model = load(Source(str(made / "tiny")), CPU, Training())
+    model = load(Source(str(made / "tiny2")), CPU, Training())
     assert version2.drawn(model, ["fox", "two pigs"], steps=1).shape == (2, 3, 64, 64)
     latents = np.load(made / "latents.npy")
     assert latents.shape == (6, 4, 16, 16)

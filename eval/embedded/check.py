@@ -25,7 +25,7 @@ from eval.embedded import facts, recipe
 from eval.embedded.facts import Facts
 
 COUNT = 2000
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "v2"
 WRONG = 5
 """Wrong captions beside each right one."""
 
@@ -80,7 +80,7 @@ CHECKS: tuple[tuple[str, Callable[[Any, Facts], dict[str, float]]], ...] = (
 )  # fmt: skip
 
 
-def measured(weights: str = "tiny", count: int = COUNT) -> Iterator[tuple[str, float]]:
+def measured(weights: str = "tiny2", count: int = COUNT) -> Iterator[tuple[str, float]]:
     """Each number of the card by its name."""
     held = facts.held_out(count)
     for name, check in CHECKS:

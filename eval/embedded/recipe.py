@@ -38,7 +38,7 @@ from eval.embedded.facts import Facts
 from eval.scorers import _blip, _clip, image_reward
 from eval.scorers.aesthetic import Head
 
-HERE = Path(__file__).parent
+OUT = Path(__file__).parent / "v2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -558,7 +558,7 @@ def run_stage(stage: str, recipe: Recipe, places: Places) -> None:
 @click.argument("stage", type=click.Choice((*STAGES, "all")))
 @click.option("--pictures", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/scorers"))
-@click.option("--out", type=click.Path(path_type=Path), default=HERE)
+@click.option("--out", type=click.Path(path_type=Path), default=OUT)
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="One recipe field.")
 def main(stage: str, changes: tuple[str, ...], **places: Path) -> None:
     """Make the embedded scorers, or one STAGE of them.

@@ -1,11 +1,11 @@
-"""How good the embedded model's version 2 is: GenEval by both judges, and sheets to look at.
+"""How good the embedded model's version 2 is: GenEval by both judges, sheets to look at, the card.
 
-    python -m eval.embedded.version2 build/tiny-v2/out/tiny --judges build/tiny-v2
+    python -m eval.embedded.version2 d3po_bench/models/embedded/v2/tiny2
 
 draws the captions of version 2's three lists, scores them by kind with each judge that is there,
-asks the first how often the animal of a bare name is the one most likely seen, and writes
-measured.json and two sheets: one of animals in random order without their names, for people to
-name, with its key; one with captions.
+asks how often the animal of a bare name is the one most likely seen, and writes measured.json,
+CARD.md and two sheets: one of animals in random order without their names, for people to name, with
+its key in naming.json, where answers are written beside it; one with captions.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.embedded.v2 import judge, lists
 from d3po_bench.models.embedded.v2.captions import ANIMALS, read
+from d3po_bench.models.embedded.v2.render import SIZE
 from d3po_bench.models.embedded.v2.sheet import save_sheet
 from d3po_bench.models.sources import Source, load
 from d3po_bench.types import Model
 from eval.scorers import _geneval
 
+HERE = judge.HERE
 SEED = 7_200_000
 
 
@@ -91,8 +93,9 @@ def to_name(model: Model, out: Path, steps: int) -> None:
     animals = random.Random(SEED).sample(ANIMALS, len(ANIMALS))
     numbers = [str(i + 1) for i in range(len(animals))]
     _shown(drawn(model, animals, steps, eta=0.0), numbers, out / "naming.png")
-    key = dict(zip(numbers, animals, strict=True))
-    (out / "naming.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    answers = {n: {"is": animal, "named": ""} for n, animal in zip(numbers, animals, strict=True)}
+    if not (out / "naming.json").exists():
+        (out / "naming.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
 
 
 def _judges(folder: Path | None) -> dict[str, judge.Judge]:
@@ -100,6 +103,47 @@ def _judges(folder: Path | None) -> dict[str, judge.Judge]:
     home = folder or judge.HERE
     there = [name for name in judge.NETWORKS if (home / f"judge-{name}.json").exists()]
     return {name: judge.load(name, torch.device("cpu"), home) for name in there}
+
+
+def card(home: Path, judges: Path) -> str:
+    """CARD.md from what the recipes and `main` wrote into a folder, and people's answers."""
+    read = {
+        p.stem: json.loads(p.read_text(encoding="utf-8"))
+        for p in (*home.glob("*.json"), *judges.glob("judge-*.json"))
+    }
+    made, found = read["card"], read["measured"]
+    stages = "\n".join(
+        f"| {name} | {stage['images']:,} | {stage['seconds']:,.0f} |"
+        for name, stage in made["stages"].items()
+    )
+    shares = {name: read[f"judge-{name}"]["right"] for name in judge.NETWORKS}
+    parts = ("presence", "count", "colour", "place")
+    kinds = (*_geneval.KINDS, "mean")
+    scores = [
+        f"| {name} | {by} | {' | '.join(f'{found[key][k]:.2f}' for k in kinds)} |"
+        for name, by, key in (
+            (name, by, f"{name} {by} hard") for name in lists.lists() for by in judge.NETWORKS
+        )
+    ]
+    answers = read["naming"].values()
+    agreement = [found[f"{name} agreement"] for name in lists.lists()]
+    template = (HERE / "CARD.template.md").read_text(encoding="utf-8")
+    megabytes = sum(p.stat().st_size for p in home.rglob("*.safetensors")) / 1e6
+    return template.format(
+        stages=stages, scores="\n".join(scores), kinds=" | ".join(_geneval.KINDS),
+        bars="--:|" * len(_geneval.KINDS), megabytes=megabytes,
+        judges="\n".join(
+            f"| {name} | {' | '.join(f'{share[p]:.1%}' for p in parts)} |"
+            for name, share in shares.items()
+        ),
+        named=sum(a["is"] == a["named"] for a in answers),
+        agreement=f"{min(agreement):.1%} to {max(agreement):.1%}",
+        top1=", ".join(f"{found[f'names {by} top1']:.1%}" for by in judge.NETWORKS),
+        channels=made["recipe"]["latent_channels"],
+        latent=SIZE >> (made["recipe"]["vae_levels"] - 1), pictures=made["recipe"]["pictures"],
+        psnr=made["facts"]["psnr_db"], scale=1 / made["facts"]["std"], steps=found["steps"],
+        images=found["images"],
+    )  # fmt: skip
 
 
 @click.command()
@@ -111,7 +155,7 @@ def _judges(folder: Path | None) -> dict[str, judge.Judge]:
 def main(folder: Path, judges: Path | None, out: Path | None, images: int, steps: int) -> None:
     """Measure the pipeline in FOLDER.
 
-    Example: python -m eval.embedded.version2 build/tiny-v2/out/tiny --judges build/tiny-v2
+    Example: python -m eval.embedded.version2 d3po_bench/models/embedded/v2/tiny2
     """
     torch.set_num_threads(1)
     out = out or folder.parent
@@ -121,6 +165,7 @@ def main(folder: Path, judges: Path | None, out: Path | None, images: int, steps
     _shown(drawn(model, captions, steps, eta=0.0), captions, out / "captions.png")
     facts = measure(model, _judges(judges), images, steps)
     (out / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (out / "CARD.md").write_text(card(out, judges or judge.HERE), encoding="utf-8")
     click.echo(json.dumps(facts, indent=1))
 
 

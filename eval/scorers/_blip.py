@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from d3po_bench.errors import UserError
-from eval.scorers._clip import EMBEDDED, MEAN, STD
+from eval.scorers._clip import MEAN, STD, shipped
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
@@ -259,7 +259,7 @@ def opened(weights: str, scorer: str) -> Parts:
     """The parts in a folder that `save` wrote.
 
     Args:
-        weights: the folder, or "tiny" for that of `scorer` which ships with the package.
+        weights: the folder, or "tiny" or "tiny2" for that of `scorer` which ships for that model.
         scorer: blip or image_reward.
 
     Raises:
@@ -268,7 +268,7 @@ def opened(weights: str, scorer: str) -> Parts:
     from safetensors.torch import load_file
     from transformers import BlipConfig
 
-    folder = EMBEDDED / scorer if weights == "tiny" else Path(weights)
+    folder = shipped(scorer, weights)
     config, tensors, vocabulary = paths = [
         folder / name for name in ("config.json", "model.safetensors", "vocab.txt")
     ]

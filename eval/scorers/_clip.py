@@ -58,20 +58,28 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 """The small scorers that ship with the project."""
 
+SHIPPED = {"tiny": "", "tiny2": "v2"}
+"""Embedded model -> folder of its scorers, below EMBEDDED."""
+
+
+def shipped(name: str, which: str) -> Path:
+    """Folder of the weights `name`: that of an embedded model's, or `which` itself."""
+    return EMBEDDED / SHIPPED[which] / name if which in SHIPPED else Path(which)
+
 
 def folder(name: str, which: str) -> Path:
-    """Where the weights `name` lie: "official" ones, the "tiny" embedded ones, or a folder.
+    """Where the weights `name` lie: "official", of "tiny" or "tiny2", or a folder.
 
     Raises:
         UserError: they are not there.
     """
     if which == "official":
         return downloads.find(name)[0].parent
-    path = EMBEDDED / name if which == "tiny" else Path(which)
+    path = shipped(name, which)
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{name}:{which} names no weights: after the colon stands official, tiny or a folder "
-            "with a config.json."
+            f"{name}:{which} names no weights: after the colon stands official, "
+            f"{', '.join(SHIPPED)} or a folder with a config.json."
         )
     return path
 

@@ -63,7 +63,7 @@ class Aesthetic:
         else:
             folder = _clip.folder("aesthetic", weights)
             head = folder / "head.safetensors"
-            clip = _clip.folder("clip", weights) if weights == "tiny" else folder / "clip"
+            clip = _clip.folder("clip", weights) if weights in _clip.SHIPPED else folder / "clip"
         self.clip = _clip.Clip(clip, device)
         self.head = load_head(head)
         self.sources = (head, clip / "model.safetensors")

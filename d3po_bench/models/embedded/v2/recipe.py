@@ -240,8 +240,8 @@ def export(recipe: Recipe, work: Path, out: Path) -> None:
     # The text encoder is stored in fp32: transformers loads what is stored, diffusers fp32.
     halve(pipe.text_encoder).float()
     halve(pipe.unet), halve(pipe.vae)
-    pipe.save_pretrained(out / "tiny", safe_serialization=True)
-    (out / "tiny.sha256").write_text(content(out / "tiny") + "\n")
+    pipe.save_pretrained(out / "tiny2", safe_serialization=True)
+    (out / "tiny2.sha256").write_text(content(out / "tiny2") + "\n")
     logs = {n: (work / f"{n}.jsonl").read_text().splitlines() for n in ("vae", "unet")}
     card = {
         "recipe": asdict(recipe), "facts": json.loads((work / "latents.json").read_text()),
@@ -264,9 +264,9 @@ def _worker(rank: int, stage: str, recipe: Recipe, work: Path, options: dict[str
         getattr(recipe, f"{stage}_{k}") for k in ("images", "batch", "lr", "steady")
     )
     plan = Plan(
-        name=stage, images=images, batch=batch, lr=lr, steady=steady, memory=max(64_000, 500 * batch),
-        folder=work, device=device, bf16=options["bf16"], seed=recipe.seed, lead=rank == 0,
-        minutes=options["minutes"],
+        name=stage, images=images, batch=batch, lr=lr, steady=steady,
+        memory=max(64_000, 500 * batch), folder=work, device=device, bf16=options["bf16"],
+        seed=recipe.seed, lead=rank == 0, minutes=options["minutes"],
     )  # fmt: skip
     {"vae": train_vae, "unet": train_unet}[stage](recipe, work, plan)
 
