@@ -2,7 +2,7 @@
 
     python -m eval.embedded.version2 d3po_bench/models/embedded/v2/tiny2
 
-draws the captions of version 2's three lists, scores them by kind with each judge that is there,
+draws the captions of version 2's lists, scores them by kind with each judge that is there,
 asks how often the animal of a bare name is the one most likely seen, and writes measured.json,
 CARD.md and two sheets: one of animals in random order without their names, for people to name, with
 its key in naming.json, where answers are written beside it; one with captions.

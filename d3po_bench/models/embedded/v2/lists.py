@@ -2,8 +2,9 @@
 
     python -m d3po_bench.models.embedded.v2.lists FOLDER
 
-writes geneval.txt, geneval-held-out.txt and geneval-unseen.txt: as many of each of GenEval's six
-kinds where there are so many. What the base model learned from holds the first two, not the third.
+writes geneval.txt, geneval-dev.txt, geneval-held-out.txt and geneval-unseen.txt: as many of each of
+GenEval's six kinds where there are so many. The first is to train on, the second to choose settings
+on, the third to report. What the base model learned from holds these three, not the last.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from d3po_bench.models.embedded.render import caption as on_a_background
 from d3po_bench.models.embedded.v2.captions import ANIMALS, CARDS, RELATIONS, a, on_card, several
 from d3po_bench.models.embedded.v2.scenes import card_is_drawn, count_is_drawn, pair_is_drawn
 
-TRAINING, HELD_OUT, UNSEEN = 40, 60, 40
+TRAINING, DEV, HELD_OUT, UNSEEN = 40, 20, 40, 40
 """Captions of each kind, at the most."""
 
 Caption = tuple[str, bool]
@@ -71,14 +72,18 @@ EVERY = {
 
 def lists() -> dict[str, list[str]]:
     """List -> its captions, sorted. No caption is in two."""
-    chosen: dict[str, list[str]] = {"geneval": [], "geneval-held-out": [], "geneval-unseen": []}
+    names = ("geneval", "geneval-dev", "geneval-held-out", "geneval-unseen")
+    chosen: dict[str, list[str]] = {name: [] for name in names}
     for number, captions in enumerate(EVERY.values()):
         every = list(captions())
         random.Random(number).shuffle(every)
         drawn = [caption for caption, seen in every if seen]
         training = min(TRAINING, len(drawn) * 2 // 5)
         chosen["geneval"] += drawn[:training]
-        chosen["geneval-held-out"] += drawn[training : training + HELD_OUT]
+        rest = drawn[training:]
+        dev = min(DEV, len(rest) // 3)
+        chosen["geneval-dev"] += rest[:dev]
+        chosen["geneval-held-out"] += rest[dev : dev + HELD_OUT]
         chosen["geneval-unseen"] += [caption for caption, seen in every if not seen][:UNSEEN]
     return {name: sorted(captions) for name, captions in chosen.items()}
 
@@ -94,7 +99,7 @@ def vocabulary() -> list[str]:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
-    """Write the three lists to FOLDER.
+    """Write the lists to FOLDER.
 
     Example: python -m d3po_bench.models.embedded.v2.lists d3po_bench/prompts
     """
