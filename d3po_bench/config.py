@@ -21,7 +21,10 @@ FEEDBACK = "feedback"
 MOST_SEEDS = 10_000
 """Of a command: more are a slip, since each is a run."""
 
-LATER: dict[str, Any] = {"sampler": "auto", "long_prompts": "refuse", "lora": "", "sources": {}}
+LATER: dict[str, Any] = {
+    "sampler": "auto", "long_prompts": "refuse", "lora": "", "sources": {}, "eval_list": "",
+    "eval_noise": 0,
+}  # fmt: skip
 """Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
@@ -87,8 +90,12 @@ class RunConfig:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     eval_every: int = 10
     """Rounds between evaluations; 0 switches evaluation off."""
+    eval_list: str = ""
+    """A prompt list's name or file to evaluate on; empty for that of training."""
+    eval_noise: int = 0
+    """Which of the fixed noises evaluations begin from: one to choose settings on, one to report."""
     eval_prompts: int = 45
-    """Prompts of the list that are evaluated, evenly spread."""
+    """Prompts of that list, evenly spread."""
     eval_images: int = 2
     """Images for each of them and each sampler (eta 1, eta 0)."""
     eval_scorers: tuple[str, ...] = ()
@@ -118,6 +125,11 @@ class RunConfig:
                 "--prompts, such as --prompts animals."
             )
         return found
+
+    @property
+    def eval_source(self) -> str:
+        """The list or file of the prompts that it is evaluated on."""
+        return self.eval_list or self.prompt_source
 
     def source(self, kind: Literal["method", "objective"]) -> str:
         """What stands for its method or objective where that is looked up: a name or a text."""
@@ -204,7 +216,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_grad_norm": (1e-12, 1e12), "units_per_update": (1, 10**6),
     "timestep_fraction": (1e-3, 1), "passes": (1, 10**4), "skip_steps": (0, 998),
     "lora_rank": (1, 1024),
-    "lora_alpha": (0, 10**4), "eval_every": (0, 10**6), "eval_prompts": (1, 10**5),
+    "lora_alpha": (0, 10**4), "eval_every": (0, 10**6), "eval_noise": (0, 10**6), "eval_prompts": (1, 10**5),
     "eval_images": (1, 1000),
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ def evaluate(
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {}
     draws = Draws(
-        seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps",
+        seed=NOISE_SEED + what.noise, round=0, noise="eval-noise", steps="eval-steps",
         first=what.first * what.images,
     )  # fmt: skip
     prompts = [p for p in what.prompts for _ in range(what.images)]

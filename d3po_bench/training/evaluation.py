@@ -12,6 +12,7 @@ from d3po_bench.diffusion import parallel
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.experience import Experience
 from d3po_bench.models.sources import model_source
+from d3po_bench.prompts import read_prompts
 from d3po_bench.scoring import Sum
 from d3po_bench.training.listeners import Evaluated
 from d3po_bench.training.tools import EvaluationSet, Tools, spread
@@ -53,13 +54,15 @@ class Evaluation:
                     f"{problem} Or leave it out: --set eval_scorers={others}"
                 ) from problem
             self.texts[name] = text
+        prompts = read_prompts(config.eval_list) if config.eval_list else experience.prompts
         self.what = EvaluationSet(
-            prompts=spread(experience.prompts, config.eval_prompts),
+            prompts=spread(prompts, config.eval_prompts),
             images=config.eval_images,
             steps=config.sampling_steps,
             guidance=config.guidance,
             sampler=config.sampler,
             eta=config.eta,
+            noise=config.eval_noise,
             batch=execution.sample_batch,
             decode_batch=execution.decode_batch,
         )

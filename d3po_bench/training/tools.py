@@ -32,6 +32,8 @@ class EvaluationSet:
     eta: float = 1.0
     batch: int = 128
     decode_batch: int = 16
+    noise: int = 0
+    """Which of the fixed noises."""
     first: int = 0
     """Number of the first prompt in a longer list, whose other parts are drawn elsewhere."""
     samplers: Sequence[str] = ("eta1", "eta0")

@@ -27,7 +27,7 @@ from d3po_bench.models.sources import fingerprint, load, model_source
 from d3po_bench.prompts import digest
 from d3po_bench.runs.files import Row
 from d3po_bench.training.evaluation import Evaluation
-from d3po_bench.training.inputs import method_digest
+from d3po_bench.training.inputs import eval_digest, method_digest
 from d3po_bench.training.listeners import Listener
 from d3po_bench.training.sizes import watched
 from d3po_bench.types import Rollout
@@ -82,7 +82,7 @@ class Trainer:
         asked = list(dict.fromkeys([*experience.prompts, ""]))
         for first in range(0, len(asked), TRIED_TOGETHER):
             self.model.encode(asked[first : first + TRIED_TOGETHER])
-        self.inputs |= start.digest(config.lora) | method_digest(config)
+        self.inputs |= start.digest(config.lora) | method_digest(config) | eval_digest(config)
         start.begin(self.model, config.seed, config.lora)
         self.policy = Policy(
             self.model,
