@@ -67,7 +67,10 @@ def evaluate(
             progress((number + share / 2) / len(what.samplers))
 
         kind, eta = (what.sampler, what.eta) if sampler == TRAINING else ("ddim", 0.0)
-        policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance, sampler=kind)
+        policy = Policy(
+            model, steps=what.steps, eta=eta, guidance=what.guidance, sampler=kind,
+            timestep_spacing=what.timestep_spacing,
+        )  # fmt: skip
         rollout = sample(policy, prompts, draws, batch=what.batch, progress=told)
         images = drawn(model, rollout.latents[:, 0, -1], what.decode_batch)
         scores = parallel.tell(partial(scored, images, prompts, scorers))
