@@ -214,7 +214,7 @@ def test_a_protocol_file_and_its_faults(tmp_path: Path, command: Command) -> Non
         ),
         (
             "[tune]\nmethods = ['d4po']\nobjective = 'incompress'\nseeds = [1]",
-            "Did you mean 'd3po'",
+            "Did you mean 'dpok'",
         ),
     ):
         path.write_text(text)
