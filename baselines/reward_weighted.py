@@ -26,6 +26,9 @@ from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
 
 
+Weighing = Literal["softmax_advantage", "softmax_raw", "sparse", "lee", "signed"]
+
+
 @dataclass(frozen=True)
 class Weighted(NoisedRows):
     """One row is one image, with T random noise levels."""
@@ -52,9 +55,7 @@ def softmax_weights(
 class RewardWeighted:
     """Defaults: own choice, as no publication prints all of them."""
 
-    weight: Literal["softmax_advantage", "softmax_raw", "sparse", "lee", "signed"] = (
-        "softmax_advantage"
-    )
+    weight: Weighing = "softmax_advantage"
     """What becomes of a reward; each is somebody's, see above."""
     inverse_temperature: float = 1.0
     """Multiplies advantages or rewards; 0.2 per kB in jannerm/ddpo."""

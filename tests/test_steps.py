@@ -20,7 +20,9 @@ from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, update
 from d3po_bench.errors import UserError
+from d3po_bench.training.tools import EvaluationSet
 from d3po_bench.types import Metrics
+from eval.measure import evaluate
 from tests.points import Points
 from tests.rounds import KeepGradient, trainer_of
 
@@ -68,6 +70,25 @@ def test_no_even_step_is_far_more_sensitive_than_another() -> None:
         shares[spacing] = float(squares.max() / squares.sum())
     assert shares["model"] == pytest.approx(0.73, abs=0.005)
     assert shares["log_snr"] == pytest.approx(0.06, abs=0.005)
+
+
+class Watching(Points):
+    """Remembers the levels that it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.process, self.seen = SD15, set[int]()
+
+    def output(self, x: Tensor, s: Tensor, *given: Any, **named: Any) -> Tensor:
+        self.seen |= {*s.tolist()}
+        return super().output(x, s, *given, **named)
+
+
+def test_an_evaluation_takes_the_steps_of_training() -> None:
+    model = Watching()
+    what = EvaluationSet(prompts=["a"], steps=5, guidance=1.0, timestep_spacing="log_snr")
+    evaluate(model, what, {})
+    assert model.seen == {999, 757, 413, 103, 11}
 
 
 # ---- weights
