@@ -6,10 +6,11 @@ The D3PO paper compares with it and prints no settings; its code has none of it.
 weights: softmax of the per-prompt advantage over the round. Switches: softmax of the raw reward
 (jannerm/ddpo, whose "temperature" multiplies), the best tenth alone (their RWR-sparse), and
 rewards in [0, 1] as they are (Lee et al.), and signed advantages, which push away from images that
-are below the mean (as advantage-weighted matching, Xue et al. 2025, 2509.25050, with its ratio 1;
-`awm`). In place of their second term, the denoising loss on
-the pretraining data, which nobody has at hand, `anchor` weighs the squared distance of the
-predicted noise to the pretrained model's; it is off by default, on in `reward_weighted_anchor`.
+are below the mean (`awm`: advantage-weighted matching, Xue et al. 2025, 2509.25050, with a ratio of
+1 and without its pull to a moving average of the weights). In place of Lee et al.'s second term,
+the denoising loss on the pretraining data, which nobody has at hand, `anchor` weighs the squared
+distance of the predicted noise to the pretrained model's; it is off by default, and on in
+`reward_weighted_anchor`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from torch import Generator, Tensor
 from d3po_bench.diffusion.advantages import Against, advantages
 from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
-
 
 Weighing = Literal["softmax_advantage", "softmax_raw", "sparse", "lee", "signed"]
 
