@@ -62,7 +62,7 @@ def _package(name: str) -> Path:
 @cache
 def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
     """Name -> (module, file) of everything of a kind that lies in our folders."""
-    found, mark = {}, _MARKS.get(kind, f"\n{kind.upper()}")
+    found, mark = dict[str, tuple[str, Path]](), _MARKS.get(kind, f"\n{kind.upper()}")
     for package in _FOLDERS[kind]:
         for path in sorted(_package(package).glob("*.py")):
             text = path.read_text(encoding="utf-8")

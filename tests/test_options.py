@@ -32,7 +32,7 @@ def leaves(
 
 def needed(parameter: click.Parameter) -> list[str]:
     """What stands for a required parameter."""
-    known = {"method": "d3po", "objective": "incompress"}
+    known = {"method": "d3po", "methods": "d3po", "objective": "incompress", "seeds": "901"}
     choices = getattr(parameter.type, "choices", ["nowhere"])
     value = known.get(parameter.name or "", choices[0])
     return [value] if isinstance(parameter, click.Argument) else [parameter.opts[0], value]

@@ -65,7 +65,7 @@ def test_more_steps_than_levels_are_refused() -> None:
 def test_no_even_step_is_far_more_sensitive_than_another() -> None:
     shares = {}
     for spacing in ("model", "log_snr"):
-        policy = Policy(points(), steps=20, guidance=1.0, timestep_spacing=spacing)  # type: ignore[arg-type]
+        policy = Policy(points(), steps=20, guidance=1.0, timestep_spacing=spacing)
         squares = policy.sensitivity.square()
         shares[spacing] = float(squares.max() / squares.sum())
     assert shares["model"] == pytest.approx(0.73, abs=0.005)
@@ -133,8 +133,7 @@ def slope(policy: Policy, step: int) -> Tensor:
 
 def test_an_inverse_weight_divides_the_gradient_of_a_step_and_not_its_loss() -> None:
     plain, weighted = (
-        Policy(points(), steps=5, guidance=1.0, step_weight=kind)  # type: ignore[arg-type]
-        for kind in ("equal", "inverse")
+        Policy(points(), steps=5, guidance=1.0, step_weight=kind) for kind in ("equal", "inverse")
     )
     for step in (0, 3, 4):
         before, after = slope(plain, step), slope(weighted, step)

@@ -75,7 +75,7 @@ def test_random_choices_leave_the_scores_and_say_nothing() -> None:
     for choices in ("scores", "random"):
         config = RunConfig(
             method="d3po", objective="incompress", model=str(Path(__file__).with_name("points.py")),
-            sampling_steps=3, prompts_per_round=4, images_per_prompt=4, choices=choices,  # type: ignore[arg-type]
+            sampling_steps=3, prompts_per_round=4, images_per_prompt=4, choices=choices,
         )  # fmt: skip
         experience = experience_of(config, Execution())
         experience.scorer = Numbered()

@@ -128,10 +128,9 @@ def tune(
 
     \b
     Example:
-        d3po-bench tune --method d3po --method ddpo --objective incompress --against compress \\
-            --trials 20 --seeds 901,902 --recognised 0.85 --jobs 2
-        d3po-bench tune --method grpo --objective aesthetic --seeds 901 --set rounds=4
-        d3po-bench tune --protocol protocol.toml --out runs/tune-aesthetic
+        d3po-bench tune --method d3po --method ddpo --objective aesthetic --seeds 901,902
+        d3po-bench tune --method grpo --objective incompress --against compress --seeds 901
+        d3po-bench tune --method awm --objective aesthetic --seeds 901 --recognised 0.85 --jobs 2
     """  # noqa: D301
     from d3po_bench.config import pairs_of
     from d3po_bench.launch import launch

@@ -148,10 +148,9 @@ def _groups(rows: Rows, updates: Updates, rng: Generator) -> list[tuple[Tensor, 
     steps = torch.stack([torch.randperm(trained, generator=rng) for _ in order])[:, :kept]
     steps += updates.first
     groups = []
-    size = -(-len(order) // updates.count) if updates.count else updates.units
-    for start in range(0, len(order), size):
-        unit = order[start : start + size].unsqueeze(1).expand(-1, kept)
-        step = steps[start : start + size]
+    count, places = min(updates.count, len(order)), torch.arange(len(order))
+    for part in places.tensor_split(count) if count else places.split(updates.units):
+        unit, step = order[part].unsqueeze(1).expand(-1, kept), steps[part]
         if updates.every == "timestep":
             groups += list(zip(unit.unbind(1), step.unbind(1), strict=True))
         else:
