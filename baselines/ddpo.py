@@ -70,7 +70,7 @@ class DDPO:
 
     @property
     def search(self) -> dict[str, Any]:
-        """See `launch.tune`."""
+        """See `launch.space`."""
         return {"clip_range": (1e-3, 0.5)}
 
     def rows(self, rollout: Rollout, rng: Generator) -> Advantages:

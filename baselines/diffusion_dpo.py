@@ -93,7 +93,7 @@ class DiffusionDPO:
 
     @property
     def search(self) -> dict[str, Any]:
-        """See `launch.tune`."""
+        """See `launch.space`."""
         return {"beta": (30.0, 10_000.0), "pairs": ["all", "extremes"]}
 
     def rows(self, rollout: Rollout, rng: Generator) -> NoisedPairs:

@@ -90,7 +90,7 @@ class DPOK:
 
     @property
     def search(self) -> dict[str, Any]:
-        """See `launch.tune`."""
+        """See `launch.space`."""
         weight = {} if self.kl == "none" else {"kl_weight": (1e-3, 1.0)}
         rate = {} if self.value == "off" else {"value_rate": (1e-4, 1e-2)}
         return {"clip_range": (1e-3, 0.5), **weight, **rate}

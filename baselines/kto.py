@@ -89,7 +89,7 @@ class KTO:
 
     @property
     def search(self) -> dict[str, Any]:
-        """See `launch.tune`."""
+        """See `launch.space`."""
         return {"beta": (30.0, 10_000.0)}
 
     def rows(self, rollout: Rollout, rng: Generator) -> LikedRows:

@@ -106,7 +106,7 @@ class RewardWeighted:
 
     @property
     def search(self) -> dict[str, Any]:
-        """See `launch.tune`."""
+        """See `launch.space`."""
         softmax = {"inverse_temperature": (0.25, 8.0)} if "softmax" in self.weight else {}
         return {**softmax, **({"anchor": (0.03, 10.0)} if self.anchor else {})}
 

@@ -130,7 +130,7 @@ class D3PO:
 
     @property
     def search(self) -> dict[str, Any]:
-        """See `launch.tune`."""
+        """See `launch.space`."""
         return {"clip_range": (0.02, 0.5), "pairs": ["all", "extremes"]}
 
     def images_used(self, rollout: Rollout) -> Tensor:

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from d3po_bench import registry
-from d3po_bench.config import RunConfig, method_of
+from d3po_bench.config import RunConfig
 from d3po_bench.digests import short
 from d3po_bench.errors import RunError, TryAgainError, UserError, install
 from d3po_bench.launch import launch
-from d3po_bench.launch.grid import as_set
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board
+from d3po_bench.launch.space import settings_of, space_of
 from d3po_bench.launch.state import read_state
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
 from d3po_bench.training.progress import label
@@ -34,17 +34,6 @@ if TYPE_CHECKING:
 
 JOURNAL, TABLE = "trials.log", "trials.csv"
 """What Optuna remembers a search by, and what is published of it."""
-
-Space = Mapping[str, tuple[float, float] | list[Any]]
-"""Setting -> from and to, on a logarithmic scale, or what is chosen from."""
-
-COMMON: Space = {
-    "learning_rate": (1e-4, 1e-2),
-    "updates_per_round": [1, 2, 4, 8, 16],
-    "images_per_prompt": [2, 4, 8],
-}
-"""What every method is free in. A round has as many images whatever their number of a prompt."""
-
 
 # ---- the rule
 
@@ -142,43 +131,6 @@ def require(request: TuneRequest) -> None:
             )
 
 
-def space_of(config: RunConfig, given: Mapping[str, str]) -> Space:
-    """What is searched for a method: what every method has, then what is its own.
-
-    A method's own space is its attribute `search`. A setting that the command line gave, or a
-    choice that makes a variant what it is, is not searched; a range of a variant's is.
-
-    Args:
-        config: of a run of the method.
-        given: settings of the command line.
-    """
-    method, steps = method_of(config), config.sampling_steps
-    found: dict[str, Any] = dict(COMMON)
-    if getattr(method, "needs_chain", True):
-        found["skip_steps"] = sorted({0, steps // 4, steps // 2})
-    else:
-        found["timestep_fraction"] = [0.25, 0.5, 1.0]
-    if "shared_noise" in {option.name for option in fields(method)}:
-        found["shared_noise"] = [False, True]
-    found |= getattr(method, "search", {})
-    fixed = {name for name in registry.variant(config.method)[1] if type(found.get(name)) is list}
-    return {name: of for name, of in found.items() if name not in {*fixed, *given}}
-
-
-def settings_of(params: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
-    """What a trial sets, as after --set.
-
-    Args:
-        params: setting -> value that was proposed; of a number, three digits count.
-        config: of a run of the method, which says how many images a round has.
-    """
-    found = {k: float(f"{v:.3g}") if type(v) is float else v for k, v in params.items()}
-    if images := found.get("images_per_prompt"):
-        usual = config.images_per_prompt or method_of(config).images_per_prompt
-        found["prompts_per_round"] = max(1, config.prompts_per_round * usual // images)
-    return {name: as_set(value) for name, value in found.items()}
-
-
 # ---- the search
 
 
@@ -215,7 +167,7 @@ class Search:
         from optuna.storages.journal import JournalFileBackend, JournalStorage
 
         out = self.request.run.out
-        out.mkdir(parents=True, exist_ok=True)
+        _mend(out / JOURNAL)
         storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
         for method, config in self.configs.items():
             study = optuna.create_study(
@@ -259,15 +211,17 @@ class Search:
         from optuna.trial import TrialState
 
         study, space = self.studies[method], self.spaces[method]
-        trials = study.get_trials(deepcopy=False)
-        for trial in trials:
+        for trial in study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING and trial.params.keys() == space.keys():
                 return self._live(method, trial.number, trial.params)
             if trial.state == TrialState.RUNNING:  # killed while it was being written down
                 study.tell(trial.number, state=TrialState.FAIL)
         if len(self.whole(method)) >= self.request.trials:
             return None
-        seed = int(short(f"{self.request.sampler_seed}/{method}/{len(trials)}"), 16) % 2**32
+        seed = (
+            int(short(f"{self.request.sampler_seed}/{method}/{len(self.whole(method))}"), 16)
+            % 2**32
+        )
         study.sampler = TPESampler(seed=seed)
         asked = study.ask({
             name: FloatDistribution(*of, log=True) if isinstance(of, tuple)
@@ -288,6 +242,8 @@ class Search:
         from optuna.trial import TrialState
 
         for seed in self.request.seeds:
+            if not live:
+                return
             failed = self._made(live, seed, board)
             for method, trial in [*live.items()]:
                 study = self.studies[method]
@@ -371,6 +327,18 @@ class Search:
             "recognised": min((found.recognised for found in last), default=""),
             "drift": max((found.drift for found in last), default=""), "settings": own.settings,
         }  # fmt: skip
+
+
+def _mend(journal: Path) -> None:
+    """Take away what a killed process left: half of a line, and Optuna's own lock.
+
+    It is called with the folder's lock, so that no other process writes.
+    """
+    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+    if journal.exists():
+        whole, end, half = journal.read_bytes().rpartition(b"\n")
+        if half:
+            write_atomically(journal, whole + end)
 
 
 def run(request: TuneRequest, board: Board | None = None) -> tuple[Path, list[dict[str, Any]]]:
