@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from d3po_bench.errors import UserError
-from eval.scorers._clip import EMBEDDED, MEAN, STD
+from eval.scorers._clip import MEAN, STD, stand_in
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
@@ -260,7 +260,7 @@ def opened(weights: str, scorer: str) -> Parts:
 
     Args:
         weights: the folder, or "tiny" for that of `scorer` which ships with the package.
-        scorer: blip or image_reward.
+        scorer: its name, such as blip.
 
     Raises:
         UserError: it, or one of its files, is absent.
@@ -268,7 +268,7 @@ def opened(weights: str, scorer: str) -> Parts:
     from safetensors.torch import load_file
     from transformers import BlipConfig
 
-    folder = EMBEDDED / scorer if weights == "tiny" else Path(weights)
+    folder = stand_in(scorer) if weights == "tiny" else Path(weights)
     config, tensors, vocabulary = paths = [
         folder / name for name in ("config.json", "model.safetensors", "vocab.txt")
     ]
