@@ -104,7 +104,9 @@ def test_a_round_and_its_export_say_the_same(folder: Path, command: Command) -> 
         lines = [f"{n}.png,a cat {n}" for n in range(4)]
         (folder / source / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
         for n in range(4):
-            (folder / source / f"{n}.png").write_bytes((folder / f"{2 * n + shift}.png").read_bytes())
+            (folder / source / f"{n}.png").write_bytes(
+                (folder / f"{2 * n + shift}.png").read_bytes()
+            )
     new = ("feedback", "new", "duel", "--kind", "pairs", "--pictures", "a", "--pictures", "b")
     assert command(*new).code == 0
     refused(command("feedback", "agreement", "duel", "--scorers", "jpeg_size"), "Nobody has voted")
