@@ -178,11 +178,6 @@ def test_a_folder_of_our_own_scores_the_same(
     _blip.save(tmp_path, scorer.network, recording.vocabulary)
     again = blip.load(CPU, str(tmp_path))
     assert recording.gaps("blip_itm_logit", again).max() <= 1e-5
-    # The checkpoint that was not fine-tuned is another file, which its columns tell.
-    base: Any = blip_base.load(CPU, str(tmp_path))
-    found = base.columns(inputs.images(64, 64), inputs.PROMPTS)
-    assert list(found) == ["blip_base_itm_logit", "blip_base_itm_prob", "blip_base_itc"]
-    assert torch.equal(found["blip_base_itm_logit"], base(inputs.images(64, 64), inputs.PROMPTS))
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(UserError, match=r"has no vocab\.txt\. Give a folder with config\.json"):
         blip.load(CPU, str(tmp_path))
@@ -194,6 +189,21 @@ def test_official_weights_come_from_the_cache(
     files = {"blip": recording.checkpoint, "bert-base-uncased": recording.vocabulary}
     monkeypatch.setattr("eval.downloads.find", lambda *names: [files[n] for n in names])
     assert recording.gaps("blip_itm_logit", blip.load(CPU)).max() <= 1e-5
+
+
+def test_the_checkpoint_that_the_paper_names_is_smaller_and_has_columns_of_its_own(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = torch.load(recording.checkpoint, weights_only=True)["model"]
+    places = content["visual_encoder.pos_embed"][:, : 1 + (224 // 16) ** 2]
+    path = altered(recording, tmp_path / "model_base.pth", {"visual_encoder.pos_embed": places})
+    monkeypatch.setattr("eval.downloads.find", lambda *names: [path, recording.vocabulary])
+    base: Any = blip_base.load(CPU)
+    images = inputs.images(64, 64)
+    found = base.columns(images, inputs.PROMPTS)
+    assert list(found) == ["blip_base_itm_logit", "blip_base_itm_prob", "blip_base_itc"]
+    assert torch.equal(found["blip_base_itm_logit"], base(images, inputs.PROMPTS))
+    assert base.network.config.vision_config.image_size == 224
 
 
 def test_loading_draws_nothing_and_names_what_it_ignores(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d3po_bench.experience.dataset import Group
+from d3po_bench.experience.dataset import Group, Table
 from eval.analysis import agreement
 from tests.commands import Command, refused
 
@@ -198,7 +198,7 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 
 def test_a_picture_is_scored_once_for_its_prompt(folder: Path) -> None:
-    table = agreement.Table("t", "pairs", [
+    table = Table("t", "pairs", [
         Group("cat", (folder / "1.png", folder / "2.png"), (1, 0)),
         Group("cat", (folder / "2.png", folder / "3.png"), (1, 0)),
         Group("dog", (folder / "2.png",), (1,)),

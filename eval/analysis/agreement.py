@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from statistics import mean
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,15 +63,11 @@ def pairs_of(groups: Sequence[Group]) -> list[Pair]:
     found = []
     for number, group in enumerate(groups):
         for i, j in combinations(range(len(group.pictures)), 2):
-            mine = [_apart(said, i, j) for said in group.said]
-            judged = tuple(d for d in mine if abs(d) > 0)  # nan, of who saw one alone, is not
-            found.append(Pair(number, i, j, _apart(group.scores, i, j), judged))
+            # Rounded, as means of equal judgements may differ in their last digit.
+            people, *each = (round(said[i] - said[j], 9) for said in (group.scores, *group.said))
+            judged = tuple(d for d in each if abs(d) > 0)  # nan, of who saw one alone, is not
+            found.append(Pair(number, i, j, people, judged))
     return found
-
-
-def _apart(scores: Sequence[float] | Floats, i: int, j: int) -> float:
-    """Rounded, as means of equal judgements may differ in their last digit."""
-    return round(float(scores[i] - scores[j]), 9)
 
 
 def of_scorer(
@@ -84,10 +80,10 @@ def of_scorer(
         scores: of each group's pictures.
         clusters: which each group belongs to.
     """
-    said = [(pair, _apart(scores[pair.group], pair.one, pair.other)) for pair in pairs]
+    said = [(p, float(scores[p.group][p.one] - scores[p.group][p.other])) for p in pairs]
     known = [(clusters[pair.group], pair, d) for pair, d in said if not math.isnan(d)]
     people = [(c, _hit(d, pair.people)) for c, pair, d in known if pair.people]
-    votes = [(c, mean(_hit(d, r) for r in pair.raters)) for c, pair, d in known if pair.raters]
+    votes = [(c, fmean(_hit(d, r) for r in pair.raters)) for c, pair, d in known if pair.raters]
     ties = sum(d == 0 for _, pair, d in known if pair.people)
     return {"people": asdict(_share(people)), "votes": asdict(_share(votes)), "ties": ties}
 
@@ -95,7 +91,7 @@ def of_scorer(
 def of_raters(pairs: Sequence[Pair], clusters: Sequence[Any]) -> Share | None:
     """How often two raters of a pair prefer the same; None where no pair has two."""
     hits = [
-        (clusters[p.group], mean(_hit(*two) for two in combinations(p.raters, 2)))
+        (clusters[p.group], fmean(_hit(*two) for two in combinations(p.raters, 2)))
         for p in pairs
         if len(p.raters) > 1
     ]
@@ -111,7 +107,7 @@ def _share(hits: Sequence[tuple[Any, float]]) -> Share:
     """Of hits, each with its cluster."""
     clusters, values = [c for c, _ in hits], [hit for _, hit in hits]
     low, high = clustered(values, clusters)
-    return Share(mean(values) if values else math.nan, low, high, len(values), len({*clusters}))
+    return Share(fmean(values) if values else math.nan, low, high, len(values), len({*clusters}))
 
 
 def clustered(hits: Sequence[float], clusters: Sequence[Any]) -> tuple[float, float]:
@@ -141,8 +137,7 @@ def clustered(hits: Sequence[float], clusters: Sequence[Any]) -> tuple[float, fl
     p = float(found.mean())
     sums = np.bincount([number[c] for c in clusters], found - p)
     variance = count / (count - 1) * float((sums**2).sum()) / len(found) ** 2
-    alone = p * (1 - p) / variance if variance > 1e-12 else count
-    n = min(alone, len(found)) or count
+    n = min(p * (1 - p) / variance, len(found)) if variance > 1e-12 else count
     square = float(t.ppf(0.975, count - 1)) ** 2
     middle = (p + square / (2 * n)) / (1 + square / n)
     half = math.sqrt(square * (p * (1 - p) / n + square / (4 * n**2))) / (1 + square / n)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from eval.scorers import _blip
+from eval.scorers._clip import exact
 
 WORDS = 50
 """Words of a caption that LAVIS keeps."""
@@ -66,7 +67,7 @@ class Blip:
 
     def _batch(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         captions = [caption(prompt) for prompt in prompts]
-        with _blip.exact():
+        with exact():
             tokens = _blip.tokenized(self.words, captions, self.device)
             pixels = _blip.pixels(images, self.resize).to(self.device)
             image = self.network.vision_model(pixel_values=pixels).last_hidden_state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,18 @@ def stand_in(name: str) -> Path:
     return path
 
 
+@contextmanager
+def exact() -> Iterator[None]:
+    """No gradients, and no TF32 in the patch embedding, which cuDNN would use on a GPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def preprocess(images: Tensor, size: int) -> Tensor:
     """Pictures as CLIP sees them: shorter side to `size`, bicubic, the middle, standardised.
 
@@ -203,7 +216,7 @@ class Clip:
         """Cosine [N] between each of the images [N, 3, h, w] uint8 and its prompt."""
         return (self.images(images) * self.texts(prompts)).sum(1)
 
-    @torch.no_grad()
+    @exact()
     def images(self, images: Tensor) -> Tensor:
         """Embeddings [N, D], of length 1, of images [N, 3, h, w] uint8."""
         parts = [self._images(part) for part in images.split(self.batch)]
@@ -215,7 +228,7 @@ class Clip:
         projected: Tensor = self.model.visual_projection(pooled)
         return projected.cpu()
 
-    @torch.no_grad()
+    @exact()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [N, D], of length 1; prompts are cut to the length that CLIP knows."""
         distinct = list(dict.fromkeys(prompts))

@@ -95,13 +95,13 @@ def letterboxed(images: Tensor, size: int) -> Tensor:
     """
     scale = size / max(images.shape[2:])
     height, width = (round(side * scale) for side in images.shape[2:])
-    pixels = images.float() / 255
+    pixels = images.cpu().float() / 255
     if scale != 1:
         pixels = interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     above, left = (size - height) // 2, (size - width) // 2
     square = pad(pixels, (left, size - width - left, above, size - height - above))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (_clip.MEAN, _clip.STD))
-    return (square - mean.to(square)) / std.to(square)
+    return (square - mean) / std
 
 
 def official(path: Path) -> CLIPModel:

@@ -90,7 +90,7 @@ class VqaScore:
         self.device = device
         self.sources = (*sorted(folder.glob("*.safetensors")), folder / "tokenizer.json")
 
-    @torch.no_grad()
+    @_clip.exact()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Probabilities [N] of images [N, 3, h, w] uint8."""
         starts = range(0, len(images), self.batch)
