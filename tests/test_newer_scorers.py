@@ -105,22 +105,22 @@ def test_scores_are_those_of_the_official_code(name: str, scorers: dict[str, Any
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_picture_at_a_time_scores_as_sixteen(name: str, scorers: dict[str, Any]) -> None:
-    images, prompts = inputs.images(64, 96, 16), (inputs.PROMPTS * 3)[:16]
+    images, prompts = inputs.images(32, 48, 16), (inputs.PROMPTS * 3)[:16]
     whole = scorers[name](images, prompts)
     alone = [scorers[name](images[i : i + 1], prompts[i : i + 1]) for i in range(16)]
     assert (torch.cat(alone) - whole).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_golden_scores_are_given_again(
-    name: str, scorers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scorers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(golden, "GOLDEN", tmp_path / "golden.json")
     golden.GOLDEN.write_text("{}")
     golden.recorded.cache_clear()
-    assert not golden.check(name, scorers[name])
-    golden.record(name, scorers[name])
-    assert golden.check(name, scorers[name])
+    for name in NAMES:
+        assert not golden.check(name, scorers[name])
+        golden.record(name, scorers[name])
+        assert golden.check(name, scorers[name])
     golden.recorded.cache_clear()
 
 
@@ -155,8 +155,10 @@ def test_a_letterbox_by_hand() -> None:
 
 
 def test_another_question_shows(scorers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    images, scorer = inputs.images(32, 32), scorers["vqa_score"]
+    right = scorer(images, inputs.PROMPTS)
     monkeypatch.setattr(vqa_score, "CHAT", vqa_score.CHAT.replace("Please a", "A"))
-    assert gaps("vqa_score", scorers["vqa_score"]).min() > 1e-3
+    assert (scorer(images, inputs.PROMPTS) - right).abs().min() > 1e-4
 
 
 # ---- weights

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
+from d3po_bench.experience import dataset
 from d3po_bench.experience.dataset import Group, Table
+from d3po_bench.feedback.handout import hand_out
+from d3po_bench.feedback.invitations import find_rater, invite
+from d3po_bench.feedback.store import HandoutSettings, open_labels
+from d3po_bench.feedback.votes import cast_vote
 from eval.analysis import agreement
 from tests.commands import Command, refused
 
@@ -20,6 +27,24 @@ unit, direction = "grey", "maximize"
 def reward(images, prompts):
     return images.double().mean((1, 2, 3))
 '''
+
+
+class Grey:
+    """The same, and remembers what it was asked."""
+
+    unit = "grey"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        found = images[:, 0, 0, 0].double()
+        self.asked += [f"{p} {int(g)}" for p, g in zip(prompts, found, strict=True)]
+        return found
+
+
+def untold(done: float, total: float) -> None:
+    """Progress that nobody looks at."""
 
 
 @pytest.fixture
@@ -110,12 +135,17 @@ def test_a_round_and_its_export_say_the_same(folder: Path, command: Command) -> 
     new = ("feedback", "new", "duel", "--kind", "pairs", "--pictures", "a", "--pictures", "b")
     assert command(*new).code == 0
     refused(command("feedback", "agreement", "duel", "--scorers", "jpeg_size"), "Nobody has voted")
-    for step in ("simulate", "export"):
-        assert command("feedback", step, "duel").code == 0
+    with open_labels(Path("duel"), None, HandoutSettings(2), new=True) as store:
+        for name in ("Ann", "Bob"):
+            rater = find_rater(store, token=invite(store, name))
+            while rater and (hand := hand_out(store, rater.id)):
+                cast_vote(store, rater.id, hand.id, "b", 900, hand.step)
+    assert command("feedback", "export", "duel").code == 0
     both = [found_in(command, p, "--scorers", "./bright.py") for p in ("duel", "duel/labels.csv")]
     assert all(found.pop("content") for found in both)
     assert both[0] == both[1]
-    assert both[0]["items"] == 4
+    assert (both[0]["items"], both[0]["raters"]["value"]) == (4, 1)
+    assert both[0]["scorers"]["bright"]["people"]["value"] == 1
 
 
 def studio(*sides: str) -> dict[str, Any]:
@@ -158,13 +188,13 @@ THREE = ["3.png", "2.png", "5.png"]
 )  # fmt: skip
 def test_every_layout_is_read(
     name: str, rows: list[Any], layout: str, even: int, people: float, raters: float | None,
-    folder: Path, command: Command,
+    folder: Path,
 ) -> None:  # fmt: skip
     (folder / "prompt.json").write_text(json.dumps(["cat", "dog"]))
     (folder / name).write_text(json.dumps(rows))
-    found = found_in(command, name, "--scorers", "./bright.py")
+    found = agreement.compare(dataset.read(folder / name), {"grey": Grey()}, untold)
     assert (found["layout"], found["even"]) == (layout, even)
-    assert found["scorers"]["bright"]["people"]["value"] == pytest.approx(people)
+    assert found["scorers"]["grey"]["people"]["value"] == pytest.approx(people)
     assert (found["raters"] or {}).get("value") == pytest.approx(raters)
 
 
@@ -203,17 +233,9 @@ def test_a_picture_is_scored_once_for_its_prompt(folder: Path) -> None:
         Group("cat", (folder / "2.png", folder / "3.png"), (1, 0)),
         Group("dog", (folder / "2.png",), (1,)),
     ], "", None)  # fmt: skip
-    asked: list[str] = []
-
-    class Grey:
-        unit = "grey"
-
-        def __call__(self, images: Any, prompts: Any) -> Any:
-            asked.extend(f"{p} {int(i[0, 0, 0])}" for i, p in zip(images, prompts, strict=True))
-            return images[:, 0, 0, 0].double()
-
-    found = agreement.scores_of(table, {"grey": Grey()}, lambda done, total: None)
-    assert sorted(asked) == ["cat 10", "cat 20", "cat 30", "dog 20"]
+    grey = Grey()
+    found = agreement.scores_of(table, {"grey": grey}, untold)
+    assert sorted(grey.asked) == ["cat 10", "cat 20", "cat 30", "dog 20"]
     assert [row.tolist() for row in found["grey"]] == [[10, 20], [20, 30], [20]]
 
 
