@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
-from d3po_bench.config import pairs_of
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import normal, stream
 from d3po_bench.errors import said_in_one_line
@@ -39,6 +38,7 @@ from d3po_bench.models.sources import load
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.run import RunFolder, find_runs
+from d3po_bench.setting import pairs_of
 from eval.analysis.runs import evaluated
 from eval.analysis.table1 import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work

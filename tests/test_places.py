@@ -143,7 +143,7 @@ def test_values_are_numbers_where_they_look_like_it() -> None:
 
 @pytest.fixture
 def job(micro: Path, tmp_path: Path) -> Any:
-    from d3po_bench.config import pairs_of
+    from d3po_bench.setting import pairs_of
     from eval.tools import TOOLS
 
     sets = [a.removeprefix("--set=") for a in run_of(micro) if a.startswith("--set=")]

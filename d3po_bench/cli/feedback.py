@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from d3po_bench.cli.agreement import agreement
 from d3po_bench.cli.options import (
     PLACE,
     PROMPTS,
@@ -81,8 +82,8 @@ def new(
         d3po-bench feedback new round-1 --prompts animals --count 20
         d3po-bench feedback new round-2 --prompts animals --from round-1/trained/d3po
     """  # noqa: D301
-    from d3po_bench.config import pairs_of
     from d3po_bench.feedback import comparisons, drawing
+    from d3po_bench.setting import pairs_of
     from d3po_bench.training.progress import Counted
 
     judged = kind, question or ("deformed" if kind == "tags" else "better")
@@ -260,8 +261,8 @@ def train(
         d3po-bench feedback train round-1 --method preferred_images --passes 5
         d3po-bench feedback train pairs.csv --pictures pictures --method diffusion_dpo
     """  # noqa: D301
-    from d3po_bench.config import pairs_of
     from d3po_bench.feedback import existing, training
+    from d3po_bench.setting import pairs_of
     from eval.tools import TOOLS
 
     request = training.TrainRequest(
@@ -328,5 +329,5 @@ def feedback() -> None:
     """  # noqa: D301
 
 
-for _command in (new, serve, status, export, train, choices, simulate):
+for _command in (new, serve, status, export, train, choices, agreement, simulate):
     feedback.add_command(_command)

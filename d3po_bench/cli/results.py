@@ -286,9 +286,9 @@ def table1(
         d3po-bench feedback choices duel --out runs/table1/choices/seed-0.csv
         d3po-bench table1 --redraw --out runs/table1
     """  # noqa: D301
-    from d3po_bench.config import pairs_of
     from d3po_bench.rewards import sums
     from d3po_bench.runs.files import read_csv
+    from d3po_bench.setting import pairs_of
     from eval.analysis import table1 as tables
 
     request = tables.Table1Request(
@@ -362,8 +362,8 @@ class _Checks:
 
     def made(self) -> Iterator[tuple[str, str, Sequence[str]]]:
         """Name, verdict, and what there is to say."""
-        from d3po_bench.config import pairs_of
         from d3po_bench.runs.run import find_runs
+        from d3po_bench.setting import pairs_of
         from eval.verify import folder as verifying
         from eval.verify import rerun as again
 

@@ -63,6 +63,7 @@ class Evaluation:
             sampler=config.sampler,
             eta=config.eta,
             noise=config.eval_noise,
+            timestep_spacing=config.timestep_spacing,
             batch=execution.sample_batch,
             decode_batch=execution.decode_batch,
         )

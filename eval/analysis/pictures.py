@@ -124,11 +124,13 @@ def _means(lora: Path | None, config: RunConfig) -> dict[str, float]:
         model.load_saved(lora)
     policy = Policy(
         model, steps=config.sampling_steps, eta=config.eta, guidance=config.guidance,
-        sampler=config.sampler,
+        sampler=config.sampler, timestep_spacing=config.timestep_spacing,
     )  # fmt: skip
     listed = spread_over(read_prompts(config.eval_source), config.eval_prompts)
     prompts = [prompt for prompt in listed for _ in range(IMAGES)]
-    draws = Draws(seed=NOISE_SEED + config.eval_noise, round=0, noise="eval-noise", steps="eval-steps")
+    draws = Draws(
+        seed=NOISE_SEED + config.eval_noise, round=0, noise="eval-noise", steps="eval-steps"
+    )
     pictures = model.decode(sample(policy, prompts, draws).latents[:, 0, -1])
     scorers = {name: checked_scorer(name, device, source.scorers) for name in SCORERS}
     return {name: round(float(s(pictures, prompts).mean()), 6) for name, s in scorers.items()}

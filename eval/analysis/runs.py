@@ -30,7 +30,10 @@ MOST = 2.0**53
 """Largest count that a float still tells from the next."""
 
 
-DRAWN = ("sampling_steps", "guidance", "sampler", "eta", "eval_prompts", "eval_list", "eval_noise")
+DRAWN = (
+    "sampling_steps", "guidance", "sampler", "timestep_spacing", "eta", "eval_prompts", "eval_list",
+    "eval_noise",
+)  # fmt: skip
 """Settings that decide what is drawn of which prompts: scores of others are no comparison."""
 
 

@@ -264,9 +264,9 @@ def _worker(rank: int, stage: str, recipe: Recipe, work: Path, options: dict[str
         getattr(recipe, f"{stage}_{k}") for k in ("images", "batch", "lr", "steady")
     )
     plan = Plan(
-        name=stage, images=images, batch=batch, lr=lr, steady=steady, memory=max(64_000, 500 * batch),
-        folder=work, device=device, bf16=options["bf16"], seed=recipe.seed, lead=rank == 0,
-        minutes=options["minutes"],
+        name=stage, images=images, batch=batch, lr=lr, steady=steady,
+        memory=max(64_000, 500 * batch), folder=work, device=device, bf16=options["bf16"],
+        seed=recipe.seed, lead=rank == 0, minutes=options["minutes"],
     )  # fmt: skip
     {"vae": train_vae, "unet": train_unet}[stage](recipe, work, plan)
 
