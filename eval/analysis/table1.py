@@ -27,13 +27,14 @@ from d3po_bench.launch.progress import Board
 from d3po_bench.models.sources import model_source
 from d3po_bench.runs.files import csv_bytes, read_csv, readable, write_atomically
 from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
+from d3po_bench.scoring import KL_OF_STEP
 from d3po_bench.training.progress import IMAGE, Counted, Progress, label
 from d3po_bench.training.run import Job
 from eval.analysis import choices
 from eval.analysis.cells import Cells
 from eval.analysis.choices import Choices
 from eval.analysis.runs import require_alike
-from eval.analysis.statistics import interval
+from eval.analysis.statistics import Difference, from_zero
 from eval.analysis.tables import Table, as_numbers, text
 from eval.evaluate import plan, work
 from eval.tools import TOOLS
@@ -262,6 +263,16 @@ def write(out: Path) -> str:
     return said
 
 
+def tests(out: Path) -> dict[tuple[str, str], Difference]:
+    """Method and column -> the gain over the base model, tested over seeds; from OUT/rows."""
+    rows = _rows(out)
+    return {
+        (method, column): from_zero(_gains(_runs(method, rows), rows[BASE_ROWS], column))
+        for method in _names(rows)[1:]
+        for column in _columns(rows)
+    }
+
+
 def _recorded_signal(path: Path) -> Mapping[str, Any]:
     found = read_object(path)
     rows = found.get("rows", {})  # of an earlier version, nothing is known of them
@@ -350,17 +361,18 @@ def _names(rows: Mapping[str, Any]) -> list[str]:
 
 
 def _columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:
-    known = {"steps", "guidance", "size", "sampler", "weights", "kl"}
-    return [c for c in rows[BASE_ROWS].columns if c not in known]
+    known = {"steps", "guidance", "size", "sampler", "weights", "kl", "drift"}
+    columns = (c for c in rows[BASE_ROWS].columns if not KL_OF_STEP.fullmatch(c))
+    return [c for c in columns if c not in known]
 
 
 def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str, chosen: Choices | None) -> Cells:
     base = rows[BASE_ROWS]
-    runs = [r for n, r in rows.items() if n.rpartition("-")[0] == name]
+    runs = _runs(name, rows)
     cells = {"method": name, "seeds": str(len(runs) or "")}
     for column in _columns(rows):
         mark = " †" if column == signal and runs else ""
-        cells[column] = _cell([run[column] for run in runs], base[column]) + mark
+        cells[column] = _cell(runs, base, column) + mark
         if column in PAPERS_COLUMNS:
             numbers = PAPER.get(name)
             cells[f"{column}, paper"] = str(numbers[PAPERS_COLUMNS[column]]) if numbers else ""
@@ -370,12 +382,19 @@ def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str, chosen: Choic
     return cells
 
 
-def _cell(runs: Sequence[pd.Series], base: pd.Series) -> str:
+def _runs(method: str, rows: Mapping[str, pd.DataFrame]) -> list[pd.DataFrame]:
+    """The rows of each of its seeds."""
+    return [found for name, found in rows.items() if name.rpartition("-")[0] == method]
+
+
+def _gains(runs: Sequence[pd.DataFrame], base: pd.DataFrame, column: str) -> list[float]:
+    return [float((run[column] - base[column]).mean()) for run in runs]
+
+
+def _cell(runs: Sequence[pd.DataFrame], base: pd.DataFrame, column: str) -> str:
     """The mean, and how much more than the base it is."""
     if not runs:
-        return f"{base.mean():.3f}"
-    ends = np.array([run.mean() for run in runs])
-    gains = np.array([(run - base).mean() for run in runs])
-    low, high = map(float, interval(gains))
-    spread = "" if np.isnan(low) else f", {low:+.3f} to {high:+.3f}"
-    return f"{ends.mean():.3f} ({gains.mean():+.3f}{spread})"
+        return f"{base[column].mean():.3f}"
+    found = from_zero(_gains(runs, base, column))
+    spread = "" if np.isnan(found.low) else f", {found.low:+.3f} to {found.high:+.3f}"
+    return f"{np.mean([run[column].mean() for run in runs]):.3f} ({found.mean:+.3f}{spread})"

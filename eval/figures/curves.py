@@ -32,7 +32,13 @@ X_LABELS = {
     "unet_forwards": "forward passes of the UNet in training (a guided step is two)",
     "unet_backwards": "backward passes of the UNet in training",
     "seconds": "training time without evaluation (s)",
+    "cpu": "processor time of training, all threads (s)",
+    "drift": "drift: change of the network's prediction at fixed latents (variance of the noise)",
+    "kl_trained": "KL to the base model, mean over the steps trained on (nats per element)",
+    "kl": "KL to the base model, mean over all steps (nats per element)",
 }
+"""What curves are drawn over: what was spent, or how far the model has moved, which makes a front
+of reward, drift and, in the panels below, recognisability."""
 
 
 SEEDS_SHOWN = 3
