@@ -36,24 +36,13 @@ if TYPE_CHECKING:
     "--x",
     type=click.Choice(
         [
-            "rounds",
-            "pairs",
-            "images",
-            "scorer_calls",
-            "unet_forwards",
-            "unet_backwards",
-            "seconds",
-            "cpu",
-            "drift",
-            "kl_trained",
-            "kl",
+            "rounds", "pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards",
+            "seconds", "cpu", "drift", "kl_trained", "kl",
         ]
     ),
-    default="pairs",
-    show_default=True,
-    help="What the horizontal axis counts: what was spent, or with the last three how far the "
-    "model has moved from the base model.",
-)
+    default="pairs", show_default=True,
+    help="What the axis counts: what was spent, or how far the model has moved (the last three).",
+)  # fmt: skip
 @click.option("--out", type=PLACE, help="Folder for the figures.")
 @click.option(
     "--unfinished", is_flag=True, help="Draw runs that have not ended, as far as they are."
@@ -321,13 +310,7 @@ def table1(
 @click.option(
     "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Draws them."
 )
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="How --rerun computes.",
-)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="How --rerun computes.")
 @click.option("--out", type=PLACE, help="Keep what --rerun makes here.")
 def verify(
     folder: Path,
