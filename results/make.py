@@ -133,6 +133,7 @@ CLAIMS: Mapping[str, Callable[[], str]] = {
     "claims-gains": lambda: claims.gains(tiny()),
     "claims-contrast": lambda: claims.halves(tiny()),
     "claims-diversity": lambda: claims.diversity(tiny()),
+    "claims-crossed": lambda: claims.crossed(tiny()),
     "claims-table1": lambda: claims.alignment(HOME / "tiny" / "table1"),
     "claims-feedback": claims.feedback,
 }

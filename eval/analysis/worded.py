@@ -52,12 +52,12 @@ def said(means: Mapping[str, tuple[float, float]], words: Words) -> str:
 
 def _p(values: Sequence[float], side: str) -> str:
     """The p-values in brackets: one, or the least or the largest of several."""
-    known = [p for p in values if not math.isnan(p)]
+    known = [f"{p:.2g}" for p in sorted(values) if not math.isnan(p)]
     if not known:
         return ""
-    if len(known) == 1:
-        return f" (p = {known[0]:.2g})"
-    return f" (p {side} {min(known) if side == 'at least' else max(known):.2g})"
+    if known[0] == known[-1]:
+        return f" (p = {known[0]})"
+    return f" (p {side} {known[0] if side == 'at least' else known[-1]})"
 
 
 def power(tests: Mapping[str, Difference], unit: str) -> str:
