@@ -163,19 +163,18 @@ def _moved(policy: Policy, rollout: Rollout, draws: Draws, batch: int) -> Tensor
     rollout's first noise: the same for every run of a model, as levels and noises are.
     """
     clean = _pretrained_latents(policy, rollout, draws, batch)
-    known = policy.model.process.training_levels
-    places = [(2 * i + 1) * len(known) // (2 * LEVELS) for i in range(LEVELS)]
-    level = known[places].repeat(len(clean)).to(clean.device)
-    noise = draws.along(range(len(clean)), 1, LEVELS, clean.shape[1:]).to(clean.device)
-    flat, noise = clean.repeat_interleave(LEVELS, 0), noise.flatten(0, 2)
-    text = rollout.conditions.repeat(LEVELS)
+    known = policy.model.process.training_levels.cpu()
+    level = known[[(2 * i + 1) * len(known) // (2 * LEVELS) for i in range(LEVELS)]]
+    noise = draws.along(range(len(clean)), 1, LEVELS, clean.shape[1:])[:, 0]
 
     def gap(part: Tensor) -> Tensor:
-        at = flat[part], level[part], noise[part], text.take(part)
+        i, j, device = part // LEVELS, part % LEVELS, policy.model.device
+        text = rollout.conditions.take(i.to(rollout.latents.device)).to(device)
+        at = clean[i].to(device), level[j].to(device), noise[i, j].to(device), text
         (now, _), (then, _) = policy.denoise(*at), policy.denoise(*at, weights="base")
         return (now - then).square().flatten(1).mean(1)
 
-    pieces = torch.arange(len(flat), device=clean.device).split(batch)
+    pieces = torch.arange(len(clean) * LEVELS).split(batch)
     return parallel.joined(pieces, gap).view(-1, LEVELS).mean(1)
 
 
@@ -188,13 +187,16 @@ def _pretrained_latents(policy: Policy, rollout: Rollout, draws: Draws, batch: i
         )
 
         def walk(part: Tensor) -> Tensor:
-            x, text = rollout.latents[part, 0, 0], rollout.conditions.take(part)
+            device = policy.model.device
+            x = rollout.latents[part, 0, 0].to(device)
+            text = rollout.conditions.take(part).to(device)
             for i in range(ode.steps):
-                x = ode.step(x, torch.full_like(part, i), text, weights="base").mean
+                number = torch.full((len(x),), i, device=device)
+                x = ode.step(x, number, text, weights="base").mean
             return x
 
         rows = torch.arange(len(rollout.prompts), device=rollout.latents.device)
-        _drawn[policy.model] = named, parallel.joined(rows.split(batch), walk).to(rows.device)
+        _drawn[policy.model] = named, parallel.joined(rows.split(batch), walk)
     return _drawn[policy.model][1]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.analysis import measured, table1
+from eval.analysis import measured, scored
 from eval.analysis.gains import RIVAL, Groups, against, contrast
 from eval.analysis.pictures import CROSSED
 from eval.analysis.scores import Score, score_of
@@ -121,7 +121,7 @@ def crossed(groups: Groups) -> str:
 
 def alignment(folder: Path) -> str:
     """Which gains of Table 1 are shown, of all its methods and columns together."""
-    tests = table1.tests(folder)
+    tests = scored.gained(folder)
     p = adjusted(tests)
     words = Words("Shown to gain in", "Shown to lose in", "Not shown to change")
     methods = dict.fromkeys(method for method, _ in tests)

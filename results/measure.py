@@ -45,7 +45,7 @@ from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.run import RunFolder, find_runs
 from eval.analysis.runs import evaluated
-from eval.analysis.table1 import BASE_ROWS, SAMPLER
+from eval.analysis.scored import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work
 from eval.figures.curves import plot
 from eval.tools import TOOLS

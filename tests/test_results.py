@@ -174,7 +174,7 @@ def test_costs_by_hand(two_methods: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "more", animal=False)
     steps = {f"kl_{i}": f"{i / 100}" for i in range(1, 21)}  # of 20 steps, the last is not trained
     edit(folder / "config.json", '"skip_steps": 0', '"skip_steps": 1')
-    add_columns(folder, {"unet_forwards": 200}, drift=0.025, diversity="0.5", **steps)
+    add_columns(folder, {"unet_forwards": 200}, kl=0.025, diversity="0.5", **steps)
     (folder / "timing.jsonl").unlink()
     assert paid(tmp_path / "more")["incompress d3po"] == {
         **ABSENT, "diversity": "0.50 -> 0.50", "KL, steps trained on": "0.100",
@@ -266,7 +266,7 @@ def test_settings_by_hand(tmp_path: Path) -> None:
 def test_a_row_of_a_run_by_hand(tmp_path: Path) -> None:
     """Stopped after ten of twelve rounds, the last evaluation being that of round ten."""
     folder = write_run(tmp_path, "compress", gain=-0.1, learning_rate=0.001)
-    add_columns(folder, {"score_mean": -0.5, "loss": 2.0, "grad_norm": 1.0}, drift=0.02)
+    add_columns(folder, {"score_mean": -0.5, "loss": 2.0, "grad_norm": 1.0}, kl=0.02)
     (row,) = tries.table([tmp_path]).records
     numbers = {
         "rounds": 10, "images_first": 64, "score_first": -0.5, "score_best": -5.0,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eval.analysis import worded
-from eval.analysis.fronts import fronts
+from eval.analysis.fronts import by_step, fronts
 from eval.analysis.gains import gains
 from eval.analysis.gap import gap
 from eval.analysis.runs import read_groups
@@ -27,7 +27,7 @@ def written(root: Path, method: str, gain: float, drift: float, more: float = 0)
     """Two seeds, with so much more drift in every round; of the second seed, `more` on top."""
     for seed in (0, 1):
         folder = write_run(root, method=method, seed=seed, gain=gain)
-        add_columns(folder, {}, drift=drift + more * seed)
+        add_columns(folder, {}, kl=drift + more * seed)
     return root
 
 
@@ -60,12 +60,7 @@ def test_gains_at_equal_drift_by_hand(tmp_path: Path) -> None:
 def test_the_drift_that_says_most_is_taken(
     columns: dict[str, str], measure: str, tmp_path: Path
 ) -> None:
-    folder = write_run(tmp_path)
-    add_columns(folder, {}, drift=0.1)
-    rows = (folder / "eval.csv").read_text().splitlines()
-    more = [[*columns], *([columns.values()] * (len(rows) - 1))]
-    lines = (",".join([row, *cells]) for row, cells in zip(rows, more, strict=True))
-    (folder / "eval.csv").write_text("\n".join(lines) + "\n")
+    add_columns(write_run(tmp_path), {}, kl=0.1, **columns)
     (table,) = fronts(read_groups([tmp_path]))
     assert f"{measure}, at the end" in table.columns
 
@@ -73,6 +68,17 @@ def test_the_drift_that_says_most_is_taken(
 def test_runs_of_unknown_drift_have_no_front(tmp_path: Path) -> None:
     write_run(tmp_path)
     assert fronts(read_groups([tmp_path])) == []
+    assert by_step(read_groups([tmp_path])).cells()[0] == ["objective", "method", "seeds"]
+
+
+def test_the_drift_of_each_step(tmp_path: Path) -> None:
+    for seed, last in enumerate(("4", "8")):
+        folder = write_run(tmp_path, seed=seed, sampling_steps=2, skip_steps=1)
+        add_columns(folder, {}, kl_1="0.01", kl_2=last)
+    assert by_step(read_groups([tmp_path])).cells() == [
+        ["objective", "method", "seeds", "step 1", "step 2"],
+        ["incompress", "d3po", "2", "0.01", "6*"],
+    ]
 
 
 def test_curves_over_drift(tmp_path: Path) -> None:

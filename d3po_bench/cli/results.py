@@ -69,7 +69,7 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
     "tables",
     multiple=True,
     type=click.Choice(
-        ["gains", "contrast", "cost", "efficiency", "drift", "settings", "crossed", "runs"]
+        ["gains", "contrast", "cost", "efficiency", "drift", "steps", "settings", "crossed", "runs"]
     ),
     help="Repeatable; default: gains and cost.",
 )
@@ -94,10 +94,11 @@ def report(
 
     RUNS are run folders or folders of them; default: runs/. The tables: gains on the objective;
     cost (images, network passes, seconds, and what was lost); efficiency at equal pairs, images
-    and passes; drift, what was gained where all have moved equally far; settings; crossed, what
-    training did to other scores; runs, a row for each run with the command that makes it. For
-    crossed, and diversity, Vendi score and coverage in cost, --measure draws eight pictures of
-    each prompt with every model and writes diversity.csv beside the objectives.
+    and passes; drift, what was gained where all have moved equally far; steps, the KL of each
+    denoising step; settings; crossed, what training did to other scores; runs, a row for each run
+    with the command that makes it. For crossed, and diversity, Vendi score and coverage in cost,
+    --measure draws eight pictures of each prompt with every model and writes diversity.csv beside
+    the objectives.
 
     The page is one file that needs no network: the table, curves, drift, pictures before and
     after, and behind each number its seeds, command and settings.

@@ -8,16 +8,16 @@ Gains keep the score's own sign. Means over seeds have 95 % t-intervals.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from eval.analysis.gains import Groups
+from eval.analysis.gains import Groups, both_ends
 from eval.analysis.heights import images_to_threshold
 from eval.analysis.runs import DRIFTS, Run, curves, drift_of
 from eval.analysis.scores import score_of
-from eval.analysis.tables import Record, Table, number, over_seeds, spread, text
+from eval.analysis.tables import Cell, Record, Table, number, over_seeds, shown, spread, text
 
 
 def fronts(groups: Groups) -> list[Table]:
@@ -27,6 +27,39 @@ def fronts(groups: Groups) -> list[Table]:
         objectives.setdefault(objective, {})[method] = runs
     made = (_table(objective, methods) for objective, methods in objectives.items())
     return [table for table in made if table is not None]
+
+
+def by_step(groups: Groups) -> Table:
+    """A row for each objective and method: the KL of each denoising step at the end of training.
+
+    Mean over seeds, nats per latent element; a star marks steps that were not trained on.
+    """
+    records: list[Record] = []
+    for (_, objective, method), runs in groups.items():
+        steps, config = [*_steps(runs)], runs[0].config
+        trained = config.sampling_steps - config.skip_steps
+        records.append({
+            "objective": objective, "method": method, "seeds": len(runs),
+            **{f"kl_{i}": kl for i, kl in enumerate(steps, 1)}, "trained": trained,
+        })  # fmt: skip
+    most = max(len(record) - 4 for record in records)
+    columns = {"objective": text("objective"), "method": text("method"), "seeds": text("seeds")}
+    columns |= {f"step {i}": _of_step(i) for i in range(1, most + 1)}
+    return Table(records, columns, left=("objective", "method"))
+
+
+def _steps(runs: Sequence[Run]) -> Iterator[float]:
+    """Of each step, the mean over runs; NaN where one of them did not measure it."""
+    for i in range(1, runs[0].config.sampling_steps + 1):
+        yield float(np.mean([both_ends(run, f"kl_{i}")[1] for run in runs]))
+
+
+def _of_step(step: int) -> Cell:
+    def show(record: Record) -> str:
+        value = shown(record.get(f"kl_{step}", math.nan), ".3g")
+        return value + "*" * (bool(value) and step > record["trained"])
+
+    return show
 
 
 def _table(objective: str, methods: Mapping[str, Sequence[Run]]) -> Table | None:

@@ -94,6 +94,7 @@ FACTS: Mapping[str, Cell] = {
     "Gain of the deterministic sampler": number("gain_eta0", "+.3f"),
     "Gain as a share of the size above a flat image's": number("share_of_excess", "+.0%"),
     "Diversity of a prompt's pictures": change("diversity", ".2f"),
+    "Gain on the reward minus that on other scorers, in standard deviations": spread("gap"),
     f"Gain minus {RIVAL}'s": spread("difference"),
     "p of that difference, adjusted for all methods and objectives (Holm)": number("p_holm", ".2g"),
 }
