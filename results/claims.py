@@ -85,8 +85,10 @@ def diversity(groups: Groups) -> str:
         if method != RIVAL
     }
     p = adjusted(tests)
-    words = Words(f"Shown to be more diverse than {RIVAL}", f"Shown to be less diverse than {RIVAL}",
-                  f"No difference to {RIVAL} is shown")  # fmt: skip
+    words = Words(
+        f"Shown to be more diverse than {RIVAL}", f"Shown to be less diverse than {RIVAL}",
+        f"No difference to {RIVAL} is shown",
+    )  # fmt: skip
     return _bullets(
         f"**{objective}.** "
         + said({m: (f.mean, p[o, m]) for (o, m), f in tests.items() if o == objective}, words)

@@ -26,7 +26,7 @@ from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board
 from d3po_bench.models.sources import model_source
 from d3po_bench.runs.files import csv_bytes, readable, write_atomically
-from d3po_bench.runs.run import LORA, RunFolder, read_object
+from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
 from d3po_bench.training.progress import IMAGE, Counted, Progress, label
 from d3po_bench.training.run import Job
 from eval.analysis import choices
@@ -168,7 +168,7 @@ def preset(request: Table1Request) -> str | None:
 
 def _taken(request: Table1Request) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for run in findruns_of(request.runs):
+    for run in find_runs(request.runs):
         if not (run.folder / LORA).is_dir():  # it has not ended
             continue
         made, name = run.config, _name(run.config)
