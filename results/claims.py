@@ -6,16 +6,15 @@ when a difference counts as shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from eval.analysis import measured, scored
 from eval.analysis.gains import RIVAL, Groups, against, contrast
 from eval.analysis.pictures import CROSSED
+from eval.analysis.runs import Run
 from eval.analysis.scores import Score, score_of
-from eval.analysis.statistics import Difference, by_seed, from_zero
+from eval.analysis.statistics import Difference, by_seed
 from eval.analysis.worded import LEVEL, Words, adjusted, equivalent, power, said
 from results import feedback as rounds
 
@@ -27,7 +26,7 @@ and no more. Protocols of later runs state theirs before.
 """
 
 Tests = Mapping[tuple[str, str], Difference]
-"""Objective or column, and method -> its test."""
+"""Two names, such as objective and method -> a test."""
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -74,64 +73,54 @@ def halves(groups: Groups) -> str:
 
 def diversity(groups: Groups) -> str:
     """Whose pictures of a prompt end more alike than the rival's."""
-    ends = {
-        (objective, method): {run.seed: measured.number(measured.numbers(run)[1], "diversity")
-                              for run in runs}
-        for (_, objective, method), runs in groups.items()
-    }  # fmt: skip
+    ends = {(objective, method): _pictures(runs, "diversity")[1]
+            for (_, objective, method), runs in groups.items()}  # fmt: skip
     tests = {
         (objective, method): by_seed(own, ends[objective, RIVAL])
         for (objective, method), own in ends.items()
         if method != RIVAL
     }
-    p = adjusted(tests)
     words = Words(
         f"Shown to be more diverse than {RIVAL}", f"Shown to be less diverse than {RIVAL}",
         f"No difference to {RIVAL} is shown",
     )  # fmt: skip
-    return _bullets(
-        f"**{objective}.** "
-        + said({m: (f.mean, p[o, m]) for (o, m), f in tests.items() if o == objective}, words)
-        for objective in dict.fromkeys(objective for objective, _ in tests)
-    )
+    return _by_first(tests, words)
 
 
 def crossed(groups: Groups) -> str:
     """What training on one objective is shown to do to the score of another."""
-    tests = {
-        (name, objective, method): from_zero(
-            np.subtract(
-                *(
-                    [measured.number(measured.numbers(run)[side], name) for run in runs]
-                    for side in (1, 0)
-                )
-            )
-        )
-        for (_, objective, method), runs in groups.items()
-        for name in CROSSED
-        if name != score_of(runs[0].files).scorer
-    }
-    p = adjusted(tests)
+    tests = {}
+    for (_, objective, method), runs in groups.items():
+        for name in CROSSED:
+            if name != score_of(runs[0].files).scorer:
+                before, after = _pictures(runs, name)
+                tests[f"{name}, trained on {objective}", method] = by_seed(after, before)
     words = Words("Shown to be raised by", "Shown to be lowered by", "Not shown to be changed by")
+    return _by_first(tests, words)
+
+
+def _pictures(runs: Sequence[Run], name: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Seed -> what `report --measure` found of the base model's pictures, and of the run's."""
+    found = {run.seed: measured.numbers(run) for run in runs}
+    before, after = ({seed: measured.number(pair[side], name) for seed, pair in found.items()}
+                     for side in (0, 1))  # fmt: skip
+    return before, after
+
+
+def _by_first(tests: Tests, words: Words) -> str:
+    """A line for each first part of the names of tests, p-values adjusted for all of them."""
+    p = adjusted(tests)
     return _bullets(
-        f"**{name}, trained on {objective}.** "
-        + said({m: (f.mean, p[n, o, m]) for (n, o, m), f in tests.items()
-                if (n, o) == (name, objective)}, words)
-        for name, objective in dict.fromkeys((n, o) for n, o, _ in tests)
-    )  # fmt: skip
+        f"**{first}.** "
+        + said({b: (found.mean, p[a, b]) for (a, b), found in tests.items() if a == first}, words)
+        for first in dict.fromkeys(first for first, _ in tests)
+    )
 
 
 def alignment(folder: Path) -> str:
     """Which gains of Table 1 are shown, of all its methods and columns together."""
-    tests = scored.gained(folder)
-    p = adjusted(tests)
     words = Words("Shown to gain in", "Shown to lose in", "Not shown to change")
-    methods = dict.fromkeys(method for method, _ in tests)
-    return _bullets(
-        f"**{method}.** "
-        + said({c: (f.mean, p[m, c]) for (m, c), f in tests.items() if m == method}, words)
-        for method in methods
-    )
+    return _by_first(scored.gained(folder), words)
 
 
 def feedback() -> str:

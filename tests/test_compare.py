@@ -112,7 +112,7 @@ def test_other_images_are_not_paired(sides: tuple[Path, Path]) -> None:
 
 
 def test_one_seed_shows_nothing(sides: tuple[Path, Path]) -> None:
-    found = compare(*(folder / "seed-1" for folder in sides))
+    found = compare(sides[0] / "seed-1", sides[1] / "seed-1")
     assert found.sentence() == (
         "d3po gains 0.600 kB more than ddpo on incompress (difference +0.600, no interval without "
         "two seeds of each: run more, 1 seed each, paired): no difference is shown."

@@ -46,7 +46,8 @@ def effective_number(features: Tensor) -> Tensor:
     """
     shares = torch.linalg.eigvalsh(features.double() @ features.double().T / len(features))
     # Rounding leaves eigenvalues that are 0 on either side of it; 0 log 0 counts as 0.
-    return torch.special.entr(shares.clamp(min=0)).sum().exp().float()
+    entropy: Tensor = torch.special.entr(shares.clamp(min=0)).sum()
+    return entropy.exp().float()
 
 
 def load(device: torch.device, weights: str = "official") -> Scorer:
