@@ -122,7 +122,7 @@ def test_columns_that_were_not_measured_then_are_no_difference(results: Path) ->
     for run in cells(results):
         kept = [line.split(",")[:5] for line in (run / "eval.csv").read_text().splitlines()]
         (run / "eval.csv").write_text("".join(",".join(cells) + "\n" for cells in kept))
-        edit(run / "provenance.json", content=...)
+        edit(run / "provenance.json", content=..., run_id=...)
     done = again(results)
     assert "reproduced, same numbers, and more columns" in done.output
     assert done.exit_code == 0, done.output
