@@ -25,7 +25,7 @@ def load(device: torch.device, weights: str) -> tuple[Features, tuple[Path, ...]
     """
     if weights != "tiny":
         folder = _clip.folder("clip", weights)
-        return _clip.Clip(folder, device).images, (folder / "model.safetensors",)
+        return _clip.opened(folder, device).images, (folder / "model.safetensors",)
     from d3po_bench.models.embedded import classifier
     from d3po_bench.models.embedded.render import GLYPHS
 
