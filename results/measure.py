@@ -1,18 +1,20 @@
 """Measure what documents show and no run folder holds; minutes to hours each.
 
     python results/measure.py step-shares
+    python results/measure.py coverage
     python results/measure.py rounds normalcy --seed 0
     python results/measure.py preference runs/table1 --seed 0
     python results/measure.py collect runs/feedback
     python results/measure.py publish runs/reproduce/tiny results/tiny
 
-`step-shares`, `collect` and `publish` write into this folder, from which make.py then writes the
-documents. Every rater is SIMULATED.
+`step-shares`, `coverage`, `collect` and `publish` write into this folder, from which make.py then
+writes the documents. Every rater is SIMULATED.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
+
+# An editable install of another checkout has a folder `results`, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from d3po_bench import registry
 from d3po_bench.diffusion.policy import Policy
@@ -40,11 +45,14 @@ from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.run import RunFolder, find_runs
 from d3po_bench.setting import pairs_of
 from eval.analysis.runs import evaluated
-from eval.analysis.table1 import BASE_ROWS, SAMPLER
+from eval.analysis.scored import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work
 from eval.figures.curves import plot
 from eval.tools import TOOLS
 from eval.verify.folder import FILES
+from results import coverage
+
+sys.path.pop(0)
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -109,6 +117,12 @@ def _shares(steps: int) -> list[dict[str, Any]]:
          "share": f"{change([i]) / whole:.3f}", "sensitivity": f"{float(sensitivity[i]):.2f}"}
         for i in range(steps)
     ]  # fmt: skip
+
+
+@main.command("coverage")
+def intervals_hold() -> None:
+    """Draw seeds whose truth is known, and count how often our intervals hold it."""
+    coverage.measure()
 
 
 # ---- Figures 4 and 5: rates over rounds of feedback

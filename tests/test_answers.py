@@ -49,7 +49,7 @@ def runs(tmp_path: Path) -> Path:
     for method in ("d3po", "ddpo"):
         for seed in range(2):
             folder = write_run(tmp_path / "runs", method=method, seed=seed, gain=0.1 + seed / 100)
-            add_columns(folder, {}, drift=0.02)
+            add_columns(folder, {}, kl=0.02)
     return tmp_path / "runs"
 
 

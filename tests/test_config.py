@@ -273,6 +273,7 @@ def test_the_json_holds_every_field_and_the_id() -> None:
         CONFIG, sampler="cps", long_prompts="cut", lora="style.safetensors",
         sources={"objective": "reward.py"}, prompts="animals", choices="random", window=2,
         timestep_spacing="log_snr", step_weight="inverse", updates_per_round=4,
+        eval_list="geneval", eval_noise=1,
     )  # fmt: skip
     for made, without in ((CONFIG, set(config.LATER)), (other, set())):
         found = json.loads(made.to_json())

@@ -81,6 +81,7 @@ ALLOWED = {
     "eval.scorers": {
         "types", "errors", "models.embedded", "models.parts", "eval.downloads",
         "eval.scorers._blip", "eval.scorers._blip_match", "eval.scorers._clip",
+        "eval.scorers._features",
     },
 }  # fmt: skip
 """Module or package -> what of ours it may import, for the type checker or later in a function,
@@ -94,7 +95,7 @@ ONLY_IN = {
     "optuna": ("d3po_bench.launch",),
     "transformers": ("d3po_bench.models", "eval.embedded", "eval.scorers"),
     "matplotlib": ("eval.figures",),
-    "scipy": ("eval",),
+    "scipy": ("eval", "d3po_bench.feedback"),
     "pandas": ("eval",),
     "fastapi": ("d3po_bench.feedback",),
     "sqlalchemy": ("d3po_bench.feedback",),

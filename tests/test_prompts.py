@@ -15,7 +15,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.prompts import digest, read_prompts
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.tools import spread
-from eval.analysis import table1
+from eval.analysis import scored, table1
 from eval.verify.folder import check_run
 from tests.commands import Command, refused, run_of
 
@@ -223,13 +223,14 @@ def test_odd_prompts_are_paired_in_table_1(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         body = "".join(f"eta1,{p},0,{n + gain},\n" for n, p in enumerate(ODD))
         path.write_text("sampler,prompt,index,clip,animal\n" + body)
-    found = table1._rows(tmp_path)["d3po-0"]
+    rows = scored.rows_of(tmp_path)
+    found = rows["d3po-0"]
     assert sorted(found.index) == sorted((prompt, "0") for prompt in ODD)
     assert found.loc[("01", "0"), "clip"] == 2 + ODD.index("01")
     assert found["animal"].isna().all()
-    assert table1._cell([found["clip"]], table1._rows(tmp_path)["no-fine-tune"]["clip"]) == (
-        "7.500 (+2.000)"
-    )
+    assert table1._cell([found], rows["no-fine-tune"], "clip") == "7.500 (+2.000)"
+    assert table1._cell([found], rows["no-fine-tune"], "animal") == "", "no scorer said anything"
+    assert list(scored.gained(tmp_path)) == [("d3po", "clip")]
 
 
 @pytest.mark.parametrize("ending", ["\r", "\n", "\r\n"])

@@ -187,7 +187,7 @@ def choices(folder: Path, out: Path | None, labels: str | None) -> Result:
         found = comparisons.choices(store, folder)
     if out is not None:
         comparisons.write_choices(out, found)
-    lines = [f"{s.source}  {s.share:.1%}  (95 % {s.low:.1%} to {s.high:.1%})" for s in found]
+    lines = [share.said for share in found]
     simulated = found[0].raters == "simulated"
     hints = ["At least one rater is simulated."] if simulated else []
     return Result(lines, [asdict(s) for s in found], hints)

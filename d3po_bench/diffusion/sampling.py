@@ -164,16 +164,7 @@ def pictures(model: Model, latents: Tensor, batch: int) -> Tensor:
         latents: of all pictures.
         batch: pictures in a piece of the work, which decides bits where decoders' do.
     """
-    pieces = latents.split(batch)
-
-    own: dict[int, Tensor] = {}
-
-    def decode(number: int) -> None:
-        own[number] = model.decode(pieces[number])
-
-    parallel.share(len(pieces), decode)
-    shares = parallel.gather(own)
-    return torch.cat([shares[n % len(shares)][n] for n in range(len(pieces))])
+    return parallel.joined(latents.split(batch), model.decode)
 
 
 def images_used(method: Method[Any], rollout: Rollout) -> Tensor:

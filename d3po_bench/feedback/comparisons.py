@@ -34,10 +34,17 @@ class Share:
     """Folder of pictures, as `feedback new` was given it."""
     share: float
     """0 to 1; those of all sources add to 1."""
-    low: float
-    high: float
-    """Ends of its 95 % interval over prompts."""
+    low: float | None
+    high: float | None
+    """Ends of its 95 % interval over prompts; None with a single prompt."""
     raters: Pool
+
+    @property
+    def said(self) -> str:
+        """For people."""
+        if self.low is None or self.high is None:
+            return f"{self.source}  {self.share:.1%}  (one prompt: no interval)"
+        return f"{self.source}  {self.share:.1%}  (95 % {self.low:.1%} to {self.high:.1%})"
 
 
 # ---- the round
@@ -130,7 +137,7 @@ def choices(store: LabelStore, folder: Path) -> list[Share]:
     pool = pool_of(vote.rater for vote in votes)
     shares = []
     for source, column in zip(sources, np.array(list(found.values())).T, strict=True):
-        low, high = bootstrap(column)
+        low, high = interval(column)
         mean = float(column.mean())
         shares.append(Share(source=source, share=mean, low=low, high=high, raters=pool))
     return shares
@@ -189,12 +196,14 @@ def first_choices(votes: Sequence[Vote], sources: int) -> dict[str, list[float]]
     }
 
 
-def bootstrap(values: Floats, resamples: int = 9999) -> tuple[float, float]:
-    """Percentile 95 % interval of the mean of [P] values, from a fixed seed."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+def interval(shares: Floats) -> tuple[float, float] | tuple[None, None]:
+    """Student's 95 % interval of the mean of [P] shares, within 0 to 1; none of a single one."""
+    from scipy.stats import t
+
+    if len(shares) == 1:
+        return None, None
+    half = t.ppf(0.975, len(shares) - 1) * shares.std(ddof=1) / np.sqrt(len(shares))
+    return max(0.0, float(shares.mean() - half)), min(1.0, float(shares.mean() + half))
 
 
 def write_choices(path: Path, found: Sequence[Share]) -> None:

@@ -195,6 +195,7 @@ class Trainer:
             working: called with the share of the round that is done.
         """
         seconds: dict[str, float] = {}
+        began = time.process_time()
         before = self.model.forwards, self.model.backwards
 
         def stage(name: str) -> AbstractContextManager[None]:
@@ -224,6 +225,7 @@ class Trainer:
         self.round += 1
         metrics = {"round": self.round, **self._spent(), **measured}
         require_own_names(self.config.method, learned, metrics)
+        seconds["cpu"] = time.process_time() - began
         timing = {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
         return {**metrics, **learned}, timing
 

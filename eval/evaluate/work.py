@@ -356,12 +356,15 @@ def _read(path: Path) -> Any:
 
 
 def summary(out: Path) -> Iterator[Row]:
-    """The mean of every column of rows.csv, for each sampler."""
+    """The mean of every column of rows.csv, for each sampler, without the KL of single steps."""
+    from d3po_bench.scoring import KL_OF_STEP
+
     rows = read_csv(out / "rows.csv")
     told = {"steps", "guidance", "size", "sampler", "prompt", "index", "weights", "file"}
     for sampler in dict.fromkeys(row.get("sampler", "") for row in rows):
         mine = [row for row in rows if row.get("sampler", "") == sampler]
-        for column in (name for name in mine[0] if name not in told):
+        measured = (name for name in mine[0] if name not in told)
+        for column in (name for name in measured if not KL_OF_STEP.fullmatch(name)):
             values = [float(row[column]) for row in mine if row[column] not in ("", "nan")]
             if values:
                 mean = sum(values) / len(values)
