@@ -96,7 +96,7 @@ class Made:
         reward = 0.5 - (math.log10(config.learning_rate) + 3) ** 2 + 0.01 * config.seed
         gain = 1 + reward if config.objective == "incompress" else 1 - reward
         known = 0.9 if config.updates_per_round < 16 else 0.5
-        return {"gain": gain, "recognised": known, "kl": 0.1}
+        return {"gain": gain, "recognised": known, "drift": 0.1}
 
 
 def request(made: Made, out: Path, **changes: Any) -> TuneRequest:

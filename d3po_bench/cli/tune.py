@@ -90,7 +90,7 @@ def _protocol(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     "--recognised", type=Range(0, 1), help="Least share of recognised pictures, for each seed."
 )
 @click.option(
-    "--drift", type=Range(0, 1e6), help="Largest KL to the pretrained model, for each seed."
+    "--drift", type=Range(0, 1e6), help="Largest `drift` of the evaluation, for each seed."
 )
 @click.option(
     "--model", default="tiny", show_default=True, shell_complete=completion.of("model"),

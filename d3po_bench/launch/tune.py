@@ -293,7 +293,7 @@ class Search:
         return Seen(
             gain=sum(gains) / len(gains),  # (grown + shrunk) / 2, where there are two signs
             recognised=float(np.min([one["recognised"] for one in found])),  # NaN if any is
-            drift=float(np.max([one["kl"] for one in found])),
+            drift=float(np.max([one["drift"] for one in found])),
         )
 
     def best(self, method: str) -> FrozenTrial | None:

@@ -135,7 +135,9 @@ def _pictures(lora: Path | None, config: RunConfig) -> Tensor:
         model, steps=config.sampling_steps, eta=config.eta, guidance=config.guidance,
         sampler=config.sampler, timestep_spacing=config.timestep_spacing,
     )  # fmt: skip
-    draws = Draws(seed=NOISE_SEED + config.eval_noise, round=0, noise="eval-noise", steps="eval-steps")
+    draws = Draws(
+        seed=NOISE_SEED + config.eval_noise, round=0, noise="eval-noise", steps="eval-steps"
+    )
     return model.decode(sample(policy, _prompts(config), draws).latents[:, 0, -1])
 
 
