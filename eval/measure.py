@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from d3po_bench.diffusion import parallel
@@ -74,7 +75,8 @@ def evaluate(
         if OBJECTIVE in scores:  # further scorers may have nothing to say about an image
             require_scores(scorers[OBJECTIVE], scores[OBJECTIVE])
         if sampler == TRAINING:
-            scores["kl"] = _kl(policy, rollout, what.batch)
+            drift = torch.zeros(len(prompts))
+            scores["kl"] = drift if what.untrained else _kl(policy, rollout, what.batch)
             require_finite("evaluation kl to the pretrained model", scores["kl"])
         for i, prompt in enumerate(prompts):
             row = {"sampler": sampler, "prompt": prompt, "index": i % what.images}

@@ -85,7 +85,7 @@ def liking(scores: Tensor, value: float | None = None) -> Tensor:
 def steps_once(
     policy: Policy, x_t: Tensor, step: Tensor, conditions: Conditions, same: Tensor
 ) -> Step:
-    """`Policy.step` of both images of N pairs, [2N], where each that is in several is computed once.
+    """`Policy.step` of both images of N pairs, [2N], each image's step computed once.
 
     Args:
         policy: whose steps.

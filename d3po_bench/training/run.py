@@ -19,12 +19,13 @@ from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import Row
+from d3po_bench.runs.provenance import environment
 from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.sessions import sessions
 from d3po_bench.runs.store import RunStore
 from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
-from d3po_bench.training.evaluation import Evaluation
+from d3po_bench.training.evaluation import BaseEvaluation, Evaluation
 from d3po_bench.training.inputs import inputs_today
 from d3po_bench.training.listeners import (
     Listener,
@@ -108,6 +109,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
             return _begun(job, store, trainer, evaluation, progress, after=after, **how)
 
         listeners = parallel.lead(lambda: begin(store) if store else [])
+        evaluation.kept = _shared(job, trainer, evaluation, {"device": str(device), **_ranks()})
         measured = parallel.tell(lambda: store is not None and bool(store.evaluation))
         trainer.train(evaluation, [OfFirstRank(listeners or [])], measured)
 
@@ -139,6 +141,33 @@ def _begun(
     listeners += [*_trackers(job, after, store, progress), Stopping(job.config.rounds)]
     progress.begin(trainer.round, trainer.experience.scorer.unit, store)
     return listeners
+
+
+EVALUATED = (
+    "model", "objective", "prompts", "long_prompts", "sampling_steps", "sampler", "eta",
+    "guidance", "dtype", "full", "eval_prompts", "eval_images", "eval_scorers",
+)  # fmt: skip
+"""Settings that the base model's evaluation depends on."""
+
+
+def _shared(job: Job, trainer: Trainer, evaluation: Evaluation, how: Row) -> BaseEvaluation | None:
+    """The base model's evaluation beside the run folder, for the other seeds.
+
+    None where code of the user's own takes part: what that does is not told by its text.
+    """
+    config, source = job.config, model_source(job.config.model)
+    own_scorer = any(registry.is_own("scorer", text) for text in evaluation.texts.values())
+    if own_scorer or source.is_code or job.objects or job.experience:
+        return None
+    began = {name: fact for name, fact in environment().items() if name != "started"}
+    scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
+    facts = {
+        **began, **trainer.inputs, **how, **_plugins(config, evaluation), "scorers": scorers,
+        "threads": torch.get_num_threads(), "execution": recorded(job.execution),
+        "config": {name: getattr(config, name) for name in EVALUATED},
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }  # fmt: skip
+    return BaseEvaluation(job.folder.parent, facts)
 
 
 def _settled(
