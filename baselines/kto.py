@@ -95,10 +95,12 @@ class KTO:
         prompt, image = found.nonzero(as_tuple=True)
         images = NoisedRows.of(rollout, prompt, image, rng, self.timesteps)
         sign = found[prompt, image].to(images.level.device).unsqueeze(1)
+        unknown = torch.zeros_like(sign).expand(images.level.shape)
         return LikedRows(
             **vars(images),
             liking=sign.expand(images.level.shape),
-            **dict.fromkeys(("shared", "own"), torch.zeros_like(sign).expand(images.level.shape)),
+            shared=unknown,
+            own=unknown,
         )
 
     def shared(self, policy: Policy, items: LikedRows) -> Tensor:

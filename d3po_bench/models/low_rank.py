@@ -104,5 +104,6 @@ def install(network: Any, targets: Sequence[str], rank: int, alpha: float) -> No
 def quicken(network: torch.nn.Module) -> None:
     """Let the layers of a plain LoRA compute at once; others, such as convolutions, stay."""
     for layer in network.modules():
-        if type(layer) is Linear and not (layer.lora_variant or any(layer.lora_bias.values())):
-            layer.__class__ = OneProduct
+        kind: Any = layer
+        if type(layer) is Linear and not (kind.lora_variant or any(kind.lora_bias.values())):
+            kind.__class__ = OneProduct

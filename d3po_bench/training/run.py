@@ -100,16 +100,13 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         after = restore(trainer, store)
         before = None if after is None else store
         job = parallel.together(lambda: _settled(job, trainer, before, progress))
-        evaluation = parallel.together(
-            lambda: Evaluation(config, job.execution, trainer.experience, job.tools, device)
-        )
+        evaluation = parallel.together(lambda: _evaluation(job, trainer, device))
 
         def begin(store: RunStore) -> list[Listener]:
             how = {"device": str(device), "deterministic": deterministic, **_ranks()}
             return _begun(job, store, trainer, evaluation, progress, after=after, **how)
 
         listeners = parallel.lead(lambda: begin(store) if store else [])
-        evaluation.kept = _shared(job, trainer, evaluation, {"device": str(device), **_ranks()})
         measured = parallel.tell(lambda: store is not None and bool(store.evaluation))
         trainer.train(evaluation, [OfFirstRank(listeners or [])], measured)
 
@@ -150,24 +147,27 @@ EVALUATED = (
 """Settings that the base model's evaluation depends on."""
 
 
-def _shared(job: Job, trainer: Trainer, evaluation: Evaluation, how: Row) -> BaseEvaluation | None:
-    """The base model's evaluation beside the run folder, for the other seeds.
+def _evaluation(job: Job, trainer: Trainer, device: torch.device) -> Evaluation:
+    """The evaluations of a run, of which that of the base model is shared with the other seeds.
 
-    None where code of the user's own takes part: what that does is not told by its text.
+    Not where code of the user's own takes part: what that does is not told by its text.
     """
     config, source = job.config, model_source(job.config.model)
-    own_scorer = any(registry.is_own("scorer", text) for text in evaluation.texts.values())
+    found = Evaluation(config, job.execution, trainer.experience, job.tools, device)
+    own_scorer = any(registry.is_own("scorer", text) for text in found.texts.values())
     if own_scorer or source.is_code or job.objects or job.experience:
-        return None
-    began = {name: fact for name, fact in environment().items() if name != "started"}
-    scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
+        return found
     facts = {
-        **began, **trainer.inputs, **how, **_plugins(config, evaluation), "scorers": scorers,
-        "threads": torch.get_num_threads(), "execution": recorded(job.execution),
+        **environment(), **trainer.inputs, **_plugins(config, found), **_ranks(),
+        "scorers": {n: job.tools.fingerprint(s) for n, s in found.named.items()},
         "config": {name: getattr(config, name) for name in EVALUATED},
+        "execution": recorded(job.execution), "device": str(device),
+        "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip
-    return BaseEvaluation(job.folder.parent, facts)
+    del facts["started"]
+    found.kept = BaseEvaluation(job.folder.parent, facts)
+    return found
 
 
 def _settled(
