@@ -44,8 +44,9 @@ from tests.rounds import trainer_of
 FORWARD, BACKWARD = (32, 64, 128, 256), (32, 64, 128)
 """Batches of the network alone, in latents."""
 
-DRAWN_AT_ONCE, LEARNED_AT_ONCE = 8, 4
-"""Images, of ddpo-pytorch: `compressibility` in its config/dgx.py."""
+DRAWN_AT_ONCE, LEARNED_AT_ONCE = 1, 1
+"""Images, by default in ddpo-pytorch: `sample.batch_size` and `train.batch_size` of its
+config/base.py."""
 
 SEEDS = 5
 """Of a quick run, which share the evaluation of the base model."""
