@@ -127,6 +127,8 @@ def test_an_image_that_is_in_several_pairs_is_computed_once(micro_model: StableD
         ({"units": 2}, 2),
         ({"units": 3, "every": "timestep"}, 4),
         ({"units": 1, "passes": 2}, 6),
+        ({"count": 2}, 2),  # of two pairs and of one
+        ({"count": 99, "units": 3}, 3),  # a unit each: there are no more
         ({"units": 3, "every": "timestep", "passes": 2}, 8),
     ],
 )

@@ -140,11 +140,8 @@ def _begun(
     return listeners
 
 
-EVALUATED = (
-    "model", "objective", "prompts", "long_prompts", "sampling_steps", "sampler", "eta",
-    "guidance", "dtype", "full", "eval_prompts", "eval_images", "eval_scorers",
-)  # fmt: skip
-"""Settings that the base model's evaluation depends on."""
+EVALUATED = ("model", "objective", "long_prompts", "dtype", "full", "eval_scorers")
+"""Settings that the base model's evaluation depends on, beside those of its own set."""
 
 
 def _evaluation(job: Job, trainer: Trainer, device: torch.device) -> Evaluation:
@@ -160,7 +157,7 @@ def _evaluation(job: Job, trainer: Trainer, device: torch.device) -> Evaluation:
     facts = {
         **environment(), **trainer.inputs, **_plugins(config, found), **_ranks(),
         "scorers": {n: job.tools.fingerprint(s) for n, s in found.named.items()},
-        "config": {name: getattr(config, name) for name in EVALUATED},
+        "config": {name: getattr(config, name) for name in EVALUATED}, "what": vars(found.what),
         "execution": recorded(job.execution), "device": str(device),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
