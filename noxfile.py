@@ -71,7 +71,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Print the UNet's share of a training round and the speed against the published loop."""
+    """Print how fast rounds are beside the published loops and the network alone; CPU minutes."""
     _install(session)
     session.run("python", "-m", "tests.bench", *session.posargs)
 

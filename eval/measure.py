@@ -75,7 +75,7 @@ def evaluate(
         if OBJECTIVE in scores:  # further scorers may have nothing to say about an image
             require_scores(scorers[OBJECTIVE], scores[OBJECTIVE])
         if sampler == TRAINING:
-            scores |= drifts(policy, rollout, draws, what.batch)
+            scores |= drifts(policy, rollout, draws, what.batch, moved=not what.untrained)
         for i, prompt in enumerate(prompts):
             row = {"sampler": sampler, "prompt": prompt, "index": i % what.images}
             rows.append(row | {name: cell(float(s[i])) for name, s in scores.items()})
@@ -130,7 +130,9 @@ LEVELS = 4
 """Noise levels at which the sampler-free drift is measured."""
 
 
-def drifts(policy: Policy, rollout: Rollout, draws: Draws, batch: int) -> dict[str, Tensor]:
+def drifts(
+    policy: Policy, rollout: Rollout, draws: Draws, batch: int, moved: bool = True
+) -> dict[str, Tensor]:
     """Columns that say how far the model has moved, [P] each.
 
     `kl_1` to `kl_T`: KL of each step to the pretrained model's on the rollout's own latents, nats
@@ -147,23 +149,25 @@ def drifts(policy: Policy, rollout: Rollout, draws: Draws, batch: int) -> dict[s
         rollout: what it drew, one image of each of P prompts.
         draws: the random streams of that rollout.
         batch: most latents in one call.
+        moved: whether anything was trained; if not, all is 0, at no pass of the network.
 
     Raises:
         RunError: one is not finite.
     """
-    noisy = policy.table.std > 0
-    pretrained = pretrained_means(policy, rollout, batch=batch)
-    ours, theirs = (m[:, 0, noisy].flatten(0, 1) for m in (rollout.means, pretrained))
-    count = len(rollout.prompts)
-    std = policy.table.std[noisy].float().to(ours.device).repeat(count)
-    kl = Gaussian(ours, std).kl(theirs).view(count, -1)
+    noisy, count = policy.table.std > 0, len(rollout.prompts)
+    kl, drift = torch.zeros(count, int(noisy.sum())), torch.zeros(count)
+    if moved:
+        pretrained = pretrained_means(policy, rollout, batch=batch)
+        ours, theirs = (m[:, 0, noisy].flatten(0, 1) for m in (rollout.means, pretrained))
+        std = policy.table.std[noisy].float().to(ours.device).repeat(count)
+        kl = Gaussian(ours, std).kl(theirs).view(count, -1).cpu()
+        drift = _moved(policy, rollout, draws, batch)
     require_finite("evaluation kl to the pretrained model", kl)
+    require_finite("difference of the network's outputs from the pretrained model's", drift)
     steps = torch.full((count, policy.steps), math.nan)
-    steps[:, noisy] = kl.cpu()
-    moved = _moved(policy, rollout, draws, batch)
-    require_finite("difference of the network's outputs from the pretrained model's", moved)
+    steps[:, noisy] = kl
     named = {f"kl_{i + 1}": steps[:, i] for i in range(policy.steps)}
-    return {"kl": kl.mean(1), "drift": moved, **named}
+    return {"kl": kl.mean(1), "drift": drift, **named}
 
 
 @torch.no_grad()

@@ -17,8 +17,10 @@ from d3po_bench.errors import UserError
 from d3po_bench.experience.on_policy import OnPolicy
 from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.run import Job, on_policy
+from d3po_bench.training.tools import EvaluationSet
 from d3po_bench.training.trainer import Trainer
 from eval.tools import TOOLS
+from tests.commands import Command, run_of, seed_folder, written
 from tests.conftest import CPU
 
 
@@ -56,6 +58,35 @@ def test_a_run_can_do_without_a_card_whose_weights_are_absent(
     config, execution = make("d3po", "incompress", "official_code", changes, model=str(micro))
     with pytest.raises(UserError, match=r"weights fetch clip.* --set eval_scorers=animal$"):
         Evaluation(config, execution, experience_of(config, execution), TOOLS, CPU)
+
+
+def test_the_base_model_is_evaluated_once_for_all_seeds_of_equal_settings(
+    micro: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, drawn = Evaluation._drawn, list[tuple[int, int, bool]]()
+
+    def spy(of: Evaluation, model: Any, round_: int, what: EvaluationSet, working: Any) -> Any:
+        drawn.append((of.config.seed, round_, what.untrained))
+        return whole(of, model, round_, what, working)
+
+    def run(seed: int, out: str, *more: str, **settings: Any) -> None:
+        seeds = ("--seed-start", str(seed), *more)
+        settings = {"eval_every": 1, "eval_prompts": 2, **settings}
+        assert command(*run_of(micro, *seeds, "--out", out, rounds=1, **settings)).code == 0
+
+    monkeypatch.setattr(Evaluation, "_drawn", spy)
+    run(0, "runs", "--seeds", "2", "--jobs", "1")
+    assert drawn == [(0, 0, True), (0, 1, False), (1, 1, False)]
+    run(1, "alone")
+    assert written(seed_folder(Path("runs"), micro, 1)) == written(
+        seed_folder(Path("alone"), micro, 1)
+    )
+    (kept,) = Path("runs").rglob("base-evaluation-*")
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")  # damaged
+    run(2, "runs")
+    run(3, "runs", eval_images=2)
+    run(4, "runs", micro_batch=3)
+    assert {(seed, 0, True) for seed in (2, 3, 4)} <= set(drawn)
 
 
 class Numbered:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -24,7 +25,7 @@ class SharesMean(Protocol):
     """A method whose loss needs a mean over all items of an optimizer step.
 
     Its rows have a tensor `shared` [M, T], in which `loss` finds that mean, whatever the split
-    into micro-batches and ranks.
+    into micro-batches and ranks, and may have a tensor `own` [M, T] for what was averaged.
     """
 
     def shared(self, policy: Policy, items: Any) -> Tensor:
@@ -172,7 +173,7 @@ def _accumulate(
     Micro-batches are the same whatever the number of ranks. Those that the ranks do at a time are
     a wave; a rank that has none in the last wave adds nothing.
     """
-    pieces = list(zip(unit.split(micro_batch), step.split(micro_batch), strict=True))
+    pieces = _pieces(rows, unit, step, micro_batch)
     parameters = list(policy.model.trainable().values())
     ranks, totals = parallel.world(), Metrics()
     sums = [p.grad for p in parameters]
@@ -181,7 +182,7 @@ def _accumulate(
     def backward(number: int) -> Metrics:
         if number >= len(pieces):
             return {}
-        items = complete(rows.take(*pieces[number]))
+        items = complete(number, rows.take(*pieces[number]))
         return _backward(policy, method, items, len(pieces[number][0]) / len(unit), scaler)
 
     for first in range(0, len(pieces), ranks):
@@ -200,31 +201,58 @@ def _accumulate(
     return totals
 
 
+def _pieces(
+    rows: Rows, unit: Tensor, step: Tensor, micro_batch: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Micro-batches of the items of an optimizer step.
+
+    Where items share parts that are computed once, those of a step that do lie next to each other,
+    and a micro-batch is full when it has as many different parts as its items would have alone.
+    """
+    same: Tensor | None = getattr(rows, "same", None)
+    parts = None if same is None else same[unit.to(same.device), step.to(same.device)].cpu()
+    if parts is None or len(parts.unique()) == parts.numel():
+        return list(zip(unit.split(micro_batch), step.split(micro_batch), strict=True))
+    known = [sorted(own) for own in parts.tolist()]
+    numbers = step.tolist()
+    order = sorted(range(len(known)), key=lambda item: (numbers[item], known[item]))
+    cuts, there = [0], set[int]()
+    for place, item in enumerate(order):
+        if place and len(there.union(known[item])) > micro_batch * parts.shape[1]:
+            cuts.append(place)
+            there.clear()
+        there.update(known[item])
+    sizes = [end - start for start, end in pairwise([*cuts, len(order)])]
+    whole = torch.tensor(order)
+    return list(zip(unit[whole].split(sizes), step[whole].split(sizes), strict=True))
+
+
 @torch.no_grad()
 def _with_mean(
     policy: Policy, method: Method[R], rows: R, pieces: Sequence[tuple[Tensor, Tensor]]
-) -> Callable[[R], R]:
-    """What puts into items the mean that the method shares over all pieces, if it does.
+) -> Callable[[int, R], R]:
+    """What puts into the items of a piece the mean that the method shares over all, if it does.
 
-    Each piece is computed by one rank and added in the order of the pieces.
+    Each piece is computed by one rank, the one that learns from it, and added in their order.
     """
     if not isinstance(method, SharesMean):
-        return lambda items: items
+        return lambda number, items: items
     own: dict[int, Tensor] = {}
 
     def compute(number: int) -> None:
-        own[number] = method.shared(policy, rows.take(*pieces[number])).cpu().double().sum()
+        own[number] = method.shared(policy, rows.take(*pieces[number]))
 
     parallel.share(len(pieces), compute)
-    shares = parallel.gather(own)
+    shares = parallel.gather({n: found.cpu().double().sum() for n, found in own.items()})
     total = torch.stack([shares[n % len(shares)][n] for n in range(len(pieces))]).sum()
     mean = float(total) / sum(len(unit) for unit, _ in pieces)
-    return lambda items: _filled(items, mean)
 
+    def filled(number: int, items: R) -> R:
+        values = vars(items)
+        found = {"shared": torch.full_like(values["shared"], mean), "own": own[number]}
+        return type(items)(**values | {n: found[n] for n in found.keys() & values.keys()})
 
-def _filled(items: R, mean: float) -> R:
-    values = vars(items)
-    return type(items)(**{**values, "shared": torch.full_like(values["shared"], mean)})
+    return filled
 
 
 def _set_gradients(parameters: list[Tensor], gradients: Sequence[Tensor | None]) -> None:

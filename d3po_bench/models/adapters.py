@@ -273,19 +273,14 @@ class DiffusersModel(ABC):
         """
         t = self.training
         if not t.full:
-            from peft import LoraConfig
+            from d3po_bench.models.low_rank import install
 
-            alpha, targets = t.lora_alpha or t.lora_rank, list(t.lora_targets)
-            layers = "".join(f".{name}\n" for name, _ in self.network.named_modules())
-            absent = [name for name in targets if f".{name}\n" not in layers]
-            found = [] if absent else targets  # peft is content where it finds one of them
-            lora = LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=found)
             try:
-                self.network.add_adapter(lora)
+                install(self.network, t.lora_targets, t.lora_rank, t.lora_alpha or t.lora_rank)
             except ValueError as problem:
                 raise UserError(
-                    f"lora_targets={','.join(absent or targets)} names no layer of the "
-                    f"{self.NETWORK}. Use some of to_q,to_k,to_v,to_out.0."
+                    f"lora_targets={problem} names no layer of the {self.NETWORK}. Use some of "
+                    "to_q,to_k,to_v,to_out.0."
                 ) from problem
             for index, (name, weight) in enumerate(self.trainable().items()):
                 weight.data = weight.data.float()

@@ -39,6 +39,8 @@ class EvaluationSet:
     """Number of the first prompt in a longer list, whose other parts are drawn elsewhere."""
     samplers: Sequence[str] = ("eta1", "eta0")
     """The training sampler, and the deployment sampler, which adds no noise."""
+    untrained: bool = False
+    """The model is still the pretrained one, from which it has not drifted."""
 
 
 @dataclass(frozen=True)
