@@ -39,7 +39,7 @@ from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import plot
-from results import feedback, memory, search
+from results import feedback, gpu, memory, search
 
 sys.path.pop(0)
 
@@ -119,6 +119,9 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "search-feedback": search.feedback,
     "rerun-power": search.rerun_power,
     "step-shares": step_shares,
+    "gpu": gpu.speed,
+    "gpu-round": gpu.rounds,
+    "gpu-checks": gpu.checks,
     "memory": memory.table,
     "memory-each": memory.each,
 }

@@ -40,28 +40,30 @@ def trainer(**settings: str) -> Trainer:
 
 
 def published_round(policy: Policy, reference: Policy, ours: Trainer) -> None:
-    """The same round, one call at a time."""
-    prompts = list(ours.experience.prompts[:PAIRS])
+    """The same round, one call at a time, on any device."""
+    pairs, steps, device = ours.config.prompts_per_round, policy.steps, policy.model.device
+    prompts = list(ours.experience.prompts[:pairs])
     conditions = policy.model.encode(prompts)
     draws, shape = Draws(seed=0, round=0), policy.model.latent_shape
-    noise = draws.start(range(PAIRS), 2, True, shape)
-    along = draws.along(range(PAIRS), 2, STEPS, shape)
+    noise = draws.start(range(pairs), 2, True, shape).to(device)
+    along = draws.along(range(pairs), 2, steps, shape).to(device)
     chains = [_rollout(policy, noise[:, k], along[:, k], conditions) for k in (0, 1)]
     images = [policy.model.decode(chain[-1]) for chain in chains]
     scores = [ours.experience.scorer(image, prompts) for image in images]
-    for pair in range(PAIRS):
+    for pair in range(pairs):
         first = int(scores[1][pair] > scores[0][pair])
         own = conditions.take(slice(pair, pair + 1))
-        for i in range(STEPS):
-            ratios, number = [], torch.tensor([i])
+        for i in range(steps):
+            ratios, number = [], torch.tensor([i], device=device)
             for k in (first, 1 - first):
                 x, x_next = chains[k][i][pair : pair + 1], chains[k][i + 1][pair : pair + 1]
                 step = policy.step(x, number, own)
                 with torch.no_grad():
                     old = reference.step(x, number, own)
                 ratios.append(step.log_prob(x_next) - old.log_prob(x_next))
-            loss = d3po_loss(torch.stack(ratios, 1), torch.ones(1)).mean()
-            (loss / STEPS).backward()
+            won = torch.ones(1, device=device)
+            loss = d3po_loss(torch.stack(ratios, 1), won).mean()
+            (loss / steps).backward()
         ours.optimizer.step()
         ours.optimizer.zero_grad()
 
@@ -69,8 +71,8 @@ def published_round(policy: Policy, reference: Policy, ours: Trainer) -> None:
 @torch.no_grad()
 def _rollout(policy: Policy, x: Tensor, noise: Tensor, conditions: Conditions) -> list[Tensor]:
     chain = [x]
-    for i in range(STEPS):
-        step = policy.step(chain[-1], torch.full((len(x),), i), conditions)
+    for i in range(policy.steps):
+        step = policy.step(chain[-1], torch.full((len(x),), i, device=x.device), conditions)
         chain.append(step.sample(noise[:, i]))
     return chain
 
