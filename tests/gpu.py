@@ -257,8 +257,8 @@ def rounded(value: float | None) -> float | None:
 def twice(plan: Plan, folder: Path) -> Found:
     """Two processes make the same run with deterministic kernels: are the bytes the same?"""
     small = {"prompts_per_round": 2, "sampling_steps": plan.steps[0] // 5 + 2, "eval_every": 0,
-             "dtype": "bf16", "micro_batch": 4, "sample_batch": 4, "reference_batch": 4,
-             "threads": 1}  # fmt: skip
+             "eval_scorers": "", "dtype": "bf16", "micro_batch": 4, "sample_batch": 4,
+             "reference_batch": 4, "decode_batch": 4, "threads": 1}  # fmt: skip
     command = [sys.executable, "-m", "d3po_bench", "run", "--method", "d3po", "--objective",
                "incompress", "--preset", "paper", "--model", plan.model, "--rounds", "2",
                "--deterministic", "--device", str(plan.device),
@@ -285,7 +285,7 @@ def methods(plan: Plan, folder: Path) -> Found:
 
     A loss that is not finite ends a run.
     """
-    settings = {"prompts_per_round": 4, "sampling_steps": 4, "skip_steps": 0, "eval_every": 0}
+    settings = {"prompts_per_round": 4, "sampling_steps": 4, "eval_every": 0, "eval_scorers": ""}
     found: Found = {}
     for dtype in DTYPES:
         for method in METHODS:
