@@ -70,34 +70,29 @@ def sample(
         RunError: a mean is not finite.
     """
     k, total = images_per_prompt, len(prompts)
-    model = policy.model
-    shape, steps = model.latent_shape, policy.steps
+    model, steps, shape = policy.model, policy.steps, policy.model.latent_shape
     conditions = model.encode(prompts)
-    latents = torch.empty(total, k, steps + 1, *shape)
-    means = torch.empty(total, k, steps, *shape)
+    latents, means = (torch.empty(total, k, n, *shape) for n in (steps + 1, steps))
     block = max(1, batch // k)
     blocks = [range(start, min(start + block, total)) for start in range(0, total, block)]
+    parts = [slice(rows.start, rows.stop) for rows in blocks]
 
-    def noise(number: int) -> tuple[Tensor, Tensor]:
-        rows = blocks[number]
-        start = draws.start(rows, k, shared_noise, shape)
-        along = draws.along(rows, k, steps, shape)
-        return pinned(start, model.device), pinned(along, model.device)
+    def noise(number: int) -> list[Tensor]:
+        start = draws.start(blocks[number], k, shared_noise, shape)
+        along = draws.along(blocks[number], k, steps, shape)
+        return [pinned(tensor, model.device) for tensor in (start, along)]
+
+    def walk(number: int) -> None:
+        part, (start, along) = parts[number], (sent(t, model.device) for t in drawn(number))
+        walked = _walk(policy, start, along, conditions.take(part), shared_noise)
+        latents[part], means[part] = walked
+        progress(part.stop / total)
 
     with ahead(len(blocks), noise) as drawn:
-
-        def walk(number: int) -> None:
-            rows = blocks[number]
-            part = slice(rows.start, rows.stop)
-            start, along = (sent(tensor, model.device) for tensor in drawn(number))
-            found = _walk(policy, start, along, conditions.take(part), shared_noise)
-            latents[part], means[part] = found
-            progress(rows.stop / total)
-
         parallel.share(len(blocks), walk)
-    for number, rows in enumerate(blocks):
-        parallel.send(latents[rows.start : rows.stop], number)
-        parallel.send(means[rows.start : rows.stop], number)
+    for number, part in enumerate(parts):
+        parallel.send(latents[part], number)
+        parallel.send(means[part], number)
     require_finite("means of the denoising steps", means)  # of which latents are made
     return Rollout(
         prompts=tuple(prompts), conditions=conditions.to(HOST), latents=latents, means=means,
