@@ -73,5 +73,5 @@ class Card:
     def _between(self, marks: Sequence[tuple[Any, Any]]) -> float:
         self.wait()
         if self.cuda:
-            return sum(first.elapsed_time(last) for first, last in marks) / 1000
+            return float(sum(first.elapsed_time(last) for first, last in marks)) / 1000
         return float(sum(last - first for first, last in marks))

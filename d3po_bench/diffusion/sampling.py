@@ -176,9 +176,9 @@ def pretrained_means(
     def compute(number: int) -> None:
         items = pieces[number]
         i, j, s = prompt[items // steps], image[items // steps], items % steps
-        x, number = sent(rollout.latents[i, j, s], device), sent(s, device)
-        conditions = sent(rollout.conditions.take(i), device)
-        flat[items] = policy.step(x, number, conditions, weights="base").mean.to(HOST)
+        x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
+        there = (sent(x, device), sent(s, device), sent(conditions, device))
+        flat[items] = policy.step(*there, weights="base").mean.to(HOST)
 
     parallel.share(len(pieces), compute)
     for number, items in enumerate(pieces):

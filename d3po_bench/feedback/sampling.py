@@ -252,8 +252,9 @@ def prepared(
 
 def _fitted(sampling: Sampling, model: Model, asked: Execution) -> Execution:
     """The batches by which the model now draws: on a card those that fit, as for a run."""
-    drawn = {"prompts_per_round": sampling.block, "images_per_prompt": sampling.images}
-    config = replace(sampling.config("d3po"), **drawn)
+    config = replace(
+        sampling.config("d3po"), prompts_per_round=sampling.block, images_per_prompt=sampling.images
+    )
     execution = settled(asked, config, model, {}, lambda note: None)
     compute_as(model, config, execution)
     return execution
