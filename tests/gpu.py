@@ -71,6 +71,8 @@ class Plan:
     execution: Execution = field(default_factory=Execution)
     rounds: int = 3
     """Of each method on the embedded model."""
+    compiled: bool = True
+    """Whether `compile` is tried: on a CPU it is another compiler, and takes minutes."""
     seconds: float = 480
     """For everything."""
 
@@ -85,7 +87,8 @@ class Plan:
         )
         return cls(
             model=str(file), device=torch.device("cpu"), steps=(2, 3), pairs=2, few=1,
-            execution=execution, rounds=1, seconds=3600,
+            execution=execution, rounds=1, compiled=False,
+            seconds=3600,
         )  # fmt: skip
 
 
@@ -320,7 +323,8 @@ def measure(plan: Plan, report: Report, folder: Path) -> None:
     both("fp16", "fp16", batches, 50)  # which takes as much memory as bf16
     report.part("methods", 60, lambda: methods(plan, folder / "methods"))
     report.part("equal bytes twice", 60, lambda: twice(plan, folder))
-    both("bf16 compiled", "bf16", replace(batches, compile=True), 90)
+    if plan.compiled:
+        both("bf16 compiled", "bf16", replace(batches, compile=True), 90)
 
 
 def facts(plan: Plan, dry: bool) -> Found:
