@@ -1,6 +1,7 @@
 """What a card does, measured within eight minutes: `nox -s gpu`, or `python -m tests.gpu`.
 
     python -m tests.gpu                  the card that there is
+    python -m tests.gpu --parts methods  that part again, into the same file
     python -m tests.gpu --dry-run        a small network on the CPU: shows that all of it works
 
 Stable Diffusion 1.5 with random weights, in the paper's settings: D3PO, 80 pairs a round, guidance
@@ -19,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -95,34 +96,44 @@ class Plan:
 class Report:
     """The file that the parts of a measurement go to, as each is done."""
 
-    def __init__(self, file: Path, plan: Plan, facts: Found) -> None:
-        self.file, self.found = file, {**facts, "parts": dict[str, Any]()}
-        self.began, self.seconds = time.monotonic(), plan.seconds
-        self._write()
+    def __init__(
+        self, file: Path, seconds: float, facts: Found, wanted: Collection[str] = ()
+    ) -> None:
+        """Begin the file.
 
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.seconds - (time.monotonic() - self.began)
+        Args:
+            file: where it lies.
+            seconds: for everything.
+            facts: what the figures belong to.
+            wanted: parts to measure; the others stay as they are in the file. All if empty.
+        """
+        self.file, self.facts, self.wanted = file, facts, wanted
+        self.until = time.monotonic() + seconds
+        self.measured: Found = {}
+        if not wanted:
+            file.unlink(missing_ok=True)
 
     @property
     def failed(self) -> list[str]:
         """Parts that did not come to a result."""
-        parts: Found = self.found["parts"]
-        return [name for name, found in parts.items() if {"failed", "skipped"} & found.keys()]
+        parts = self.measured.items()
+        return [name for name, found in parts if {"failed", "skipped"} & found.keys()]
 
-    def part(self, name: str, needs: float, work: Callable[[], Found]) -> Found:
-        """Measure a part, if there is time for it; returns what it found, or why it did not.
+    def part(self, name: str, needs: float, work: Callable[[], Found]) -> None:
+        """Measure a part, if it is wanted and there is time for it.
 
         Args:
             name: of the part.
             needs: seconds that it may take.
             work: what measures.
         """
-        print(f"{name} ... {self.left:.0f} s left", flush=True)
+        if self.wanted and name not in self.wanted:
+            return
         start = time.monotonic()
-        if needs > self.left:
-            found: Found = {"skipped": f"needs {needs:.0f} s, and {self.left:.0f} s were left"}
+        left = self.until - start
+        print(f"{name} ... {left:.0f} s left", flush=True)
+        if needs > left:
+            found: Found = {"skipped": f"needs {needs:.0f} s, and {left:.0f} s were left"}
         else:
             try:
                 found = work()
@@ -132,13 +143,17 @@ class Report:
         gc.collect()  # networks of this part, before the next loads its own
         found["seconds"] = round(time.monotonic() - start, 1)
         print(f"  {json.dumps(found)}", flush=True)
-        self.found["parts"][name] = found
-        self._write()
-        return found
-
-    def _write(self) -> None:
-        data = json.dumps({**self.found, "left": round(self.left)}, indent=1) + "\n"
+        self.measured[name] = found
+        known = self.parts() | {name: found}
+        data = json.dumps({**self.facts, "parts": known}, indent=1) + "\n"
         write_atomically(self.file, data.encode())
+
+    def parts(self) -> Found:
+        """What the file has."""
+        found: Found = {}
+        if self.file.exists():
+            found = json.loads(self.file.read_text(encoding="utf-8"))["parts"]
+        return found
 
 
 # ---- what is measured
@@ -288,7 +303,8 @@ def methods(plan: Plan, folder: Path) -> Found:
 
     A loss that is not finite ends a run.
     """
-    settings = {"prompts_per_round": 4, "sampling_steps": 4, "eval_every": 0, "eval_scorers": ""}
+    settings = {"prompts_per_round": plan.few, "sampling_steps": min(4, plan.steps[0]),
+                "eval_every": 0, "eval_scorers": ""}  # fmt: skip
     found: Found = {}
     for dtype in DTYPES:
         for method in METHODS:
@@ -305,26 +321,28 @@ def methods(plan: Plan, folder: Path) -> Found:
 
 def measure(plan: Plan, report: Report, folder: Path) -> None:
     """All parts, those first that matter most."""
-    first = Subject(plan, "bf16")
-    batches = first.trainer.execution
-    report.part("bf16 sampling", 120, first.sampling)
-    learned = report.part("bf16 update", 40, first.learning)
+
+    @cache
+    def batches() -> Execution:
+        return Subject(plan, "bf16").trainer.execution
+
+    def subject(dtype: str = "bf16", **how: Any) -> Subject:
+        return Subject(plan, dtype, replace(batches(), **how))
+
+    report.part("bf16 sampling", 120, lambda: subject().sampling())
+    report.part("bf16 update", 40, lambda: subject().learning())
     rows = plan.pairs * 2 * plan.steps[0]
     # The update's share of a round is about six tenths.
-    needs = 2 * rows / learned.get("rows_per_s", rows / 60)
-    report.part("bf16 round", needs, first.round)
-    report.part("bf16 plain loop", 45, first.plain)
-    del first
-
-    def both(name: str, dtype: str, execution: Execution, needs: float) -> None:
-        report.part(f"{name} sampling", needs, lambda: Subject(plan, dtype, execution).sampling())
-        report.part(f"{name} update", needs, lambda: Subject(plan, dtype, execution).learning())
-
-    both("fp16", "fp16", batches, 50)  # which takes as much memory as bf16
+    needs = 2 * rows / report.parts().get("bf16 update", {}).get("rows_per_s", rows / 60)
+    report.part("bf16 round", needs, lambda: subject().round())
+    report.part("bf16 plain loop", 45, lambda: subject().plain())
+    report.part("fp16 sampling", 50, lambda: subject("fp16").sampling())
+    report.part("fp16 update", 50, lambda: subject("fp16").learning())
     report.part("methods", 60, lambda: methods(plan, folder / "methods"))
     report.part("equal bytes twice", 60, lambda: twice(plan, folder))
     if plan.compiled:
-        both("bf16 compiled", "bf16", replace(batches, compile=True), 90)
+        report.part("bf16 compiled sampling", 90, lambda: subject(compile=True).sampling())
+        report.part("bf16 compiled update", 90, lambda: subject(compile=True).learning())
 
 
 def facts(plan: Plan, dry: bool) -> Found:
@@ -349,6 +367,7 @@ def main(given: Sequence[str] | None = None) -> int:
     """Measure; 1 if a part failed or found no time."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="a small network on the CPU")
+    parser.add_argument("--parts", nargs="+", default=[], help="these again; others stay")
     parser.add_argument("--seconds", type=float, help="for everything; usually 480")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args(given)
@@ -361,7 +380,7 @@ def main(given: Sequence[str] | None = None) -> int:
         plan = replace(plan, seconds=args.seconds or plan.seconds)
         known = facts(plan, args.dry_run)
         name = "dry-run" if args.dry_run else re.sub(r"\W+", "-", known["card"]).strip("-").lower()
-        report = Report(args.out / f"{name}.json", plan, known)
+        report = Report(args.out / f"{name}.json", plan.seconds, known, args.parts)
         measure(plan, report, folder)
     print(f"{report.file}: {', '.join(report.failed) or 'every part'}"
           f"{' without a result' if report.failed else ' measured'}")  # fmt: skip

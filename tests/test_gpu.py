@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from results import gpu as tables
 from tests.commands import ROOT
-from tests.gpu import METHODS, Plan, Report, main
+from tests.gpu import METHODS, Report, main
 
 NO_CARD: dict[str, Any] = {"card": "CPU", "dry": True, "steps": [2, 3], "parts": {}}
 
@@ -35,17 +34,24 @@ def raises() -> dict[str, Any]:
 
 
 def test_a_part_that_fails_or_finds_no_time_costs_no_other(tmp_path: Path) -> None:
-    plan = Plan(model="", device=torch.device("cpu"), seconds=100)
-    report = Report(tmp_path / "card.json", plan, {"card": "A"})
+    report = Report(tmp_path / "card.json", 100, {"card": "A"})
     report.part("one", 1, raises)
     assert json.loads(report.file.read_text())["parts"]["one"]["failed"] == "ValueError: two lines"
     report.part("two", 101, lambda: {"x": 1})
-    assert report.part("three", 1, lambda: {"x": 2})["x"] == 2
+    report.part("three", 1, lambda: {"x": 2})
     found = json.loads(report.file.read_text())
     assert found["card"] == "A"
     assert found["parts"]["two"]["skipped"].startswith("needs 101 s, and ")
     assert found["parts"]["three"]["x"] == 2
     assert report.failed == ["one", "two"]
+    again = Report(report.file, 100, {"card": "A"}, ["one"])
+    for name in ("one", "three"):
+        again.part(name, 1, lambda: {"x": 3})
+    parts = again.parts()
+    assert [parts[name].get("x") for name in ("one", "two", "three")] == [3, None, 2]
+    assert again.failed == []
+    Report(report.file, 100, {"card": "A"}).part("two", 1, lambda: {"x": 4})  # all anew
+    assert again.parts().keys() == {"two"}
 
 
 def test_tables_show_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
