@@ -150,10 +150,15 @@ def test_a_card_copies_from_pinned_memory_while_python_goes_on(
 ) -> None:
     calls = list[Any]()
     x, card = torch.ones(2), torch.device("cuda")
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: calls.append("pinned") or t)
-    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: calls.append((a, k)) or t)
+
+    def noted(tensor: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
+        calls.append((args, given))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", noted)
+    monkeypatch.setattr(torch.Tensor, "to", noted)
     sent(Conditions({"text": x}), card)
-    assert calls == ["pinned", ((card,), {"non_blocking": True})]
+    assert calls == [((), {}), ((card,), {"non_blocking": True})]
     calls.clear()
     sent(x, CPU)
     assert calls == [((CPU,), {})]
