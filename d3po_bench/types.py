@@ -166,11 +166,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Rollout:
-    """K images for each of P prompts, with every latent on the way.
-
-    All tensors are float32 and in host memory: items of the rows made of it are sent to the
-    device when a loss needs them.
-    """
+    """K images for each of P prompts, with every latent on the way: float32, in host memory."""
 
     prompts: Sequence[str]
     """P prompts."""

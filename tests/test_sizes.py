@@ -336,18 +336,10 @@ def test_a_round_of_feedback_is_drawn_in_batches_that_fit(
 
     monkeypatch.setattr(sampling, "sample", draw)
     asked = ("feedback", "new", "--model", str(small), "--prompts", str(small / "prompts.txt"),
-             "--preset", "quick")  # fmt: skip
+             "--preset", "official_code")  # fmt: skip
     (small / "prompts.txt").write_text("cat\n" * 8)
-    drawing = (
-        "--images",
-        "2",
-        "--device",
-        "cpu",
-        "--set",
-        "sampling_steps=2",
-        "--set",
-        "dtype=fp32",
-    )
+    drawing = ("--images", "2", "--device", "cpu", "--set", "sampling_steps=2",
+               "--set", "dtype=fp32")  # fmt: skip
     assert command(*asked, "usual", *drawing).code == 0
     assert command(*asked, "little", *drawing, "--set", "memory=0.003").code == 0
     usual, little = drawn
