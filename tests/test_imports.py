@@ -77,7 +77,7 @@ ALLOWED = {
     },
     "eval.scorers": {
         "types", "errors", "models.embedded", "models.parts", "eval.downloads",
-        "eval.scorers._blip", "eval.scorers._clip",
+        "eval.scorers._blip", "eval.scorers._blip_match", "eval.scorers._clip",
     },
 }  # fmt: skip
 """Module or package -> what of ours it may import, for the type checker or later in a function,

@@ -26,6 +26,8 @@ class Mark(NamedTuple):
     """A path, or the name of the column that holds its bytes."""
     score: float
     """Larger is better; of tags 1 for liked and -1 for disliked."""
+    rater: str = ""
+    """Who says it, where several judged the same pictures."""
 
 
 Row = Mapping[str, Any]
@@ -129,13 +131,13 @@ def _label_studio(row: Row) -> Marks:
     pictures = [v for v in data.values() if isinstance(v, str) and PICTURE.search(v)]
     if len(pictures) not in (1, 2):
         raise ValueError(f"its data name {len(pictures)} pictures, not one or two")
-    for annotation in row["annotations"]:
+    for number, annotation in enumerate(row["annotations"]):
         if annotation.get("was_cancelled"):
             continue
         chosen = _chosen(annotation["result"])
         scores = _scores(chosen, WORDS) if len(pictures) == 2 else [_scores(chosen, TAGS)]
         for picture, score in zip(pictures, scores, strict=True):
-            yield Mark("", prompt, _local(picture), score)
+            yield Mark("", prompt, _local(picture), score, str(number))
 
 
 def _chosen(result: Any) -> str:
@@ -180,7 +182,7 @@ def _our_page(row: Row) -> Marks:
     if prompt[0] == "'" and prompt[1:].lstrip().startswith(("=", "+", "-", "@")):
         prompt = prompt[1:]  # which keeps spreadsheets from computing it
     for picture, score in zip(pictures, scores, strict=True):
-        yield Mark(str(row["item"]), prompt, picture, score)
+        yield Mark(str(row["item"]), prompt, picture, score, str(row.get("rater", "")))
 
 
 def _label_file(row: Row) -> Marks:

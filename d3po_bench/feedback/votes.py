@@ -153,17 +153,26 @@ def export(store: LabelStore, out: Path) -> int:
     kind = out.suffix.lower()
     if kind not in (".csv", ".json"):
         raise UserError(f"Votes are written as .csv or .json, not {out.name!a}. Change --out.")
-    items = store.items
-    rows = [
-        {"prompt": items[v.item].prompt, **asdict(v), "images": items[v.item].images}
-        for v in effective_votes(store)
-    ]
+    rows = rows_of(store)
     if kind == ".json":
         data = (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
     else:
         data = csv_bytes([{k: _cell(v) for k, v in row.items()} for row in rows])
     write_output(out, data)
     return len(rows)
+
+
+def rows_of(store: LabelStore) -> list[dict[str, Any]]:
+    """The votes that count, one a row, as they are exported.
+
+    Raises:
+        UserError: the labels are damaged.
+    """
+    items = store.items
+    return [
+        {"prompt": items[v.item].prompt, **asdict(v), "images": items[v.item].images}
+        for v in effective_votes(store)
+    ]
 
 
 def _cell(value: Any) -> Any:

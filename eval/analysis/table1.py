@@ -52,10 +52,13 @@ PAPER = {
 }
 """Table 1 of arXiv:2311.13231: CLIP, BLIP, ImageReward, human preference in per cent."""
 
-PAPERS_COLUMNS = {"clip": 0, "blip_itm_logit": 1, "image_reward": 2}
-"""Our column -> the paper's; its BLIP score is too large for a probability or a cosine."""
+PAPERS_COLUMNS = {"clip": 0, "blip_itm_logit": 1, "blip_base_itm_logit": 1, "image_reward": 2}
+"""Our column -> the paper's; its BLIP score is too large for a probability or a cosine.
 
-SIGNAL = {"blip": "blip_itm_logit"}
+The paper names model_base.pth, which is blip_base; published tables have blip, or its stand-in.
+"""
+
+SIGNAL = {name: f"{name}_itm_logit" for name in ("blip", "blip_base")}
 """Column that holds the score of a scorer with several."""
 
 SAMPLER = "eta1"
