@@ -198,8 +198,8 @@ def _drawn(configs: Sequence[RunConfig]) -> dict[str, Any]:
         prompts = model_source(c.model).prompts or c.prompt_source
         found[_name(c)] = {
             "steps": c.sampling_steps, "guidance": c.guidance, "prompts": prompts,
-            "sampler": c.sampler, "eta": c.eta, "dtype": c.dtype, "full": c.full,
-            "long_prompts": c.long_prompts,
+            "sampler": c.sampler, "timestep_spacing": c.timestep_spacing, "eta": c.eta,
+            "dtype": c.dtype, "full": c.full, "long_prompts": c.long_prompts,
         }  # fmt: skip
     first = next(iter(found))
     for name, how in found.items():

@@ -340,7 +340,7 @@ def _draw_and_score(
     what = EvaluationSet(
         prompts=plan.prompts[first : first + PIECE], images=plan.images, steps=plan.steps,
         guidance=plan.guidance, sampler=plan.sampler, eta=plan.eta, first=first,
-        samplers=(sampler,), **_batches(plan, device, jobs),
+        timestep_spacing=plan.timestep_spacing, samplers=(sampler,), **_batches(plan, device, jobs),
     )  # fmt: skip
     rows, pictures = evaluate(_model(plan, device), what, _scorers(plan, device))
     height, width = pictures[sampler].shape[2:]
