@@ -40,7 +40,7 @@ from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import plot
-from results import claims, coverage, feedback, memory, search
+from results import claims, coverage, feedback, gpu, memory, search
 
 sys.path.pop(0)
 
@@ -123,6 +123,9 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "coverage": coverage.table,
     "rerun-power": search.rerun_power,
     "step-shares": step_shares,
+    "gpu": gpu.speed,
+    "gpu-round": gpu.rounds,
+    "gpu-checks": gpu.checks,
     "memory": memory.table,
     "memory-each": memory.each,
 }

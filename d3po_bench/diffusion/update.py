@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import REMEDY, first_not_finite, require_finite_weights
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.transfer import items_sent
 from d3po_bench.errors import RunError
 from d3po_bench.types import Method, Metrics, Rows
 
@@ -182,7 +183,8 @@ def _accumulate(
     def backward(number: int) -> Metrics:
         if number >= len(pieces):
             return {}
-        items = complete(number, rows.take(*pieces[number]))
+        sent = items_sent(rows.take(*pieces[number]), policy.model.device)
+        items = complete(number, sent)
         return _backward(policy, method, items, len(pieces[number][0]) / len(unit), scaler)
 
     for first in range(0, len(pieces), ranks):
@@ -240,7 +242,8 @@ def _with_mean(
     own: dict[int, Tensor] = {}
 
     def compute(number: int) -> None:
-        own[number] = method.shared(policy, rows.take(*pieces[number]))
+        items = items_sent(rows.take(*pieces[number]), policy.model.device)
+        own[number] = method.shared(policy, items)
 
     parallel.share(len(pieces), compute)
     shares = parallel.gather({n: found.cpu().double().sum() for n, found in own.items()})

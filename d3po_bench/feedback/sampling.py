@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +33,8 @@ from d3po_bench.runs.files import png_bytes, taken, write_atomically
 from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.inputs import require_unchanged
-from d3po_bench.training.trainer import training_of
+from d3po_bench.training.sizes import settled
+from d3po_bench.training.trainer import compute_as, training_of
 from d3po_bench.types import Model
 
 FIXED = (
@@ -179,8 +180,10 @@ def draw(
         _require_same(folder, sampling, judged)
         if (folder / rounds.FILE).exists():
             return Round.read(folder)
-        execution = (execution or Execution()).usual()
-        drawn_by = prepared(sampling, weights, execution)  # what it refuses leaves nothing behind
+        execution = execution or Execution()
+        # What it refuses leaves nothing behind.
+        drawn_by = prepared(sampling, weights, execution.usual())
+        execution = _fitted(sampling, drawn_by[0], execution)
         rounds.write_json(folder / rounds.SAMPLING, asdict(sampling))
         if weights is not None:
             write_atomically(folder / rounds.ADAPTER, adapter_bytes(weights))
@@ -248,6 +251,16 @@ def prepared(
     return model, policy
 
 
+def _fitted(sampling: Sampling, model: Model, asked: Execution) -> Execution:
+    """The batches by which the model now draws: on a card those that fit, as for a run."""
+    config = replace(
+        sampling.config("d3po"), prompts_per_round=sampling.block, images_per_prompt=sampling.images
+    )
+    execution = settled(asked, config, model, {}, lambda note: None)
+    compute_as(model, config, execution)
+    return execution
+
+
 def _draw_block(
     folder: Path,
     sampling: Sampling,
@@ -263,7 +276,8 @@ def _draw_block(
         policy, prompts, draws, images_per_prompt=sampling.images, shared_noise=True,
         batch=execution.sample_batch,
     )  # fmt: skip
-    pictures = model.decode(rollout.latents[:, :, -1].flatten(0, 1))
+    latents = rollout.latents[:, :, -1].flatten(0, 1)
+    pictures = model.decode(latents.to(model.device))
     names = _files_of_block(sampling, start)[1:]
     for name, picture in zip(names, pictures, strict=True):
         write_atomically(folder / name, png_bytes(picture))

@@ -31,7 +31,7 @@ from d3po_bench.training.evaluation import Evaluation
 from d3po_bench.training.inputs import eval_digest, method_digest
 from d3po_bench.training.listeners import Listener
 from d3po_bench.training.sizes import watched
-from d3po_bench.types import Rollout
+from d3po_bench.types import Model, Rollout
 
 TRIED_TOGETHER = 1024
 """Prompts that are encoded at a time before the first round: data sets have a hundred thousand."""
@@ -54,6 +54,20 @@ def training_of(config: RunConfig, execution: Execution) -> Training:
         compile=execution.compile,
         decode_batch=execution.decode_batch,
     )
+
+
+def compute_as(model: Model, config: RunConfig, execution: Execution) -> None:
+    """Let a model that is loaded compute as much at a time as these settings say.
+
+    Args:
+        model: of the config; a family of somebody's own computes as it does.
+        config: of the run.
+        execution: with batches that are chosen.
+    """
+    if isinstance(model, DiffusersModel):
+        model.training = training_of(config, execution)
+        if execution.gradient_checkpointing:
+            model.network.enable_gradient_checkpointing()
 
 
 class Trainer:
@@ -131,10 +145,7 @@ class Trainer:
         if isinstance(self.experience, OnPolicy):
             self.experience.batch = execution.sample_batch
             self.experience.decode_batch = execution.decode_batch
-        if isinstance(self.model, DiffusersModel):
-            self.model.training = training_of(self.config, execution)
-            if execution.gradient_checkpointing:
-                self.model.network.enable_gradient_checkpointing()
+        compute_as(self.model, self.config, execution)
 
     def train(self, evaluation: Evaluation, listeners: Sequence[Listener], measured: bool) -> None:
         """Rounds until the last.

@@ -56,7 +56,7 @@ NAVIGATION = {
               "docs/glossary"],
     "Guides": ["docs/own-model", "docs/own-reward", "docs/human-feedback", "docs/evaluation",
                "docs/python", "docs/first-results", "docs/lora", "docs/several-gpus",
-               "docs/clusters"],
+               "docs/clusters", "docs/gpu-speed"],
     "Methods": ["docs/fidelity", "reference/methods/*"],
     "Results": ["docs/results", "reference/leaderboard", "docs/determinism", "results/README",
                 "eval/embedded/CARD", "d3po_bench/models/embedded/CARD",
