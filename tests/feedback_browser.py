@@ -25,10 +25,11 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from d3po_bench.feedback import training
 from d3po_bench.feedback.drawing import draw_round
-from d3po_bench.feedback.invitations import invite, invite_admin, raters
+from d3po_bench.feedback.invitations import invite, invite_as, raters
+from d3po_bench.feedback.questions import Kind
 from d3po_bench.feedback.rounds import Round, Vote
-from d3po_bench.feedback.schema import Kind
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url, open_labels
+from d3po_bench.feedback.study import one_question
 from d3po_bench.feedback.votes import effective_votes, export, last_vote, scores_of, undo_vote
 from eval.tools import TOOLS
 from tests.feedback_load import Server
@@ -125,7 +126,7 @@ def browser(shots: Path) -> Iterator[Keyboard]:
 def serving(folder: Path, round_: Round) -> Iterator[tuple[str, str, LabelStore]]:
     """The rater's link, the admin's link, and the labels of a round being served."""
     with LabelStore(default_url(folder), round_, SETTINGS) as store:
-        rater, admin = invite(store, "Ann Example"), invite_admin(store)
+        rater, admin = invite(store, "Ann Example"), invite_as(store)
         server = Server(folder, SETTINGS)
         try:
             url = f"http://127.0.0.1:{server.port}/join#"
@@ -149,7 +150,7 @@ def sign_in(keyboard: Keyboard, link: str, heading: str) -> None:
 
 def grids(folder: Path, keyboard: Keyboard) -> None:
     """Two grids of unsafe pictures: reveal, tag, send; none tagged; undo, tag again."""
-    round_ = draw_round(folder, ("tags", "unsafe"), "animals", count=2, device="cpu")
+    round_ = draw_round(folder, one_question("tags", "unsafe"), "animals", count=2, device="cpu")
     with serving(folder, round_) as (link, admin, store):
         keyboard.driver.get(link.partition("#")[0])
         keyboard.shoot("join")
@@ -176,7 +177,9 @@ def grids(folder: Path, keyboard: Keyboard) -> None:
 
 def pairs(folder: Path, keyboard: Keyboard) -> None:
     """Ten pairs: digits and arrows, tie, both bad, a skip, an undo, and a page out of date."""
-    round_ = draw_round(folder, ("pairs", "alignment"), "animals", count=11, device="cpu")
+    round_ = draw_round(
+        folder, one_question("pairs", "alignment"), "animals", count=11, device="cpu"
+    )
     keys = ["1", "\ue012", "2", "\ue014", "t", "b", "1", "2", "t", "b"]
     with serving(folder, round_) as (link, _, store):
         sign_in(keyboard, link, "Which picture shows the text better?")

@@ -31,8 +31,8 @@ from urllib.parse import urlencode
 from d3po_bench.feedback.invitations import invite
 from d3po_bench.feedback.page.server import serve
 from d3po_bench.feedback.page.sessions import Limits
+from d3po_bench.feedback.questions import Kind
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.schema import Kind
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
 from tests.feedback_round import new_round
 

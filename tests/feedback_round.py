@@ -10,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import Item, Round
-from d3po_bench.feedback.schema import Answer, Kind, Question
+from d3po_bench.feedback.study import one_question
 
 
 def picture(number: int, size: int = 32) -> bytes:
@@ -38,7 +39,7 @@ def claiming(png: bytes, width: int, height: int) -> bytes:
 def new_round(
     folder: Path, kind: Kind = "tags", number: int = 6, *, images: int | None = None,
     gold: Mapping[int, Answer] | None = None, blurred: bool = False, size: int = 32,
-    question: Question | None = None, prompt: str = "prompt number {}",
+    question: str | None = None, prompt: str = "prompt number {}",
 ) -> Round:  # fmt: skip
     """Write a round of `number` items, and return it. `prompt` gets the item's number."""
     count = images or (7 if kind == "tags" else 2)
@@ -49,8 +50,6 @@ def new_round(
         for k, name in enumerate(names):
             (folder / name).write_bytes(picture(n * count + k, size))
         items.append(Item(f"{n:04d}", prompt.format(n), tuple(names), (gold or {}).get(n)))
-    made = Round(
-        kind, question or ("deformed" if kind == "tags" else "better"), blurred, tuple(items)
-    )
+    made = Round(one_question(kind, question, blurred=blurred), tuple(items))
     made.write(folder)
     return Round.read(folder)

@@ -127,7 +127,7 @@ def pairs_of(groups: Iterable[Group], judged: Judged) -> list[Group]:
         Group(g.prompt, (g.pictures[i], g.pictures[j]), (g.scores[i], g.scores[j]))
         for g in groups
         for i, j in combinations(range(len(g.pictures)), 2)
-        if judged == "pairs" or g.scores[i] * g.scores[j] < 0
+        if judged != "tags" or g.scores[i] * g.scores[j] < 0
     ]
 
 
@@ -154,12 +154,13 @@ class Table:
     parquet: Path | None
 
 
-def read(path: Path, folder: Path | None = None) -> Table:
+def read(path: Path, folder: Path | None = None, question: str | None = None) -> Table:
     """Read a table whole; its pictures are looked for, but not opened.
 
     Args:
         path: .csv, .tsv, .json, .jsonl or .parquet, in one of `LAYOUTS`.
         folder: where its pictures' paths begin; None for the table's own folder.
+        question: of this page's export, whose answers to take; None where it has one question.
 
     Raises:
         UserError: no layout fits, a row is malformed, or a picture is missing, naming the row.
@@ -170,6 +171,7 @@ def read(path: Path, folder: Path | None = None) -> Table:
         raise UserError(f"{path} is no table of preference data ({known}). Give another file.")
     try:
         rows = _parquet(path) if kind == ".parquet" else iter(_with_prompts(rows_of(path), folder))
+        rows = _of_question(path, rows, question)
         first = next(rows, None)
     except OSError as problem:
         raise UserError(f"Cannot read {path}: {problem.strerror or problem}.") from problem
@@ -181,6 +183,29 @@ def read(path: Path, folder: Path | None = None) -> Table:
     judged = layout.judged(first)  # type: ignore[arg-type]  # a layout fits it
     parquet = path if kind == ".parquet" else None
     return Table(layout.name, judged, groups, sha256_of(path)[:12], parquet)
+
+
+def _of_question(path: Path, rows: Iterator[Any], question: str | None) -> Iterator[Any]:
+    """The rows of one question; a file that names none has one.
+
+    Raises:
+        UserError: it has several and none is chosen, or not the chosen one.
+    """
+    seen: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, dict) and "question" in row and "repeat" in row:
+            seen[str(row["question"])] = None
+            if question not in (None, row["question"]):
+                continue
+        yield row
+        if question is None and len(seen) > 1:
+            raise UserError(
+                f"{path} has answers to several questions, such as {' and '.join(seen)}. Choose "
+                "one with --question."
+            )
+    if question is not None and question not in seen:
+        known = ", ".join(seen) or "no questions"
+        raise UserError(f"{path} has no question {question!a}, but {known}. Correct --question.")
 
 
 def _again(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-Judged = Literal["pairs", "tags"]
-"""Pictures compared with each other, or each judged by itself."""
+Judged = Literal["pairs", "tags", "scale"]
+"""Pictures compared with each other, or each judged by itself, as good or bad or by a number."""
 
 
 class Mark(NamedTuple):
@@ -25,7 +25,7 @@ class Mark(NamedTuple):
     picture: Any
     """A path, or the name of the column that holds its bytes."""
     score: float
-    """Larger is better; of tags 1 for liked and -1 for disliked."""
+    """Larger is better; of tags 1 for liked and -1 for disliked, of a scale 0 for its middle."""
 
 
 Row = Mapping[str, Any]
@@ -167,9 +167,15 @@ def _local(picture: str) -> str:
 def _our_page(row: Row) -> Marks:
     pictures, answer = row["images"], row["answer"]
     pictures = pictures.split() if isinstance(pictures, str) else pictures
-    if str(row["repeat"]) != "0":  # asked again, to measure the rater
+    # Asked again, to measure the rater; or of pictures with a known answer.
+    if str(row["repeat"]) != "0" or row.get("use") in ("gold", "practice"):
         return
-    if answer in ("a", "b", "tie", "bad"):
+    if row.get("kind") in ("scale", "ranking"):
+        said = row["scores"].split() if isinstance(row["scores"], str) else row["scores"]
+        scores = [_number(value, "scores") for value in said]
+        if len(scores) != len(pictures):
+            raise ValueError(f"scores is {ascii(said)[:40]}, of {len(pictures)} images")
+    elif answer in ("a", "b", "tie", "bad"):
         scores = list(WORDS[answer])
     else:
         tagged = {int(n) for n in (answer.split() if isinstance(answer, str) else answer)}
@@ -180,7 +186,14 @@ def _our_page(row: Row) -> Marks:
     if prompt[0] == "'" and prompt[1:].lstrip().startswith(("=", "+", "-", "@")):
         prompt = prompt[1:]  # which keeps spreadsheets from computing it
     for picture, score in zip(pictures, scores, strict=True):
-        yield Mark(str(row["item"]), prompt, picture, score)
+        yield Mark(str(row.get("group") or row["item"]), prompt, picture, score)
+
+
+def _our_kind(row: Row) -> Judged:
+    kind = row.get("kind")
+    if kind == "scale":
+        return "scale"
+    return "pairs" if kind == "ranking" or row["answer"] in ("a", "b", "tie", "bad") else "tags"
 
 
 def _label_file(row: Row) -> Marks:
@@ -219,7 +232,7 @@ LAYOUTS = (
     ),
     Layout(
         "our page", frozenset({"prompt", "item", "repeat", "answer", "images"}),
-        lambda row: "pairs" if row["answer"] in ("a", "b", "tie", "bad") else "tags", _our_page,
+        _our_kind, _our_page,
     ),
     Layout("the D3PO authors' labels", frozenset({"first", "labels"}), _tags, _label_file),
     Layout("tags", frozenset({"file_name", "liked"}), _tags, _liked),
