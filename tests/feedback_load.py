@@ -181,7 +181,7 @@ class Server:
         self._command = [
             sys.executable, "-m", "tests.feedback_load", "--serve", str(folder),
             "--port", str(self.port), "--k", str(settings.votes_per_item),
-            "--repeat-every", str(settings.repeat_every),
+            "--repeat-every", str(settings.repeat_every), "--gold-every", str(settings.gold_every),
             *(["--unlimited"] if unlimited else []),
         ]  # fmt: skip
         self.start()
@@ -323,11 +323,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--repeat-every", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--gold-every", type=int, default=10, help=argparse.SUPPRESS)
     parser.add_argument("--unlimited", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         limits = UNLIMITED if given.unlimited else None
-        settings = HandoutSettings(votes_per_item=given.k, repeat_every=given.repeat_every)
+        settings = HandoutSettings(given.k, given.gold_every, given.repeat_every)
         serve(given.serve, port=given.port, settings=settings, limits=limits)
         return
     with tempfile.TemporaryDirectory() as folder:

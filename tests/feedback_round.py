@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import random
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -34,6 +36,50 @@ def claiming(png: bytes, width: int, height: int) -> bytes:
     """A PNG whose header says another size."""
     header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+def new_source(folder: Path, number: int, first: int = 0, size: int = 32) -> Path:
+    """A folder of pictures with their texts, as `feedback new --pictures` takes it."""
+    folder.mkdir(parents=True)
+    lines = ["file_name,text"]
+    for n in range(number):
+        (folder / f"{n}.png").write_bytes(picture(first + n, size))
+        lines.append(f"{n}.png,a picture of number {n}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def new_study(folder: Path, **changes: str) -> Path:
+    """The study of docs/studies.md as a file with its pictures beside it.
+
+    Args:
+        folder: to write into.
+        changes: lines of the file by their beginning, such as `answers="answers = 6"`.
+    """
+    guide = Path(__file__).parents[1] / "docs" / "studies.md"
+    text = guide.read_text(encoding="utf-8").partition("<!-- example: study.toml -->\n```toml\n")[2]
+    text = text.partition("```")[0]
+    for start, line in changes.items():
+        text = re.sub(rf"^{start} = .*$", line, text, flags=re.MULTILINE)
+    names = sorted({*re.findall(r"known/[\w-]+\.png", text)})
+    (folder / "known").mkdir(parents=True)
+    for n, name in enumerate(names):
+        whole = picture(n // 2)
+        (folder / name).write_bytes(broken(whole) if "broken" in name else whole)
+    file = folder / "study.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def broken(png: bytes) -> bytes:
+    """The picture with its pixels in another order."""
+    image = Image.open(io.BytesIO(png))
+    pixels = list(image.get_flattened_data())
+    random.Random(0).shuffle(pixels)
+    image.putdata(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def new_round(

@@ -34,9 +34,8 @@ from d3po_bench.feedback.invitations import (
     invite_as,
     raters,
 )
-from d3po_bench.feedback.page import connections, server
+from d3po_bench.feedback.page import connections, server, words
 from d3po_bench.feedback.page.connections import Connection
-from d3po_bench.feedback.page import words
 from d3po_bench.feedback.page.sessions import Limiter, Limits, Sessions, session_key
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.store import VOTES, HandoutSettings, LabelStore, MovedError, default_url
@@ -839,7 +838,8 @@ def test_only_a_proxy_may_say_who_asks(tags: Site, public: bool) -> None:
 
 def test_a_public_url_that_is_not_an_origin_is_refused(tags: Site) -> None:
     urls = [
-        "", "labels.example", "ftp://labels.example", "https://", "https://a//page", "https://a/../b", "https://a/b c", "https://a/?x",
+        "", "labels.example", "ftp://labels.example", "https://", "https://a//page", "https://a/../b",
+        "https://a/b c", "https://a/?x",
         "https://a/#x", "https://a:999999", "https://[a", "https://a?", "https://a#",
         "https://me@a", "https://a b", "https://a\n", " https://a", "https://b\u00fccher.example",
         "https://a:",

@@ -135,9 +135,10 @@ class Study(Strict):
     def plain(self) -> tuple[Kind, str] | None:
         """Kind and question, where a round has no more than these."""
         first = self.question[0]
+        if not is_known(first):
+            return None
         bare = Study(question=[type(first)(name=first.name)], blurred=self.blurred)
-        fits = is_known(first) and first.kind in ("tags", "pairs") and self == bare
-        return (first.kind, first.name) if fits else None
+        return (first.kind, first.name) if self == bare else None
 
 
 STUDY: TypeAdapter[Study] = TypeAdapter(Study)
