@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors.torch import load_file
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -89,7 +90,8 @@ class Keyboard:
 
     def wait(self, until: object) -> None:
         """Wait until the function holds."""
-        WebDriverWait(self.driver, PATIENCE).until(lambda _: until())  # type: ignore[operator]
+        moved = [StaleElementReferenceException]  # a page that went while it was looked at
+        WebDriverWait(self.driver, PATIENCE, ignored_exceptions=moved).until(lambda _: until())  # type: ignore[operator]
 
     def shoot(self, name: str, *, long: bool = False) -> None:
         """Keep pictures of the page; nothing may overflow, `long` pages but downwards."""

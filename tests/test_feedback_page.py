@@ -869,7 +869,7 @@ def test_nothing_is_served_to_a_rater_without_a_name(tags: Site) -> None:
 def test_acknowledged_votes_survive_kill_9(tmp_path: Path) -> None:
     # the real server, twice killed while three raters vote; `python -m tests.feedback_load`
     # is the same at full size
-    outcome = feedback_load.run(tmp_path / "round", 3, 8, 2, think=0.2, every=0.7)
+    outcome = feedback_load.run(tmp_path / "round", 3, 8, 2, kind="study", think=0.2, every=0.7)
     assert (outcome.acknowledged, outcome.stored) == (24, 24)
     assert (outcome.lost, outcome.doubled, outcome.seen_twice) == (0, 0, 0)
 

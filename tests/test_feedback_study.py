@@ -159,7 +159,7 @@ def test_practice_tells_what_is_right_and_is_not_exported_as_judged(site: Site) 
         told.append(ann.get(moved).text)
     assert "Not quite." in told[0]
     assert "One of the two is broken." in told[0]
-    assert "1 / 2" in told[1]
+    assert "1 (not at all) / 2" in told[1]
     rows = votes.exported(site.store, votes.effective_votes(site.store))
     assert [(row["use"], row["scores"]) for row in rows] == [("practice", ())] * 2
     other = site.rater("Bob").get(f"/?told={hand.id}").text

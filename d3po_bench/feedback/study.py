@@ -167,7 +167,7 @@ def one_question(
     if question is None:
         raise UserError(f'A {kind} needs a --question, such as "How real does it look?".')
     known = question in get_args(Known) and kind in ("tags", "pairs")
-    words = {"name": question} if known else {"name": kind, "text": question}
+    words: dict[str, Any] = {"name": question} if known else {"name": kind, "text": question}
     hidden = question == "unsafe" if blurred is None else blurred
     try:
         return Study(question=[KINDS[kind](**words, **more)], blurred=hidden)
@@ -190,7 +190,8 @@ def asked_of(
         return read_study(file), file.parent
     if scale and kind != "scale":
         raise UserError("--scale goes with --kind scale. Add that, or leave it out.")
-    return one_question(kind or "tags", question, **({"scale": scale} if scale else {})), Path()
+    more: dict[str, Any] = {"scale": scale} if scale else {}
+    return one_question(kind or "tags", question, **more), Path()
 
 
 def read_study(path: Path) -> Study:

@@ -52,8 +52,7 @@ def app(
         root: the path below it where a proxy shows these pages.
     """
     # A redirect to another path would name the host that the request claims.
-    made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
-                   root_path=root)  # fmt: skip
+    made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     site = access.Site(round_, folder, store, key, limits or Limits(), public_url, root)
     made.state.site = site
     said: set[str] = set()
@@ -82,6 +81,7 @@ def app(
     async def guarded(
         request: Request, answer: Callable[[Request], Awaitable[Response]]
     ) -> Response:
+        request.scope["root_path"] = root  # whether or not the proxy leaves it in the path
         response = await answer(request)
         for name, value in (HEADERS | (HTTPS_ALONE if site.secure(request) else {})).items():
             response.headers.setdefault(name, value)

@@ -82,7 +82,11 @@ def in_words(question: Question, answer: Answer, order: Sequence[int], language:
         place = order.index("ab".index(str(answer))) + 1 if answer in ("a", "b") else 0
         return str(known.get(str(answer)) or w.first.format(place))
     if question.kind == "scale":
-        return " / ".join(map(str, answer)) if isinstance(answer, tuple) else str(answer)
+        ratings = answer if isinstance(answer, tuple) else (answer,)
+        ends = {question.steps[0]: question.low, question.steps[-1]: question.high}
+        meant = [said(ends.get(int(rating)), language) for rating in ratings]
+        both = zip(ratings, meant, strict=True)
+        return " / ".join(f"{rating} ({word})" if word else str(rating) for rating, word in both)
     assert isinstance(answer, tuple)
     places = [str(order.index(index) + 1) for index in answer]
     if question.kind == "ranking":
@@ -95,7 +99,8 @@ def marks(question: Question, answer: Answer, order: Sequence[int]) -> list[str]
     if question.kind == "pairs":
         return ["good" if "ab"[index] == answer else "" for index in order]
     if question.kind == "scale":
-        return [in_words(question, answer, order, "en")]
+        ratings = answer if isinstance(answer, tuple) else (answer,)
+        return [" / ".join(map(str, ratings))]
     assert isinstance(answer, tuple)
     if question.kind == "tags":
         return ["bad" if index in answer else "" for index in order]
