@@ -40,8 +40,8 @@ from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
 from d3po_bench.feedback.study import read_study
 from tests.feedback_round import new_round, new_source, new_study
 
-PATIENCE = 60.0
-"""Seconds that a rater keeps trying."""
+PATIENCE = 300.0
+"""Seconds that a rater keeps trying, on a machine that is busy."""
 UNDONE = 0.05
 """Probability that a vote is undone."""
 UNLIMITED = Limits(votes=(10**9, 1.0), pages=(10**9, 1.0))
@@ -136,8 +136,9 @@ class Person:
         else:
             fields["answer"] = answer = rng.choice(("0", "1", "tie", "bad"))
             if page.comments:
-                fields["comment"] = f"{answer}, said {self.name}"
-                answer += fields["comment"]
+                comment = f"{answer}, said {self.name}"
+                fields["comment"] = comment
+                answer += comment
         fields["milliseconds"] = int(1000 * self.think)
         begun = time.perf_counter()
         status, _, _ = self.ask("POST", "/vote", fields)

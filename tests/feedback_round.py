@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import random
 import re
 import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from d3po_bench.feedback.questions import Answer, Kind
@@ -44,7 +44,7 @@ def new_source(folder: Path, number: int, first: int = 0, size: int = 32) -> Pat
     lines = ["file_name,text"]
     for n in range(number):
         (folder / f"{n}.png").write_bytes(picture(first + n, size))
-        lines.append(f"{n}.png,a picture of number {n}")
+        lines.append(f"{n}.png,number {n}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -74,11 +74,10 @@ def new_study(folder: Path, **changes: str) -> Path:
 def broken(png: bytes) -> bytes:
     """The picture with its pixels in another order."""
     image = Image.open(io.BytesIO(png))
-    pixels = list(image.get_flattened_data())
-    random.Random(0).shuffle(pixels)
-    image.putdata(pixels)
+    pixels = np.asarray(image).reshape(-1, 3)
+    mixed = np.random.default_rng(0).permutation(pixels).reshape(image.height, image.width, 3)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    Image.fromarray(mixed).save(buffer, "PNG")
     return buffer.getvalue()
 
 

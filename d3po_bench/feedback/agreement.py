@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +95,7 @@ def alpha_of_counts(counts: NDArray[np.int64], ordered: bool = False) -> float |
     judged = counts[counts.sum(1) > 1]
     if (judged.sum(0) > 0).sum() < 2:
         return None
-    level = "ordinal" if ordered else "nominal"
+    level: Literal["ordinal", "nominal"] = "ordinal" if ordered else "nominal"
     return float(krippendorff.alpha(value_counts=judged, level_of_measurement=level))
 
 
@@ -141,7 +142,8 @@ def _same(counts: NDArray[np.int64]) -> Floats:
     """Share of the pairs of raters of each unit who said the same, [U]; NaN: there is none."""
     raters = counts.sum(1)
     same, pairs = (counts * (counts - 1)).sum(1), raters * (raters - 1)
-    return np.divide(same, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    shares: Floats = np.divide(same, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    return shares
 
 
 def _distance(counts: NDArray[np.int64]) -> Floats:
@@ -149,7 +151,8 @@ def _distance(counts: NDArray[np.int64]) -> Floats:
     raters, values = counts.sum(1), np.arange(counts.shape[1])
     apart = np.abs(values[:, None] - values) / max(len(values) - 1, 1)
     total, pairs = np.einsum("uv,vw,uw->u", counts, apart, counts), raters * (raters - 1)
-    return np.divide(total, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    mean: Floats = np.divide(total, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    return mean
 
 
 def quality(round_: Round, votes: Sequence[Vote]) -> list[Quality]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from d3po_bench.digests import changed, sha256_of, short
 from d3po_bench.errors import UserError
@@ -184,16 +184,15 @@ class Round:
             raise UserError(f"There is no {FILE} in {folder}. Give the folder of a round.")
         found = schema.read(schema.ROUND, path, REMEDY)
         require_files(folder, without=TENSORS)
-        if found.kind == "study":
-            study, golds = found.study, [None] * len(found.items)
+        what: list[Any]
+        if isinstance(found, schema.StudyRound):
+            study = found.study
             what = [study.model_dump(mode="json", include={"question", "practice", "gold"})]
+            groups = tuple(Item(i.id, i.prompt, tuple(i.images)) for i in found.items)
         else:
             study = one_question(found.kind, found.question, blurred=found.blurred)
-            golds, what = [i.gold for i in found.items], [found.kind, found.question]
-        groups = tuple(
-            Item(i.id, i.prompt, tuple(i.images), gold)
-            for i, gold in zip(found.items, golds, strict=True)
-        )
+            what = [found.kind, found.question]
+            groups = tuple(Item(i.id, i.prompt, tuple(i.images), i.gold) for i in found.items)
         known = [name for i in (*study.practice, *study.gold) for name in i.pictures]
         shown = [[g.id, g.prompt, *(sha256_of(folder / name) for name in g.images)] for g in groups]
         shown += [[sha256_of(folder / name)] for name in known]

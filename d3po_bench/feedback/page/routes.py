@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import FileResponse
@@ -45,7 +46,7 @@ def item(request: Request, site: access.ThisSite) -> Response:
 
 def _next(request: Request, site: access.Site, session: Session, rater: Rater) -> Response:
     hand = handout.hand_out(site.store, rater.id)
-    facts = {
+    facts: dict[str, Any] = {
         "rater": rater, "progress": handout.progress(site.store, rater.id),
         "last": votes.last_vote(site.store, rater.id),
     }  # fmt: skip

@@ -36,7 +36,7 @@ def choose(request: Request) -> Language:
     )
     weights = {name.lower(): _weight(weight) for name, weight in reversed(accepted)}
     wanted += sorted((n for n in weights if weights[n] > 0), key=lambda name: -weights[name])
-    return next((name for name in wanted if name in LANGUAGES), "en")  # type: ignore[return-value]
+    return next((name for name in wanted if name in LANGUAGES), "en")
 
 
 def _weight(text: str) -> float:
