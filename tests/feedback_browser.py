@@ -32,8 +32,9 @@ from d3po_bench.feedback.handout import hand_out
 from d3po_bench.feedback.invitations import find_rater, invite, invite_as, raters
 from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import Round, Vote
+from d3po_bench.feedback.schema import read_study
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url, open_labels
-from d3po_bench.feedback.study import one_question, read_study
+from d3po_bench.feedback.study import one_question
 from d3po_bench.feedback.votes import (
     cast_vote,
     effective_votes,

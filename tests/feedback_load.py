@@ -36,8 +36,8 @@ from d3po_bench.feedback.page.server import serve
 from d3po_bench.feedback.page.sessions import Limits
 from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.schema import read_study
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
-from d3po_bench.feedback.study import read_study
 from tests.feedback_round import new_round, new_source, new_study
 
 PATIENCE = 300.0

@@ -23,8 +23,9 @@ from d3po_bench.feedback.page import server, words
 from d3po_bench.feedback.questions import Answer
 from d3po_bench.feedback.report import report
 from d3po_bench.feedback.rounds import Progress, Round
+from d3po_bench.feedback.schema import read_study
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
-from d3po_bench.feedback.study import one_question, read_study
+from d3po_bench.feedback.study import one_question
 from tests.feedback_round import new_source, new_study
 
 KEY = b"k" * 32
@@ -41,10 +42,10 @@ class Site:
         settings = HandoutSettings(votes_per_item, gold_every=3, repeat_every=0)
         self.store = LabelStore(default_url(self.folder), self.round, settings)
         self.platform = invite_as(self.store, "platform")
+        self.pages = server.app(self.round, self.folder, self.store, KEY)
 
     def client(self, **headers: str) -> TestClient:
-        pages = server.app(self.round, self.folder, self.store, KEY)
-        return TestClient(pages, follow_redirects=False, headers=headers)
+        return TestClient(self.pages, follow_redirects=False, headers=headers)
 
     def rater(self, name: str = "Ann") -> TestClient:
         """Somebody invited by name, who has agreed and read the instructions."""
@@ -310,6 +311,27 @@ def test_no_more_participants_than_the_study_takes(tmp_path: Path) -> None:
             assert made.enter(made.client(), name).status_code == status
 
 
+@pytest.mark.parametrize("before", ["", "/labels"])
+def test_a_proxy_may_show_the_page_at_a_path_and_strip_it_or_not(site: Site, before: str) -> None:
+    pages = server.app(
+        site.round, site.folder, site.store, KEY, None, "https://lab.example", "/labels"
+    )
+    client = TestClient(pages, base_url="http://127.0.0.1:8000", follow_redirects=False)
+    own = {"origin": "https://lab.example", "sec-fetch-site": "same-origin"}
+    joined = client.post(f"{before}/join", data={"token": invite(site.store, "Ann")}, headers=own)
+    assert joined.headers["location"] == "/labels/"
+    assert "Path=/labels" in joined.headers["set-cookie"]
+    client.headers["cookie"] = joined.headers["set-cookie"].split(";")[0]
+    page = client.get(f"{before}/").text
+    addresses = re.findall(r'(?:href|src|action)="([^"?]+)', page)
+    assert addresses
+    assert all(address.startswith("/labels/") for address in addresses)
+    agreed = {**hidden(page, "/agree"), "agree": "yes"}
+    assert client.post(f"{before}/agree", data=agreed, headers=own).status_code == 303
+    assert client.get(f"{before}/static/page.js").status_code == 200
+    assert client.get(f"{before}/nothing").status_code == 404
+
+
 def test_links_of_a_platform_are_shown_once(site: Site) -> None:
     renewed = list(server.invitations(site.store, [], "https://x/labels", renew=True))
     assert renewed[2].startswith("platform: https://x/labels/start/")
@@ -376,7 +398,7 @@ def test_a_comment_is_kept_with_its_vote_and_undone_with_it(site: Site) -> None:
 
 
 def test_of_sixteen_raters_the_careless_one_is_warned_and_flagged(tmp_path: Path) -> None:
-    made = Site(tmp_path, votes_per_item=20)
+    made = Site(tmp_path, votes_per_item=20, answers="answers = 9")
     with made.store:
         for n in range(15):
             made.work(made.rater(f"rater {n}"), f"rater {n}")

@@ -91,7 +91,7 @@ def new(
     """  # noqa: D301
     from d3po_bench.config import pairs_of
     from d3po_bench.feedback import comparisons, drawing
-    from d3po_bench.feedback.study import asked_of
+    from d3po_bench.feedback.schema import asked_of
     from d3po_bench.training.progress import Counted
 
     asked, beside = asked_of(study, kind, question, scale)

@@ -52,10 +52,7 @@ def draw_round(
     Raises:
         UserError: bad input, or another round lies in the folder.
     """
-    few = all(question.kind in ("pairs", "scale") for question in study.question)
-    images = images or (2 if few else 7)
-    if study.plain and study.question[0].kind == "pairs" and images != 2:
-        raise UserError(f"A pair has 2 images, not {images}. Leave --images out.")
+    images = _images(study, images)
     trained = Before.read(before) if before else None
     model = trained.settings["model"] if trained else model
     config, execution = make(
@@ -76,3 +73,12 @@ def draw_round(
     )  # fmt: skip
     weights = trained.weights if trained else None
     return draw(folder, sampling, (study, beside), weights, replace(execution, device=device), told)
+
+
+def _images(study: Study, images: int | None) -> int:
+    """Of each prompt: 2 where all questions are of one or two, else 7, unless told otherwise."""
+    few = all(question.kind in ("pairs", "scale") for question in study.question)
+    images = images or (2 if few else 7)
+    if study.plain and study.question[0].kind == "pairs" and images != 2:
+        raise UserError(f"A pair has 2 images, not {images}. Leave --images out.")
+    return images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import tomllib
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,7 @@ from pydantic_core import ErrorDetails
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.questions import Answer, Choice, Kind, Known, Question, Strict, Tags
-from d3po_bench.feedback.study import Study
+from d3po_bench.feedback.study import STUDY, Study, one_question
 
 MOST_IMAGES = 9
 """One digit key for each image of a grid."""
@@ -229,6 +230,42 @@ class StudyRound(Strict):
 ROUND: TypeAdapter[GridRound | PairRound | StudyRound] = TypeAdapter(
     Annotated[GridRound | PairRound | StudyRound, Field(discriminator="kind")]
 )
+
+# ---- studies
+
+
+def asked_of(
+    file: Path | None, kind: Kind | None, question: str | None, scale: str | None
+) -> tuple[Study, Path]:
+    """The study that `feedback new` was given, and where the paths of its own pictures begin.
+
+    Raises:
+        UserError: what was given does not go together, or the file is malformed.
+    """
+    if file:
+        if kind or question or scale:
+            raise UserError(f"{file} has the questions. Leave out --kind, --question and --scale.")
+        return read_study(file), file.parent
+    if scale and kind != "scale":
+        raise UserError("--scale goes with --kind scale. Add that, or leave it out.")
+    more: dict[str, Any] = {"scale": scale} if scale else {}
+    return one_question(kind or "tags", question, **more), Path()
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or it is malformed, naming the place.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UserError(f"Cannot read {path}: {problem.strerror}. Give another file.") from problem
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path} is not TOML: {problem}. Correct the file.") from problem
+    return check(STUDY, path, json.dumps(found, default=str).encode(), "Correct the file.")
+
 
 # ---- other files
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
@@ -23,6 +20,9 @@ from d3po_bench.feedback.questions import (
 
 MOST_COMMENT = 1000
 """Characters of a rater's comment; a form has 16 KiB at most."""
+
+Use = Literal["main", "gold", "practice"]
+"""What an item is for: to be judged, to check raters, or to train them."""
 
 
 class KnownItem(Strict):
@@ -174,42 +174,3 @@ def one_question(
     except ValidationError as problem:
         said = problem.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"This cannot be asked: {said}. Change --question or --scale.") from problem
-
-
-def asked_of(
-    file: Path | None, kind: Kind | None, question: str | None, scale: str | None
-) -> tuple[Study, Path]:
-    """The study that `feedback new` was given, and where the paths of its own pictures begin.
-
-    Raises:
-        UserError: what was given does not go together, or the file is malformed.
-    """
-    if file:
-        if kind or question or scale:
-            raise UserError(f"{file} has the questions. Leave out --kind, --question and --scale.")
-        return read_study(file), file.parent
-    if scale and kind != "scale":
-        raise UserError("--scale goes with --kind scale. Add that, or leave it out.")
-    more: dict[str, Any] = {"scale": scale} if scale else {}
-    return one_question(kind or "tags", question, **more), Path()
-
-
-def read_study(path: Path) -> Study:
-    """The study in a TOML file.
-
-    Raises:
-        UserError: it cannot be read, or it is malformed, naming the place.
-    """
-    from d3po_bench.feedback import schema
-
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UserError(f"Cannot read {path}: {problem.strerror}. Give another file.") from problem
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path} is not TOML: {problem}. Correct the file.") from problem
-    return schema.check(STUDY, path, json.dumps(found, default=str).encode(), "Correct the file.")
-
-
-Use = Literal["main", "gold", "practice"]
-"""What an item is for: to be judged, to check raters, or to train them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +90,7 @@ class Site:
         )
         self.public_url, self.root = public_url or "", root
         self.tally = Tally(store)
+        self._complaints: set[str] = set()
         self._pictures = digests_of(round_, self.folder)
         self._templates = Environment(
             loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
@@ -123,6 +125,13 @@ class Site:
                 samesite="lax", secure=self.secure(request),
             )  # fmt: skip
         return response
+
+    def complain(self, problem: Exception) -> None:
+        """Say on the terminal what failed, once: raters' pages try again and again."""
+        reason = str(getattr(problem, "orig", None) or problem)  # without the values of the query
+        if reason not in self._complaints:
+            self._complaints.add(reason)
+            logging.getLogger("uvicorn.error").error(reason)
 
     def moved(self, path: str) -> RedirectResponse:
         """To another of these pages."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import socket
 import unicodedata
@@ -55,7 +54,6 @@ def app(
     made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     site = access.Site(round_, folder, store, key, limits or Limits(), public_url, root)
     made.state.site = site
-    said: set[str] = set()
     for part in (access, routes, studies, admin):
         made.include_router(part.router)
 
@@ -71,10 +69,7 @@ def app(
     @made.exception_handler(UserError)  # rows that another program wrote, say
     @made.exception_handler(SQLAlchemyError)
     async def failed(request: Request, problem: Exception) -> Response:
-        reason = str(getattr(problem, "orig", None) or problem)  # without the values of the query
-        if reason not in said:  # once: raters' pages try again and again
-            said.add(reason)
-            logging.getLogger("uvicorn.error").error(reason)
+        site.complain(problem)
         return site.page(request, "error.html", status=503, words=FAILED)
 
     @made.middleware("http")
