@@ -193,9 +193,8 @@ def _regained(store: LabelStore, connection: Connection, rater: int) -> Row | No
 
 def _new(store: LabelStore, connection: Connection, rater: int) -> Row | None:
     """Practice first; then a gold item or a repeat when one is due, else one with few votes."""
-    for practice in store.practice:
-        if _pick(store, connection, rater, ITEMS.c.id == practice, _unseen(rater)):
-            return _give(store, connection, rater, practice, 0)
+    if practice := _practice(store, connection, rater):
+        return _give(store, connection, rater, practice, 0)
     mine = _mine(store, rater)
     given = connection.execute(mine).scalar_one()
     golds = connection.execute(
@@ -211,6 +210,13 @@ def _new(store: LabelStore, connection: Connection, rater: int) -> Row | None:
     if item is None:
         item, repeat = _pick(store, connection, rater, *_free(store, rater)), 0
     return None if item is None else _give(store, connection, rater, item, repeat)
+
+
+def _practice(store: LabelStore, connection: Connection, rater: int) -> str | None:
+    """The next item of practice that this rater has not had."""
+    mine = HANDS.c.item.in_(store.practice) & (HANDS.c.rater == rater)
+    had = set(connection.execute(sql.select(HANDS.c.item).where(mine)).scalars())
+    return next((item for item in store.practice if item not in had), None)
 
 
 def _due(store: LabelStore, what: str, every: int, rater: int, given: int) -> int:

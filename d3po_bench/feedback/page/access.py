@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import cache
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +71,17 @@ def number(text: str, low: int, high: int) -> int:
     return int(text)
 
 
+@cache
+def _templates() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    shown = (words.said, words.asked, words.word_on_tag, words.in_words, words.marks)
+    made.globals |= {function.__name__: function for function in shown}
+    return made
+
+
 def _kept(request: Request) -> str:
     """What the address asks for besides a language, for the links that change the language."""
     kept = [(k, v) for k, v in request.query_params.multi_items() if k != "lang"]
@@ -92,20 +104,6 @@ class Site:
         self.tally = Tally(store)
         self._complaints: set[str] = set()
         self._pictures = digests_of(round_, self.folder)
-        self._templates = Environment(
-            loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        )  # fmt: skip
-        self._templates.globals |= {
-            function.__name__: function
-            for function in (
-                words.said,
-                words.asked,
-                words.word_on_tag,
-                words.in_words,
-                words.marks,
-            )
-        }
 
     def page(
         self, request: Request, name: str, session: Session | None = None, status: int = 200,
@@ -113,7 +111,7 @@ class Site:
     ) -> Response:  # fmt: skip
         """A template in the browser's language, whose forms are those of the session."""
         language = words.choose(request)
-        text = self._templates.get_template(name).render(
+        text = _templates().get_template(name).render(
             csrf=self.sessions.csrf(session) if session else "", status=status, root=self.root,
             language=language, w=words.ALL[language], languages=words.LANGUAGES,
             study=self.round.study, names=words.ALL, keep=_kept(request), **facts,

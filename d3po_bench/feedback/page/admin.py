@@ -28,12 +28,13 @@ def overview(request: Request, site: access.ThisSite, session: access.Admin) -> 
     given = site.tally.votes()
     mine = report.by_rater(given)
     known = {quality.rater: quality for quality in agreement.quality(site.round, given)}
+    counted = bool(site.round.study.answers or site.round.study.platform)
     rows = [
         (
             rater, known.get(rater.name),
             agreement.on_gold(site.round, mine.get(rater.name, []), practice=True),
             report.flags(site.round, mine.get(rater.name, [])),
-            handout.has_finished(site.store, rater.id),
+            counted and handout.has_finished(site.store, rater.id),
         )
         for rater in invitations.raters(site.store)
     ]  # fmt: skip
