@@ -110,6 +110,7 @@ def parity(session: nox.Session) -> None:
     session.install("--no-deps", "-r", "tests/parity/requirements-no-deps.txt")
     offline = {"HF_HUB_OFFLINE": "1"}
     session.run("python", "-m", "tests.parity.oracle", str(folder), *session.posargs, env=offline)
+    session.run("python", "-m", "tests.parity.newer", str(folder), env=offline)
     session.notify("parity_compare", [str(folder)])
 
 

@@ -10,7 +10,7 @@ how a batch is split. That takes one more pass without gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -86,6 +86,11 @@ class KTO:
     def least_images(self) -> int:
         """One image is its prompt's mean."""
         return 2 if self.liked == "above_mean" else 1
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """See `launch.space`."""
+        return {"beta": (30.0, 10_000.0)}
 
     def rows(self, rollout: Rollout, rng: Generator) -> LikedRows:
         """Liked and disliked images, each with T draws of a noise level and noise."""

@@ -2,14 +2,16 @@
 
 Two images of a prompt grow from the same noise; the better one wins. Every denoising step of
 the pair is a preference of its own (Eq. 13), with the loss of Eq. 14. Differences from the
-published code are switches: see the fields of `D3PO`.
+published code are switches: see the fields of `D3PO`. `d3po_of_two` has the paper's two images
+whatever the preset; `d3po_best_of_k` compares the best image of eight with the worst; `d3po_random`
+learns from preferences that are random, so that it shows what drifts without a signal.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -126,6 +128,11 @@ class D3PO:
                 f"{self.clip_range} and {self.beta}. Change them with --set."
             )
 
+    @property
+    def search(self) -> dict[str, Any]:
+        """See `launch.space`."""
+        return {"clip_range": (0.02, 0.5), "pairs": ["all", "extremes"]}
+
     def images_used(self, rollout: Rollout) -> Tensor:
         """Images that are in a pair, [P, K] bool."""
         prompt, images, _ = pairs_of(rollout.scores, self.pairs)
@@ -190,5 +197,11 @@ class D3PO:
             "ties": 1 - preference.mean(),
         }
 
+
+VARIANTS = {
+    "d3po_of_two": {"images_per_prompt": 2, "pairs": "all"},
+    "d3po_best_of_k": {"images_per_prompt": 8, "pairs": "extremes"},
+    "d3po_random": {"choices": "random"},
+}
 
 METHOD: type[Method[Pairs]] = D3PO

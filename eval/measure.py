@@ -66,8 +66,7 @@ def evaluate(
         def told(share: float, number: int = number) -> None:
             progress((number + share / 2) / len(what.samplers))
 
-        kind, eta = (what.sampler, what.eta) if sampler == TRAINING else ("ddim", 0.0)
-        policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance, sampler=kind)
+        policy = _as_in_training(model, what) if sampler == TRAINING else _ode(model, what)
         rollout = sample(policy, prompts, draws, batch=what.batch, progress=told)
         images = drawn(model, rollout.latents[:, 0, -1], what.decode_batch)
         scores = parallel.tell(partial(scored, images, prompts, scorers))
@@ -81,6 +80,18 @@ def evaluate(
             rows.append(row | {name: cell(float(s[i])) for name, s in scores.items()})
         pictures[sampler] = images
     return rows, pictures
+
+
+def _as_in_training(model: Model, what: EvaluationSet, **how: Any) -> Policy:
+    how = {"sampler": what.sampler, "eta": what.eta, **how}
+    return Policy(
+        model, steps=what.steps, guidance=what.guidance, timestep_spacing=what.timestep_spacing,
+        **how,
+    )  # fmt: skip
+
+
+def _ode(model: Model, what: EvaluationSet) -> Policy:
+    return _as_in_training(model, what, sampler="ddim", eta=0.0)
 
 
 def cell(value: float) -> float | str:

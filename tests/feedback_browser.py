@@ -305,7 +305,7 @@ def work(keyboard: Keyboard, store: LabelStore) -> None:
             key = "2" if hand.item.gold else "4"
         if asked == "main-better" and asked not in shot:
             keyboard.press("z", "+", "2")
-            keyboard.wait(lambda: keyboard.text("#zoom output").startswith("Picture 2"))
+            keyboard.wait(lambda: keyboard.text("#zoom output").startswith("2/2"))
             keyboard.shoot("zoom")
             keyboard.press("z", "c", *"two tails", "\ue00c")
         if asked == "practice-better":

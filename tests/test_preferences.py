@@ -12,6 +12,7 @@ from torch import Tensor
 
 from baselines.diffusion_dpo import DiffusionDPO, NoisedPairs, diffusion_dpo_loss
 from baselines.kto import KTO, LikedRows, kto_loss
+from baselines.reward_weighted import RewardWeighted
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.preferences import liking
 from d3po_bench.diffusion.seeding import stream
@@ -101,7 +102,11 @@ def test_swapping_who_won_negates_the_gradient(method: Any, micro_model: StableD
 # ---- the update
 
 
-@pytest.mark.parametrize("method", [DiffusionDPO(beta=20.0), KTO(beta=20.0)])
+@pytest.mark.parametrize(
+    "method",
+    [DiffusionDPO(beta=20.0), KTO(beta=20.0),
+     RewardWeighted(weight="signed", advantage="group", anchor=0.1)],
+)  # fmt: skip
 def test_one_gradient_whatever_the_micro_batches(method: Any, policy: Policy) -> None:
     rows, kept, logs = rows_of(policy, method), [], []
     for size in (1, 5, 64):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from d3po_bench.config import Execution, RunConfig, make
+from d3po_bench.diffusion.preferences import shuffled
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import UserError
 from d3po_bench.experience.on_policy import OnPolicy
@@ -52,3 +56,34 @@ def test_a_run_can_do_without_a_card_whose_weights_are_absent(
     config, execution = make("d3po", "incompress", "official_code", changes, model=str(micro))
     with pytest.raises(UserError, match=r"weights fetch clip.* --set eval_scorers=animal$"):
         Evaluation(config, execution, experience_of(config, execution), TOOLS, CPU)
+
+
+class Numbered:
+    """Scores pictures by their order."""
+
+    unit = "places"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.arange(len(images)).float()
+
+
+def test_random_choices_leave_the_scores_and_say_nothing() -> None:
+    kept = shuffled(torch.tensor([[0.0, 1.0]]).expand(2000, 2), torch.Generator().manual_seed(0))
+    assert (kept.sum(1) == 1).all()
+    assert 0.45 < float(kept[:, 1].mean()) < 0.55
+    seen = {}
+    for choices in ("scores", "random"):
+        config = RunConfig(
+            method="d3po", objective="incompress", model=str(Path(__file__).with_name("points.py")),
+            sampling_steps=3, prompts_per_round=4, images_per_prompt=4, choices=choices,
+        )  # fmt: skip
+        experience = experience_of(config, Execution())
+        experience.scorer = Numbered()
+        trainer = Trainer(config, Execution(), experience, CPU)
+        metrics, _ = trainer.train_round(lambda share: None)
+        history = {prompt: sorted(scores) for prompt, scores in trainer.history.items()}
+        seen[choices] = metrics, history, trainer.model.trainable()["shift"].clone()
+    (plain, before, weights), (random, after, others) = seen["scores"], seen["random"]
+    assert random["score_mean"] == pytest.approx(plain["score_mean"])
+    assert before == after
+    assert not torch.equal(weights, others)

@@ -110,6 +110,8 @@ def test_micro_batches_do_not_change_the_result(micro: Path) -> None:
         ({"units": 2}, 2),
         ({"units": 3, "every": "timestep"}, 4),
         ({"units": 1, "passes": 2}, 6),
+        ({"count": 2}, 2),  # of two pairs and of one
+        ({"count": 99, "units": 3}, 3),  # a unit each: there are no more
         ({"units": 3, "every": "timestep", "passes": 2}, 8),
     ],
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from d3po_bench.cli.agreement import agreement
 from d3po_bench.cli.options import (
     PLACE,
     PROMPTS,
@@ -338,5 +339,5 @@ def feedback() -> None:
     """  # noqa: D301
 
 
-for _command in (new, serve, status, export, train, choices, simulate):
+for _command in (new, serve, status, export, train, choices, agreement, simulate):
     feedback.add_command(_command)

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from d3po_bench.errors import UserError
 from d3po_bench.types import Conditions, Policy
@@ -64,6 +64,12 @@ def extremes(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     worst = first.shape[1] - 1 - first.flip(1).argmin(1)
     images = torch.stack([first.argmax(1), worst], 1)
     return torch.arange(len(first)), images, (first.amax(1) > first.amin(1)).float()
+
+
+def shuffled(scores: Tensor, rng: Generator) -> Tensor:
+    """Scores [P, K], those of each prompt in a random order: preferences that say nothing."""
+    order = torch.stack([torch.randperm(scores.shape[1], generator=rng) for _ in scores])
+    return scores.gather(1, order)
 
 
 def liking(scores: Tensor, value: float | None = None) -> Tensor:

@@ -37,10 +37,14 @@ class Updates:
 
     units: int = 1
     """Update units in one optimizer step."""
+    count: int = 0
+    """Optimizer steps of a pass, where it is not `units` that decides; 0: it does."""
     timestep_fraction: float = 1.0
     """Share of each unit's steps that are trained on, a random subset for every unit."""
     skip: int = 0
     """Last denoising steps that are not trained on."""
+    first: int = 0
+    """First denoising step that is trained on."""
     every: Literal["unit", "timestep"] = "unit"
     """An optimizer step after all steps of its units, or after each (the paper's Algorithm 1)."""
     passes: int = 1
@@ -48,6 +52,8 @@ class Updates:
     micro_batch: int = 64
     """Items in one forward and backward; it does not change the result beyond rounding."""
     max_grad_norm: float = 1.0
+    step_gradients: bool = False
+    """Also measure the gradient norm of each denoising step, before the first optimizer step."""
 
 
 def update(
@@ -79,8 +85,11 @@ def update(
     groups = [g for _ in range(updates.passes) for g in _groups(rows, updates, rng)]
     parameters = list(policy.model.trainable().values())
     totals: dict[str, float] = {}
+    by_step: dict[str, float] = {}
     if scaler is not None:  # a rank without a micro-batch of its own has to have a scale, too
         scaler.scale(torch.zeros((), device=policy.model.device))
+    if updates.step_gradients:
+        by_step = _by_step(policy, method, rows, *groups[0], updates.micro_batch, scaler)
     for number, (unit, step) in enumerate(groups):
         metrics = _accumulate(policy, method, rows, unit, step, updates.micro_batch, scaler)
         metrics["grad_norm"] = _clip(parameters, optimizer, updates.max_grad_norm, scaler)
@@ -90,7 +99,33 @@ def update(
             totals[name] = totals.get(name, 0.0) + float(value) / len(groups)
         progress((number + 1) / len(groups))
     require_finite_weights(policy.model.trainable())  # no loss is computed with the last ones
-    return {**totals, "updates": len(groups)}
+    return {**totals, **by_step, "updates": len(groups)}
+
+
+def _by_step(
+    policy: Policy,
+    method: Method[R],
+    rows: R,
+    unit: Tensor,
+    step: Tensor,
+    micro_batch: int,
+    scaler: torch.amp.GradScaler | None,
+) -> dict[str, float]:
+    """Gradient norm of the mean loss over the items of each denoising step; nothing is learned.
+
+    Named grad_norm/0 for the first step, and so on. Its passes do not count as the run's.
+    """
+    spent, found = (policy.model.forwards, policy.model.backwards), {}
+    parameters = list(policy.model.trainable().values())
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    for number in step.unique().tolist():
+        own = step == number
+        _accumulate(policy, method, rows, unit[own], step[own], micro_batch, scaler)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        found[f"grad_norm/{number}"] = float(norm) / scale
+        _set_gradients(parameters, [None] * len(parameters))
+    policy.model.forwards, policy.model.backwards = spent
+    return found
 
 
 def require_own_names(method: str, found: Iterable[str], ours: Iterable[str]) -> None:
@@ -107,14 +142,15 @@ def require_own_names(method: str, found: Iterable[str], ours: Iterable[str]) ->
 
 def _groups(rows: Rows, updates: Updates, rng: Generator) -> list[tuple[Tensor, Tensor]]:
     """The (unit, step) items of each optimizer step of one pass."""
-    trained = rows.steps - updates.skip
+    trained = rows.steps - updates.skip - updates.first
     kept = max(1, round(trained * updates.timestep_fraction))
     order = torch.randperm(len(rows), generator=rng)
     steps = torch.stack([torch.randperm(trained, generator=rng) for _ in order])[:, :kept]
+    steps += updates.first
     groups = []
-    for start in range(0, len(order), updates.units):
-        unit = order[start : start + updates.units].unsqueeze(1).expand(-1, kept)
-        step = steps[start : start + updates.units]
+    count, places = min(updates.count, len(order)), torch.arange(len(order))
+    for part in places.tensor_split(count) if count else places.split(updates.units):
+        unit, step = order[part].unsqueeze(1).expand(-1, kept), steps[part]
         if updates.every == "timestep":
             groups += list(zip(unit.unbind(1), step.unbind(1), strict=True))
         else:

@@ -15,19 +15,22 @@ from d3po_bench.config import RunConfig
 from d3po_bench.diffusion.sampling import needs_chain
 from d3po_bench.errors import UserError
 from d3po_bench.experience import dataset
-from d3po_bench.experience.dataset import Dataset, Group
+from d3po_bench.experience.dataset import Dataset, Group, Table
 from d3po_bench.experience.judged import Judged
 from d3po_bench.feedback.agreement import Floats, read_label_files
 from d3po_bench.feedback.questions import Judged as JudgedAs
 from d3po_bench.feedback.rounds import FILE, SAMPLING, Round
+from d3po_bench.feedback.store import open_labels
 from d3po_bench.feedback.training import Learnable, TrainRequest, data_of
-from d3po_bench.feedback.votes import scores_of
+from d3po_bench.feedback.votes import effective_votes, exported, scores_of
 
 OF_TAGS: Mapping[str, dict[str, Any]] = {
     "kto": {"liked": "above_value"},
     "preferred_images": {"liked": "above_value"},
 }
 """Options of a method that differ from a preset's: a tag is no comparison."""
+
+NO_VOTES = "Nobody has voted on the round in {}. Ask for votes with `d3po-bench feedback serve`."
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,35 @@ def learnable(
     return _taken(place, groups, judged, round_.content, request)
 
 
+def judgements(
+    place: Path, labels: str | None = None, pictures: Path | None = None,
+    question: str | None = None,
+) -> Table:  # fmt: skip
+    """What people said of pictures, in a round or in a table, and who said it.
+
+    Args:
+        place: the folder of a round, or a file.
+        labels: URL of a round's votes; None for those in its folder.
+        pictures: where the pictures' paths in a table begin; None for the table's own folder.
+        question: whose answers; None where one question was asked.
+
+    Raises:
+        UserError: it is neither, nobody has voted, or a row is malformed.
+    """
+    if place.is_file():
+        if labels:
+            raise UserError(f"{place} holds its own judgements. Leave out --labels.")
+        return dataset.read(place, pictures, question)
+    if pictures:
+        raise UserError(f"{place} is a folder, which has its own pictures. Leave out --pictures.")
+    with open_labels(place, labels) as store:
+        rows = exported(store, effective_votes(store))
+        if not rows:
+            raise UserError(NO_VOTES.format(place))
+        content = store.round.content
+        return dataset.of_rows(place, iter(rows), place, content, question=question)
+
+
 def _judged(folder: Path, round_: Round, scores: Floats, judged: JudgedAs) -> list[Group]:
     """The pictures of a round's prompts that somebody judged."""
     if judged == "tags":
@@ -152,7 +184,6 @@ def _taken(
             f"No two pictures of a prompt in {place} were judged differently, so {request.method} "
             "has nothing to compare. Use --method kto or preferred_images."
             if groups
-            else f"Nobody has voted on the round in {place}. Ask for votes with `d3po-bench "
-            "feedback serve`."
+            else NO_VOTES.format(place)
         )
     return Existing(place, Dataset(content, rows, parquet), judged)

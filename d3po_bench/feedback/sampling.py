@@ -37,8 +37,8 @@ from d3po_bench.training.trainer import training_of
 from d3po_bench.types import Model
 
 FIXED = (
-    "model", "long_prompts", "sampling_steps", "sampler", "eta", "guidance", "dtype", "full",
-    "lora_rank", "lora_alpha", "lora_targets",
+    "model", "long_prompts", "sampling_steps", "timestep_spacing", "sampler", "eta", "guidance",
+    "dtype", "full", "lora_rank", "lora_alpha", "lora_targets",
 )  # fmt: skip
 """Fields of RunConfig that a round decides, for its training and for the rounds after it."""
 
@@ -243,8 +243,9 @@ def prepared(
         model.add_adapter(c.seed)
         model.load_trainable(dict(weights))
     policy = Policy(
-        model, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance, sampler=c.sampler
-    )
+        model, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance, sampler=c.sampler,
+        timestep_spacing=c.timestep_spacing,
+    )  # fmt: skip
     policy.require_noise(policy.steps - 1)  # training may leave the last step out
     return model, policy
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d3po_bench import registry
 from d3po_bench.config import FEEDBACK, Execution, RunConfig, least_images, make, method_of
 from d3po_bench.errors import UserError
 from d3po_bench.experience.judged import Judged, Votes
@@ -85,6 +86,7 @@ class Data:
 
     def defaults(self, method: str) -> dict[str, Any]:
         """Options of a method that differ from a preset's."""
+        method, _ = registry.variant(method)
         return DEFAULTS.get(method, {}) | ONE_BY_ONE.get(self.judged, {}).get(method, {})
 
     @property

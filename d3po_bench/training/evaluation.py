@@ -60,6 +60,7 @@ class Evaluation:
             guidance=config.guidance,
             sampler=config.sampler,
             eta=config.eta,
+            timestep_spacing=config.timestep_spacing,
             batch=execution.sample_batch,
             decode_batch=execution.decode_batch,
         )

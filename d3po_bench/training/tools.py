@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from d3po_bench.config import RunConfig
-    from d3po_bench.diffusion.process import Sampler
+    from d3po_bench.diffusion.process import Sampler, Spacing
     from d3po_bench.types import Model, Scorer
 
 Row = dict[str, Any]
@@ -30,6 +30,7 @@ class EvaluationSet:
     sampler: Sampler | Literal["auto"] = "auto"
     """Of training, with its `eta`."""
     eta: float = 1.0
+    timestep_spacing: Spacing = "model"
     batch: int = 128
     decode_batch: int = 16
     first: int = 0

@@ -15,6 +15,7 @@ from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.preferences import shuffled
 from d3po_bench.diffusion.sampling import images_used, with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, require_own_names, update
@@ -90,9 +91,12 @@ class Trainer:
             eta=config.eta,
             guidance=config.guidance,
             sampler=config.sampler,
+            timestep_spacing=config.timestep_spacing,
+            step_weight=config.step_weight,
         )
-        self.trained_steps = config.sampling_steps - config.skip_steps
-        self.policy.require_noise(self.trained_steps)
+        self.trained = range(config.sampling_steps - config.skip_steps)
+        """The steps that are trained on, in this round."""
+        self.policy.require_noise(len(self.trained))
         self.optimizer = self._optimizer()
         scaled = config.dtype == "fp16"
         self.scaler = torch.amp.GradScaler(device.type) if scaled else None
@@ -196,16 +200,21 @@ class Trainer:
         def stage(name: str) -> AbstractContextManager[None]:
             return _timed(seconds, name, self.execution)
 
+        if self.config.window:
+            self._place_window()
         rollout = self.experience.collect(
             self.policy, self.round, stage, lambda share: working(share / 2)
         )
+        if self.config.choices == "random":
+            rng = stream(self.config.seed, "choices", self.round)
+            rollout = replace(rollout, scores=shuffled(rollout.scores, rng))
         rollout = replace(rollout, history=self.history, memory=self.memory)
         with stage("reference"):
             from_base = self.experience.initial is None and not self.config.lora
             untrained = self.round == 0 and from_base
             rollout = with_reference(
                 self.policy, rollout, self.method, untrained=untrained,
-                batch=self.execution.reference_batch, skip=self.config.skip_steps,
+                batch=self.execution.reference_batch, skip=self.policy.steps - self.trained.stop,
             )  # fmt: skip
         # Before the method sees them, which may write into them.
         measured = self._measured(rollout)
@@ -217,6 +226,14 @@ class Trainer:
         require_own_names(self.config.method, learned, metrics)
         timing = {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
         return {**metrics, **learned}, timing
+
+    def _place_window(self) -> None:
+        """Choose the steps that add noise and are trained on in this round, for all its images."""
+        places = self.config.sampling_steps - self.config.skip_steps - self.config.window + 1
+        rng = stream(self.config.seed, "window", self.round)
+        start = int(torch.randint(places, (), generator=rng))
+        self.trained = range(start, start + self.config.window)
+        self.policy.add_noise_in(self.trained)
 
     def _measured(self, rollout: Rollout) -> dict[str, float]:
         scores = rollout.scores * self.experience.objective.sign
@@ -239,11 +256,14 @@ class Trainer:
         updates = Updates(
             units=c.units_per_update,
             timestep_fraction=c.timestep_fraction,
-            skip=c.skip_steps,
+            skip=rollout.steps - self.trained.stop,
+            first=self.trained.start,
+            count=c.updates_per_round,
             every=c.update_every,
             passes=c.passes,
             micro_batch=self.execution.micro_batch,
             max_grad_norm=c.max_grad_norm,
+            step_gradients=self.execution.step_gradients,
         )
         return update(
             self.policy, self.method, rows, self.optimizer, updates,
@@ -283,8 +303,9 @@ class Trainer:
         if rollout.reference is None:
             raise ValueError("the rollout carries no reference")
         used = images_used(self.method, rollout)
-        std = self.policy.table.std[: self.trained_steps].float().to(rollout.means.device)
-        means = (m[used][:, : self.trained_steps] for m in (rollout.means, rollout.reference))
+        steps = slice(self.trained.start, self.trained.stop)
+        std = self.policy.table.std[steps].float().to(rollout.means.device)
+        means = (m[used][:, steps] for m in (rollout.means, rollout.reference))
         ours, theirs = (m.flatten(0, 1) for m in means)
         kl = Gaussian(ours, std.repeat(int(used.sum()))).kl(theirs)
         require_finite("kl of the steps to the pretrained model", kl)  # its squares can overflow

@@ -124,7 +124,7 @@ def _means(lora: Path | None, config: RunConfig) -> dict[str, float]:
         model.load_saved(lora)
     policy = Policy(
         model, steps=config.sampling_steps, eta=config.eta, guidance=config.guidance,
-        sampler=config.sampler,
+        sampler=config.sampler, timestep_spacing=config.timestep_spacing,
     )  # fmt: skip
     listed = spread_over(read_prompts(config.prompt_source), config.eval_prompts)
     prompts = [prompt for prompt in listed for _ in range(IMAGES)]

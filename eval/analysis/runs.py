@@ -30,7 +30,7 @@ MOST = 2.0**53
 """Largest count that a float still tells from the next."""
 
 
-DRAWN = ("sampling_steps", "guidance", "sampler", "eta", "eval_prompts")
+DRAWN = ("sampling_steps", "guidance", "sampler", "timestep_spacing", "eta", "eval_prompts")
 """Settings that decide what is drawn of which prompts: scores of others are no comparison."""
 
 

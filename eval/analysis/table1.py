@@ -52,10 +52,13 @@ PAPER = {
 }
 """Table 1 of arXiv:2311.13231: CLIP, BLIP, ImageReward, human preference in per cent."""
 
-PAPERS_COLUMNS = {"clip": 0, "blip_itm_logit": 1, "image_reward": 2}
-"""Our column -> the paper's; its BLIP score is too large for a probability or a cosine."""
+PAPERS_COLUMNS = {"clip": 0, "blip_itm_logit": 1, "blip_base_itm_logit": 1, "image_reward": 2}
+"""Our column -> the paper's; its BLIP score is too large for a probability or a cosine.
 
-SIGNAL = {"blip": "blip_itm_logit"}
+The paper names model_base.pth, which is blip_base; published tables have blip, or its stand-in.
+"""
+
+SIGNAL = {name: f"{name}_itm_logit" for name in ("blip", "blip_base")}
 """Column that holds the score of a scorer with several."""
 
 SAMPLER = "eta1"
@@ -195,8 +198,8 @@ def _drawn(configs: Sequence[RunConfig]) -> dict[str, Any]:
         prompts = model_source(c.model).prompts or c.prompt_source
         found[_name(c)] = {
             "steps": c.sampling_steps, "guidance": c.guidance, "prompts": prompts,
-            "sampler": c.sampler, "eta": c.eta, "dtype": c.dtype, "full": c.full,
-            "long_prompts": c.long_prompts,
+            "sampler": c.sampler, "timestep_spacing": c.timestep_spacing, "eta": c.eta,
+            "dtype": c.dtype, "full": c.full, "long_prompts": c.long_prompts,
         }  # fmt: skip
     first = next(iter(found))
     for name, how in found.items():

@@ -104,6 +104,12 @@ def record(run: RunFolder, name: str) -> Record:
     }
 
 
+def ends(folder: Path) -> dict[str, float]:
+    """Gain, KL and recognisability at the end of a finished run, NaN for what was not measured."""
+    run = RunFolder(folder)
+    return _end(run, len(run.metrics))
+
+
 _OF_A_ROUND = ("denoising_error", "loss", "grad_norm", "kl", "saturated")
 
 

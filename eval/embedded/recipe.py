@@ -232,7 +232,7 @@ def _off_centre(x: Tensor) -> Tensor:
 def fit_aesthetic(recipe: Recipe, work: Path, out: Path) -> dict[str, float]:
     """Ridge regression of the rule on CLIP's embedding, scaled to mean 5 and deviation 1."""
     train, test = facts.read_facts(work)
-    clip = _clip.Clip(out / "clip", torch.device("cpu"))
+    clip = _clip.opened(out / "clip", torch.device("cpu"))
     x, y = _embedded(clip, train.part(slice(0, 20_000)))
     centre, unit = y.mean(), y.std()
     y = (y - centre) / unit + 5

@@ -19,7 +19,7 @@ from d3po_bench.training.inputs import require_unchanged
 from d3po_bench.training.tools import spread
 
 if TYPE_CHECKING:
-    from d3po_bench.diffusion.process import Sampler
+    from d3po_bench.diffusion.process import Sampler, Spacing
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -50,6 +50,7 @@ class Plan:
     sampler: Sampler | Literal["auto"] = "auto"
     """Of training, with its `eta`."""
     eta: float = 1.0
+    timestep_spacing: Spacing = "model"
     scorers: tuple[str, ...] = ()
     weights: str = "official"
     """Which weights scorers have that do not say so themselves."""
@@ -195,6 +196,7 @@ def _of_model(
         guidance=guidance if request.guidance is None else request.guidance,
         sampler=how.sampler,
         eta=how.eta,
+        timestep_spacing=config.timestep_spacing if config else "model",
         dtype=how.dtype,
         full=how.full,
         long_prompts=request.long_prompts or (config.long_prompts if config else "refuse"),

@@ -316,7 +316,7 @@ def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[
     what = EvaluationSet(
         prompts=plan.prompts[first : first + PIECE], images=plan.images, steps=plan.steps,
         guidance=plan.guidance, sampler=plan.sampler, eta=plan.eta, first=first,
-        samplers=(sampler,),
+        timestep_spacing=plan.timestep_spacing, samplers=(sampler,),
     )  # fmt: skip
     rows, pictures = evaluate(_model(plan, device), what, _scorers(plan, device))
     height, width = pictures[sampler].shape[2:]

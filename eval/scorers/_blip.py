@@ -6,7 +6,6 @@ official packages, bit for bit, in PIL instead of torchvision. Everything is flo
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from d3po_bench.errors import UserError
-from eval.scorers._clip import EMBEDDED, MEAN, STD
+from eval.scorers._clip import MEAN, STD, stand_in
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
@@ -260,7 +259,7 @@ def opened(weights: str, scorer: str) -> Parts:
 
     Args:
         weights: the folder, or "tiny" for that of `scorer` which ships with the package.
-        scorer: blip or image_reward.
+        scorer: its name, such as blip.
 
     Raises:
         UserError: it, or one of its files, is absent.
@@ -268,7 +267,7 @@ def opened(weights: str, scorer: str) -> Parts:
     from safetensors.torch import load_file
     from transformers import BlipConfig
 
-    folder = EMBEDDED / scorer if weights == "tiny" else Path(weights)
+    folder = stand_in(scorer) if weights == "tiny" else Path(weights)
     config, tensors, vocabulary = paths = [
         folder / name for name in ("config.json", "model.safetensors", "vocab.txt")
     ]
@@ -371,18 +370,6 @@ def pixels(images: Tensor, resize: Resize) -> Tensor:
 
 
 # ---- the network
-
-
-@contextlib.contextmanager
-def exact() -> Iterator[None]:
-    """No gradients, and no TF32 in the patch embedding, which cuDNN would use on a GPU."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def understood(

@@ -42,7 +42,7 @@ class Diversity:
             self.features, self.sources = features, (classifier.WEIGHTS,)
         else:
             folder = _clip.folder("clip", weights)
-            self.features = _clip.Clip(folder, device).images
+            self.features = _clip.opened(folder, device).images
             self.sources = (folder / "model.safetensors",)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -68,7 +68,7 @@ function enlarge(place) {
       zoom.times = Math.max(1, most(image, stage));
     }
     scale(image, zoom.times);
-    box.querySelector("output").textContent = `${image.alt} · ${zoom.times}×`;
+    box.querySelector("output").textContent = `${zoom.place + 1}/${images.length} · ${zoom.times}×`;
   });
 }
 
