@@ -34,9 +34,9 @@ from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import comparisons, simulated, training
 from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.schema import Question
 from d3po_bench.feedback.simulated import Annotator
 from d3po_bench.feedback.store import open_labels
+from d3po_bench.feedback.study import one_question
 from d3po_bench.feedback.votes import scores_of
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import load
@@ -132,7 +132,7 @@ def intervals_hold() -> None:
 class Experiment:
     """What is asked, and the settings that were chosen for it on seeds 100 and 101."""
 
-    question: Question
+    question: str
     drawing: dict[str, str]
     learning: dict[str, str]
     prompts: str = "animals"
@@ -183,8 +183,9 @@ def rounds(
     before = None
     for index in range(count + 1):
         place = folder / f"round-{index}"
+        asked = one_question("tags", own.question)
         round_ = draw_round(
-            place, ("tags", own.question), prompts or own.prompts, seed=seed, before=before,
+            place, asked, prompts or own.prompts, seed=seed, before=before,
             settings={} if before else own.drawing | pairs_of(draw), device="cpu",
         )  # fmt: skip
         pool = [Annotator(error=error)] * number
@@ -201,7 +202,7 @@ def rounds(
             training.train(training.data_of(place, scores_of(place)), request, before)
 
 
-def _rates(place: Path, round_: Round, question: Question) -> dict[str, Any]:
+def _rates(place: Path, round_: Round, question: str) -> dict[str, Any]:
     """Shares of good images, as raters said and as the rule says, and of recognised animals."""
     good, known = (
         torch.stack([worth[item.id] > 0 for item in round_.items]).float()
@@ -246,7 +247,7 @@ def preference(runs: Path, seed: int, error: float, count: int | None, out: Path
         sources.append(work.run(request) / "pictures" / SAMPLER)
     folder = place / f"error-{error:g}" / f"seed-{seed}"
     if not (folder / "round.json").exists():
-        comparisons.take(folder, sources, ("pairs", "alignment"))
+        comparisons.take(folder, sources, one_question("pairs", "alignment"))
     simulated.simulate(folder, None, [Annotator(error=error)] * RATERS, seed, TOOLS)
     with open_labels(folder, None) as store:
         shares = comparisons.choices(store, folder)

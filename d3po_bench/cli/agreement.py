@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
 )  # fmt: skip
+@click.option("--question", help="Whose answers, where several were asked.")
 @click.option("--labels", help="SQLAlchemy URL of a round's votes; default: in its folder.")
 def agreement(
-    data: Path, scorers: str, pictures: Path | None, device: str, labels: str | None, board: Board
-) -> Result:
+    data: Path, scorers: str, pictures: Path | None, device: str, question: str | None,
+    labels: str | None, board: Board,
+) -> Result:  # fmt: skip
     """Show how often scorers rank the pictures in DATA as people did.
 
     DATA is the folder of a round that people voted on, or a table of judged pictures: this
@@ -51,7 +53,7 @@ def agreement(
     for name in names:
         registry.require_scorer(name)
     registry.require_apart(list(names))
-    table = existing.judgements(data, labels, pictures)
+    table = existing.judgements(data, labels, pictures, question)
     where = device_of(device)
     loaded = {registry.name_of("scorer", n): golden.checked_scorer(n, where) for n in names}
     with board:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError, install
-from d3po_bench.experience.layouts import LAYOUTS, Judged, Layout, Mark
+from d3po_bench.experience.layouts import LAYOUTS, Judged, Layout, Mark, of_question
 from d3po_bench.pictures import open_picture
 from d3po_bench.prompts.tables import SUFFIXES, rows_of
 from d3po_bench.types import Model
@@ -142,7 +142,7 @@ def pairs_of(groups: Iterable[Group], judged: Judged) -> list[Group]:
         Group(g.prompt, (g.pictures[i], g.pictures[j]), (g.scores[i], g.scores[j]))
         for g in groups
         for i, j in combinations(range(len(g.pictures)), 2)
-        if judged == "pairs" or g.scores[i] * g.scores[j] < 0
+        if judged != "tags" or g.scores[i] * g.scores[j] < 0
     ]
 
 
@@ -169,12 +169,13 @@ class Table:
     parquet: Path | None
 
 
-def read(path: Path, folder: Path | None = None) -> Table:
+def read(path: Path, folder: Path | None = None, question: str | None = None) -> Table:
     """Read a table whole; its pictures are looked for, but not opened.
 
     Args:
         path: .csv, .tsv, .json, .jsonl or .parquet, in one of `LAYOUTS`.
         folder: where its pictures' paths begin; None for the table's own folder.
+        question: of this page's export, whose answers to take; None where it has one question.
 
     Raises:
         UserError: no layout fits, a row is malformed, or a picture is missing, naming the row.
@@ -186,14 +187,15 @@ def read(path: Path, folder: Path | None = None) -> Table:
     try:
         rows = _parquet(path) if kind == ".parquet" else iter(_with_prompts(rows_of(path), folder))
         parquet = path if kind == ".parquet" else None
-        return of_rows(path, rows, folder, sha256_of(path)[:12], parquet)
+        return of_rows(path, rows, folder, sha256_of(path)[:12], parquet, question)
     except OSError as problem:
         raise UserError(f"Cannot read {path}: {problem.strerror or problem}.") from problem
 
 
 def of_rows(
-    path: Path, rows: Iterator[Any], folder: Path, content: str, parquet: Path | None = None
-) -> Table:
+    path: Path, rows: Iterator[Any], folder: Path, content: str, parquet: Path | None = None,
+    question: str | None = None,
+) -> Table:  # fmt: skip
     """What rows say.
 
     Args:
@@ -202,10 +204,12 @@ def of_rows(
         folder: where their pictures' paths begin.
         content: names what was judged.
         parquet: the file that holds their pictures, if one does.
+        question: as in `read`.
 
     Raises:
         UserError: no layout fits, a row is malformed, or a picture is missing, naming the row.
     """
+    rows = of_question(path, rows, question)
     first = next(rows, None)
     layout = _layout(path, first)
     groups = _grouped(_marks(path, folder, layout, _again(first, rows)))

@@ -26,7 +26,7 @@ from d3po_bench.digests import changed, sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
 from d3po_bench.feedback.rounds import Item, Round
-from d3po_bench.feedback.schema import Kind, Question
+from d3po_bench.feedback.study import Study
 from d3po_bench.machine import device_of
 from d3po_bench.models.sources import load, model_source, threads_of
 from d3po_bench.runs.files import png_bytes, taken, write_atomically
@@ -158,7 +158,7 @@ class Before:
 def draw(
     folder: Path,
     sampling: Sampling,
-    judged: tuple[Kind, Question],
+    asked: tuple[Study, Path],
     weights: Mapping[str, Tensor] | None = None,
     execution: Execution | None = None,
     told: Told = lambda done, total: None,
@@ -168,7 +168,7 @@ def draw(
     Args:
         folder: of the round.
         sampling: what decides the images.
-        judged: how people will look at them.
+        asked: what people will be asked, and where the paths of its own pictures begin.
         weights: trained weights to draw with, see `Before`; None for the pretrained model.
         execution: device and batches.
         told: called with how far it is.
@@ -176,8 +176,9 @@ def draw(
     Raises:
         UserError: another round lies in the folder, or it cannot be written.
     """
+    study, known_pictures = rounds.placed(*asked)
     with taken(folder):
-        _require_same(folder, sampling, judged)
+        _require_same(folder, sampling, study)
         if (folder / rounds.FILE).exists():
             return Round.read(folder)
         execution = execution or Execution()
@@ -204,7 +205,8 @@ def draw(
             rounds.write_json(folder / rounds.FILES, known)
             left -= len(names) - 1
             told(total - left, total)
-        return _described(sampling, judged).finish(folder)
+        rounds.save_pictures(folder, known_pictures)
+        return _described(sampling, study).finish(folder)
 
 
 def adapter_bytes(weights: Mapping[str, Tensor]) -> bytes:
@@ -212,7 +214,7 @@ def adapter_bytes(weights: Mapping[str, Tensor]) -> bytes:
     return save({name: t.detach().cpu().contiguous() for name, t in sorted(weights.items())})
 
 
-def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question]) -> None:
+def _require_same(folder: Path, sampling: Sampling, study: Study) -> None:
     mine = json.loads(json.dumps(asdict(sampling)))
     found = mine
     if (folder / rounds.SAMPLING).exists():
@@ -222,7 +224,7 @@ def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question
     differing = [name for name in mine if found[name] != mine[name]]
     if (folder / rounds.FILE).exists():
         there = Round.read(folder)
-        differing += ["kind or question"] if (there.kind, there.question) != judged else []
+        differing += ["kind, question or study"] if there.study != study else []
         differing += [] if (folder / rounds.SAMPLING).exists() else ["pictures"]
     if differing:
         raise UserError(
@@ -298,13 +300,12 @@ def names_of(prompt: int, images: int) -> list[str]:
     return [f"images/{prompt:05d}-{k}.png" for k in range(images)]
 
 
-def _described(sampling: Sampling, judged: tuple[Kind, Question]) -> Round:
-    kind, question = judged
-    items = tuple(
+def _described(sampling: Sampling, study: Study) -> Round:
+    groups = tuple(
         Item(f"{n:05d}", prompt, tuple(names_of(n, sampling.images)))
         for n, prompt in enumerate(sampling.prompts)
     )
-    return Round(kind, question, question == "unsafe", items)
+    return Round(study, groups)
 
 
 # ---- files
