@@ -78,11 +78,12 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bytes_of(out: Path, model: Path) -> dict[str, bytes]:
-    """What every run of the grid has written."""
+    """What every run of the grid has written; not what they share, which is named by the ranks."""
     folder = seed_folder(out, model).parents[1]
     kinds = (".jsonl", ".csv", ".png", ".safetensors")
     paths = [p for p in folder.rglob("*") if p.suffix in kinds and "checkpoints" not in p.parts]
     own = [p for p in paths if p.name == "timing.jsonl"]  # the seconds that it took
+    own += [p for p in paths if p.name.startswith("base-evaluation-")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(paths) if p not in own}
 
 

@@ -191,11 +191,7 @@ def draw(
         known = rounds.recorded(folder) if (folder / rounds.FILES).exists() else {}
         starts = range(0, len(sampling.prompts), sampling.block)
         blocks = {start: _files_of_block(sampling, start) for start in starts}
-        rest = {
-            start: names
-            for start, names in blocks.items()
-            if not known.keys() >= {*names} or changed(folder, {n: known[n] for n in names})
-        }
+        rest = {start: n for start, n in blocks.items() if _is_to_draw(folder, n, known)}
         total = sum(len(names) - 1 for names in blocks.values())
         left = sum(len(names) - 1 for names in rest.values())
         told(total - left, total)
@@ -207,6 +203,10 @@ def draw(
             told(total - left, total)
         rounds.save_pictures(folder, known_pictures)
         return _described(sampling, study).finish(folder)
+
+
+def _is_to_draw(folder: Path, names: Sequence[str], known: Mapping[str, str]) -> bool:
+    return not known.keys() >= {*names} or bool(changed(folder, {n: known[n] for n in names}))
 
 
 def adapter_bytes(weights: Mapping[str, Tensor]) -> bytes:

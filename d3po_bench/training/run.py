@@ -145,7 +145,7 @@ EVALUATED = ("model", "objective", "long_prompts", "dtype", "full", "eval_scorer
 
 
 def _evaluation(job: Job, trainer: Trainer, device: torch.device) -> Evaluation:
-    """The evaluations of a run, of which that of the base model is shared with the other seeds.
+    """The evaluations of a run, of which other methods and seeds share the base model's.
 
     Not where code of the user's own takes part: what that does is not told by its text.
     """
@@ -163,7 +163,7 @@ def _evaluation(job: Job, trainer: Trainer, device: torch.device) -> Evaluation:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip
     del facts["started"]
-    found.kept = BaseEvaluation(job.folder.parent, facts)
+    found.kept = BaseEvaluation(job.folder.parents[1], facts)
     return found
 
 

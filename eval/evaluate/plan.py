@@ -79,8 +79,9 @@ class EvaluateRequest:
     save: bool = False
     """Keep the pictures that were drawn, too."""
     sampler: Sampler | Literal["auto"] = "auto"
-    """Of a model that is no run, with its `eta`, `dtype` and `full`; a run has its own."""
+    """Of a model that is no run, with its `eta`, levels, `dtype` and `full`; a run has its own."""
     eta: float = 1.0
+    timestep_spacing: Spacing = "model"
     dtype: Dtype = "fp32"
     full: bool = False
     long_prompts: Literal["refuse", "cut"] | None = None
@@ -196,7 +197,7 @@ def _of_model(
         guidance=guidance if request.guidance is None else request.guidance,
         sampler=how.sampler,
         eta=how.eta,
-        timestep_spacing=config.timestep_spacing if config else "model",
+        timestep_spacing=how.timestep_spacing,
         dtype=how.dtype,
         full=how.full,
         long_prompts=request.long_prompts or (config.long_prompts if config else "refuse"),

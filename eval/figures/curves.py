@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from eval.analysis.runs import DRIFTS, averages, curves, read_groups
 from eval.analysis.scores import Score, scores_of
 from eval.figures.sheets import samples_sheet, sheet_name
@@ -121,6 +119,8 @@ def curves_figure(table: Frame, x: str, scores: Mapping[str, Score]) -> Figure:
         axes.set_ylabel(f"held-out score ({unit})" if unit else "held-out score")
         _draw_panel(axes, part, "score", looks)
         if x in DRIFTS:  # a square of how far weights have moved: its root spreads the beginning
+            import numpy as np
+
             axes.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
             axes.set_xlim(left=0)
         if len(heights) > 1:
