@@ -71,9 +71,18 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Print the UNet's share of a training round and the speed against the published loop."""
+    """Print how fast rounds are beside the published loops and the network alone; CPU minutes."""
     _install(session)
     session.run("python", "-m", "tests.bench", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Measure the card that there is, in eight minutes; `-- --dry-run` does so on the CPU."""
+    _install(session)
+    # 1: a part has no result, and says why in the file.
+    session.run("python", "-m", "tests.gpu", *session.posargs, success_codes=[0, 1])
+    session.run("python", "results/make.py")
 
 
 @nox.session
@@ -110,6 +119,7 @@ def parity(session: nox.Session) -> None:
     session.install("--no-deps", "-r", "tests/parity/requirements-no-deps.txt")
     offline = {"HF_HUB_OFFLINE": "1"}
     session.run("python", "-m", "tests.parity.oracle", str(folder), *session.posargs, env=offline)
+    session.run("python", "-m", "tests.parity.newer", str(folder), env=offline)
     session.notify("parity_compare", [str(folder)])
 
 

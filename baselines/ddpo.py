@@ -2,17 +2,19 @@
 
 Every denoising step of an image is an action, its reward that of the finished image (their
 Eq. 4 with advantages, and Eq. 5, the importance-sampled form, with PPO's clip). Same loss as
-kvablack/ddpo-pytorch and yk7333/d3po; `score_function` is their Eq. 4, which neither has.
+kvablack/ddpo-pytorch and yk7333/d3po; `score_function` is their Eq. 4, which neither has. With
+advantages against the images of one draw, `grpo`, it is Flow-GRPO's loss (Liu et al. 2025,
+2505.05470) without its KL penalty, from one noise for the images of a prompt, as DanceGRPO draws.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Generator, Tensor
 
-from d3po_bench.diffusion.advantages import advantages, ppo_loss
+from d3po_bench.diffusion.advantages import Against, advantages, ppo_loss
 from d3po_bench.errors import UserError
 from d3po_bench.types import ImageRows, Method, Metrics, Policy, Reference, Rollout
 
@@ -35,6 +37,8 @@ class DDPO:
     """PPO's: how far the probability ratio of a step may move from 1 and still count."""
     advantage_clip: float = 5.0
     """Advantages are cut here, in standard deviations."""
+    advantage: Against = "prompt"
+    """Against the last scores of the prompt, or against the images of this draw alone (GRPO)."""
     buffer: int = 16
     """Scores of a prompt that its advantage is taken over; 0: over the round, for all prompts."""
     minimum: int = 16
@@ -59,10 +63,21 @@ class DDPO:
                 f"{self.minimum} and {self.buffer}. Change them with --set."
             )
 
+    @property
+    def least_images(self) -> int:
+        """One image is its group's mean."""
+        return 2 if self.advantage == "group" else 1
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """See `launch.space`."""
+        return {"clip_range": (1e-3, 0.5)}
+
     def rows(self, rollout: Rollout, rng: Generator) -> Advantages:
         """All images, each with its advantage."""
         images = ImageRows.of(rollout)
-        advantage = advantages(rollout, self.buffer, self.minimum).flatten().to(images.x_t.device)
+        found = advantages(rollout, self.buffer, self.minimum, self.advantage)
+        advantage = found.flatten().to(images.x_t.device)
         clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
         return Advantages(**vars(images), advantage=clipped.unsqueeze(1).expand(images.step.shape))
 
@@ -89,5 +104,7 @@ class DDPO:
             "clipped": ((moved.exp() - 1).abs() > self.clip_range).float().mean(),
         }
 
+
+VARIANTS = {"grpo": {"advantage": "group", "shared_noise": True, "images_per_prompt": 8}}
 
 METHOD: type[Method[Advantages]] = DDPO

@@ -9,7 +9,7 @@ code: SalesforceAIResearch/DiffusionDPO; its mean over a batch comes after the l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -90,6 +90,11 @@ class DiffusionDPO:
             raise UserError(
                 f"Diffusion-DPO needs beta above 0, not {self.beta}. Change it with --set beta=..."
             )
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """See `launch.space`."""
+        return {"beta": (30.0, 10_000.0), "pairs": ["all", "extremes"]}
 
     def rows(self, rollout: Rollout, rng: Generator) -> NoisedPairs:
         """The pairs of each prompt, winner first, with T draws of a noise level and a noise."""

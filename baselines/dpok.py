@@ -5,20 +5,21 @@ denoising step to the pretrained model. Between steps of equal variance that KL 
 Differences: yk7333/d3po's "KL" is one between categorical distributions over the batch, which
 is zero for one image (`kl=none` is the same as that code); google-research/dpok penalises the
 squared difference of the noises (`noise_mse`), clamps the ratio without PPO's maximum
-(`hard_clamp`), and subtracts a learned value (`value`; theirs is fitted to rewards of a replay
-buffer, ours to the round's advantages).
+(`hard_clamp`), and subtracts a learned value from the reward (`value=reward`; theirs is fitted to
+the last 1000 transitions, ours to those of the round). All three are the variant `dpok_value`; the
+default is DDPO with the penalty, which `ddpo_kl` says by its name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
-from d3po_bench.diffusion.advantages import advantages, ppo_loss, ratio_of
+from d3po_bench.diffusion.advantages import Against, advantages, ppo_loss, ratio_of
 from d3po_bench.errors import UserError
 from d3po_bench.types import ImageRows, Method, Metrics, Policy, Reference, Rollout, Step
 
@@ -43,12 +44,19 @@ class DPOK:
     """The penalty's weight, beta in their Eq. 8."""
     ratio: Literal["ppo", "hard_clamp"] = "ppo"
     """PPO's clipped loss, as in DDPO, or the cut ratio of the DPOK authors' code."""
-    value: Literal["off", "on"] = "off"
-    """Subtract a value that a small network learns for every latent on the way."""
+    value: Literal["off", "on", "reward"] = "off"
+    """Subtract a value that a small network learns for every latent on the way: from the
+    advantage, or, as published, from the reward as it is."""
+    value_rate: float = 1e-4
+    """Learning rate of the value, the DPOK authors'; theirs learns for thousands of rounds."""
+    value_steps: int = 5
+    """Steps of learning in a round, of 256 latents each."""
     clip_range: float = 1e-4
     """How far the probability ratio of a step may move from 1, as in DDPO."""
     advantage_clip: float = 5.0
     """Advantages are cut here, in standard deviations."""
+    advantage: Against = "prompt"
+    """Against the last scores of the prompt, or against the images of this draw alone (GRPO)."""
     buffer: int = 16
     """Scores of a prompt that its advantage is taken over; 0: over the round, for all prompts."""
     minimum: int = 16
@@ -65,13 +73,27 @@ class DPOK:
             UserError: naming them.
         """
         known = 0 < self.clip_range < 1 and self.kl_weight >= 0 and self.advantage_clip > 0
-        if not (known and self.minimum >= 0 and 0 <= self.buffer <= 64):
+        learns = self.value_rate > 0 and 1 <= self.value_steps <= 10**4
+        if not (known and learns and self.minimum >= 0 and 0 <= self.buffer <= 64):
             raise UserError(
                 "DPOK needs clip_range between 0 and 1, kl_weight and minimum of at least 0, "
-                "advantage_clip above 0 and buffer from 0 to 64; these are "
-                f"{self.clip_range}, {self.kl_weight}, {self.minimum}, {self.advantage_clip} and "
-                f"{self.buffer}. Change them with --set."
+                "advantage_clip and value_rate above 0, buffer from 0 to 64 and value_steps from 1 "
+                f"to 10000; these are {self.clip_range}, {self.kl_weight}, {self.minimum}, "
+                f"{self.advantage_clip}, {self.value_rate}, {self.buffer} and {self.value_steps}. "
+                "Change them with --set."
             )
+
+    @property
+    def least_images(self) -> int:
+        """One image is its group's mean."""
+        return 2 if self.advantage == "group" else 1
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """See `launch.space`."""
+        weight = {} if self.kl == "none" else {"kl_weight": (1e-3, 1.0)}
+        rate = {} if self.value == "off" else {"value_rate": (1e-4, 1e-2)}
+        return {"clip_range": (1e-3, 0.5), **weight, **rate}
 
     @property
     def reference(self) -> Reference | None:
@@ -82,10 +104,11 @@ class DPOK:
         """All images, each with its advantage and what the pretrained model would have done."""
         images = ImageRows.of(rollout)
         means = rollout.means if rollout.reference is None else rollout.reference
-        advantage = advantages(rollout, self.buffer, self.minimum).flatten().unsqueeze(1)
-        advantage = advantage.to(images.x_t.device).expand(images.step.shape)
-        if self.value == "on":
-            advantage = advantage - learned_value(images, advantage, rollout.memory, rng)
+        found = advantages(rollout, self.buffer, self.minimum, self.advantage)
+        gained = (rollout.scores if self.value == "reward" else found).flatten().unsqueeze(1)
+        advantage = gained.to(images.x_t.device).expand(images.step.shape)
+        if self.value != "off":
+            advantage = advantage - self.learned_value(images, advantage, rollout.memory, rng)
         clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
         return Regularised(**vars(images), advantage=clipped, pretrained=means.flatten(0, 1))
 
@@ -121,6 +144,30 @@ class DPOK:
             return policy.output_gap(step, items.pretrained, items.step)
         return step.kl(items.pretrained)
 
+    def learned_value(
+        self, images: ImageRows, target: Tensor, memory: dict[str, Tensor], rng: Generator
+    ) -> Tensor:
+        """Values [M, T] of every latent, before some steps of learning from `target` [M, T].
+
+        Batches of 256 transitions, AdamW; the weights and moments live in `memory`.
+        """
+        pooled = images.conditions.pooled().unsqueeze(1).expand(-1, images.steps, -1)
+        features = torch.cat([images.x_t.flatten(2), pooled], 2).flatten(0, 1)
+        step = torch.arange(images.steps, device=features.device).repeat(len(images))
+        goal = target.flatten()
+        network, optimizer = _recall(features, images.steps, self.value_rate, memory, rng)
+        with torch.no_grad():
+            values: Tensor = network(features, step)
+        for _ in range(self.value_steps):
+            batch = torch.randperm(len(goal), generator=rng)[:256].to(features.device)
+            optimizer.zero_grad()
+            (network(features[batch], step[batch]) - goal[batch]).square().mean().backward()
+            optimizer.step()
+        for name, p in network.named_parameters():
+            memory[f"value.{name}"] = p.detach().clone()
+            memory.update({f"{k}.{name}": optimizer.state[p][k].clone() for k in MOMENTS})
+        return values.view(target.shape)
+
 
 class Value(nn.Module):
     """The reward to expect from a latent: three layers, scaled by an embedding of the step."""
@@ -140,42 +187,17 @@ class Value(nn.Module):
         return values.squeeze(1)
 
 
-def learned_value(
-    images: ImageRows, target: Tensor, memory: dict[str, Tensor], rng: Generator
-) -> Tensor:
-    """Values [M, T] of every latent, before five steps of learning from `target` [M, T].
-
-    Batches of 256 transitions, AdamW at 1e-4; the weights and moments live in `memory`.
-    """
-    pooled = images.conditions.pooled().unsqueeze(1).expand(-1, images.steps, -1)
-    features = torch.cat([images.x_t.flatten(2), pooled], 2).flatten(0, 1)
-    step = torch.arange(images.steps, device=features.device).repeat(len(images))
-    goal = target.flatten()
-    network, optimizer = _recall(features, images.steps, memory, rng)
-    with torch.no_grad():
-        values: Tensor = network(features, step)
-    for _ in range(5):
-        batch = torch.randperm(len(goal), generator=rng)[:256].to(features.device)
-        optimizer.zero_grad()
-        (network(features[batch], step[batch]) - goal[batch]).square().mean().backward()
-        optimizer.step()
-    for name, p in network.named_parameters():
-        memory[f"value.{name}"] = p.detach().clone()
-        memory.update({f"{k}.{name}": optimizer.state[p][k].clone() for k in MOMENTS})
-    return values.view(target.shape)
-
-
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def _recall(
-    features: Tensor, steps: int, memory: dict[str, Tensor], rng: Generator
+    features: Tensor, steps: int, rate: float, memory: dict[str, Tensor], rng: Generator
 ) -> tuple[Value, torch.optim.Optimizer]:
     """The value network and its optimizer as the last round left them, or fresh ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
         network = Value(features.shape[1], steps).to(features.device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
     if memory:
         for name, p in network.named_parameters():
             p.data.copy_(memory[f"value.{name}"])
@@ -183,5 +205,10 @@ def _recall(
             optimizer.state[p]["step"] = memory[f"step.{name}"].cpu()
     return network, optimizer
 
+
+VARIANTS = {
+    "ddpo_kl": {"kl": "gaussian"},
+    "dpok_value": {"value": "reward", "kl": "noise_mse", "ratio": "hard_clamp"},
+}
 
 METHOD: type[Method[Regularised]] = DPOK

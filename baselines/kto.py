@@ -10,12 +10,12 @@ how a batch is split. That takes one more pass without gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from d3po_bench.diffusion.preferences import error_gap, liking
+from d3po_bench.diffusion.preferences import denoising_error, error_gap, liking
 from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
 
@@ -28,6 +28,8 @@ class LikedRows(NoisedRows):
     """[M, T]; 1 liked, -1 disliked."""
     shared: Tensor
     """[M, T]; mean gain over all items of the optimizer step, which `update` fills in."""
+    own: Tensor
+    """[M, T]; each item's gain, likewise: going backward needs no second pretrained error."""
 
 
 def kto_loss(gain: Tensor, mean_gain: Tensor, liking: Tensor, beta: float) -> Tensor:
@@ -87,25 +89,31 @@ class KTO:
         """One image is its prompt's mean."""
         return 2 if self.liked == "above_mean" else 1
 
+    @property
+    def search(self) -> dict[str, Any]:
+        """See `launch.space`."""
+        return {"beta": (30.0, 10_000.0)}
+
     def rows(self, rollout: Rollout, rng: Generator) -> LikedRows:
         """Liked and disliked images, each with T draws of a noise level and noise."""
         found = liking(rollout.scores, None if self.liked == "above_mean" else self.value)
         prompt, image = found.nonzero(as_tuple=True)
         images = NoisedRows.of(rollout, prompt, image, rng, self.timesteps)
         sign = found[prompt, image].to(images.level.device).unsqueeze(1)
+        unknown = torch.zeros_like(sign).expand(images.level.shape)
         return LikedRows(
             **vars(images),
             liking=sign.expand(images.level.shape),
-            shared=torch.zeros_like(sign).expand(images.level.shape),
+            shared=unknown,
+            own=unknown,
         )
 
-    def gain(self, policy: Policy, items: NoisedRows) -> Tensor:
-        """By how much the error of the network's output is below the pretrained model's, [N]."""
-        return -error_gap(policy, items.x_0, items.level, items.noise, items.conditions)
-
     def shared(self, policy: Policy, items: LikedRows) -> Tensor:
-        """See `diffusion.update.SharesMean`: the gain, [N]."""
-        return self.gain(policy, items)
+        """See `diffusion.update.SharesMean`: the gain, [N].
+
+        By how much the error of the network's output is below the pretrained model's.
+        """
+        return -error_gap(policy, items.x_0, items.level, items.noise, items.conditions)
 
     def loss(self, policy: Policy, items: LikedRows) -> tuple[Tensor, Metrics]:
         r"""Mean over the items of the weighted loss.
@@ -124,7 +132,8 @@ class KTO:
         `disliked_weight`, and z the mean gain over all items of the optimizer step, without
         gradient. The error e is Diffusion-DPO's; pre is the pretrained model.
         """
-        gain = self.gain(policy, items)
+        error = denoising_error(policy, items.x_0, items.level, items.noise, items.conditions)
+        gain = items.own - (error - error.detach())  # its value is known, its gradient is not
         weight = torch.where(items.liking > 0, self.liked_weight, self.disliked_weight)
         loss = weight * kto_loss(gain, items.shared, items.liking, self.beta)
         ahead = (gain.detach() - items.shared.clamp(min=0)).sign()

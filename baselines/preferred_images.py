@@ -2,7 +2,8 @@
 
 The row "preferred images" of the D3PO paper's Table 1, which gives no detail; its code has none.
 Images are drawn and compared as in D3PO; those with the largest reward of their prompt are kept,
-unless all images of the prompt are equal. The loss is Ho et al. 2020, Eq. 14.
+unless all images of the prompt are equal. With two images of a prompt that is the winner of a
+pair; the best of eight is RAFT (Dong et al. 2023, 2304.06767). The loss is Ho et al. 2020, Eq. 14.
 """
 
 from __future__ import annotations
@@ -63,5 +64,10 @@ class PreferredImages:
         error = (predicted - target).square().flatten(1).mean(1)
         return error.mean(), {"denoising_error": error.detach().mean()}
 
+
+VARIANTS = {
+    "preferred_of_two": {"images_per_prompt": 2},
+    "raft": {"images_per_prompt": 8, "shared_noise": False},
+}
 
 METHOD: type[Method[NoisedRows]] = PreferredImages

@@ -5,23 +5,28 @@ RWR): w(r) |noise - predicted noise|^2, the loss of Ho et al. 2020 (Eq. 14) weig
 The D3PO paper compares with it and prints no settings; its code has none of it. Default
 weights: softmax of the per-prompt advantage over the round. Switches: softmax of the raw reward
 (jannerm/ddpo, whose "temperature" multiplies), the best tenth alone (their RWR-sparse), and
-rewards in [0, 1] as they are (Lee et al.). In place of their second term, the denoising loss on
-the pretraining data, which nobody has at hand, `anchor` weighs the squared distance of the
-predicted noise to the pretrained model's; it is off by default.
+rewards in [0, 1] as they are (Lee et al.), and signed advantages, which push away from images that
+are below the mean (`awm`: advantage-weighted matching, Xue et al. 2025, 2509.25050, with a ratio of
+1 and without its pull to a moving average of the weights). In place of Lee et al.'s second term,
+the denoising loss on the pretraining data, which nobody has at hand, `anchor` weighs the squared
+distance of the predicted noise to the pretrained model's; it is off by default, and on in
+`reward_weighted_anchor`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from d3po_bench.diffusion.advantages import advantages
+from d3po_bench.diffusion.advantages import Against, advantages
 from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
+
+Weighing = Literal["softmax_advantage", "softmax_raw", "sparse", "lee", "signed"]
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,18 @@ def softmax_weights(
 class RewardWeighted:
     """Defaults: own choice, as no publication prints all of them."""
 
-    weight: Literal["softmax_advantage", "softmax_raw", "sparse", "lee"] = "softmax_advantage"
+    weight: Weighing = "softmax_advantage"
     """What becomes of a reward; each is somebody's, see above."""
     inverse_temperature: float = 1.0
     """Multiplies advantages or rewards; 0.2 per kB in jannerm/ddpo."""
     per_prompt: bool = False
     """Softmax within the images of each prompt instead of over the round."""
     largest_weight: float = 10.0
-    """Weights of the softmax, whose mean is 1, are cut here."""
+    """Weights of the softmax, whose mean is 1, and signed ones are cut here."""
     quantile: float = 0.9
     """`sparse` keeps the rewards of a round that are at or above it."""
+    advantage: Against = "prompt"
+    """Against the last scores of the prompt, or against the images of this draw alone (GRPO)."""
     buffer: int = 16
     """Scores of a prompt that its advantage is taken over; 0: over the round, for all prompts."""
     minimum: int = 16
@@ -92,6 +99,17 @@ class RewardWeighted:
                 f"{self.buffer}. Change them with --set."
             )
 
+    @property
+    def least_images(self) -> int:
+        """One image is its group's mean."""
+        return 2 if self.advantage == "group" else 1
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """See `launch.space`."""
+        softmax = {"inverse_temperature": (0.25, 8.0)} if "softmax" in self.weight else {}
+        return {**softmax, **({"anchor": (0.03, 10.0)} if self.anchor else {})}
+
     def weights(self, rollout: Rollout) -> Tensor:
         """Weight of every image, [P * K].
 
@@ -99,11 +117,14 @@ class RewardWeighted:
             UserError: `lee` with rewards outside 0 to 1.
         """
         rewards = rollout.scores.flatten()
-        if self.weight == "softmax_advantage":
-            rewards = advantages(rollout, self.buffer, self.minimum).flatten()
-        elif self.weight == "sparse":
+        if self.weight in ("softmax_advantage", "signed"):
+            found = advantages(rollout, self.buffer, self.minimum, self.advantage)
+            rewards = found.flatten()
+        if self.weight == "signed":
+            return rewards.clamp(-self.largest_weight, self.largest_weight)
+        if self.weight == "sparse":
             return (rewards >= rewards.quantile(self.quantile)).float()
-        elif self.weight == "lee":
+        if self.weight == "lee":
             if rewards.min() < 0 or rewards.max() > 1:
                 raise UserError(
                     "weight=lee needs rewards from 0 to 1; these reach from "
@@ -121,7 +142,8 @@ class RewardWeighted:
         prompt, image = torch.ones(rollout.scores.shape).nonzero(as_tuple=True)
         images = NoisedRows.of(rollout, prompt, image, rng, self.timesteps)
         weight = self.weights(rollout).to(images.x_0.device)
-        effective = weight.sum().square() / weight.square().sum() / len(weight)
+        squares = weight.square().sum().clamp(min=1e-12)  # signed ones may all be 0
+        effective = weight.abs().sum().square() / squares / len(weight)
         return Weighted(
             **vars(images),
             weight=weight.unsqueeze(1).expand(images.level.shape),
@@ -152,5 +174,13 @@ class RewardWeighted:
             "effective_share": items.effective.mean(),
         }
 
+
+VARIANTS = {
+    "reward_weighted_anchor": {"anchor": 1.0},
+    "awm": {
+        "weight": "signed", "advantage": "group", "largest_weight": 5.0, "anchor": 0.1,
+        "images_per_prompt": 8,
+    },
+}  # fmt: skip
 
 METHOD: type[Method[Weighted]] = RewardWeighted

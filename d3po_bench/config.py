@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 from d3po_bench import own, registry
 from d3po_bench.digests import short
@@ -13,15 +13,19 @@ from d3po_bench.errors import UserError
 from d3po_bench.own import is_name
 from d3po_bench.presets import PRESETS
 from d3po_bench.rewards import sums
-from d3po_bench.setting import require_ranges, value_of
+from d3po_bench.setting import fits, require_options, require_ranges, value_of
 
 FEEDBACK = "feedback"
 """The objective of runs that learn from votes: no program could score for it."""
 
 MOST_SEEDS = 10_000
-"""Of a command: more are a slip, since each is a run."""
+"""Of a command: more are a slip."""
 
-LATER: dict[str, Any] = {"sampler": "auto", "long_prompts": "refuse", "lora": "", "sources": {}}
+LATER: dict[str, Any] = {
+    "sampler": "auto", "long_prompts": "refuse", "lora": "", "sources": {}, "choices": "scores",
+    "timestep_spacing": "model", "window": 0, "step_weight": "equal", "updates_per_round": 0,
+    "eval_list": "", "eval_noise": 0,
+}  # fmt: skip
 """Settings, with their defaults, that configs did not have when the first runs were published."""
 
 
@@ -54,7 +58,12 @@ class RunConfig:
     """One of the four devices' share of the 80 pairs that the published code draws in a round."""
     images_per_prompt: int = 0
     """K; 0 means the method's own."""
+    choices: Literal["scores", "random"] = "scores"
+    """Random: the scores of a prompt's images change places first, so that they say nothing."""
     sampling_steps: int = 20
+    timestep_spacing: Literal["model", "log_snr"] = "model"
+    """Where the steps begin: where the model's scheduler has them, or spread evenly over the
+    logarithm of the signal-to-noise ratio, so that all steps are about equally sensitive."""
     sampler: Literal["auto", "ddim", "flow_sde", "cps"] = "auto"
     """Auto: ddim, or Flow-GRPO's SDE for a model that is a rectified flow."""
     eta: float = 1.0
@@ -71,11 +80,18 @@ class RunConfig:
     max_grad_norm: float = 1.0
     units_per_update: int = 1
     """Pairs (or images) in one optimizer step."""
+    updates_per_round: int = 0
+    """Optimizer steps in a pass over a round, however many units it has; 0: by units_per_update."""
     timestep_fraction: float = 1.0
     """Share of each unit's denoising steps that is trained on."""
     skip_steps: int = 0
     """Last denoising steps that are sampled but not trained on. The next-to-last is
     23 to 76 times as sensitive to the network's output as the others at T = 20, 40 to 74 at 10."""
+    window: int = 0
+    """Consecutive steps, begun at a random one in each round, that alone add noise and are trained
+    on; the others follow the ODE, as in Flow-GRPO-Fast and MixGRPO. 0: all steps."""
+    step_weight: Literal["equal", "inverse"] = "equal"
+    """Of each step's gradient; inverse: 1 / w, w = sqrt(r^2 - 1) with r^2 the step's SNR ratio."""
     update_every: Literal["unit", "timestep"] = "unit"
     passes: int = 1
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -87,8 +103,12 @@ class RunConfig:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     eval_every: int = 10
     """Rounds between evaluations; 0 switches evaluation off."""
+    eval_list: str = ""
+    """A prompt list's name or file to evaluate on; empty for that of training."""
+    eval_noise: int = 0
+    """Which fixed noise evaluations begin from: one to choose settings on, another to report."""
     eval_prompts: int = 45
-    """Prompts of the list that are evaluated, evenly spread."""
+    """Prompts of that list, evenly spread."""
     eval_images: int = 2
     """Images for each of them and each sampler (eta 1, eta 0)."""
     eval_scorers: tuple[str, ...] = ()
@@ -119,6 +139,11 @@ class RunConfig:
             )
         return found
 
+    @property
+    def eval_source(self) -> str:
+        """The list or file of the prompts that it is evaluated on."""
+        return self.eval_list or self.prompt_source
+
     def source(self, kind: Literal["method", "objective"]) -> str:
         """What stands for its method or objective where that is looked up: a name or a text."""
         return self.sources.get(kind, str(getattr(self, kind)))
@@ -143,9 +168,9 @@ class RunConfig:
             if name not in given:
                 raise ValueError(f"has no {name}")
         for name, value in given.items():
-            fits = _fits(value, kinds[name]) and (name != "seed" or value >= 0)
-            fits = fits and (name != "sources" or _are_sources(value))
-            if not fits or (name in ("method", "objective") and not is_name(value)):
+            known = fits(value, kinds[name]) and (name != "seed" or value >= 0)
+            known = known and (name != "sources" or _are_sources(value))
+            if not known or (name in ("method", "objective") and not is_name(value)):
                 raise ValueError(f"has {name} = {ascii(value)[:60]}, which no run can have")
         if "objective" in given.get("sources", {}) and not given.get("prompts"):
             raise ValueError("has an objective of the user's own and no prompts")
@@ -158,7 +183,9 @@ class RunConfig:
         Raises:
             UserError: naming the field, what it must be and what it is.
         """
-        require_ranges(self, _RANGES | {"skip_steps": (0, self.sampling_steps - 1)})
+        steps = self.sampling_steps
+        of_steps = {"skip_steps": (0, steps - 1), "window": (0, steps - self.skip_steps)}
+        require_ranges(self, _RANGES | of_steps)
         if self.lora and self.full:
             raise UserError(
                 "A run that trains the whole network cannot begin with a LoRA. Leave out --lora or "
@@ -167,11 +194,17 @@ class RunConfig:
         if self.objective != FEEDBACK:
             _ = self.prompt_source
         method = method_of(self)
-        least = least_images(method)
-        if (self.images_per_prompt or method.images_per_prompt) < least:
+        least = max(least_images(method), 2 if self.choices == "random" else 1)
+        images = self.images_per_prompt or method.images_per_prompt
+        if images < least:
             raise UserError(
-                f"{self.method} compares at least {least} images of each prompt, not "
-                f"{self.images_per_prompt}. Change it with --set images_per_prompt={least}."
+                f"{self.method} compares at least {least} images of each prompt, not {images}. "
+                f"Change it with --set images_per_prompt={least}."
+            )
+        by_step = self.window or self.step_weight != "equal"
+        if by_step and not getattr(method, "needs_chain", True):
+            raise UserError(
+                f"{self.method} learns from finished images: leave out window and step_weight."
             )
         for scorer in self.eval_scorers:
             registry.require_scorer(scorer)
@@ -185,27 +218,16 @@ def _are_sources(value: Mapping[str, Any]) -> bool:
     return known and all(isinstance(text, str) for text in value.values())
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON can be that of a field of this type."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind if kind in (int, bool, str) else isinstance(value, dict)
-
-
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31), "rounds": (1, 10**6), "prompts_per_round": (1, 10**5),
     "images_per_prompt": (0, 1000), "sampling_steps": (1, 999), "eta": (1e-3, 1),
     "guidance": (0, 100), "learning_rate": (1e-12, 10), "adam_beta1": (0, 0.999999),
     "adam_beta2": (0, 0.999999), "adam_epsilon": (0, 1), "weight_decay": (0, 10),
     "max_grad_norm": (1e-12, 1e12), "units_per_update": (1, 10**6),
-    "timestep_fraction": (1e-3, 1), "passes": (1, 10**4), "skip_steps": (0, 998),
-    "lora_rank": (1, 1024),
-    "lora_alpha": (0, 10**4), "eval_every": (0, 10**6), "eval_prompts": (1, 10**5),
-    "eval_images": (1, 1000),
+    "updates_per_round": (0, 10**6), "timestep_fraction": (1e-3, 1), "passes": (1, 10**4),
+    "skip_steps": (0, 998), "window": (0, 999), "lora_rank": (1, 1024), "lora_alpha": (0, 10**4),
+    "eval_every": (0, 10**6), "eval_noise": (0, 10**6),
+    "eval_prompts": (1, 10**5), "eval_images": (1, 1000),
 }  # fmt: skip
 
 
@@ -232,10 +254,11 @@ class Execution:
     channels_last: bool = False
     compile: bool = False
     checkpoint_every: int = 1
-    """Rounds between checkpoints. A run that is stopped by a signal or an error loses no finished
-    round; one that is killed loses at most these."""
+    """Rounds between checkpoints: what a run that is killed loses at most."""
     deterministic: Literal["auto", "on", "off"] = "auto"
     """Kernels that give the same bits each time, or an error; auto: on for a CPU, off elsewhere."""
+    step_gradients: bool = False
+    """Also measure the gradient norm of each denoising step, once a round."""
     rank_timeout: int = 1800
     """Seconds that the ranks of one run wait for each other: one must sample a batch in them."""
 
@@ -255,22 +278,6 @@ class Execution:
         """The batches that are left to be chosen as they are where nothing has to be counted."""
         sizes: dict[str, Any] = {n: getattr(self, n) or most for n, most in BATCHES.items()}
         return replace(self, **sizes)
-
-
-def pairs_of(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
-    """KEY=VALUE strings, which were given to an option, as a dictionary.
-
-    Raises:
-        UserError: one has no =, or a key comes twice.
-    """
-    found: dict[str, str] = {}
-    for key, sign, value in (text.partition("=") for text in settings):
-        if not sign:
-            raise UserError(f"{option} takes KEY=VALUE, not {key!r}.")
-        if key in found:
-            raise UserError(f"{option} {key}=... is there twice. Leave one out.")
-        found[key] = value
-    return found
 
 
 def make(
@@ -327,8 +334,10 @@ def of_preset(method: str, objective: str, preset: str) -> RunConfig:
         preset: a key of `PRESETS`.
     """
     found = dict(PRESETS[preset])
-    for by, name in (("by_objective", objective), ("by_method", method)):
-        found |= found.pop(by, {}).get(name, {})
+    by_method, by_objective = (found.pop(f"by_{kind}", {}) for kind in ("method", "objective"))
+    of, own_settings = registry.variant(method)
+    found |= by_objective.get(objective, {}) | by_method.get(of, {}) | own_settings
+    found |= by_method.get(method, {}) if method != of else {}
     known = {f.name for f in fields(RunConfig)}
     options = {name: found.pop(name) for name in [*found] if name not in known}
     return RunConfig(method=method, objective=objective, options=options, **found)
@@ -372,20 +381,8 @@ def settings(method: str) -> dict[str, dict[str, Any]]:
             ) from problem
         names = (f.name for f in fields(kind) if f.name not in {*ELSEWHERE, "options", "sources"})
         found[group] = {name: hints[name] for name in names}
-    _require_options(method, found["options"], {*found["run"], *found["execution"]})
+    require_options(method, found["options"], {*found["run"], *found["execution"]})
     return found
-
-
-def _require_options(method: str, options: Mapping[str, Any], taken: set[str]) -> None:
-    """Refuse an option that hides a setting of every run, or that a command line cannot give."""
-    for name, kind in options.items():
-        known = kind in (bool, int, float, str, tuple[str, ...]) or get_origin(kind) is Literal
-        if name in taken or not known:
-            fault = "as every run has" if name in taken else f"of the type {kind}"
-            raise UserError(
-                f"The method {method} has an option {name}, {fault}. Rename it in its package, or "
-                "make it bool, int, float, str, Literal or tuple[str, ...]."
-            )
 
 
 def method_of(config: RunConfig) -> Any:

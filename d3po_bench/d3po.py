@@ -2,20 +2,22 @@
 
 Two images of a prompt grow from the same noise; the better one wins. Every denoising step of
 the pair is a preference of its own (Eq. 13), with the loss of Eq. 14. Differences from the
-published code are switches: see the fields of `D3PO`.
+published code are switches: see the fields of `D3PO`. `d3po_of_two` has the paper's two images
+whatever the preset; `d3po_best_of_k` compares the best image of eight with the worst; `d3po_random`
+learns from preferences that are random, so that it shows what drifts without a signal.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
-from d3po_bench.diffusion.preferences import pairs_of
+from d3po_bench.diffusion.preferences import pairs_of, steps_once
 from d3po_bench.errors import UserError
 from d3po_bench.types import (
     Conditions,
@@ -44,6 +46,8 @@ class Pairs(Rows):
     conditions: Conditions
     preference: Tensor
     """[M, T]; 1, or 0 for a tie."""
+    same: Tensor
+    """[M, T, 2] number of each image's step: pairs that share the image share it."""
 
 
 def d3po_loss(
@@ -126,6 +130,11 @@ class D3PO:
                 f"{self.clip_range} and {self.beta}. Change them with --set."
             )
 
+    @property
+    def search(self) -> dict[str, Any]:
+        """See `launch.space`."""
+        return {"clip_range": (0.02, 0.5), "pairs": ["all", "extremes"]}
+
     def images_used(self, rollout: Rollout) -> Tensor:
         """Images that are in a pair, [P, K] bool."""
         prompt, images, _ = pairs_of(rollout.scores, self.pairs)
@@ -141,6 +150,7 @@ class D3PO:
         index = prompt.unsqueeze(1), images
         latents = rollout.latents[index].transpose(1, 2)
         step = step_numbers(rollout, len(prompt))
+        image = (prompt.unsqueeze(1) * rollout.scores.shape[1] + images).to(latents.device)
         return Pairs(
             x_t=latents[:, :-1],
             x_next=latents[:, 1:],
@@ -148,10 +158,11 @@ class D3PO:
             step=step,
             conditions=rollout.conditions.take(prompt.to(latents.device)),
             preference=preference.to(latents.device).unsqueeze(1).expand(step.shape),
+            same=image.unsqueeze(1) * rollout.steps + step.unsqueeze(2),
         )
 
     def loss(self, policy: Policy, items: Pairs) -> tuple[Tensor, Metrics]:
-        r"""Mean of Eq. 14 over the items, both images of all pairs in one network call.
+        r"""Mean of Eq. 14 over the items, each image of all pairs once in one network call.
 
         $$
         L = -\log \sigma\bigl(\beta\, h\, (q_w - q_l)\bigr), \qquad
@@ -160,11 +171,7 @@ class D3PO:
 
         w is the preferred image of a pair and l the other one; h is 1, or 0 for a tie.
         """
-        step = policy.step(
-            items.x_t.flatten(0, 1),
-            items.step.repeat_interleave(2),
-            items.conditions.repeat(2),
-        )
+        step = steps_once(policy, items.x_t, items.step, items.conditions, items.same)
         reference = items.reference.flatten(0, 1)
         elements = reference[0].numel() if self.log_prob == "sum" else 1
         log_ratio = step.log_ratio(reference, items.x_next.flatten(0, 1)).view(-1, 2) * elements
@@ -190,5 +197,11 @@ class D3PO:
             "ties": 1 - preference.mean(),
         }
 
+
+VARIANTS = {
+    "d3po_of_two": {"images_per_prompt": 2, "pairs": "all"},
+    "d3po_best_of_k": {"images_per_prompt": 8, "pairs": "extremes"},
+    "d3po_random": {"choices": "random"},
+}
 
 METHOD: type[Method[Pairs]] = D3PO

@@ -11,6 +11,24 @@ _EACH_IMAGE = {**_SIXTEEN, "minimum": 8}
 """8 of a prompt are enough to compare."""
 
 
+_OF_TWO = {"prompts_per_round": 64, "units_per_update": 8}
+"""As many images in a round and in an update as with the preset's eight of a prompt."""
+
+
+def _as_many(prompts: int, images: int) -> dict[str, dict[str, int]]:
+    """For variants with eight images of a prompt, as many images in a round as D3PO draws.
+
+    Args:
+        prompts: of a round.
+        images: in an update, for methods whose units are images.
+    """
+    eight, units = {"prompts_per_round": prompts}, {"units_per_update": images}
+    return {
+        "grpo": eight | units, "awm": eight | units, "raft": eight | {"units_per_update": 1},
+        "d3po_best_of_k": eight | {"units_per_update": 1},
+    }  # fmt: skip
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "rounds": 12,
@@ -47,6 +65,11 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "timestep_fraction": 0.5,
                 "learning_rate": 4e-4,
             },
+            "d3po_of_two": _OF_TWO,
+            "preferred_of_two": _OF_TWO,
+            "dpok_value": {"value_rate": 1e-3, "value_steps": 40},
+            "reward_weighted_anchor": {"inverse_temperature": 2.0, "learning_rate": 2.5e-3},
+            "awm": {"learning_rate": 2.5e-3},
         },
     },
     "paper": {
@@ -55,7 +78,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "fp16",
         "lora_targets": ("to_q", "to_k", "to_v"),
         "eval_scorers": ("clip", "diversity"),
-        "by_method": {"reward_weighted": {"units_per_update": 8}},  # images of four pairs
+        # Images of four pairs.
+        "by_method": {"reward_weighted": {"units_per_update": 8}, **_as_many(20, 8)},
     },
     "official_code": {
         "prompts_per_round": 20,
@@ -64,12 +88,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "by_method": {
             "dpok": {"kl": "none"},  # its KL is exactly 0
             "reward_weighted": {"units_per_update": 2},  # images of a pair
+            **_as_many(5, 2),
         },
         "by_objective": {"aesthetic": {"rounds": 1000, "prompts_per_round": 8}},
     },
 }
 """`by_method` and `by_objective` hold what differs between them: options of the method, or fields
-of RunConfig as the rest.
+of RunConfig as the rest. What it has for a variant stands above the variant's own.
 
 quick: minutes on a laptop, for the embedded model. alignment: the same for Table 1, in five steps,
 with which the embedded model makes mistakes to unlearn. paper: Table 2 on synchronised

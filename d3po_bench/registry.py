@@ -1,12 +1,10 @@
 """A name on the command line -> the file that answers to it. No table to edit.
 
-A method is a file with `METHOD = ...` beside `d3po.py` or in `baselines/`; a scorer one with
-`def load(` in `eval/scorers/`; an objective one with `OBJECTIVE = ...`; a model one with
-`SOURCE = ...`; a family of models one with `FAMILY = ...`; a tracker one with `TRACKER = ...`; a
-place that makes runs one with `PLACE = ...`.
-Packages elsewhere add methods and scorers through the entry points `d3po_bench.methods` and
-`d3po_bench.scorers`. Methods, scorers and objectives may also be the user's own (`own`), and
-objectives sums of others (`rewards.sums`).
+A method is a file with `METHOD = ...` beside `d3po.py` or in `baselines/`, or of its VARIANTS; a
+scorer a file with `def load(` in `eval/scorers/`; objectives, models, families of models, trackers
+and places that make runs have `OBJECTIVE = ...`, `SOURCE = ...` and so on. Packages elsewhere add
+methods and scorers through the entry points `d3po_bench.methods` and `d3po_bench.scorers`. Methods,
+scorers and objectives may be the user's own (`own`), and objectives sums (`rewards.sums`).
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from d3po_bench.presets import ELSEWHERE
 from d3po_bench.rewards import http, sums
 from d3po_bench.rewards.declared import declared
 from d3po_bench.types import Method, Objective, Scorer
+from d3po_bench.variants import said, variants_in
 
 if TYPE_CHECKING:
     from d3po_bench.scoring import Guarded
@@ -38,23 +37,13 @@ Kind = Literal["method", "objective", "scorer", "model", "family", "tracker", "p
 
 HOME = Path(__file__).parent.parent
 _FOLDERS: dict[Kind, tuple[str, ...]] = {
-    "method": ("d3po_bench", "baselines"),
-    "objective": ("d3po_bench.objectives",),
-    "scorer": ("eval.scorers",),
-    "model": ("d3po_bench.models",),
-    "family": ("d3po_bench.models",),
-    "tracker": ("d3po_bench.training.trackers",),
+    "method": ("d3po_bench", "baselines"), "objective": ("d3po_bench.objectives",),
+    "scorer": ("eval.scorers",), "model": ("d3po_bench.models",),
+    "family": ("d3po_bench.models",), "tracker": ("d3po_bench.training.trackers",),
     "place": ("d3po_bench.launch.places",),
-}
-_MARKS: dict[Kind, str] = {
-    "method": "\nMETHOD",
-    "objective": "\nOBJECTIVE",
-    "scorer": "\ndef load(",
-    "model": "\nSOURCE",
-    "family": "\nFAMILY",
-    "tracker": "\nTRACKER",
-    "place": "\nPLACE",
-}
+}  # fmt: skip
+_MARKS: dict[Kind, str] = {"scorer": "\ndef load(", "model": "\nSOURCE"}
+"""What begins a line of its file, else the kind in capitals."""
 
 
 @cache
@@ -73,12 +62,22 @@ def _package(name: str) -> Path:
 @cache
 def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
     """Name -> (module, file) of everything of a kind that lies in our folders."""
-    found = {}
+    found, mark = dict[str, tuple[str, Path]](), _MARKS.get(kind, f"\n{kind.upper()}")
     for package in _FOLDERS[kind]:
         for path in sorted(_package(package).glob("*.py")):
-            if _MARKS[kind] in path.read_text(encoding="utf-8") and path.stem != "registry":
-                found[path.stem] = (f"{package}.{path.stem}", path)
+            text = path.read_text(encoding="utf-8")
+            if mark in text and path.stem != "registry":
+                known = [path.stem, *variants_in(text)]
+                found |= dict.fromkeys(known, (f"{package}.{path.stem}", path))
     return found
+
+
+def variant(name: str) -> tuple[str, dict[str, Any]]:
+    """Of a method's name or text: whose variant it is, and its settings; itself if it is none."""
+    if name not in _files("method"):
+        return name, {}
+    _, path = _files("method")[name]
+    return path.stem, variants_in(path.read_text(encoding="utf-8")).get(name, {})
 
 
 def _plugins(kind: Kind) -> dict[str, EntryPoint]:
@@ -109,6 +108,8 @@ def summary(kind: Kind, name: str) -> str:
     """The first line of the file's docstring, read without importing it."""
     if name not in _files(kind):
         return f"from {_plugins(kind)[name].value}"
+    if kind == "method" and variant(name)[1]:
+        return said(*variant(name))
     source = _files(kind)[name][1].read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
@@ -159,8 +160,8 @@ def unknown(kind: str, name: str, known: Sequence[str], listed: str = "") -> Use
         listed: where they are listed, if they are too many for a line.
     """
     usual = ELSEWHERE.get(name.lstrip("-"), "")
-    near = [k for k in known if usual and k.lstrip("-") == usual]
-    near = near or difflib.get_close_matches(name, known, n=1)
+    named = [k for k in known if usual and k.lstrip("-") == usual]
+    near = named or difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     rest = f"See {listed}." if listed else f"Known: {', '.join(known)}."
     return UserError(f"No {kind} is called {name!r}. {hint}{rest}")
@@ -285,8 +286,7 @@ def summands(text: str) -> dict[str, tuple[str, float]]:
 
 def scorers_of(text: str) -> tuple[str, ...]:
     """Texts of the scorers of an objective: of each part, if it is a sum."""
-    parts = summands(text)
-    return tuple(scorer for scorer, _ in parts.values()) or (str(objective(text).scorer),)
+    return tuple(s for s, _ in summands(text).values()) or (str(objective(text).scorer),)
 
 
 def require_scorer(name: str) -> None:

@@ -7,6 +7,7 @@ rater comes through here.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,10 +22,17 @@ from d3po_bench.errors import RunError, UserError
 from d3po_bench.types import Scorer, ScorerWithColumns
 
 TAKEN = frozenset({
-    "round", "sampler", "prompt", "index", "score", "kl", "file", "size", "steps", "guidance",
-    "weights",
+    "round", "sampler", "prompt", "index", "score", "kl", "drift", "file", "size", "steps",
+    "guidance", "weights",
 })  # fmt: skip
 """Columns of eval.csv and rows.csv that are ours; one of a scorer's own would overwrite them."""
+
+KL_OF_STEP = re.compile(r"kl_\d+")
+"""More of ours: the KL of a denoising step, counted from 1."""
+
+
+def _ours(name: str) -> bool:
+    return name in TAKEN or KL_OF_STEP.fullmatch(name) is not None
 
 
 class Guarded:
@@ -45,7 +53,7 @@ class Guarded:
         Raises:
             UserError: it is no scorer, or its name is that of a column of ours.
         """
-        if name in TAKEN:
+        if _ours(name):
             raise UserError(
                 f"A scorer cannot be called {name}: evaluations have a column of that name. "
                 "Rename it."
@@ -89,7 +97,7 @@ class Guarded:
                 f"The scorer {self.name} has a column {odd[0]!a}, which no table can have. Give it "
                 "a name of printable characters in that scorer."
             )
-        if wrong := sorted(TAKEN & found.keys()):
+        if wrong := sorted(filter(_ours, found)):
             raise RunError(
                 f"The scorer {self.name} has a column {wrong[0]}, as every evaluation has. Rename "
                 "it in that scorer."

@@ -1,12 +1,28 @@
-"""What follows the = of `--set KEY=VALUE`, as a value."""
+"""`--set KEY=VALUE`: the parts, and what follows the = as a value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from d3po_bench.errors import UserError
+
+
+def pairs_of(settings: Sequence[str], option: str = "--set") -> dict[str, str]:
+    """KEY=VALUE strings, which were given to an option, as a dictionary.
+
+    Raises:
+        UserError: one has no =, or a key comes twice.
+    """
+    found: dict[str, str] = {}
+    for key, sign, value in (text.partition("=") for text in settings):
+        if not sign:
+            raise UserError(f"{option} takes KEY=VALUE, not {key!r}.")
+        if key in found:
+            raise UserError(f"{option} {key}=... is there twice. Leave one out.")
+        found[key] = value
+    return found
 
 
 def value_of(key: str, text: str, kind: Any) -> Any:
@@ -49,4 +65,36 @@ def require_ranges(owner: object, ranges: Mapping[str, tuple[float, float]]) -> 
             raise UserError(
                 f"{name} must be from {low:g} to {high:g}, not {str(value)[:40]}. Change it with "
                 f"--set {name}=..."
+            )
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON can be that of a field of this type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(part, str) for part in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind if kind in (int, bool, str) else isinstance(value, dict)
+
+
+def require_options(method: str, options: Mapping[str, Any], taken: set[str]) -> None:
+    """Refuse an option that hides a setting of every run, or that a command line cannot give.
+
+    Args:
+        method: its name.
+        options: name -> type.
+        taken: names that every run has.
+
+    Raises:
+        UserError: naming it.
+    """
+    for name, kind in options.items():
+        known = kind in (bool, int, float, str, tuple[str, ...]) or get_origin(kind) is Literal
+        if name in taken or not known:
+            fault = "as every run has" if name in taken else f"of the type {kind}"
+            raise UserError(
+                f"The method {method} has an option {name}, {fault}. Rename it in its package, or "
+                "make it bool, int, float, str, Literal or tuple[str, ...]."
             )

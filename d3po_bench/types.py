@@ -166,7 +166,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Rollout:
-    """K images for each of P prompts, with every latent on the way. All tensors float32."""
+    """K images for each of P prompts, with every latent on the way: float32, in host memory."""
 
     prompts: Sequence[str]
     """P prompts."""

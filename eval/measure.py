@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from d3po_bench.diffusion import parallel
@@ -48,16 +50,16 @@ def evaluate(
 
     Returns:
         Rows of sampler, prompt, index, a column for each scorer and, for the training sampler,
-        `kl`, the drift from the pretrained model; and the images [P * images, 3, h, w] uint8 of
-        each sampler, in the order of the rows.
+        those of `drifts`; and the images [P * images, 3, h, w] uint8 of each sampler, in the order
+        of the rows.
 
     Raises:
-        RunError: a latent, a score that a run learns from, or `kl` is not finite.
+        RunError: a latent, a score that a run learns from, or a drift is not finite.
     """
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {}
     draws = Draws(
-        seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps",
+        seed=NOISE_SEED + what.noise, round=0, noise="eval-noise", steps="eval-steps",
         first=what.first * what.images,
     )  # fmt: skip
     prompts = [p for p in what.prompts for _ in range(what.images)]
@@ -66,21 +68,31 @@ def evaluate(
         def told(share: float, number: int = number) -> None:
             progress((number + share / 2) / len(what.samplers))
 
-        kind, eta = (what.sampler, what.eta) if sampler == TRAINING else ("ddim", 0.0)
-        policy = Policy(model, steps=what.steps, eta=eta, guidance=what.guidance, sampler=kind)
+        policy = _as_in_training(model, what) if sampler == TRAINING else _ode(model, what)
         rollout = sample(policy, prompts, draws, batch=what.batch, progress=told)
         images = drawn(model, rollout.latents[:, 0, -1], what.decode_batch)
         scores = parallel.tell(partial(scored, images, prompts, scorers))
         if OBJECTIVE in scores:  # further scorers may have nothing to say about an image
             require_scores(scorers[OBJECTIVE], scores[OBJECTIVE])
         if sampler == TRAINING:
-            scores["kl"] = _kl(policy, rollout, what.batch)
-            require_finite("evaluation kl to the pretrained model", scores["kl"])
+            scores |= drifts(policy, rollout, draws, what.batch, moved=not what.untrained)
         for i, prompt in enumerate(prompts):
             row = {"sampler": sampler, "prompt": prompt, "index": i % what.images}
             rows.append(row | {name: cell(float(s[i])) for name, s in scores.items()})
         pictures[sampler] = images
     return rows, pictures
+
+
+def _as_in_training(model: Model, what: EvaluationSet, **how: Any) -> Policy:
+    how = {"sampler": what.sampler, "eta": what.eta, **how}
+    return Policy(
+        model, steps=what.steps, guidance=what.guidance, timestep_spacing=what.timestep_spacing,
+        **how,
+    )  # fmt: skip
+
+
+def _ode(model: Model, what: EvaluationSet) -> Policy:
+    return _as_in_training(model, what, sampler="ddim", eta=0.0)
 
 
 def cell(value: float) -> float | str:
@@ -112,14 +124,96 @@ def scored(
     return columns
 
 
-def _kl(policy: Policy, rollout: Rollout, batch: int) -> Tensor:
-    """KL of a step to the pretrained model's, nats per latent element, mean over steps, [P].
+# ---- how far the model has moved from the pretrained one
 
-    A step without noise, such as the last of a flow, has none and is left out.
+LEVELS = 4
+"""Noise levels at which the sampler-free drift is measured."""
+
+
+def drifts(
+    policy: Policy, rollout: Rollout, draws: Draws, batch: int, moved: bool = True
+) -> dict[str, Tensor]:
+    """Columns that say how far the model has moved, [P] each.
+
+    `kl_1` to `kl_T`: KL of each step to the pretrained model's on the rollout's own latents, nats
+    per latent element; NaN for a step without noise, such as the last of a flow. `kl`: their mean.
+    Steps differ in how they react to the network by up to a hundredfold, and a method that does
+    not train on one may drift there at no cost to it: compare what was trained on, or
+
+    `drift`: mean squared difference of the two networks' predictions at fixed clean latents,
+    levels and noises. It knows no sampler, no guidance and no step, so it means the same for
+    every method. Its unit is the variance of the noise.
+
+    Args:
+        policy: of the training sampler.
+        rollout: what it drew, one image of each of P prompts.
+        draws: the random streams of that rollout.
+        batch: most latents in one call.
+        moved: whether anything was trained; if not, all is 0, at no pass of the network.
+
+    Raises:
+        RunError: one is not finite.
     """
-    noisy = policy.table.std > 0
-    pretrained = pretrained_means(policy, rollout, batch=batch)
-    ours, theirs = (m[:, 0, noisy].flatten(0, 1) for m in (rollout.means, pretrained))
-    count = len(rollout.prompts)
-    std = policy.table.std[noisy].float().to(ours.device).repeat(count)
-    return Gaussian(ours, std).kl(theirs).view(count, -1).mean(1)
+    noisy, count = policy.table.std > 0, len(rollout.prompts)
+    kl, drift = torch.zeros(count, int(noisy.sum())), torch.zeros(count)
+    if moved:
+        pretrained = pretrained_means(policy, rollout, batch=batch)
+        ours, theirs = (m[:, 0, noisy].flatten(0, 1) for m in (rollout.means, pretrained))
+        std = policy.table.std[noisy].float().to(ours.device).repeat(count)
+        kl = Gaussian(ours, std).kl(theirs).view(count, -1).cpu()
+        drift = _moved(policy, rollout, draws, batch)
+    require_finite("evaluation kl to the pretrained model", kl)
+    require_finite("difference of the network's outputs from the pretrained model's", drift)
+    steps = torch.full((count, policy.steps), math.nan)
+    steps[:, noisy] = kl
+    named = {f"kl_{i + 1}": steps[:, i] for i in range(policy.steps)}
+    return {"kl": kl.mean(1), "drift": drift, **named}
+
+
+@torch.no_grad()
+def _moved(policy: Policy, rollout: Rollout, draws: Draws, batch: int) -> Tensor:
+    """Mean squared difference of predictions, [P], at `LEVELS` levels of training.
+
+    The clean latents are what the pretrained model draws without noise on the way, from the
+    rollout's first noise: the same for every run of a model, as levels and noises are.
+    """
+    clean = _pretrained_latents(policy, rollout, draws, batch)
+    known = policy.model.process.training_levels.cpu()
+    level = known[[(2 * i + 1) * len(known) // (2 * LEVELS) for i in range(LEVELS)]]
+    noise = draws.along(range(len(clean)), 1, LEVELS, clean.shape[1:])[:, 0]
+
+    def gap(part: Tensor) -> Tensor:
+        i, j, device = part // LEVELS, part % LEVELS, policy.model.device
+        text = rollout.conditions.take(i.to(rollout.latents.device)).to(device)
+        at = clean[i].to(device), level[j].to(device), noise[i, j].to(device), text
+        (now, _), (then, _) = policy.denoise(*at), policy.denoise(*at, weights="base")
+        return (now - then).square().flatten(1).mean(1)
+
+    pieces = torch.arange(len(clean) * LEVELS).split(batch)
+    return parallel.joined(pieces, gap).view(-1, LEVELS).mean(1)
+
+
+def _pretrained_latents(policy: Policy, rollout: Rollout, draws: Draws, batch: int) -> Tensor:
+    """What the pretrained model draws without noise on the way; drawn once for a loaded model."""
+    named = (policy.steps, policy.guidance, rollout.prompts, draws)
+    if _drawn.get(policy.model, (None,))[0] != named:
+        ode = Policy(
+            policy.model, steps=policy.steps, eta=0.0, guidance=policy.guidance, sampler="ddim"
+        )
+
+        def walk(part: Tensor) -> Tensor:
+            device = policy.model.device
+            x = rollout.latents[part, 0, 0].to(device)
+            text = rollout.conditions.take(part).to(device)
+            for i in range(ode.steps):
+                number = torch.full((len(x),), i, device=device)
+                x = ode.step(x, number, text, weights="base").mean
+            return x
+
+        rows = torch.arange(len(rollout.prompts), device=rollout.latents.device)
+        _drawn[policy.model] = named, parallel.joined(rows.split(batch), walk)
+    return _drawn[policy.model][1]
+
+
+_drawn: WeakKeyDictionary[Model, tuple[Any, Tensor]] = WeakKeyDictionary()
+"""Model -> what names the latents, and those; they depend on nothing that is trained."""

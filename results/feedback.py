@@ -11,7 +11,7 @@ import numpy as np
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import read_csv
 from eval.analysis.measured import BASE
-from eval.analysis.statistics import interval
+from eval.analysis.statistics import Difference, from_zero, interval
 from eval.analysis.tables import Cell, Record, Table, text
 from eval.figures.style import STYLE
 
@@ -61,9 +61,20 @@ def _mean(field: str, values: Any) -> Record:
 # ---- tables
 
 
+def experiments() -> list[tuple[str, str]]:
+    """What was played: experiment and raters' error rate."""
+    return sorted({(row["experiment"], row["error"]) for row in _rows("rounds")})
+
+
+def gain(name: str, error: str) -> Difference:
+    """The last rate minus the first, over seeds."""
+    good = _by_seed("rounds", "good", experiment=name, error=error)
+    ends = [(seed[min(seed, key=int)], seed[max(seed, key=int)]) for seed in good.values()]
+    return from_zero([last - first for first, last in ends])
+
+
 def rounds() -> Table:
     """A row for each experiment and error rate."""
-    cells = sorted({(row["experiment"], row["error"]) for row in _rows("rounds")})
     columns = {
         "experiment": lambda r: QUESTIONS[r["experiment"]],
         "raters' error": lambda r: f"{r['error']:.0%}", "seeds": text("seeds"),
@@ -73,7 +84,7 @@ def rounds() -> Table:
         "rate, round 0, 1, ...": _course("good"),
         "recognised, round 0, 1, ...": _course("recognised"),
     }  # fmt: skip
-    return Table([_experiment(*cell) for cell in cells], columns, left=("experiment",))
+    return Table([_experiment(*cell) for cell in experiments()], columns, left=("experiment",))
 
 
 def _experiment(name: str, error: str) -> Record:
@@ -84,7 +95,8 @@ def _experiment(name: str, error: str) -> Record:
     found: Record = {"experiment": name, "error": float(error), "seeds": len(good)}
     found |= {"rounds": int(numbers[-1])}
     found |= _mean("first", table[:, 0]) | _mean("last", table[:, -1])
-    found |= _mean("gain", table[:, -1] - table[:, 0])
+    change = gain(name, error)
+    found |= {"gain": change.mean, "gain_low": change.low, "gain_high": change.high}
     for n in numbers:
         found[f"good_{n}"] = float(np.mean([seed[n] for seed in good.values()]))
         found[f"recognised_{n}"] = float(np.mean([seed[n] for seed in known.values()]))

@@ -33,13 +33,14 @@ from d3po_bench.errors import RunError, UserError, said_in_one_line
 from d3po_bench.runs.files import read_csv
 from eval.analysis import documents, table1
 from eval.analysis.efficiency import efficiency
+from eval.analysis.fronts import fronts
 from eval.analysis.gains import Groups, contrast, cost, gains, records
 from eval.analysis.pictures import crossed
 from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import plot
-from results import feedback, memory, search
+from results import claims, coverage, feedback, gpu, memory, search
 
 sys.path.pop(0)
 
@@ -48,7 +49,7 @@ PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf")
 SHEETS = "samples-*.png"
 """Sheets of samples, which need the pictures of the runs: measure.py publish draws them."""
 
-AXES = {"pairs": "", "images": "images", "unet_forwards": "unet_forwards"}
+AXES = {"pairs": "", "images": "images", "unet_forwards": "unet_forwards", "kl": "drift"}
 """What curves are drawn over -> their folder below tiny/figures."""
 
 
@@ -106,6 +107,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "contrast": lambda: contrast(tiny()),
     "cost": lambda: cost(tiny()),
     "efficiency": lambda: efficiency(tiny()),
+    "drift": lambda: fronts(tiny()),
     "crossed": lambda: crossed(tiny()),
     "settings": lambda: settings(tiny()),
     "confirm": search.confirm,
@@ -117,17 +119,33 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "search-methods": lambda: search.methods("methods"),
     "search-alignment": lambda: search.methods("alignment"),
     "search-feedback": search.feedback,
+    "windows": search.rates,
+    "coverage": coverage.table,
     "rerun-power": search.rerun_power,
     "step-shares": step_shares,
+    "gpu": gpu.speed,
+    "gpu-round": gpu.rounds,
+    "gpu-checks": gpu.checks,
     "memory": memory.table,
     "memory-each": memory.each,
 }
 """What stands between block markers."""
 
+CLAIMS: Mapping[str, Callable[[], str]] = {
+    "table1": made_table1,
+    "claims-gains": lambda: claims.gains(tiny()),
+    "claims-contrast": lambda: claims.halves(tiny()),
+    "claims-diversity": lambda: claims.diversity(tiny()),
+    "claims-crossed": lambda: claims.crossed(tiny()),
+    "claims-table1": lambda: claims.alignment(HOME / "tiny" / "table1"),
+    "claims-feedback": claims.feedback,
+}
+"""Likewise, what comes as text: sentences that are made from tests, and Table 1, which has some."""
+
 
 @cache
 def tables(name: str) -> list[Table]:
-    """The tables of a name; Table 1, which comes with a sentence, is none of them."""
+    """The tables of a name."""
     found = TABLES[name]()
     return found if isinstance(found, list) else [found]
 
@@ -139,10 +157,10 @@ def block(name: str) -> str:
     Raises:
         UserError: there is none of that name.
     """
-    if name == "table1":
-        return made_table1()
+    if name in CLAIMS:
+        return CLAIMS[name]()
     if name not in TABLES:
-        raise registry.unknown("table", name, [*TABLES, "table1"])
+        raise registry.unknown("table", name, [*TABLES, *CLAIMS])
     return "\n\n".join(table.markdown() for table in tables(name))
 
 
@@ -162,6 +180,7 @@ NAMED = {
     "gains": "{objective}.{method}",
     "contrast": "contrast.{method}",
     "efficiency": "efficiency.{objective}.{method}",
+    "drift": "drift.{objective}.{method}",
     "crossed": "crossed.{method}.{objective}",
     "fidelity": "fidelity.{name}",
     "feedback": "feedback.{experiment}.{error:.0%}",
@@ -179,7 +198,7 @@ def numbers() -> dict[str, float]:
         for table in tables(name)
         for record in table.records
         for field, value in record.items()
-        if isinstance(value, int | float) and not math.isnan(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     }
     return found | dict(_of_table1())
 
@@ -267,7 +286,7 @@ def make(*, check: bool) -> Iterator[str]:
 def main(check: bool, names: bool) -> None:
     """Write every table, number and figure of README.md and docs/ from what was measured."""
     if names:
-        click.echo("\n".join(f"made: {name}" for name in TABLES))
+        click.echo("\n".join(f"made: {name}" for name in (*TABLES, *CLAIMS)))
         click.echo("\n".join(f"n {name} = {inline(name)}" for name in numbers()))
         return
     found = list(make(check=check))

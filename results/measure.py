@@ -1,18 +1,20 @@
 """Measure what documents show and no run folder holds; minutes to hours each.
 
     python results/measure.py step-shares
+    python results/measure.py coverage
     python results/measure.py rounds normalcy --seed 0
     python results/measure.py preference runs/table1 --seed 0
     python results/measure.py collect runs/feedback
     python results/measure.py publish runs/reproduce/tiny results/tiny
 
-`step-shares`, `collect` and `publish` write into this folder, from which make.py then writes the
-documents. Every rater is SIMULATED.
+`step-shares`, `coverage`, `collect` and `publish` write into this folder, from which make.py then
+writes the documents. Every rater is SIMULATED.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,29 +24,35 @@ import click
 import torch
 from torch import Tensor
 
+# An editable install of another checkout has a folder `results`, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from d3po_bench import registry
-from d3po_bench.config import pairs_of
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import normal, stream
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import comparisons, simulated, training
 from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.schema import Question
 from d3po_bench.feedback.simulated import Annotator
 from d3po_bench.feedback.store import open_labels
+from d3po_bench.feedback.study import one_question
 from d3po_bench.feedback.votes import scores_of
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import load
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.run import RunFolder, find_runs
+from d3po_bench.setting import pairs_of
 from eval.analysis.runs import evaluated
-from eval.analysis.table1 import BASE_ROWS, SAMPLER
+from eval.analysis.scored import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work
 from eval.figures.curves import plot
 from eval.tools import TOOLS
 from eval.verify.folder import FILES
+from results import coverage
+
+sys.path.pop(0)
 
 HERE = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -111,6 +119,12 @@ def _shares(steps: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+@main.command("coverage")
+def intervals_hold() -> None:
+    """Draw seeds whose truth is known, and count how often our intervals hold it."""
+    coverage.measure()
+
+
 # ---- Figures 4 and 5: rates over rounds of feedback
 
 
@@ -118,7 +132,7 @@ def _shares(steps: int) -> list[dict[str, Any]]:
 class Experiment:
     """What is asked, and the settings that were chosen for it on seeds 100 and 101."""
 
-    question: Question
+    question: str
     drawing: dict[str, str]
     learning: dict[str, str]
     prompts: str = "animals"
@@ -169,8 +183,9 @@ def rounds(
     before = None
     for index in range(count + 1):
         place = folder / f"round-{index}"
+        asked = one_question("tags", own.question)
         round_ = draw_round(
-            place, ("tags", own.question), prompts or own.prompts, seed=seed, before=before,
+            place, asked, prompts or own.prompts, seed=seed, before=before,
             settings={} if before else own.drawing | pairs_of(draw), device="cpu",
         )  # fmt: skip
         pool = [Annotator(error=error)] * number
@@ -187,7 +202,7 @@ def rounds(
             training.train(training.data_of(place, scores_of(place)), request, before)
 
 
-def _rates(place: Path, round_: Round, question: Question) -> dict[str, Any]:
+def _rates(place: Path, round_: Round, question: str) -> dict[str, Any]:
     """Shares of good images, as raters said and as the rule says, and of recognised animals."""
     good, known = (
         torch.stack([worth[item.id] > 0 for item in round_.items]).float()
@@ -232,7 +247,7 @@ def preference(runs: Path, seed: int, error: float, count: int | None, out: Path
         sources.append(work.run(request) / "pictures" / SAMPLER)
     folder = place / f"error-{error:g}" / f"seed-{seed}"
     if not (folder / "round.json").exists():
-        comparisons.take(folder, sources, ("pairs", "alignment"))
+        comparisons.take(folder, sources, one_question("pairs", "alignment"))
     simulated.simulate(folder, None, [Annotator(error=error)] * RATERS, seed, TOOLS)
     with open_labels(folder, None) as store:
         shares = comparisons.choices(store, folder)

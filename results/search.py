@@ -20,6 +20,7 @@ from d3po_bench.runs.run import find_runs
 from eval.analysis import tries
 from eval.analysis.statistics import another_seed, interval
 from eval.analysis.tables import Record, Table, change, number, shown, spread, text
+from eval.analysis.windows import windows
 from eval.verify import rerun
 
 HERE = Path(__file__).parent
@@ -143,6 +144,23 @@ def _over_seeds(key: tuple[int, str, float, str], seeds: Sequence[Record]) -> Re
 
 _MEANS = ("score_first", "score_last", "denoising_error_first", "denoising_error_last",
           "gain", "kl", "recognised")  # fmt: skip
+
+
+RECOGNISED = 0.7
+"""Least mean of what the classifier still recognises, as in the rule that chose the rates."""
+
+
+def rates() -> Table:
+    """How wide the window of rates is in which each method beats the base model on `incompress`.
+
+    Of the tries at the published settings but for the rate, two seeds each.
+    """
+    tried = [
+        {"method": row["method"], "lr": row["set"]["learning_rate"], **row}
+        for row in rows("methods")
+        if {word.partition("=")[0] for word in row["settings"].split()} <= OF_ITS_OWN
+    ]
+    return windows(tried, floor=RECOGNISED)
 
 
 def feedback() -> Table:

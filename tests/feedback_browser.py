@@ -2,10 +2,11 @@
 
     python -m tests.feedback_browser OUT
 
-Draws two rounds with the embedded model, signs in by link, tags two grids and compares ten pairs,
-undoes one, finishes, checks what is in the labels, exports them and lets D3PO learn from them.
-With OUT, screenshots at 1280x800 and 360x740. Needs the extra `test` and Debian's packages
-chromium and chromium-driver, or others in the PATH.
+Draws rounds with the embedded model, signs in by link, tags two grids and compares ten pairs,
+undoes one, finishes, checks what is in the labels, exports them and lets D3PO learn from them. Then
+a study, from a platform's link over consent, instructions and practice to the completion code.
+With OUT, screenshots at 1280x800 and 390x844, light and dark. Needs the extra `test` and Debian's
+packages chromium and chromium-driver, or others in the PATH.
 """
 
 from __future__ import annotations
@@ -16,26 +17,42 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors.torch import load_file
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from d3po_bench.feedback import training
+from d3po_bench.feedback import comparisons, training
 from d3po_bench.feedback.drawing import draw_round
-from d3po_bench.feedback.invitations import invite, invite_admin, raters
+from d3po_bench.feedback.handout import hand_out
+from d3po_bench.feedback.invitations import find_rater, invite, invite_as, raters
+from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import Round, Vote
-from d3po_bench.feedback.schema import Kind
+from d3po_bench.feedback.schema import read_study
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url, open_labels
-from d3po_bench.feedback.votes import effective_votes, export, last_vote, scores_of, undo_vote
+from d3po_bench.feedback.study import one_question
+from d3po_bench.feedback.votes import (
+    cast_vote,
+    effective_votes,
+    export,
+    last_vote,
+    scores_of,
+    undo_vote,
+)
 from eval.tools import TOOLS
 from tests.feedback_load import Server
+from tests.feedback_round import new_source, new_study
 
-SIZES = {"desktop": (1280, 800), "phone": (360, 740)}
+SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
+NARROW = (320, 640)
 SETTINGS = HandoutSettings(votes_per_item=1, gold_every=0, repeat_every=0)
+MANY = HandoutSettings(votes_per_item=4, gold_every=3, repeat_every=0)
 PATIENCE = 30
+ENTER = "\ue007"
 
 
 class Keyboard:
@@ -74,19 +91,46 @@ class Keyboard:
 
     def wait(self, until: object) -> None:
         """Wait until the function holds."""
-        WebDriverWait(self.driver, PATIENCE).until(lambda _: until())  # type: ignore[operator]
+        moved = [StaleElementReferenceException]  # a page that went while it was looked at
+        WebDriverWait(self.driver, PATIENCE, ignored_exceptions=moved).until(lambda _: until())  # type: ignore[operator]
 
-    def shoot(self, name: str) -> None:
-        """Keep a picture of the page at each size, and check that nothing overflows sideways."""
+    def shoot(self, name: str, *, long: bool = False) -> None:
+        """Keep pictures of the page; nothing may overflow, `long` pages but downwards."""
         for size, (width, height) in SIZES.items():
             self.resize(width, height)
             wide = self.driver.execute_script("return document.documentElement.scrollWidth")
             require(wide <= width, f"{name} is {wide} px wide on a {size}")
             tall = self.driver.execute_script("return document.documentElement.scrollHeight")
-            fits = size == "phone" or tall <= height
+            fits = size == "phone" or long or tall <= height
             require(fits, f"{name} is {tall} px high on a {size}")
-            self.driver.save_screenshot(str(self._shots / f"{name}-{size}.png"))
+            if long:
+                self.resize(width, max(height, tall))
+            for theme in ("light", "dark"):
+                self.paint(theme)
+                self.driver.save_screenshot(str(self._shots / f"{name}-{size}-{theme}.png"))
+        self.resize(*NARROW)
+        wide = self.driver.execute_script("return document.documentElement.scrollWidth")
+        require(wide <= NARROW[0], f"{name} is {wide} px wide on a narrow phone")
+        self.paint("light")
         self.resize(*SIZES["desktop"])
+
+    def paint(self, theme: str) -> None:
+        """Ask for light or dark colours, as a system's setting does."""
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def tab_to(self, words: str) -> None:
+        """Press Tab until the focus is on the button that says this."""
+        script = "return document.activeElement.textContent"
+        for _ in range(30):
+            self.press("\ue004")
+            if words in self.driver.execute_script(script):
+                return
+        require(False, f"Tab does not come to {words}")
+
+    def text(self, what: str) -> str:
+        """Of the first element that fits."""
+        return self.driver.find_element(By.CSS_SELECTOR, what).text
 
     def resize(self, width: int, height: int) -> None:
         """Give the page itself a size: a headless window is never narrower than 500 px."""
@@ -121,15 +165,29 @@ def browser(shots: Path) -> Iterator[Keyboard]:
         driver.quit()
 
 
+class Served(NamedTuple):
+    """Links to a round."""
+
+    rater: str
+    admin: str
+    platform: str
+
+
 @contextlib.contextmanager
-def serving(folder: Path, round_: Round) -> Iterator[tuple[str, str, LabelStore]]:
-    """The rater's link, the admin's link, and the labels of a round being served."""
-    with LabelStore(default_url(folder), round_, SETTINGS) as store:
-        rater, admin = invite(store, "Ann Example"), invite_admin(store)
-        server = Server(folder, SETTINGS)
+def serving(
+    folder: Path, round_: Round, settings: HandoutSettings = SETTINGS
+) -> Iterator[tuple[Served, LabelStore]]:
+    """Links to a round being served, and its labels."""
+    with LabelStore(default_url(folder), round_, settings) as store:
+        rater, admin = invite(store, "Ann Example"), invite_as(store)
+        platform = invite_as(store, "platform")
+        server = Server(folder, settings)
         try:
-            url = f"http://127.0.0.1:{server.port}/join#"
-            yield url + rater, url + admin, store
+            url = f"http://127.0.0.1:{server.port}"
+            yield (
+                Served(f"{url}/join#{rater}", f"{url}/join#{admin}", f"{url}/start/{platform}"),
+                store,
+            )
         finally:
             server.stop()
 
@@ -149,8 +207,8 @@ def sign_in(keyboard: Keyboard, link: str, heading: str) -> None:
 
 def grids(folder: Path, keyboard: Keyboard) -> None:
     """Two grids of unsafe pictures: reveal, tag, send; none tagged; undo, tag again."""
-    round_ = draw_round(folder, ("tags", "unsafe"), "animals", count=2, device="cpu")
-    with serving(folder, round_) as (link, admin, store):
+    round_ = draw_round(folder, one_question("tags", "unsafe"), "animals", count=2, device="cpu")
+    with serving(folder, round_) as ((link, admin, _), store):
         keyboard.driver.get(link.partition("#")[0])
         keyboard.shoot("join")
         sign_in(keyboard, link, "Tag every unsafe picture")
@@ -159,12 +217,12 @@ def grids(folder: Path, keyboard: Keyboard) -> None:
         label = keyboard.driver.find_element(By.ID, "send").text
         require(label.startswith("Send: 2 unsafe"), f"the button says {label}")
         keyboard.shoot("grid")
-        keyboard.answer("\ue007")
-        keyboard.answer("\ue007")
+        keyboard.answer(ENTER)
+        keyboard.answer(ENTER)
         require("Thank you" in keyboard.heading, "no finish page after two grids")
         keyboard.answer("u")
         keyboard.press("1")
-        keyboard.answer("\ue007")
+        keyboard.answer(ENTER)
         keyboard.shoot("finish")
         votes = effective_votes(store)
         found = [[vote.shown.index(i) for i in answer(vote)] for vote in votes]
@@ -176,9 +234,11 @@ def grids(folder: Path, keyboard: Keyboard) -> None:
 
 def pairs(folder: Path, keyboard: Keyboard) -> None:
     """Ten pairs: digits and arrows, tie, both bad, a skip, an undo, and a page out of date."""
-    round_ = draw_round(folder, ("pairs", "alignment"), "animals", count=11, device="cpu")
+    round_ = draw_round(
+        folder, one_question("pairs", "alignment"), "animals", count=11, device="cpu"
+    )
     keys = ["1", "\ue012", "2", "\ue014", "t", "b", "1", "2", "t", "b"]
-    with serving(folder, round_) as (link, _, store):
+    with serving(folder, round_) as ((link, _, _), store):
         sign_in(keyboard, link, "Which picture shows the text better?")
         keyboard.shoot("pair")
         for key in keys[:4]:
@@ -197,6 +257,77 @@ def pairs(folder: Path, keyboard: Keyboard) -> None:
         require("Thank you" in keyboard.heading, "no finish page after ten pairs")
         found = [side(vote) for vote in effective_votes(store)]
         require(found == ["1", "1", "2", "2", "t", "b", "1", "2", "t", "b"], f"got {found}")
+
+
+def study(folder: Path, keyboard: Keyboard) -> None:
+    """A scale and a pair: from a platform's link to the completion code, by keys alone."""
+    file = new_study(folder, answers="answers = 8")
+    sources = [new_source(folder / str(n), 6, first=6 * n) for n in range(2)]
+    round_ = comparisons.take(folder / "round", sources, read_study(file), folder)
+    with serving(folder / "round", round_, MANY) as ((link, admin, platform), store):
+        arrival = f"{platform}?PROLIFIC_PID=5f3c1a&STUDY_ID=x&lang="
+        keyboard.driver.get(arrival + "de")
+        require(keyboard.heading == "Tierbilder", f"the page says {keyboard.heading}")
+        keyboard.driver.get(arrival + "en")
+        keyboard.shoot("start")
+        keyboard.answer(ENTER)
+        keyboard.shoot("consent", long=True)
+        keyboard.tab_to("I agree")
+        keyboard.answer(ENTER)
+        keyboard.shoot("instructions", long=True)
+        keyboard.answer(ENTER)
+        work(keyboard, store)
+        require(keyboard.text(".code") == "C0DE42", "no completion code")
+        keyboard.shoot("code")
+        votes = effective_votes(store)
+        require(len(votes) == 2 + 8, f"{len(votes)} votes of the study")
+        require([v.comment for v in votes if v.comment] == ["two tails"], "a comment is missing")
+        careless(store)
+        sign_in(keyboard, admin, "Round overview")
+        keyboard.shoot("study-admin", long=True)
+        keyboard.driver.get(link.partition("/join")[0] + "/admin/items")
+        keyboard.wait(lambda: keyboard.loaded)
+        keyboard.shoot("items", long=True)
+
+
+def work(keyboard: Keyboard, store: LabelStore) -> None:
+    """Answer all that there is, the first item of practice wrong and the known ones right."""
+    (rater,) = (rater for rater in raters(store) if rater.name == "5f3c1a")
+    shot = set[str]()
+    while hand := hand_out(store, rater.id):
+        name, asked = hand.item.question, f"{hand.item.use}-{hand.item.question}"
+        if asked not in shot:
+            keyboard.shoot(asked)
+        if name == "better":
+            right = "ab".index(hand.item.gold) if isinstance(hand.item.gold, str) else 0
+            key = str(1 + hand.shown.index(right))
+        else:
+            key = "2" if hand.item.gold else "4"
+        if asked == "main-better" and asked not in shot:
+            keyboard.press("z", "+", "2")
+            keyboard.wait(lambda: keyboard.text("#zoom output").startswith("2/2"))
+            keyboard.shoot("zoom")
+            keyboard.press("z", "c", *"two tails", "\ue00c")
+        if asked == "practice-better":
+            key = "t"
+        shot.add(asked)
+        keyboard.answer(key)
+        if hand.item.use == "practice":
+            keyboard.shoot("told-" + name)
+            keyboard.answer(ENTER)
+
+
+def careless(store: LabelStore) -> None:
+    """Others answer, too, of whom one always says the same at once."""
+    for name, milliseconds in (("Ben", 3000), ("Cleo", 2500), ("Dan", 150)):
+        rater = find_rater(store, token=invite(store, name))
+        while rater and (hand := hand_out(store, rater.id)):
+            answer: Answer = "tie" if hand.item.question == "better" else 3
+            if name != "Dan":
+                better = hand.item.gold or ("a" if name == "Ben" else "b")
+                rated = hand.item.gold[0] if isinstance(hand.item.gold, tuple) else 4
+                answer = better if hand.item.question == "better" else rated
+            cast_vote(store, rater.id, hand.id, answer, milliseconds, hand.step)
 
 
 def learn(folder: Path, votes: int, pairs: int) -> None:
@@ -241,6 +372,7 @@ def main() -> None:
         with browser(shots) as keyboard:
             grids(Path(scratch) / "tags", keyboard)
             pairs(Path(scratch) / "pairs", keyboard)
+            study(Path(scratch) / "study", keyboard)
         learn(Path(scratch) / "tags", votes=2, pairs=2 * 5 + 1 * 6)
         learn(Path(scratch) / "pairs", votes=10, pairs=6)
     print(f"passed: {json.dumps(kinds)} by keyboard alone, and learned; screenshots in {shots}")

@@ -2,6 +2,7 @@
 
     python -m tests.feedback_load                      16 raters x 200 votes
     python -m tests.feedback_load --kill 20            the same, with 20 kill -9
+    python -m tests.feedback_load --kind study --kill 20    a study, with consent and comments
 
 One vote in twenty is undone and given again. Prints votes lost, votes and undos doubled, and
 items seen twice (all must be 0) and how long a vote took; exits with 1 if a count is not 0.
@@ -26,18 +27,21 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlencode
 
+from d3po_bench.feedback import comparisons
 from d3po_bench.feedback.invitations import invite
 from d3po_bench.feedback.page.server import serve
 from d3po_bench.feedback.page.sessions import Limits
+from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.schema import Kind
+from d3po_bench.feedback.schema import read_study
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url
-from tests.feedback_round import new_round
+from tests.feedback_round import new_round, new_source, new_study
 
-PATIENCE = 60.0
-"""Seconds that a rater keeps trying."""
+PATIENCE = 300.0
+"""Seconds that a rater keeps trying, on a machine that is busy."""
 UNDONE = 0.05
 """Probability that a vote is undone."""
 UNLIMITED = Limits(votes=(10**9, 1.0), pages=(10**9, 1.0))
@@ -50,8 +54,9 @@ class Page:
     hand: int
     step: int
     csrf: str
-    prompt: str
+    kind: str
     places: int
+    comments: bool
     last: int
 
 
@@ -62,14 +67,13 @@ class Person:
     name: str
     token: str
     port: int
-    kind: Kind
     think: float
     cookie: str = ""
     acknowledged: dict[int, str] = field(default_factory=dict)
     """Hand -> the places or the choice that were sent, and not undone since."""
     undos: int = 0
-    seen: list[tuple[int, str]] = field(default_factory=list)
-    """Hand and prompt, each time a page was shown."""
+    seen: set[int] = field(default_factory=set)
+    """Hands of which a page was shown."""
     milliseconds: list[float] = field(default_factory=list)
 
     def work(self, votes: int) -> None:
@@ -80,7 +84,7 @@ class Person:
             page = self.look()
             if page is None:
                 return
-            self.seen.append((page.hand, page.prompt))
+            self.seen.add(page.hand)
             time.sleep(self.think * rng.uniform(0.5, 1.5))
             self.vote(page, rng)
             if rng.random() < UNDONE:
@@ -91,6 +95,11 @@ class Person:
         if status != 303:
             raise RuntimeError(f"{self.name} was not let in: {status}")
         self.cookie = headers["set-cookie"].split(";")[0]
+        for path, agreed in (("/agree", {"agree": "yes"}), ("/begin", {})):
+            _, _, text = self.ask("GET", "/")
+            csrf = re.search(r'name="csrf" value="(\w+)"', text)
+            if path in text and csrf:
+                self.ask("POST", path, {"csrf": csrf[1], **agreed})
 
     def look(self) -> Page | None:
         status, _, text = self.ask("GET", "/")
@@ -109,20 +118,27 @@ class Person:
             hand=int(read(r'name="hand" value="(\d+)"')),
             step=int(read(r'name="step" value="(\d+)"')),
             csrf=read(r'name="csrf" value="(\w+)"'),
-            prompt=read(r"Text: </span>([^<]*)<"),
+            kind=read(r'<main class="(\w+)'),
             places=text.count("<img "),
+            comments='name="comment"' in text,
             last=int(read(r'name="last" value="(\d+)"')),
         )
 
     def vote(self, page: Page, rng: random.Random) -> None:
         """Answer, again and again until it is acknowledged; 409 says that it was stored before."""
         fields: dict[str, object] = {"hand": page.hand, "step": page.step, "csrf": page.csrf}
-        if self.kind == "tags":
+        if page.kind == "tags":
             chosen = sorted(rng.sample(range(page.places), rng.randint(0, page.places)))
             fields["tag"] = chosen
             answer = " ".join(map(str, chosen))
+        elif page.kind == "scale":
+            fields["answer"] = answer = rng.choice("12345")
         else:
             fields["answer"] = answer = rng.choice(("0", "1", "tie", "bad"))
+            if page.comments:
+                comment = f"{answer}, said {self.name}"
+                fields["comment"] = comment
+                answer += comment
         fields["milliseconds"] = int(1000 * self.think)
         begun = time.perf_counter()
         status, _, _ = self.ask("POST", "/vote", fields)
@@ -181,7 +197,7 @@ class Server:
         self._command = [
             sys.executable, "-m", "tests.feedback_load", "--serve", str(folder),
             "--port", str(self.port), "--k", str(settings.votes_per_item),
-            "--repeat-every", str(settings.repeat_every),
+            "--repeat-every", str(settings.repeat_every), "--gold-every", str(settings.gold_every),
             *(["--unlimited"] if unlimited else []),
         ]  # fmt: skip
         self.start()
@@ -234,21 +250,25 @@ class Outcome:
 
 
 def run(
-    folder: Path, raters: int, votes: int, kills: int, *, kind: Kind = "tags",
+    folder: Path, raters: int, votes: int, kills: int, *, kind: Kind | Literal["study"] = "tags",
     think: float = 0.25, every: float = 1.0,
 ) -> Outcome:  # fmt: skip
     """Let `raters` vote `votes` times each, killing the server `kills` times on the way."""
     settings = HandoutSettings(votes_per_item=min(raters, 5), repeat_every=10)
     # enough items for everybody, repeats and gold included
     number = -(-raters * votes // settings.votes_per_item) + votes
-    round_ = new_round(
-        folder, kind, number, images=2, size=2, gold={3: (0,) if kind == "tags" else "a"}
-    )
+    if kind == "study":
+        study = read_study(new_study(folder.parent / "study", answers=f"answers = {votes}"))
+        sources = [new_source(folder.parent / str(n), number, size=2) for n in range(2)]
+        round_ = comparisons.take(folder, sources, study, folder.parent / "study")
+    else:
+        gold: Answer = (0,) if kind == "tags" else "a"
+        round_ = new_round(folder, kind, number, images=2, size=2, gold={3: gold})
     with LabelStore(default_url(folder), round_, settings) as store:
         tokens = {f"rater {n}": invite(store, f"rater {n}") for n in range(raters)}
     server = Server(folder, settings, unlimited=think < 0.2)
     try:
-        people = [Person(name, token, server.port, kind, think) for name, token in tokens.items()]
+        people = [Person(name, token, server.port, think) for name, token in tokens.items()]
         threads = [threading.Thread(target=person.work, args=(votes,)) for person in people]
         for thread in threads:
             thread.start()
@@ -267,18 +287,23 @@ def compare(folder: Path, round_: Round, people: list[Person]) -> Outcome:
     """What is in the database against what raters were told."""
     import sqlalchemy as sql
 
-    from d3po_bench.feedback.store import HANDS, RATERS, VOTES
+    from d3po_bench.feedback.store import HANDS, NOTES, RATERS, VOTES
 
     engine = sql.create_engine(default_url(folder))
     query = sql.select(VOTES, RATERS.c.name).join(RATERS, RATERS.c.id == VOTES.c.rater)
+    written = sql.select(NOTES).where(NOTES.c.kind == "comment")
     with engine.connect() as connection:
         every = connection.execute(query).mappings().all()
         undone = {(row["hand"], row["step"] - 1) for row in every if row["kind"] == "undo"}
         rows = [r for r in every if r["kind"] == "vote" and (r["hand"], r["step"]) not in undone]
-        again = sql.select(HANDS.c.id).where(HANDS.c.repeat > 0)
-        repeats = {row.id for row in connection.execute(again)}
+        first = sql.select(HANDS.c.id, HANDS.c.item).where(HANDS.c.repeat == 0)
+        items = {row.id: row.item for row in connection.execute(first)}
+        said = {(n.hand, n.step): n.text for n in connection.execute(written)}
     engine.dispose()
-    stored = Counter((row["name"], row["hand"], _places(row)) for row in rows)
+    stored = Counter(
+        (row["name"], row["hand"], _places(row) + said.get((row["hand"], row["step"]), ""))
+        for row in rows
+    )
     sent = Counter((p.name, h, answer) for p in people for h, answer in p.acknowledged.items())
     return Outcome(
         acknowledged=sent.total(),
@@ -287,7 +312,7 @@ def compare(folder: Path, round_: Round, people: list[Person]) -> Outcome:
         doubled=len(rows)
         - len({(row["name"], row["hand"]) for row in rows})
         + abs(len(undone) - sum(person.undos for person in people)),
-        seen_twice=sum(_seen_twice(person, repeats) for person in people),
+        seen_twice=sum(_seen_twice(person, items) for person in people),
         milliseconds=[ms for person in people for ms in person.milliseconds],
     )
 
@@ -303,12 +328,9 @@ def _places(row: object) -> str:
     return str(shown.index("ab".index(answer))) if answer in ("a", "b") else str(answer)
 
 
-def _seen_twice(person: Person, repeats: set[int]) -> int:
-    hands: dict[str, set[int]] = {}
-    for hand, prompt in person.seen:
-        if hand not in repeats:
-            hands.setdefault(prompt, set()).add(hand)
-    return sum(len(found) > 1 for found in hands.values())
+def _seen_twice(person: Person, items: dict[int, str]) -> int:
+    shown = Counter(items[hand] for hand in person.seen if hand in items)
+    return sum(count > 1 for count in shown.values())
 
 
 def main() -> None:
@@ -317,17 +339,18 @@ def main() -> None:
     parser.add_argument("--raters", type=int, default=16)
     parser.add_argument("--votes", type=int, default=200, help="of each rater")
     parser.add_argument("--kill", type=int, default=0, help="times")
-    parser.add_argument("--kind", choices=("tags", "pairs"), default="tags")
+    parser.add_argument("--kind", choices=("tags", "pairs", "study"), default="tags")
     parser.add_argument("--think", type=float, default=0.25, help="mean seconds before a vote")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--repeat-every", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--gold-every", type=int, default=10, help=argparse.SUPPRESS)
     parser.add_argument("--unlimited", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         limits = UNLIMITED if given.unlimited else None
-        settings = HandoutSettings(votes_per_item=given.k, repeat_every=given.repeat_every)
+        settings = HandoutSettings(given.k, given.gold_every, given.repeat_every)
         serve(given.serve, port=given.port, settings=settings, limits=limits)
         return
     with tempfile.TemporaryDirectory() as folder:

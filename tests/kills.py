@@ -229,7 +229,7 @@ def trials(kills: int, model: str, seed: int, folder: Path) -> Iterator[Trial]:
     """Kill and resume, the methods in turn, the aims in turn for each."""
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    methods = registry.names("method")
+    methods = [n for n in registry.names("method") if not registry.variant(n)[1]]
     references: dict[str, Reference] = {}
     for number in range(kills):
         turn, which = divmod(number, len(methods))

@@ -57,22 +57,22 @@ def write_evaluation(
     (folder / "eval.csv").write_text("\n".join(lines) + "\n")
 
 
-def add_columns(folder: Path, costs: dict[str, Any], drift: float = 0.0, **columns: str) -> None:
+def add_columns(folder: Path, costs: dict[str, Any], kl: float = 0.0, **columns: str) -> None:
     """Further columns of a run's files.
 
     Args:
         folder: the run's.
         costs: of metrics.jsonl, so much more in every round.
-        drift: so much more KL in every round, with the training sampler; 0 for no such column.
+        kl: so much more KL in every round, with the training sampler; 0 for no such column.
         columns: of eval.csv, the same in all rows.
     """
     head, *rows = (folder / "eval.csv").read_text().splitlines()
-    own = {**columns, **({"kl": ""} if drift else {})}
+    own = {**columns, **({"kl": ""} if kl else {})}
     text = [",".join([head, *own])]
     for row in rows:
         number, sampler, *_ = row.split(",")
-        kl = [f"{drift * int(number)}" if sampler == "eta1" else ""] if drift else []
-        text.append(",".join([row, *columns.values(), *kl]))
+        last = [f"{kl * int(number)}" if sampler == "eta1" else ""] if kl else []
+        text.append(",".join([row, *columns.values(), *last]))
     (folder / "eval.csv").write_text("\n".join(text) + "\n")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [json.dumps(m | {k: v * m["round"] for k, v in costs.items()}) for m in metrics]
@@ -89,5 +89,5 @@ def write_opposites(root: Path) -> Path:
     ):
         gain = {"d3po": 0.1, "ddpo": 0.05}[method] + seed / 100
         folder = write_run(root, objective, method, seed, gain=gain)
-        add_columns(folder, {"unet_forwards": 7, "scorer_calls": 64}, drift=0.01 * (seed + 1))
+        add_columns(folder, {"unet_forwards": 7, "scorer_calls": 64}, kl=0.01 * (seed + 1))
     return root

@@ -13,15 +13,16 @@ import pytest
 
 from d3po_bench.feedback import agreement
 from d3po_bench.feedback.agreement import Share
+from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import Item, Round, Vote
-from d3po_bench.feedback.schema import Answer, Kind
+from d3po_bench.feedback.study import one_question
 
 
 def a_round(
     kind: Kind, number: int, images: int, gold: Mapping[int, Answer] | None = None
 ) -> Round:
     names = tuple(f"{k}.png" for k in range(images))
-    return Round(kind, "deformed", False, tuple(
+    return Round(one_question(kind, "deformed"), tuple(
         Item(str(n), "cat", names, (gold or {}).get(n)) for n in range(number)
     ))  # fmt: skip
 
@@ -43,8 +44,8 @@ def test_alpha_and_raw_agreement_by_hand() -> None:
     # Three units judged twice: aa, bb, ab. Coincidences: o_aa = 2, o_bb = 2, o_ab = o_ba = 1;
     # n_a = n_b = 3, n = 6. D_o = 2/6; D_e = 2 * 3 * 3 / (6 * 5) = 18/30.
     # alpha = 1 - (1/3) / (3/5) = 4/9. Agreement: 2 of 3.
-    assert agreement.alpha(PAIRS, CHOSEN) == pytest.approx(4 / 9)
-    assert agreement.raw_agreement(PAIRS, CHOSEN) == pytest.approx(2 / 3)
+    assert agreement.alpha(PAIRS.parts[0], CHOSEN) == pytest.approx(4 / 9)
+    assert agreement.raw_agreement(PAIRS.parts[0], CHOSEN) == pytest.approx(2 / 3)
 
 
 def test_alpha_of_a_published_example() -> None:
@@ -70,12 +71,12 @@ def test_alpha_of_tags_is_that_of_their_images() -> None:
         for p in range(10)
         if (r + p) % 4
     ]
-    names, table = agreement.judgements(round_, votes)
+    names, table = agreement.judgements(round_.parts[0], votes)
     assert names == ["rater 0", "rater 1", "rater 2"]
     assert table.shape == (3, 70)
     assert np.isnan(table[0, :7]).all()
     assert table[1, :7].tolist() == tagged[1, 0].tolist()
-    assert agreement.alpha(round_, votes) == pytest.approx(
+    assert agreement.alpha(round_.parts[0], votes) == pytest.approx(
         krippendorff.alpha(reliability_data=table, level_of_measurement="nominal")
     )
     # raw agreement again, pair by pair
@@ -85,19 +86,19 @@ def test_alpha_of_tags_is_that_of_their_images() -> None:
         pairs = [(a, b) for i, a in enumerate(said) for b in said[i + 1 :]]
         if pairs:
             shares.append(np.mean([a == b for a, b in pairs]))
-    assert agreement.raw_agreement(round_, votes) == pytest.approx(np.mean(shares))
+    assert agreement.raw_agreement(round_.parts[0], votes) == pytest.approx(np.mean(shares))
 
 
 @pytest.mark.parametrize("votes", [[], CHOSEN[:1], CHOSEN[:2], [vote("x", 0, "a", 1)]])
 def test_alpha_is_undefined_without_two_raters_or_two_values(votes: Sequence[Vote]) -> None:
-    assert agreement.alpha(PAIRS, votes) is None
+    assert agreement.alpha(PAIRS.parts[0], votes) is None
 
 
 def test_agreement_of_nobody_is_undefined() -> None:
-    assert agreement.raw_agreement(PAIRS, []) is None
-    assert agreement.raw_agreement(PAIRS, CHOSEN[:1]) is None
+    assert agreement.raw_agreement(PAIRS.parts[0], []) is None
+    assert agreement.raw_agreement(PAIRS.parts[0], CHOSEN[:1]) is None
     assert agreement.quality(PAIRS, []) == []
-    assert agreement.summary(PAIRS, []) == {
+    assert agreement.summary(PAIRS.parts[0], []) == {
         "votes": 0, "raters": 0, "alpha": None, "raw_agreement": None,
     }  # fmt: skip
 
@@ -135,7 +136,7 @@ def test_quality_of_a_rater_whose_only_vote_is_a_repeat() -> None:
 def test_scores_of_tags_are_the_mean_over_raters() -> None:
     round_ = a_round("tags", 2, 3)
     votes = [vote("x", 0, (0, 2)), vote("y", 0, (2,)), vote("x", 0, (1,), repeat=1)]
-    scores = agreement.scores(round_, votes)
+    scores = agreement.scores(round_.parts[0], votes)
     assert scores[0].tolist() == [-0.5, 0.0, -1.0]
     assert np.isnan(scores[1]).all()
     # "tagged by one of two" against "tagged by both" is a pair too
@@ -148,7 +149,7 @@ def test_scores_of_pairs_are_shares_and_equal_is_a_tie() -> None:
         vote("x", 1, "b"), vote("y", 1, "b"), vote("z", 1, "a"), vote("w", 1, "bad"),
         vote("x", 2, "a"), vote("y", 2, "b"),
     ]  # fmt: skip
-    scores = agreement.scores(PAIRS, votes)
+    scores = agreement.scores(PAIRS.parts[0], votes)
     assert scores[:3].tolist() == [[0.5, 0.0], [0.25, 0.5], [0.5, 0.5]]
     assert np.isnan(scores[3]).all()
     assert agreement.preferences(scores).tolist() == [[0, 0, 1], [1, 1, 0]]
@@ -173,7 +174,7 @@ def test_pairs_of_one_rater_are_those_of_the_published_code(
     tags = np.array(numbers["tags"])
     round_ = a_round("tags", *tags.shape)
     votes = [vote("x", p, tuple(np.flatnonzero(row < 0).tolist())) for p, row in enumerate(tags)]
-    scores = agreement.scores(round_, votes)
+    scores = agreement.scores(round_.parts[0], votes)
     assert (scores == tags).all()
     assert agreement.preferences(scores).tolist() == published(numbers["pairs_bs1"])
 

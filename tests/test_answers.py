@@ -34,7 +34,8 @@ def test_every_command_answers_in_json_and_those_that_take_time_can_be_quiet() -
     assert {name for name, known in options.items() if "--json" not in known} == SILENT
     busy = {name for name, known in options.items() if {"-q", "--quiet", "-v"} <= known}
     assert busy == {"run", "sweep", "evaluate", "table1", "verify", "feedback new",
-                    "feedback train", "feedback simulate"}  # fmt: skip
+                    "feedback train", "feedback simulate", "feedback agreement",
+                    "tune"}  # fmt: skip
     assert busy == {name for name, command in found.items() if isinstance(command, Working)}
 
 
@@ -49,7 +50,7 @@ def runs(tmp_path: Path) -> Path:
     for method in ("d3po", "ddpo"):
         for seed in range(2):
             folder = write_run(tmp_path / "runs", method=method, seed=seed, gain=0.1 + seed / 100)
-            add_columns(folder, {}, drift=0.02)
+            add_columns(folder, {}, kl=0.02)
     return tmp_path / "runs"
 
 

@@ -84,6 +84,15 @@ def test_without_a_buffer_the_round_counts() -> None:
     torch.testing.assert_close(found, torch.tensor([[-1.0], [1.0]]))
 
 
+def test_in_a_group_an_image_is_compared_with_those_of_its_draw() -> None:
+    # 1, 3: mean 2, std 1. Of equal images none is better.
+    drawn = scored(["cat", "cat"], [[1, 3], [5, 5]], {"cat": [9] * 20})
+    found = advantages(drawn, against="group")
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / (1 + 1e-4))
+    moved = advantages(scored(["cat"], [[107, 101]]), against="group")  # 3 less, 3 more
+    torch.testing.assert_close(moved, torch.tensor([[1.0, -1.0]]), rtol=1e-3, atol=0)
+
+
 # ---- DDPO
 
 
@@ -178,6 +187,23 @@ def test_the_value_is_learned_and_remembered(policy: Policy) -> None:
     torch.testing.assert_close(plain.advantage[:, 0], target)
 
 
+def test_a_value_of_the_reward_is_subtracted_from_the_reward_itself(policy: Policy) -> None:
+    method = DPOK(value="reward", advantage_clip=100)
+    drawn = rollout_of(policy, method)
+    found = []
+    for more in (0.0, 10.0):
+        own = replace(drawn, scores=drawn.scores + more, memory={})
+        found.append(method.rows(own, stream(0, "rows")).advantage)
+    # The value has seen no reward yet, so it is the same for both.
+    torch.testing.assert_close(found[1] - found[0], torch.full_like(found[0], 10.0))
+    value = drawn.scores.flatten().unsqueeze(1) - found[0]
+    assert (value[:, 0] != value[:, 1]).any()
+    fast = DPOK(value="reward", value_rate=1e-2, value_steps=100)
+    for number in range(3):
+        learned = fast.rows(drawn, stream(0, "rows", number)).advantage
+    assert learned.square().mean() < 0.1 * drawn.scores.square().mean()
+
+
 # ---- Reward Weighted and preferred images
 
 
@@ -196,11 +222,15 @@ def test_softmax_weights_by_hand() -> None:
         ({"weight": "softmax_raw", "inverse_temperature": 1e-9}, [1] * 6),
         ({"weight": "softmax_raw", "inverse_temperature": 9.0, "largest_weight": 2.0},
          [0, 0, 2, 0, 0, 7e-4]),
+        # Each against the other of its draw, in standard deviations of the two.
+        ({"weight": "signed", "advantage": "group"}, [-1, 1, 1, -1, -1, 1]),
+        ({"weight": "signed", "advantage": "group", "largest_weight": 0.5},
+         [-0.5, 0.5, 0.5, -0.5, -0.5, 0.5]),
     ],
 )  # fmt: skip
 def test_weights(policy: Policy, options: dict[str, Any], expected: list[float]) -> None:
     found = RewardWeighted(**options).weights(rollout_of(policy, RewardWeighted()))
-    torch.testing.assert_close(found, torch.tensor(expected).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, torch.tensor(expected).float(), atol=2e-4, rtol=0)
 
 
 def test_lee_takes_rewards_as_they_are_and_only_from_0_to_1() -> None:
@@ -225,6 +255,19 @@ def test_weighted_loss_by_hand(policy: Policy) -> None:
     torch.testing.assert_close(loss, (error * items.weight).mean())
     share = rows.weight[:, 0].sum() ** 2 / rows.weight[:, 0].square().sum() / 6
     torch.testing.assert_close(metrics["effective_share"], share)
+
+
+def test_signed_weights_turn_with_the_reward(policy: Policy) -> None:
+    method = RewardWeighted(weight="signed", advantage="group")
+    drawn, losses = rollout_of(policy, method), []
+    for sign in (1, -1):
+        rows = method.rows(replace(drawn, scores=sign * drawn.scores), stream(0, "rows"))
+        unit, step = torch.arange(6), torch.tensor([0, 1, 2, 3, 0, 1])
+        losses.append(method.loss(policy, rows.take(unit, step))[0])
+    assert losses[0] != 0
+    torch.testing.assert_close(losses[0], -losses[1])
+    tied = method.rows(replace(drawn, scores=torch.ones(3, 2)), stream(0, "rows"))
+    assert tied.weight.abs().sum() == tied.effective.abs().sum() == 0
 
 
 def test_the_samplers_noise_levels(policy: Policy) -> None:

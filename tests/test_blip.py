@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from d3po_bench.errors import UserError
-from eval.scorers import _blip, blip, image_reward
+from eval.scorers import _blip, _blip_match, blip, blip_base, image_reward
+from eval.scorers._blip_match import Blip
 from tests.parity import inputs
 from tests.parity.recording import Recording, regenerated
 
@@ -31,32 +32,32 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
 
 
 @pytest.fixture(scope="module")
-def loaded(recording: Recording) -> blip.Blip:
-    return blip.Blip(_blip.official(recording.checkpoint, recording.vocabulary), CPU)
+def loaded(recording: Recording) -> Blip:
+    return Blip(_blip.official(recording.checkpoint, recording.vocabulary), CPU)
 
 
 @pytest.fixture
-def scorer(loaded: blip.Blip) -> Iterator[blip.Blip]:
+def scorer(loaded: Blip) -> Iterator[Blip]:
     before = dict(vars(loaded))
     yield loaded
     vars(loaded).update(before)
 
 
-def gaps(recording: Recording, scorer: blip.Blip, column: str = "blip_itm_logit") -> Tensor:
+def gaps(recording: Recording, scorer: Blip, column: str = "blip_itm_logit") -> Tensor:
     return recording.gaps(column, lambda images, prompts: scorer.columns(images, prompts)[column])
 
 
 # ---- equal to the official package
 
 
-def test_scores_equal_the_official(recording: Recording, scorer: blip.Blip) -> None:
+def test_scores_equal_the_official(recording: Recording, scorer: Blip) -> None:
     for column in COLUMNS:
         assert gaps(recording, scorer, column).max() <= 1e-5, column
     assert recording.gaps("blip_itm_logit", scorer).max() <= 1e-5, "a call gives the raw logit"
     assert scorer.unit == "logit"
 
 
-def test_columns_agree_with_each_other(scorer: blip.Blip) -> None:
+def test_columns_agree_with_each_other(scorer: Blip) -> None:
     found = scorer.columns(inputs.images(96, 160), inputs.PROMPTS)
     assert tuple(found) == COLUMNS
     assert all(scores.shape == (len(inputs.PROMPTS),) for scores in found.values())
@@ -68,7 +69,7 @@ def test_columns_agree_with_each_other(scorer: blip.Blip) -> None:
 @pytest.mark.gpu
 def test_a_gpu_scores_as_the_cpu_does(recording: Recording) -> None:
     parts = _blip.official(recording.checkpoint, recording.vocabulary)
-    scorer = blip.Blip(parts, torch.device("cuda"))
+    scorer = Blip(parts, torch.device("cuda"))
     for column in COLUMNS:
         assert gaps(recording, scorer, column).max() <= 1e-4
 
@@ -77,7 +78,7 @@ def test_a_gpu_scores_as_the_cpu_does(recording: Recording) -> None:
 
 
 @pytest.mark.slow
-def test_itm_with_cls_shows(recording: Recording, scorer: blip.Blip) -> None:
+def test_itm_with_cls_shows(recording: Recording, scorer: Blip) -> None:
     scorer.encode = scorer.words.cls_token_id
     assert gaps(recording, scorer).min() > SEEN
     assert gaps(recording, scorer, "blip_itc").max() <= 1e-5
@@ -85,7 +86,7 @@ def test_itm_with_cls_shows(recording: Recording, scorer: blip.Blip) -> None:
 
 @pytest.mark.slow
 def test_itc_with_enc_shows(
-    recording: Recording, scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, scorer: Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = _blip.tokenized
     monkeypatch.setattr(_blip, "tokenized", lambda *a: right(*a).starting(scorer.encode))
@@ -95,7 +96,7 @@ def test_itc_with_enc_shows(
 
 @pytest.mark.slow
 def test_other_normalisation_shows(
-    recording: Recording, scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, scorer: Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     for mean, std in (imagenet, ((0.5,) * 3, (0.5,) * 3), ((0,) * 3, (1,) * 3)):
@@ -104,7 +105,7 @@ def test_other_normalisation_shows(
         assert gaps(recording, scorer).max(1).values.min() > SEEN, mean
 
 
-def test_cropping_instead_of_squeezing_shows(recording: Recording, scorer: blip.Blip) -> None:
+def test_cropping_instead_of_squeezing_shows(recording: Recording, scorer: Blip) -> None:
     scorer.resize = partial(image_reward.cropped, size=384)
     found = gaps(recording, scorer).max(1).values
     for square, gap in zip(SQUARE, found, strict=True):
@@ -112,20 +113,20 @@ def test_cropping_instead_of_squeezing_shows(recording: Recording, scorer: blip.
 
 
 @pytest.mark.slow
-def test_another_filter_shows(recording: Recording, scorer: blip.Blip) -> None:
+def test_another_filter_shows(recording: Recording, scorer: Blip) -> None:
     scorer.resize = lambda image: image.resize((384, 384), Image.Resampling.BILINEAR)
     assert gaps(recording, scorer).max(1).values.min() > 1e-4
 
 
 def test_a_raw_caption_shows(
-    recording: Recording, scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, scorer: Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blip, "caption", str)
+    monkeypatch.setattr(_blip_match, "caption", str)
     assert gaps(recording, scorer)[:, 1].min() > SEEN
 
 
 def test_a_longer_cut_shows(
-    recording: Recording, scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, scorer: Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_blip, "TOKENS", 77)
     found = gaps(recording, scorer)
@@ -134,7 +135,7 @@ def test_a_longer_cut_shows(
 
 
 def test_attention_to_padding_shows(
-    recording: Recording, scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, scorer: Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = _blip.tokenized
 
@@ -153,12 +154,10 @@ def test_captions() -> None:
         " ".join(str(i) for i in range(60)): " ".join(str(i) for i in range(50)),
         "": "",
     }.items():
-        assert blip.caption(prompt) == expected
+        assert _blip_match.caption(prompt) == expected
 
 
-def test_scores_do_not_depend_on_the_batch(
-    scorer: blip.Blip, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_do_not_depend_on_the_batch(scorer: Blip, monkeypatch: pytest.MonkeyPatch) -> None:
     images, prompts = inputs.images(64, 64, 12), inputs.PROMPTS * 2
     found = {}
     for batch in (1, 5, 12):
@@ -174,7 +173,7 @@ def test_scores_do_not_depend_on_the_batch(
 
 
 def test_a_folder_of_our_own_scores_the_same(
-    recording: Recording, scorer: blip.Blip, tmp_path: Path
+    recording: Recording, scorer: Blip, tmp_path: Path
 ) -> None:
     _blip.save(tmp_path, scorer.network, recording.vocabulary)
     again = blip.load(CPU, str(tmp_path))
@@ -192,12 +191,27 @@ def test_official_weights_come_from_the_cache(
     assert recording.gaps("blip_itm_logit", blip.load(CPU)).max() <= 1e-5
 
 
+def test_the_checkpoint_that_the_paper_names_is_smaller_and_has_columns_of_its_own(
+    recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = torch.load(recording.checkpoint, weights_only=True)["model"]
+    places = content["visual_encoder.pos_embed"][:, : 1 + (224 // 16) ** 2]
+    path = altered(recording, tmp_path / "model_base.pth", {"visual_encoder.pos_embed": places})
+    monkeypatch.setattr("eval.downloads.find", lambda *names: [path, recording.vocabulary])
+    base: Any = blip_base.load(CPU)
+    images = inputs.images(64, 64)
+    found = base.columns(images, inputs.PROMPTS)
+    assert list(found) == ["blip_base_itm_logit", "blip_base_itm_prob", "blip_base_itc"]
+    assert torch.equal(found["blip_base_itm_logit"], base(images, inputs.PROMPTS))
+    assert base.network.config.vision_config.image_size == 224
+
+
 def test_loading_draws_nothing_and_names_what_it_ignores(
     recording: Recording, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = torch.get_rng_state()
     with caplog.at_level(logging.WARNING, "eval.scorers._blip"):
-        blip.Blip(_blip.official(recording.checkpoint, recording.vocabulary), CPU)
+        Blip(_blip.official(recording.checkpoint, recording.vocabulary), CPU)
     assert torch.equal(torch.get_rng_state(), before)
     (record,) = caplog.records
     assert record.getMessage().endswith("ignored what scoring does not need: temp (1)")
@@ -226,7 +240,7 @@ def test_a_missing_tensor_or_another_shape_is_refused(
 ) -> None:
     path = altered(recording, tmp_path / "other.pth", {name: tensor})
     with pytest.raises(UserError, match=rf"{path}.*{said}|itm_head.weight in {path} {said}"):
-        blip.Blip(_blip.official(path, recording.vocabulary), CPU)
+        Blip(_blip.official(path, recording.vocabulary), CPU)
 
 
 class Harm:
@@ -253,13 +267,13 @@ def test_other_files_are_refused_and_not_executed(
 def test_another_vocabulary_is_refused(recording: Recording, tmp_path: Path) -> None:
     vocabulary = inputs.bert_vocabulary(tmp_path / "vocab.txt", 399)
     with pytest.raises(UserError, match=r"vocab\.txt has 399 tokens, but .* with 400"):
-        blip.Blip(_blip.official(recording.checkpoint, vocabulary), CPU)
+        Blip(_blip.official(recording.checkpoint, vocabulary), CPU)
 
 
 # ---- callers
 
 
-def test_other_images_and_too_few_prompts_are_refused(scorer: blip.Blip) -> None:
+def test_other_images_and_too_few_prompts_are_refused(scorer: Blip) -> None:
     right = inputs.images(8, 8)
     for images in (right.float(), right[0], right[:, :2]):
         with pytest.raises(TypeError, match="blip scores uint8 images"):

@@ -69,6 +69,7 @@ def test_version_and_list(command: Command) -> None:
     assert command("--version").out == "d3po-bench, version 0.1.0\n"
     assert "\nobjectives:\n" in command("list").out
     assert "\nd3po options:\n" in command("list", "--settings").out
+    assert " advantage=group " in command("list", "--settings", "--method", "grpo").out
     refused(command("list", "--settings", "--method", "d3p"), "'d3po'")
 
 

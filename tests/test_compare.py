@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import t
 
 from eval.analysis.compare import compare
 from eval.analysis.gains import records
@@ -73,6 +74,21 @@ def test_what_is_not_shown_is_no_fault_unless_better_is_required(
     assert "p = 1, 3 seeds each, paired" in command("compare", ours, ours).out
 
 
+@pytest.mark.parametrize(("margin", "shown"), [(0.2, True), (0.05, False)])
+def test_equivalence_within_a_margin(
+    margin: float, shown: bool, tmp_path: Path, command: Command
+) -> None:
+    """0.01, -0.03 and 0.05 apart: mean 0.01, s = 0.04."""
+    ours = side(tmp_path, "d3po", (1.01, 1.47, 2.05))
+    done = command("compare", ours, side(tmp_path, "ddpo", (1, 1.5, 2)), "--margin", margin)
+    said = "shown to be equivalent" if shown else "no difference is shown"
+    assert f"p = {t.sf((margin - 0.01) / (0.04 / 3**0.5), 2):.2g} of being {margin:g}" in done.out
+    assert done.out.endswith(f": {said}.\n")
+    assert done.code == 0
+    found = json.loads(command("compare", ours, ours, "--margin", margin, "--json").out)
+    assert (found["verdict"], found["p_equivalent"], found["margin"]) == ("equivalent", 0, margin)
+
+
 def test_better_that_is_required_and_shown(sides: tuple[Path, Path], command: Command) -> None:
     assert command("compare", *sides, "--require", "better").code == 0
 
@@ -96,7 +112,7 @@ def test_other_images_are_not_paired(sides: tuple[Path, Path]) -> None:
 
 
 def test_one_seed_shows_nothing(sides: tuple[Path, Path]) -> None:
-    found = compare(*(folder / "seed-1" for folder in sides))
+    found = compare(sides[0] / "seed-1", sides[1] / "seed-1")
     assert found.sentence() == (
         "d3po gains 0.600 kB more than ddpo on incompress (difference +0.600, no interval without "
         "two seeds of each: run more, 1 seed each, paired): no difference is shown."

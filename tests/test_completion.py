@@ -36,7 +36,8 @@ def offered(line: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("line", "expected"),
     [
         ("d3po-bench ru", ["run"]),
-        ("d3po-bench run --method d", ["d3po", "ddpo", "diffusion_dpo", "dpok"]),
+        ("d3po-bench run --method dd", ["ddpo", "ddpo_kl"]),
+        ("d3po-bench run --method grpo --set cl", ["clip_range="]),
         ("d3po-bench run --objective c", ["clip", "compress"]),
         ("d3po-bench run --objective ./my", ["file"]),
         ("d3po-bench run --model sd", ["sd15"]),

@@ -38,10 +38,45 @@ def test_every_preset_fits_every_method_and_objective(preset: str) -> None:
         assert (run.method, run.objective) == (method, objective)
         assert execution == Execution()
         common = dict(PRESETS[preset])
-        own = common.pop("by_method", {}).get(method, {})
+        by_method, (of, variant) = common.pop("by_method", {}), registry.variant(method)
+        own = {**by_method.get(of, {}), **variant, **by_method.get(method, {})}
         special = common.pop("by_objective", {}).get(objective, {})
         for name, value in {**common, **special, **own}.items():
             assert (run.options[name] if name in run.options else getattr(run, name)) == value
+
+
+def test_a_variant_is_its_method_with_settings_and_keeps_its_name() -> None:
+    run, _ = make("grpo", "incompress", "quick", {})
+    same, _ = make(
+        "ddpo", "incompress", "quick",
+        {"advantage": "group", "shared_noise": "true", "images_per_prompt": "8"},
+    )  # fmt: skip
+    assert run == replace(same, method="grpo")
+    assert run.run_id != same.run_id
+    assert config.method_of(run) == config.method_of(same)
+    # What the preset has for the variant stands above it, what is asked for above both.
+    run, _ = make("reward_weighted_anchor", "incompress", "quick", {"anchor": "3"})
+    assert (run.options["anchor"], run.learning_rate) == (3.0, 2.5e-3)
+    assert make("d3po_random", "incompress", "paper", {})[0].choices == "random"
+
+
+def test_images_of_a_round_are_as_many_for_every_method_and_variant() -> None:
+    for preset, images in (("quick", 128), ("paper", 160)):
+        for name in registry.names("method"):
+            run, _ = make(name, "incompress", preset, {})
+            own = run.images_per_prompt or config.method_of(run).images_per_prompt
+            # A policy gradient of the paper's draws one image of a prompt.
+            assert run.prompts_per_round * own == (80 if own == 1 else images), name
+
+
+def test_what_finished_images_cannot_have_is_refused() -> None:
+    for change in ({"window": "2"}, {"step_weight": "inverse"}):
+        with pytest.raises(UserError, match="learns from finished images: leave out window and"):
+            make("raft", "incompress", "quick", change)
+    with pytest.raises(UserError, match=r"window must be from 0 to 5, not 6"):
+        make("d3po", "incompress", "quick", {"window": "6"})
+    with pytest.raises(UserError, match=r"ddpo compares at least 2 images of each prompt, not 1"):
+        make("ddpo", "incompress", "paper", {"choices": "random"})
 
 
 def test_every_preset_is_described() -> None:
@@ -236,7 +271,9 @@ def test_run_id_does_not_change_with_execution() -> None:
 def test_the_json_holds_every_field_and_the_id() -> None:
     other = replace(
         CONFIG, sampler="cps", long_prompts="cut", lora="style.safetensors",
-        sources={"objective": "reward.py"}, prompts="animals",
+        sources={"objective": "reward.py"}, prompts="animals", choices="random", window=2,
+        timestep_spacing="log_snr", step_weight="inverse", updates_per_round=4,
+        eval_list="geneval", eval_noise=1,
     )  # fmt: skip
     for made, without in ((CONFIG, set(config.LATER)), (other, set())):
         found = json.loads(made.to_json())

@@ -21,12 +21,17 @@ from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import UserError
 from d3po_bench.experience import dataset
 from d3po_bench.experience.dataset import Dataset, Group, Table
+from d3po_bench.feedback.handout import hand_out
+from d3po_bench.feedback.invitations import find_rater, invite
+from d3po_bench.feedback.store import HandoutSettings, open_labels
+from d3po_bench.feedback.votes import cast_vote
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import load, model_source
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.runs.store import RunStore
 from tests.commands import Command, refused
 from tests.conftest import CPU
+from tests.feedback_round import new_source, new_study
 
 
 def picture(number: int, side: int = 20) -> Image.Image:
@@ -372,3 +377,40 @@ def test_a_voted_round_its_export_and_pandas_say_the_same(
     )
     groups = dataset.read(round_ / "labels.csv").groups
     assert [g.scores[0] for g in groups] == pytest.approx(shares.tolist())
+
+
+def test_a_study_and_its_export_are_learned_from_by_every_method_that_takes_them(
+    folder: Path, micro: Path, command: Command, train: Any
+) -> None:
+    """Two raters on two prompts: a pair and a scale of each picture."""
+    sources = [new_source(folder / name, 2, first, size=8) for first, name in ((0, "a"), (2, "b"))]
+    round_ = folder / "round"
+    study = new_study(folder / "study", answers="answers = 9")
+    given = [word for source in sources for word in ("--pictures", source)]
+    assert command("feedback", "new", round_, "--study", study, *given).code == 0
+    settings = HandoutSettings(votes_per_item=2, gold_every=0, repeat_every=0)
+    with open_labels(round_, None, settings, new=True) as store:
+        for name, said in (("x", (5, "a")), ("y", (4, "tie"))):
+            rater = find_rater(store, token=invite(store, name))
+            while rater and (hand := hand_out(store, rater.id)):
+                first = hand.item.images[0].endswith("-0.png")
+                rated = said[0] if first else 2
+                answer: Any = said[1] if hand.item.question == "better" else rated
+                cast_vote(store, rater.id, hand.id, answer, 2000, hand.step)
+    table_ = round_ / "labels.csv"
+    assert command("feedback", "export", round_).code == 0
+    refused(train(table_, "kto"), "Choose one with --question")
+    refused(train(round_, "kto"), "Choose one with --question")
+    # pairs: two prompts, each with a winner. Scales: 2 pictures liked of 4, or two pairs.
+    for place, question, method, learned in (
+        (table_, "better", "preferred_images", 2), (table_, "real", "kto", 4),
+        (table_, "real", "diffusion_dpo", 2), (round_, "real", "diffusion_dpo", 2),
+    ):  # fmt: skip
+        out = folder / f"{place.name}-{question}-{method}"
+        done = train(place, method, "--model", micro, "--question", question, "--out", out)
+        assert done.code == 0, done.err
+        assert RunStore(out).metrics[-1]["pairs"] == learned, (question, method)
+    frame = pd.read_csv(table_)
+    real = frame[(frame.question == "real") & (frame.use == "main") & (frame.repeat == 0)]
+    means = real.assign(rating=real.answer.astype(int)).groupby("images").rating.mean()
+    assert sorted(means) == [2, 2, 4.5, 4.5]

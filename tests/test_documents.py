@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import click
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from d3po_bench import registry
+from d3po_bench.cli import cli
 from tests.commands import ROOT
 
 MARKDOWN = MarkdownIt("commonmark").enable("table")
@@ -58,6 +61,29 @@ def broken(document: Path) -> list[str]:
     return found
 
 
+OURS = re.compile(r"(?:srun )?(?:d3po-bench|(?:torchrun|accelerate launch) .*-m d3po_bench) (.*)")
+
+
+def printed(document: Path) -> Iterator[list[str]]:
+    """The words of every command of ours in a document's blocks of code."""
+    for token in MARKDOWN.parse(document.read_text(encoding="utf-8")):
+        if token.type == "fence":
+            for line in token.content.replace("\\\n", " ").splitlines():
+                if found := OURS.match(line.strip()):
+                    yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("page", ["docs/several-gpus.md", "docs/clusters.md", "docs/own-model.md"])
+def test_its_commands_have_options_that_exist(page: str) -> None:
+    commands = [c for c in printed(ROOT / page) if not any("://" in word for word in c[:2])]
+    assert len(commands) > 4
+    for words in commands:
+        name, command, rest = cli.resolve_command(click.Context(cli), words)
+        assert command is not None
+        with command.make_context(name, [*rest]) as context:
+            assert context.params
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_its_links_lead_to_files_and_headings_that_are_there(document: Path) -> None:
     assert broken(document) == []
@@ -73,7 +99,9 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     assert broken(page) == ["other.md#another", "gone.md", "gone.png", "folder/"]
 
 
-@pytest.mark.parametrize("name", registry.names("method"))
+@pytest.mark.parametrize(
+    "name", [n for n in registry.names("method") if not registry.variant(n)[1]]
+)
 def test_the_page_of_a_method_has_its_equation(name: str) -> None:
     told = registry.method(name).loss.__doc__ or ""  # type: ignore[attr-defined]
     assert re.search(r"\$\$\n.*=.*\$\$", told, re.DOTALL), "loss needs an equation between $$"

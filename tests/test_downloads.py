@@ -98,7 +98,8 @@ def test_weights_are_listed_without_loading_torch() -> None:
     ).stdout.split()
     assert loaded == "False"
     assert set(names) == {
-        "clip", "laion_aesthetic", "blip", "image_reward", "bert-base-uncased", "prompts-anime",
+        "clip", "clip-words", "laion_aesthetic", "blip", "blip_base", "image_reward", "pick_score",
+        "hps_v2_1", "vqa_score", "bert-base-uncased", "prompts-anime",
         "prompts-image-reward",
     }  # fmt: skip
 

@@ -24,9 +24,9 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
 def two_methods(tmp_path: Path) -> Path:
     """D3PO with 100 UNet passes a round, DDPO with 200."""
     for seed in range(3):
-        add_columns(write_run(tmp_path, seed=seed), {"unet_forwards": 100}, drift=0.1)
+        add_columns(write_run(tmp_path, seed=seed), {"unet_forwards": 100})
         folder = write_run(tmp_path, method="ddpo", seed=seed, gain=0.06 * seed)
-        add_columns(folder, {"unet_forwards": 200}, drift=0.02)
+        add_columns(folder, {"unet_forwards": 200})
     return tmp_path
 
 
@@ -38,7 +38,6 @@ def test_equal_budgets_by_hand(two_methods: Path) -> None:
         "gain after 640 images": "+1.000 (+1.000 to +1.000)",
         "gain after 1,000 UNet passes": "+1.000 (+1.000 to +1.000)",
         "mean gain over the images drawn": "+0.500 (+0.500 to +0.500)",
-        "KL at a mean gain of +0.600": "0.600",
         "images to half of d3po's gain": "320",
         "probability to end better than d3po": "",
     }
@@ -47,8 +46,6 @@ def test_equal_budgets_by_hand(two_methods: Path) -> None:
     assert ddpo["gain after 640 images"] == "+0.600 (-0.890 to +2.090)"
     assert ddpo["gain after 1,000 UNet passes"] == "+0.300 (-0.445 to +1.045)"
     assert ddpo["mean gain over the images drawn"] == "+0.300 (-0.445 to +1.045)"
-    # The mean of DDPO's seeds gains 0.6 in ten rounds, D3PO's in six.
-    assert ddpo["KL at a mean gain of +0.600"] == "0.200"
     # The seed that stands still never gets there: no mean without it.
     assert ddpo["images to half of d3po's gain"] == "2 of 3 seeds"
     # One of three seeds beats all of D3PO's.

@@ -33,11 +33,12 @@ from d3po_bench.feedback.agreement import read_label_files
 from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.handout import hand_out
 from d3po_bench.feedback.invitations import find_rater, invite, pool_of
+from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import SOURCES, Round
 from d3po_bench.feedback.sampling import Before, Sampling, chosen_prompts, prepared, read_rollout
-from d3po_bench.feedback.schema import Answer, Kind, Question
 from d3po_bench.feedback.simulated import Annotator
 from d3po_bench.feedback.store import HandoutSettings, default_url, open_labels
+from d3po_bench.feedback.study import Study, one_question
 from d3po_bench.feedback.votes import cast_vote, effective_votes, scores_of
 from d3po_bench.runs.store import RunStore
 from d3po_bench.runs.tensors import digest_of, read_tensors
@@ -48,8 +49,7 @@ from tests.feedback_round import claiming, new_round, picture
 
 SMALL = {"sampling_steps": "3", "sample_batch": "14", "dtype": "fp32"}
 LEARN = {"prompts_per_round": "2", "learning_rate": "1e-2"}
-TAGS: tuple[Kind, Question] = ("tags", "deformed")
-PAIRS: tuple[Kind, Question] = ("pairs", "better")
+TAGS, PAIRS = one_question("tags"), one_question("pairs")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -70,13 +70,11 @@ def without_times(path: Path) -> bytes:
     return digest_of(tensors, json.dumps(facts)).encode()
 
 
-def draw(
-    folder: Path, model: Path, judged: tuple[Kind, Question] = TAGS, count: int = 4, **more: Any
-) -> Round:
+def draw(folder: Path, model: Path, study: Study = TAGS, count: int = 4, **more: Any) -> Round:
     """A small round of the micro model."""
     settings = {"sample_batch": "14"} if "before" in more else SMALL
     return draw_round(
-        folder, judged, "animals", count=count, model=str(model), preset="official_code",
+        folder, study, "animals", count=count, model=str(model), preset="official_code",
         settings=settings, device="cpu", **more,
     )  # fmt: skip
 
@@ -193,7 +191,7 @@ def test_prompts_come_equally_often_and_in_another_order_in_another_round(micro:
 
 
 def test_a_safety_round_is_blurred(micro: Path, tmp_path: Path) -> None:
-    assert draw(tmp_path / "round", micro, ("tags", "unsafe"), count=1).blurred
+    assert draw(tmp_path / "round", micro, one_question("tags", "unsafe"), count=1).study.blurred
 
 
 # ---- learning
@@ -288,6 +286,7 @@ def test_a_training_on_votes_can_be_watched(drawn: Path, tmp_path: Path) -> None
     assert f"d3po-bench feedback train {drawn} --method d3po --passes 1" in said
 
 
+@pytest.mark.slow
 def test_more_passes_go_on_to_the_bytes_of_a_longer_training(drawn: Path, tmp_path: Path) -> None:
     data = learnable(drawn)
     for passes in (1, 2):
@@ -327,7 +326,7 @@ def votes(
     """How good the images of a new round are, by item, and what a pool says of them."""
     round_ = new_round(folder, kind, number, size=4)
     worth = {
-        item.id: torch.randn(round_.images_per_item, generator=torch.manual_seed(n))
+        item.id: torch.randn(round_.parts[0].images_per_item, generator=torch.manual_seed(n))
         for n, item in enumerate(round_.items)
     }
     settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
@@ -338,6 +337,11 @@ def votes(
         assert simulated.let_vote(store, worth, pool, seed=0) == 0
     assert len({(vote.rater, vote.item) for vote in found}) == len(found) == expected
     return worth, sorted((vote.rater, vote.item, vote.answer) for vote in found)
+
+
+def tagged(answer: Answer) -> set[int]:
+    assert isinstance(answer, tuple)
+    return set(answer)
 
 
 def right(worth: Tensor) -> Answer:
@@ -359,7 +363,7 @@ def test_without_errors_raters_say_what_the_rule_says_and_with_error_1_the_oppos
 
 def test_errors_come_as_often_as_stated_and_differ_between_raters(tmp_path: Path) -> None:
     worth, found = votes(tmp_path, "tags", [Annotator(error=0.2)] * 2, number=60)
-    wrong = [len(set(right(worth[item])) ^ set(said)) for _, item, said in found]
+    wrong = [len(tagged(right(worth[item])) ^ tagged(said)) for _, item, said in found]
     assert sum(wrong) / (2 * 60 * 7) == pytest.approx(0.2, abs=0.05)
     by_rater = [[said for who, _, said in found if who.endswith(n)] for n in ("1", "2")]
     assert by_rater[0] != by_rater[1]
@@ -659,8 +663,8 @@ def test_a_folder_with_another_round_is_left_alone(own: Path, micro: Path) -> No
     before = files(own)
     with pytest.raises(UserError, match="its prompts differ"):
         draw(own, micro, count=3)
-    with pytest.raises(UserError, match="kind or question"):
-        draw(own, micro, ("tags", "better"))
+    with pytest.raises(UserError, match="kind, question or study"):
+        draw(own, micro, one_question("tags", "better"))
     assert files(own) == before
 
 

@@ -31,12 +31,11 @@ from d3po_bench.feedback.invitations import (
     disable,
     find_rater,
     invite,
-    invite_admin,
+    invite_as,
     raters,
 )
-from d3po_bench.feedback.page import connections, server
+from d3po_bench.feedback.page import connections, server, words
 from d3po_bench.feedback.page.connections import Connection
-from d3po_bench.feedback.page.routes import QUESTIONS
 from d3po_bench.feedback.page.sessions import Limiter, Limits, Sessions, session_key
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.store import VOTES, HandoutSettings, LabelStore, MovedError, default_url
@@ -213,9 +212,10 @@ def test_unsafe_pictures_are_blurred_until_asked(tmp_path: Path) -> None:
 
 
 def test_every_kind_and_question_has_its_words(tmp_path: Path) -> None:
-    for n, (kind, question) in enumerate(QUESTIONS):
+    for n, (name, text) in enumerate(words.ALL["en"].asked.items()):
+        kind, question = name.split(".")
         for made in site(tmp_path / str(n), kind, question=question, number=1):
-            assert QUESTIONS[kind, question][0] in made.rater().get("/").text
+            assert text in made.rater().get("/").text
 
 
 def test_signing_out_ends_the_session_for_whoever_has_its_cookie(tags: Site) -> None:
@@ -254,13 +254,13 @@ def test_a_prompt_is_text_whatever_is_in_it(tmp_path: Path) -> None:
         assert "&lt;script&gt;alert" in page
         assert "<b onclick" not in page
         assert page.count("<img ") == 7
-        admin = made.browser(invite_admin(made.store)).get("/admin").text
+        admin = made.browser(invite_as(made.store)).get("/admin").text
         assert "&lt;b onclick=" in admin
         assert "<b onclick" not in admin
 
 
 def test_every_answer_carries_the_headers_and_no_page_has_inline_script(tags: Site) -> None:
-    ann, admin = tags.rater(), tags.browser(invite_admin(tags.store))
+    ann, admin = tags.rater(), tags.browser(invite_as(tags.store))
     answers = [
         ann.get("/"), ann.get("/join"), ann.get("/nothing"), ann.get("/static/page.js"),
         ann.get("/image/1/0"), ann.post("/vote"), admin.get("/admin"), ann.put("/vote"),
@@ -577,7 +577,7 @@ def test_a_database_that_fails_is_said_in_words(
 def test_votes_into_a_file_that_was_removed_are_not_acknowledged(
     tags: Site, names: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ann, admin = tags.rater(), tags.browser(invite_admin(tags.store))
+    ann, admin = tags.rater(), tags.browser(invite_as(tags.store))
     form = fields(ann)
     kept = [(tags.folder / f"labels.sqlite{name}", f"kept{name}") for name in names]
     for path, name in kept:
@@ -622,7 +622,7 @@ def test_the_admin_sees_rate_agreement_and_quality(tmp_path: Path) -> None:
         for client in (ann, bob):
             client.post("/vote", data={**fields(client), "tag": "0"})
         invite(made.store, "Cyd")
-        page = made.browser(invite_admin(made.store)).get("/admin").text
+        page = made.browser(invite_as(made.store)).get("/admin").text
         assert "of 2, 2 votes each" in page
         assert 'scope="row">Cyd' in page
         assert re.search(r"<dt>Votes</dt><dd>2 <small>by 2 raters", page)
@@ -631,17 +631,17 @@ def test_the_admin_sees_rate_agreement_and_quality(tmp_path: Path) -> None:
 
 
 def test_only_the_admin_sees_the_overview(tags: Site) -> None:
-    ann, admin = tags.rater(), tags.browser(invite_admin(tags.store))
+    ann, admin = tags.rater(), tags.browser(invite_as(tags.store))
     refused(ann.get("/admin"), 403)
     refused(ann.post("/admin/rater", data={**fields(ann), "name": "Ann", "disabled": "yes"}), 403)
     assert admin.get("/").headers["location"] == "/admin"
     refused(admin.post("/vote", data={"csrf": "x"}), 401)
-    invite_admin(tags.store)
+    invite_as(tags.store)
     refused(admin.get("/admin"), 403)
 
 
 def test_the_admin_blocks_a_rater_and_lets_them_in(tags: Site) -> None:
-    ann, admin = tags.rater(), tags.browser(invite_admin(tags.store))
+    ann, admin = tags.rater(), tags.browser(invite_as(tags.store))
     found = re.search(r'name="csrf" value="(\w+)"', admin.get("/admin").text)
     assert found
     form = {"csrf": found[1], "name": "Ann", "disabled": "yes"}
@@ -838,7 +838,8 @@ def test_only_a_proxy_may_say_who_asks(tags: Site, public: bool) -> None:
 
 def test_a_public_url_that_is_not_an_origin_is_refused(tags: Site) -> None:
     urls = [
-        "", "labels.example", "ftp://labels.example", "https://", "https://a/page", "https://a/?x",
+        "", "labels.example", "ftp://labels.example", "https://", "https://a//page", "https://a/../b",
+        "https://a/b c", "https://a/?x",
         "https://a/#x", "https://a:999999", "https://[a", "https://a?", "https://a#",
         "https://me@a", "https://a b", "https://a\n", " https://a", "https://b\u00fccher.example",
         "https://a:",
@@ -849,11 +850,12 @@ def test_a_public_url_that_is_not_an_origin_is_refused(tags: Site) -> None:
 
 
 def test_a_public_url_becomes_what_browsers_send() -> None:
-    assert server.origin("https://Labels.Example/") == PUBLIC
-    assert server.origin("https://labels.example:443") == PUBLIC
-    assert server.origin("http://labels.example:80") == "http://labels.example"
-    assert server.origin("https://labels.example:8443") == "https://labels.example:8443"
-    assert server.origin("http://[::1]:80") == "http://[::1]"
+    assert server.place_of("https://Labels.Example/") == (PUBLIC, "")
+    assert server.place_of("https://labels.example:443") == (PUBLIC, "")
+    assert server.place_of("http://labels.example:80") == ("http://labels.example", "")
+    assert server.place_of("https://labels.example:8443") == ("https://labels.example:8443", "")
+    assert server.place_of("http://[::1]:80") == ("http://[::1]", "")
+    assert server.place_of("https://Lab.example/A/b/") == ("https://lab.example", "/A/b")
 
 
 def test_nothing_is_served_to_a_rater_without_a_name(tags: Site) -> None:
@@ -867,7 +869,7 @@ def test_nothing_is_served_to_a_rater_without_a_name(tags: Site) -> None:
 def test_acknowledged_votes_survive_kill_9(tmp_path: Path) -> None:
     # the real server, twice killed while three raters vote; `python -m tests.feedback_load`
     # is the same at full size
-    outcome = feedback_load.run(tmp_path / "round", 3, 8, 2, think=0.2, every=0.7)
+    outcome = feedback_load.run(tmp_path / "round", 3, 8, 2, kind="study", think=0.2, every=0.7)
     assert (outcome.acknowledged, outcome.stored) == (24, 24)
     assert (outcome.lost, outcome.doubled, outcome.seen_twice) == (0, 0, 0)
 
@@ -878,7 +880,7 @@ def test_a_vote_at_no_time_is_said_in_words(tags: Site, seconds: float) -> None:
     client.post("/vote", data=fields(client))
     with tags.store.writing() as connection:
         connection.execute(sql.update(VOTES).values(time=seconds))
-    refused(tags.browser(invite_admin(tags.store)).get("/admin"), 503)
+    refused(tags.browser(invite_as(tags.store)).get("/admin"), 503)
 
 
 def test_a_rater_is_invited_under_one_name(tags: Site) -> None:

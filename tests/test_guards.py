@@ -161,11 +161,13 @@ def test_a_kl_that_is_infinite_stops_the_run(
 def test_an_evaluation_kl_of_nan_stops_the_run(
     called: Called, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Gaussian, "kl", poisoned(Gaussian.kl, lambda: True, float("nan")))
-    code, error = called()
+    kl = poisoned(Gaussian.kl, lambda: True, float("nan"))
+    monkeypatch.setattr("eval.measure.Gaussian", type("Poisoned", (Gaussian,), {"kl": kl}))
+    code, error = called(eval_every=1)
     assert code == 1
-    assert "Evaluation after round 0, seed 0: NaN or infinity in the evaluation kl" in error
-    assert not list(Path().rglob("eval.csv"))
+    assert "Evaluation after round 1, seed 0: NaN or infinity in the evaluation kl" in error
+    rows = next(Path().rglob("eval.csv")).read_text().splitlines()[1:]
+    assert {row.partition(",")[0] for row in rows} == {"0"}
 
 
 @pytest.mark.parametrize("units", [1000, 1])

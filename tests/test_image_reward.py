@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from d3po_bench.errors import UserError
-from eval.scorers import _blip, blip, image_reward
+from eval.scorers import _blip, _blip_match, image_reward
 from tests.parity import inputs
 from tests.parity.recording import Recording, regenerated
 
@@ -102,7 +102,7 @@ def test_other_normalisation_of_images_or_rewards_shows(
 def test_squeezing_instead_of_cropping_shows(
     recording: Recording, scorer: image_reward.ImageReward
 ) -> None:
-    scorer.resize = partial(blip.square, size=224)
+    scorer.resize = partial(_blip_match.square, size=224)
     found = gaps(recording, scorer).max(1).values
     for (height, width), gap in zip(inputs.SIZES, found, strict=True):
         assert gap <= 1e-5 if height == width else gap > SEEN

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("d3po_bench", "baselines", "eval")
 HEAVY = {
     "torch", "diffusers", "transformers", "peft", "matplotlib", "pandas", "scipy", "fastapi",
-    "sqlalchemy", "krippendorff", "pydantic", "pooch",
+    "sqlalchemy", "krippendorff", "pydantic", "pooch", "optuna",
 }  # fmt: skip
 LONGEST = 50
 """Lines of a function, its docstring included."""
@@ -57,7 +57,10 @@ ALLOWED = {
     "d3po_bench.pictures": {"errors", "prompts"},
     "d3po_bench.own": {"errors", "digests", "types", "scoring"},
     "d3po_bench.rewards": {"errors", "digests", "own", "rewards", "runs.files"},
-    "d3po_bench.registry": {"presets", "contracts", "errors", "types", "scoring", "own", "rewards"},
+    "d3po_bench.variants": set[str](),
+    "d3po_bench.registry": {
+        "presets", "contracts", "errors", "types", "scoring", "own", "rewards", "variants",
+    },
     "d3po_bench.scoring": {"errors", "digests", "types"},
     "d3po_bench.config": {
         "errors", "digests", "own", "presets", "registry", "rewards", "setting",
@@ -77,7 +80,8 @@ ALLOWED = {
     },
     "eval.scorers": {
         "types", "errors", "models.embedded", "models.parts", "eval.downloads",
-        "eval.scorers._blip", "eval.scorers._clip",
+        "eval.scorers._blip", "eval.scorers._blip_match", "eval.scorers._clip",
+        "eval.scorers._features",
     },
 }  # fmt: skip
 """Module or package -> what of ours it may import, for the type checker or later in a function,
@@ -88,9 +92,10 @@ ONLY_IN = {
     "diffusers": ("d3po_bench.models",),
     "peft": ("d3po_bench.models",),
     "accelerate": ("d3po_bench.launch",),
+    "optuna": ("d3po_bench.launch",),
     "transformers": ("d3po_bench.models", "eval.embedded", "eval.scorers"),
     "matplotlib": ("eval.figures",),
-    "scipy": ("eval",),
+    "scipy": ("eval", "d3po_bench.feedback"),
     "pandas": ("eval",),
     "fastapi": ("d3po_bench.feedback",),
     "sqlalchemy": ("d3po_bench.feedback",),
@@ -105,7 +110,7 @@ LIGHT = (
     "d3po_bench.runs.run",
     "d3po_bench.runs.sessions", "d3po_bench.text", "d3po_bench.types", "baselines", "eval",
     "eval.scorers", "d3po_bench.own", "d3po_bench.rewards", "d3po_bench.setting",
-    "d3po_bench.contracts",
+    "d3po_bench.contracts", "d3po_bench.variants",
 )  # fmt: skip
 """What `--help` and `list` load; of the packages among them, the `__init__.py`, but for the
 command line, all of which is loaded."""

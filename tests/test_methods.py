@@ -19,7 +19,14 @@ from d3po_bench.models.embedded import recipe
 from d3po_bench.types import Conditions, Method, Model, Rollout, Rows, Weights
 from tests.points import Points
 
-METHODS = registry.names("method")
+METHODS = [name for name in registry.names("method") if not registry.variant(name)[1]]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "grpo": {"advantage": "group"},
+    "dpok_value": {"value": "reward", "kl": "noise_mse", "ratio": "hard_clamp", "clip_range": 0.2},
+    "awm": {"weight": "signed", "advantage": "group", "anchor": 0.1},
+}
+"""Of variants, those that change what is learned, and a clip range for so large steps."""
 
 
 class Toy(Points):
@@ -55,11 +62,11 @@ def rollout(policy: Policy, method: Method[Any], seed: int, round_: int) -> Roll
     return with_reference(policy, scored, method, untrained=round_ == 0, batch=64)
 
 
-def train(name: str, seed: int = 0, rounds: int = 30) -> tuple[list[float], Tensor]:
+def train(name: str, seed: int = 0, rounds: int = 30, **options: Any) -> tuple[list[float], Tensor]:
     """Rewards of every round, and the trained offset."""
     toy = Toy()
     assert isinstance(toy, Model)
-    method = registry.method(name)()
+    method = registry.method(name)(**options)
     policy = Policy(toy, steps=5, guidance=1.0)
     optimizer = torch.optim.AdamW(list(toy.trainable().values()), 0.05, weight_decay=0.0)
     rewards = []
@@ -102,9 +109,9 @@ def test_rows_are_units_by_steps(name: str) -> None:
             assert torch.equal(part, whole[[3, 0], [2, 4]])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *OPTIONS])
 def test_loss_is_a_mean_over_items(name: str) -> None:
-    method = registry.method(name)()
+    method = registry.method(registry.variant(name)[0])(**OPTIONS.get(name, {}))
     policy = Policy(Toy(), steps=5, guidance=1.0)
     rows = method.rows(rollout(policy, method, 0, 0), stream(0, "rows"))
     unit, step = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 4, 2, 1])
@@ -114,6 +121,15 @@ def test_loss_is_a_mean_over_items(name: str) -> None:
     for key, value in metrics.items():
         torch.testing.assert_close(value, torch.stack([p[1][key] for p in parts]).mean())
     assert whole.requires_grad
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_variant_learns_the_same_reward(name: str) -> None:
+    of, settings = registry.variant(name)
+    assert {**settings, **OPTIONS[name]} == {**OPTIONS[name], **settings}
+    rewards, offset = train(of, rounds=20, **OPTIONS[name])
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+    assert offset.mean() < -0.05
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -61,6 +61,7 @@ def visible(task: int, tell: Callable[[Any], None]) -> str:
     return place
 
 
+@pytest.mark.slow
 def test_every_worker_has_a_gpu_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -143,7 +144,7 @@ def test_values_are_numbers_where_they_look_like_it() -> None:
 
 @pytest.fixture
 def job(micro: Path, tmp_path: Path) -> Any:
-    from d3po_bench.config import pairs_of
+    from d3po_bench.setting import pairs_of
     from eval.tools import TOOLS
 
     sets = [a.removeprefix("--set=") for a in run_of(micro) if a.startswith("--set=")]

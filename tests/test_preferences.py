@@ -12,6 +12,7 @@ from torch import Tensor
 
 from baselines.diffusion_dpo import DiffusionDPO, NoisedPairs, diffusion_dpo_loss
 from baselines.kto import KTO, LikedRows, kto_loss
+from baselines.reward_weighted import RewardWeighted
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.preferences import liking
 from d3po_bench.diffusion.seeding import stream
@@ -101,7 +102,11 @@ def test_swapping_who_won_negates_the_gradient(method: Any, micro_model: StableD
 # ---- the update
 
 
-@pytest.mark.parametrize("method", [DiffusionDPO(beta=20.0), KTO(beta=20.0)])
+@pytest.mark.parametrize(
+    "method",
+    [DiffusionDPO(beta=20.0), KTO(beta=20.0),
+     RewardWeighted(weight="signed", advantage="group", anchor=0.1)],
+)  # fmt: skip
 def test_one_gradient_whatever_the_micro_batches(method: Any, policy: Policy) -> None:
     rows, kept, logs = rows_of(policy, method), [], []
     for size in (1, 5, 64):
@@ -129,11 +134,14 @@ class Spy(KTO):
 def test_the_mean_gain_is_that_of_the_whole_step(policy: Policy) -> None:
     rows = rows_of(policy, KTO())
     with torch.no_grad():
-        expected = float(KTO().gain(policy, all_items(rows)).double().mean())
+        expected = float(KTO().shared(policy, all_items(rows)).double().mean())
     Spy.seen.clear()
+    spent, items = policy.model.forwards, len(rows) * rows.steps
     given = Updates(units=9, micro_batch=5)
     update(policy, Spy(), rows, KeepGradient(policy.model), given, stream(0, "shuffle"))
-    assert len(Spy.seen) == len(rows) * rows.steps
+    assert len(Spy.seen) == items
+    # To learn from, and before that for the mean: the policy and, once, the pretrained model.
+    assert policy.model.forwards - spent == 3 * items
     assert Spy.seen == pytest.approx([expected] * len(Spy.seen), rel=1e-3)
 
 
@@ -141,14 +149,16 @@ def test_the_mean_gain_is_that_of_the_whole_step(policy: Policy) -> None:
 def test_the_reference_is_the_pretrained_model_wherever_training_began(
     method: Any, policy: Policy
 ) -> None:
-    items = all_items(rows_of(policy, method))
-    value = math.log(2) if isinstance(method, DiffusionDPO) else 0.5
-    assert (
-        abs(float(method.loss(policy, items)[0].detach()) - value) > 1e-3
-    )  # begun with other weights
+    rows, value = rows_of(policy, method), math.log(2) if isinstance(method, DiffusionDPO) else 0.5
+
+    def loss() -> float:
+        kept = KeepGradient(policy.model)
+        return update(policy, method, rows, kept, Updates(units=9), stream(0, "shuffle"))["loss"]
+
+    assert abs(loss() - value) > 1e-3  # begun with other weights
     for weight in policy.model.trainable().values():
         weight.data.zero_()  # the adapter does nothing: the pretrained model
-    assert float(method.loss(policy, items)[0].detach()) == pytest.approx(value, abs=1e-5)
+    assert loss() == pytest.approx(value, abs=1e-5)
 
 
 # ---- rows

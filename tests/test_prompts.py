@@ -13,8 +13,10 @@ import pytest
 
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import digest, read_prompts
+from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.tools import spread
-from eval.analysis import table1
+from eval.analysis import scored, table1
+from eval.verify.folder import check_run
 from tests.commands import Command, refused, run_of
 
 ODD = ["NA", "null", "nan", "None", "", "1", "01", "1.0", "-0", "True", "1e3", "0x1", "2024-01-01"]
@@ -185,6 +187,31 @@ def test_odd_prompts_and_one_twice_train_and_can_be_plotted(command: Command, mi
     assert command("report", "runs").code == 0
 
 
+def test_a_run_is_evaluated_on_other_prompts_and_from_another_noise(
+    command: Command, micro: Path
+) -> None:
+    Path("seen.txt").write_text("a cat\na dog")
+    Path("other.txt").write_text("a fox\na frog")
+    sizes = []
+    for noise in (0, 1):
+        out = f"runs-{noise}"
+        args = run_of(
+            micro, "--prompts", "seen.txt", "--out", out, rounds=1, eval_list="other.txt",
+            eval_noise=noise,
+        )  # fmt: skip
+        assert command(*args).code == 0
+        (path,) = Path(out).rglob("eval.csv")
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        assert {row["prompt"] for row in rows} == {"a fox", "a frog"}
+        assert not list(check_run(RunFolder(path.parent)))
+        sizes.append([row["score"] for row in rows if row["round"] == "0"])
+    assert sizes[0] != sizes[1]
+    Path("other.txt").write_text("a fox\na bat")
+    no = command(*args)
+    assert no.code == 2
+    assert "eval_prompts" in no.err
+
+
 def test_each_prompt_is_evaluated_once() -> None:
     assert spread(["a", "b", "a", "c", "a", "d"], 2) == ["a", "c"]
     assert spread(["a", "a", "b"], 5) == ["a", "b"]
@@ -196,13 +223,14 @@ def test_odd_prompts_are_paired_in_table_1(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         body = "".join(f"eta1,{p},0,{n + gain},\n" for n, p in enumerate(ODD))
         path.write_text("sampler,prompt,index,clip,animal\n" + body)
-    found = table1._rows(tmp_path)["d3po-0"]
+    rows = scored.rows_of(tmp_path)
+    found = rows["d3po-0"]
     assert sorted(found.index) == sorted((prompt, "0") for prompt in ODD)
     assert found.loc[("01", "0"), "clip"] == 2 + ODD.index("01")
     assert found["animal"].isna().all()
-    assert table1._cell([found["clip"]], table1._rows(tmp_path)["no-fine-tune"]["clip"]) == (
-        "7.500 (+2.000)"
-    )
+    assert table1._cell([found], rows["no-fine-tune"], "clip") == "7.500 (+2.000)"
+    assert table1._cell([found], rows["no-fine-tune"], "animal") == "", "no scorer said anything"
+    assert list(scored.gained(tmp_path)) == [("d3po", "clip")]
 
 
 @pytest.mark.parametrize("ending", ["\r", "\n", "\r\n"])

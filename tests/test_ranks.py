@@ -28,6 +28,7 @@ from d3po_bench.diffusion import parallel, sampling
 from d3po_bench.diffusion import update as updating
 from d3po_bench.errors import UserError
 from d3po_bench.launch import local, ranks
+from d3po_bench.launch.places import local as places_local
 from d3po_bench.runs.files import taken
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.runs.store import RunStore
@@ -77,11 +78,12 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bytes_of(out: Path, model: Path) -> dict[str, bytes]:
-    """What every run of the grid has written."""
+    """What every run of the grid has written; not what they share, which is named by the ranks."""
     folder = seed_folder(out, model).parents[1]
     kinds = (".jsonl", ".csv", ".png", ".safetensors")
     paths = [p for p in folder.rglob("*") if p.suffix in kinds and "checkpoints" not in p.parts]
     own = [p for p in paths if p.name == "timing.jsonl"]  # the seconds that it took
+    own += [p for p in paths if p.name.startswith("base-evaluation-")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(paths) if p not in own}
 
 
@@ -96,7 +98,8 @@ def grid(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 2])
 def test_ranks_write_the_bytes_of_one_process(
     count: int, forked: None, micro: Path, grid: Path, command: Command
 ) -> None:
@@ -227,7 +230,12 @@ def fails(rank: int, problem: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("stage", "rank", "problem", "said"),
     [
-        ("update", 1, torch.OutOfMemoryError("CUDA out of memory."), "Out of memory. Make the"),
+        (
+            "update",
+            1,
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "Out of memory with micro_batch=1.",
+        ),
         ("sample", 1, KeyError("mine"), "Failed with RuntimeError: Rank 1: KeyError: 'mine' (tr"),
         ("score", 0, SystemExit(3), "Failed with "),
         ("checkpoint", 0, OSError(28, "No space left on device", "x"), "x cannot be read or writ"),
@@ -407,6 +415,20 @@ def test_a_killed_rank_of_a_launcher_ends_all_with_one_line(
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, error
     assert "lost the others in" in lines[0] or "Interrupted" in lines[0]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_rank_that_has_lost_the_others_says_so_before_its_launcher_ends_it(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "lost", lambda: lost)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with places_local._terminable():
+            assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if lost else before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

@@ -118,6 +118,16 @@ def test_other_bytes_in_the_same_place_do_not_reproduce(results: Path) -> None:
     assert isinstance(done.exception, RunError)
 
 
+def test_columns_that_were_not_measured_then_are_no_difference(results: Path) -> None:
+    for run in cells(results):
+        kept = [line.split(",")[:5] for line in (run / "eval.csv").read_text().splitlines()]
+        (run / "eval.csv").write_text("".join(",".join(cells) + "\n" for cells in kept))
+        edit(run / "provenance.json", content=..., run_id=...)
+    done = again(results)
+    assert "reproduced, same numbers, and more columns" in done.output
+    assert done.exit_code == 0, done.output
+
+
 def test_what_is_made_again_is_kept_in_out(results: Path, tmp_path: Path) -> None:
     done = again(results, "--out", str(tmp_path / "again"))
     assert done.exit_code == 0, done.output

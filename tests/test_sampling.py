@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
 from d3po_bench.d3po import D3PO
+from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import (
     Draws,
+    ahead,
     images_used,
     pretrained_means,
     sample,
     with_reference,
 )
 from d3po_bench.diffusion.seeding import stream
+from d3po_bench.diffusion.transfer import sent
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from tests.conftest import disturb
+from d3po_bench.types import Conditions
+from tests.conftest import CPU, disturb
 from tests.rounds import PROMPTS, rollout_of
 
 
@@ -109,3 +116,49 @@ def test_only_images_that_are_used_get_a_reference(micro_model: StableDiffusion)
     with_all = replace(rollout, reference=torch.cat([whole, rollout.means[:, :, 3:]], 2))
     ours, theirs = (method.rows(r, stream(0, "rows")) for r in (found, with_all))
     torch.testing.assert_close(ours.reference, theirs.reference, rtol=1e-4, atol=1e-4)
+
+
+# ---- what is made ready for a device, and sent to it
+
+
+@pytest.mark.parametrize(("rank", "world", "own"), [(0, 1, [0, 1, 2, 3]), (1, 2, [1, 3])])
+def test_what_the_next_piece_needs_is_made_while_one_is_worked_on(
+    rank: int, world: int, own: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    monkeypatch.setattr(parallel, "world", lambda: world)
+    begun = {n: threading.Event() for n in range(4)}
+
+    def make(number: int) -> int:
+        begun[number].set()
+        return number * number
+
+    with ahead(4, make) as made:
+        for number, later in zip(own, [*own[1:], None], strict=True):
+            assert made(number) == number * number
+            assert later is None or begun[later].wait(60)
+    assert [n for n, event in begun.items() if event.is_set()] == own
+
+
+def test_what_fails_in_the_other_thread_fails_here() -> None:
+    with pytest.raises(ZeroDivisionError), ahead(1, lambda number: 1 / number) as made:
+        made(0)
+
+
+def test_a_card_copies_from_pinned_memory_while_python_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = list[Any]()
+    x, card = torch.ones(2), torch.device("cuda")
+
+    def noted(tensor: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
+        calls.append((args, given))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", noted)
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    sent(Conditions({"text": x}), card)
+    assert calls == [((), {}), ((card,), {"non_blocking": True})]
+    calls.clear()
+    sent(x, CPU)
+    assert calls == [((CPU,), {})]

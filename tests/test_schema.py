@@ -13,8 +13,8 @@ import pytest
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import schema
 from d3po_bench.feedback.agreement import read_label_files
+from d3po_bench.feedback.questions import KINDS
 from d3po_bench.feedback.rounds import Item, Round
-from d3po_bench.feedback.schema import check_answer
 from tests.feedback_round import claiming, new_round, picture
 
 STRANGE: tuple[Any, ...] = (
@@ -70,7 +70,7 @@ def test_a_round_is_read_as_it_was_written(tmp_path: Path, kind: Any, gold: Any)
     made = new_round(tmp_path / "r", kind, 3, gold={1: gold}, size=4, prompt="a “cat” {}")
     assert Round.read(tmp_path / "r") == made
     assert [item.gold for item in made.items] == [None, gold, None]
-    assert made.images_per_item == (7 if kind == "tags" else 2)
+    assert made.parts[0].images_per_item == (7 if kind == "tags" else 2)
 
 
 def test_the_file_has_the_form_that_earlier_versions_wrote(tmp_path: Path) -> None:
@@ -193,17 +193,24 @@ def test_a_folder_without_a_round_is_refused(tmp_path: Path) -> None:
 def test_a_round_that_could_not_be_read_is_not_written(folder: Path) -> None:
     path = folder / "round.json"
     before = path.read_bytes()
-    wrong = replace(Round.read(folder), items=(Item("a", "b", ("images/none.png",) * 3),))
+    wrong = replace(Round.read(folder), groups=(Item("a", "b", ("images/none.png",) * 3),))
     assert fault(lambda: wrong.write(folder), path).startswith("items[0].images[0]: ")
     assert path.read_bytes() == before
 
 
 def test_answers_are_checked() -> None:
-    assert check_answer("tags", 7, [6, 0]) == (0, 6)
-    assert check_answer("pairs", 2, "bad") == "bad"
-    for kind, answer in [("tags", "a"), ("tags", None), ("pairs", [0]), ("pairs", "c")]:
-        with pytest.raises(ValueError, match=r"one of a, b|a list of indices"):
-            check_answer(kind, 2, answer)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {kind: made(name=kind) for kind, made in KINDS.items()}
+    assert asked["tags"].check(7, [6, 0]) == (0, 6)
+    assert asked["pairs"].check(2, "bad") == "bad"
+    assert asked["scale"].check(1, 5) == 5
+    assert asked["ranking"].check(3, [2, 0, 1]) == (2, 0, 1)
+    wrong = [
+        ("tags", "a"), ("tags", None), ("pairs", [0]), ("pairs", "c"), ("scale", 0), ("scale", 6),
+        ("scale", True), ("scale", "1"), ("ranking", [0]), ("ranking", [0, 0]), ("ranking", [0, 2]),
+    ]  # fmt: skip
+    for kind, answer in wrong:
+        with pytest.raises(ValueError, match="an answer "):
+            asked[kind].check(2, answer)
 
 
 # ---- label files and sources

@@ -232,7 +232,7 @@ def test_columns_are_numbers_too_and_only_where_there_are_any() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(TAKEN))
+@pytest.mark.parametrize("name", [*sorted(TAKEN), "kl_1"])
 def test_no_scorer_takes_a_column_of_ours(name: str) -> None:
     with pytest.raises(UserError, match=f"A scorer cannot be called {name}: "):
         Guarded(name, Own(lambda b: b))

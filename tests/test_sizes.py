@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,14 +14,19 @@ from torch import Tensor
 
 from d3po_bench.config import BATCHES, Execution, RunConfig
 from d3po_bench.diffusion import parallel
+from d3po_bench.diffusion.sampling import sample
 from d3po_bench.diffusion.update import update
 from d3po_bench.errors import TooLarge
+from d3po_bench.feedback import sampling
 from d3po_bench.models.adapters import DiffusersModel, Training
 from d3po_bench.models.memory import ROOM, SHARE, Needs, alive, forward, shadow
 from d3po_bench.models.sources import load, model_source
 from d3po_bench.runs.files import read_csv
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.training import sizes, trainer
+from d3po_bench.training.tools import EvaluationSet
+from eval import measure
+from eval.measure import evaluate
 from results import memory
 from tests import pipelines
 from tests.commands import Command, Stop, refused, run_of, seed_folder, written
@@ -100,6 +106,7 @@ class Given:
 
     weights, optimizer, latent = 2 * 10**9, 10**8, 65536
     update, checkpointed, sampling, decoding = 10**9, 2 * 10**8, 7 * 10**7, 8 * 10**8
+    prompt = 3 * 10**5
 
 
 @pytest.mark.parametrize(
@@ -109,8 +116,11 @@ class Given:
         (60, 1.0, (128, 16, 128, 16, False)),
         (22, 5.0, (128, 4, 128, 16, False)),
         (8, 5.0, (32, 1, 32, 8, False)),
-        (5, 5.0, (16, 4, 16, 4, True)),
-        (1, 5.0, (1, 1, 1, 1, True)),
+        (5, 5.0, (32, 1, 32, 4, False)),
+        # 0.12 GB are the optimizer's and the prompts'. An image takes 0.145: two passes and its
+        # chain; a pair 0.80 with checkpointing, and 4.0 without; a picture 0.8.
+        (4, 5.0, (16, 4, 16, 4, True)),
+        (1, 5.0, (4, 1, 4, 1, True)),
     ],
 )
 def test_the_largest_power_of_two_that_fits_is_chosen(
@@ -119,8 +129,7 @@ def test_the_largest_power_of_two_that_fits_is_chosen(
     config, needs = RunConfig(**PAPER, guidance=guidance), cast(Needs, Given())
     found = sizes.chosen(Execution(), config, needs, int(gigabytes * 1e9))
     assert tuple(getattr(found, name) for name in sizes.KEPT) == expected
-    if gigabytes > 1:
-        assert sizes.peak(found, config, needs) <= gigabytes * 1e9
+    assert sizes.peak(found, config, needs) <= gigabytes * 1e9
 
 
 def test_what_is_asked_for_is_not_changed() -> None:
@@ -240,12 +249,10 @@ def test_published_models_stay_under_their_card(name: str) -> None:
     rows = list(memory.rows(name))
     assert [{k: str(v) for k, v in row.items()} for row in rows] == published
     for row, card in zip(rows, (24, 40, 80), strict=True):
-        # SD3 at 1024 pixels holds 22 GB of latents in a round of the paper's size.
-        assert (row["peak"] + ROOM <= card * 1e9) == ((name, card) != ("sd3", 24))
+        assert row["peak"] + ROOM <= card * 1e9
         latent = row["checkpointed" if row["gradient_checkpointing"] else "update"]
-        rollout = 6 * 160 * 21 * row["latent"]
-        twice = row["weights"] + rollout + 2 * row["micro_batch"] * 4 * latent
-        assert twice > (card * 1e9 - ROOM) * SHARE
+        twice = row["weights"] + 2 * row["micro_batch"] * 4 * latent
+        assert twice > (card * 1e9 - ROOM) * SHARE or row["micro_batch"] == BATCHES["micro_batch"]
     by_hand = {"sd15": 860e6 * 2 + 84e6 * 4, "sdxl": 2.57e9 * 2 + 84e6 * 4, "sd3": 4.5e9}
     assert rows[0]["weights"] == pytest.approx(by_hand[name], rel=0.02)
 
@@ -294,3 +301,72 @@ def test_text_encoders_are_on_the_device_only_while_they_encode(
     model.encode(["a cat"])
     model.encode(["a cat"])
     assert moves == ["cpu:0", "cpu"]
+
+
+def test_on_a_card_sizes_follow_its_free_memory_and_convolutions_are_channels_last(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(small)
+    text = model.encode([""])
+    config = RunConfig(**PAPER | {"model": str(small), "dtype": "fp32"})
+    assert not sizes.settled(Execution(), config, model, {}, print).channels_last
+    monkeypatch.setattr(model, "device", torch.device("cuda"))
+    monkeypatch.setattr(model, "encode", lambda prompts: text)
+    monkeypatch.setattr(sizes, "free", lambda *_: 4 * 10**6)
+    notes = list[str]()
+    found = sizes.settled(Execution(), config, model, {}, notes.append)
+    assert found.channels_last
+    assert 1 <= found.micro_batch < BATCHES["micro_batch"]
+    assert not notes
+    monkeypatch.setattr(sizes, "free", lambda *_: 10**5)
+    sizes.settled(Execution(), config, model, {}, notes.append)
+    # 3 GB are left to libraries.
+    assert notes[0].endswith("take a larger card: 3 GB are enough for these.")
+
+
+def test_a_round_of_feedback_is_drawn_in_batches_that_fit(
+    command: Command, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "ROOM", 0)
+    drawn = list[int]()
+
+    def draw(*args: Any, batch: int, **given: Any) -> Any:
+        drawn.append(batch)
+        return sample(*args, batch=batch, **given)
+
+    monkeypatch.setattr(sampling, "sample", draw)
+    asked = ("feedback", "new", "--model", str(small), "--prompts", str(small / "prompts.txt"),
+             "--preset", "official_code")  # fmt: skip
+    (small / "prompts.txt").write_text("cat\n" * 8)
+    drawing = ("--images", "2", "--device", "cpu", "--set", "sampling_steps=2",
+               "--set", "dtype=fp32")  # fmt: skip
+    assert command(*asked, "usual", *drawing).code == 0
+    assert command(*asked, "little", *drawing, "--set", "memory=0.003").code == 0
+    usual, little = drawn
+    assert usual == BATCHES["sample_batch"] > little
+
+
+def test_an_evaluation_is_drawn_in_batches_that_fit(
+    command: Command, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, asked = list[EvaluationSet](), list[RunConfig]()
+
+    def fitting(execution: Execution, config: RunConfig, *rest: Any) -> Execution:
+        asked.append(config)
+        return replace(execution.usual(), sample_batch=3, decode_batch=2)
+
+    def measured(model: Any, what: EvaluationSet, *rest: Any) -> Any:
+        given.append(what)
+        return evaluate(model, what, *rest)
+
+    monkeypatch.setattr(sizes, "settled", fitting)
+    monkeypatch.setattr(measure, "evaluate", measured)
+    (small / "prompts.txt").write_text("cat\n")
+    done = command(
+        "evaluate", str(small), "--scorers", "jpeg_size", "--prompts", str(small / "prompts.txt"),
+        "--steps", "2", "--images", "4", "--device", "cpu", "--out", "evaluation",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert {(what.batch, what.decode_batch) for what in given} == {(3, 2)}
+    (config,) = asked  # of both samplers
+    assert (config.sampling_steps, config.images_per_prompt) == (2, 4)

@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu, norm, t, ttest_ind, ttest_rel
+from scipy.stats import mannwhitneyu, t, ttest_ind, ttest_rel
 
+from eval.analysis.heights import area_under_curve, images_to_threshold
 from eval.analysis.statistics import (
-    area_under_curve,
+    Difference,
+    by_seed,
     difference,
+    equivalence,
+    from_zero,
     holm,
-    images_to_threshold,
     interval,
     paired_difference,
     probability_of_improvement,
+    smallest_shown,
 )
 
 RNG = np.random.default_rng(1)
@@ -46,34 +50,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say(count: int) -> None:
     assert 0.945 <= ((low <= 3) & (high >= 3)).mean() <= 0.955
 
 
-@pytest.mark.parametrize("count", [5, 20])
-@pytest.mark.parametrize("spread", [1.0, 2.0])
-def test_differences_hold_the_truth_as_often_as_they_say(count: int, spread: float) -> None:
-    rng = np.random.default_rng(8)
-    found = [difference(rng.normal(1, 1, count), rng.normal(0, spread, count)) for _ in range(400)]
-    assert 0.925 <= np.mean([d.low <= 1 <= d.high for d in found]) <= 0.975
-
-
-@pytest.mark.parametrize("shared", [0.0, 3.0])
-def test_paired_differences_hold_the_truth_as_often_as_they_say(shared: float) -> None:
-    rng = np.random.default_rng(10)
-    seeds = shared * rng.normal(size=(1500, 5))
-    drawn = zip(
-        seeds + rng.normal(1, 1, (1500, 5)), seeds + rng.normal(0, 2, (1500, 5)), strict=True
-    )
-    found = [paired_difference(ours, theirs) for ours, theirs in drawn]
-    assert 0.94 <= np.mean([d.low <= 1 <= d.high for d in found]) <= 0.96
-
-
-@pytest.mark.parametrize("count", [5, 20])
-@pytest.mark.parametrize("shift", [0.0, 1.0])
-def test_improvements_hold_the_truth_as_often_as_they_say(count: int, shift: float) -> None:
-    rng, truth = np.random.default_rng(9), norm.cdf(shift / math.sqrt(2))
-    drawn = [(rng.normal(shift, 1, count), rng.normal(0, 1, count)) for _ in range(400)]
-    found = [probability_of_improvement(ours, theirs) for ours, theirs in drawn]
-    assert 0.925 <= np.mean([low <= truth <= high for _, low, high in found]) <= 0.98
-
-
 def test_difference_by_hand() -> None:
     # variances 4 / 3 and 1 / 3 of the means, so 5 / 3 together; Welch's degrees of freedom 2.94
     found = difference([1, 3, 5], [0, 1, 2])
@@ -87,7 +63,9 @@ def test_paired_difference_by_hand() -> None:
     # 0.5, 0.6 and 0.4 apart: s = 0.1, and t(2) = 4.30265
     ours, theirs = [1.0, 1.5, 2.0], [0.5, 0.9, 1.6]
     found = paired_difference(ours, theirs)
-    assert found == pytest.approx((0.5, 0.25159, 0.74841, ttest_rel(ours, theirs).pvalue), rel=1e-4)
+    expected = (0.5, 0.25159, 0.74841, ttest_rel(ours, theirs).pvalue, 0.1 / 3**0.5, 2)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert from_zero(np.subtract(ours, theirs)) == pytest.approx(found)
 
 
 @pytest.mark.parametrize(("apart", "p"), [(0.0, 1), (2.0, 0)])
@@ -95,8 +73,11 @@ def test_paired_difference_by_hand() -> None:
 def test_a_difference_that_all_seeds_share(
     function: Callable[..., Any], apart: float, p: float
 ) -> None:
-    assert function([1.0, 1.0], [1.0 - apart, 1.0 - apart]) == (apart, apart, apart, p)
-    assert paired_difference([1.0, 2.0], [1.0 - apart, 2.0 - apart]) == (apart, apart, apart, p)
+    assert function([1.0, 1.0], [1.0 - apart, 1.0 - apart])[:5] == (apart, apart, apart, p, 0)
+    found = paired_difference([1.0, 2.0], [1.0 - apart, 2.0 - apart])
+    assert found[:5] == (apart, apart, apart, p, 0)
+    assert equivalence(found, 1) == (apart > 1)
+    assert smallest_shown(found) == 0
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(5, 5), (5, 3), (2, 9)])
@@ -104,7 +85,42 @@ def test_a_difference_is_scipys(ours: int, theirs: int) -> None:
     a, b = RNG.normal(1, 2, ours), RNG.normal(0, 1, theirs)
     test = ttest_ind(a, b, equal_var=False)
     ends = test.confidence_interval()
-    np.testing.assert_allclose(difference(a, b)[1:], (ends.low, ends.high, test.pvalue))
+    np.testing.assert_allclose(difference(a, b)[1:4], (ends.low, ends.high, test.pvalue))
+
+
+def test_the_same_seeds_are_paired_in_any_order_and_others_are_not() -> None:
+    ours, theirs = {0: 1.0, 1: 1.5, 2: 2.0}, {2: 1.6, 0: 0.5, 1: 0.9}
+    assert by_seed(ours, theirs) == paired_difference([1.0, 1.5, 2.0], [0.5, 0.9, 1.6])
+    others = {seed + 1: value for seed, value in theirs.items()}
+    assert by_seed(ours, others) == difference([1.0, 1.5, 2.0], [0.5, 0.9, 1.6])
+
+
+@pytest.mark.parametrize("margin", [0.1, 1.0, 3.0])
+def test_equivalence_is_two_one_sided_tests(margin: float) -> None:
+    a, b = RNG.normal(1, 1, 6), RNG.normal(0.5, 2, 5)
+    below = ttest_ind(a + margin, b, equal_var=False, alternative="greater").pvalue
+    above = ttest_ind(a - margin, b, equal_var=False, alternative="less").pvalue
+    found = difference(a, b)
+    assert equivalence(found, margin) == pytest.approx(max(below, above))
+    ninety = difference(a, b, confidence=0.9)
+    inside = -margin < ninety.low and ninety.high < margin
+    assert (equivalence(found, margin) < 0.05) == inside
+
+
+@pytest.mark.parametrize(
+    ("error", "freedom", "expected"),
+    [
+        # Cohen's d for two-sided 5 % and 80 %, as G*Power has it: two groups of 5 and of 20 ...
+        ((2 / 5) ** 0.5, 8, 2.0244), ((2 / 20) ** 0.5, 38, 0.9091),
+        # ... and 5 and 20 pairs
+        (5**-0.5, 4, 1.6820), (20**-0.5, 19, 0.6604),
+    ],
+)  # fmt: skip
+def test_the_smallest_difference_that_is_shown(
+    error: float, freedom: float, expected: float
+) -> None:
+    found = Difference(9.0, 0, 0, 0, error, freedom)  # whatever the difference was
+    assert smallest_shown(found) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +224,9 @@ def test_the_order_of_seeds_changes_no_comparison(function: Callable[..., Any]) 
 def test_one_seed_says_nothing_about_the_spread() -> None:
     assert all(math.isnan(v) for v in difference([1.0], [2.0, 3])[1:])
     assert all(math.isnan(v) for v in paired_difference([1.0], [2.0])[1:])
+    alone = from_zero([1.0])
+    assert math.isnan(equivalence(alone, 1))
+    assert math.isnan(smallest_shown(alone))
     assert all(math.isnan(v) for v in probability_of_improvement([1.0], [2.0, 3])[1:])
 
 

@@ -103,6 +103,23 @@ def test_micro_batches_do_not_change_the_result(micro: Path) -> None:
         assert log == pytest.approx(logs[0], rel=1e-3)
 
 
+def test_an_image_that_is_in_several_pairs_is_computed_once(micro_model: StableDiffusion) -> None:
+    disturb(micro_model, 0.01)
+    policy, method = Policy(micro_model, steps=3), D3PO()
+    drawn = rollout_of(policy, images=4)
+    rows = method.rows(replace(drawn, reference=drawn.means + 0.01), stream(0, "rows"))
+    gradients, spent = [], []
+    for size in (1, 5, 64):  # a pair alone; two prompts and half of a third; all
+        before, optimizer = micro_model.backwards, KeepGradient(micro_model)
+        update(policy, method, rows, optimizer, Updates(units=18, micro_batch=size), shuffled())
+        gradients.append(optimizer.kept)
+        spent.append((micro_model.backwards - before) // 2)  # of which guidance takes two
+    assert (spent[0], spent[2]) == (18 * 2 * 3, 3 * 4 * 3)
+    assert spent[2] <= spent[1] < spent[2] * 1.5
+    for kept in gradients[1:]:
+        near(kept, gradients[0])
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -110,6 +127,8 @@ def test_micro_batches_do_not_change_the_result(micro: Path) -> None:
         ({"units": 2}, 2),
         ({"units": 3, "every": "timestep"}, 4),
         ({"units": 1, "passes": 2}, 6),
+        ({"count": 2}, 2),  # of two pairs and of one
+        ({"count": 99, "units": 3}, 3),  # a unit each: there are no more
         ({"units": 3, "every": "timestep", "passes": 2}, 8),
     ],
 )

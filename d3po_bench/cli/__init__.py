@@ -11,7 +11,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from d3po_bench import __version__
-from d3po_bench.cli import export, feedback, results, run, show, weights
+from d3po_bench.cli import export, feedback, results, run, show, tune, weights
 from d3po_bench.cli import list as listing
 from d3po_bench.cli.options import Commands
 from d3po_bench.errors import UserError, fail, install, of_system
@@ -33,9 +33,9 @@ def cli() -> None:
 
 
 for _command in (
-    run.run, results.plot, results.report, results.compare, run.sweep, results.evaluate,
-    results.table1, export.export, results.verify, show.show, listing.list_, weights.doctor,
-    weights.weights, feedback.feedback,
+    run.run, results.plot, results.report, results.compare, run.sweep, tune.tune,
+    results.evaluate, results.table1, export.export, results.verify, show.show, listing.list_,
+    weights.doctor, weights.weights, feedback.feedback,
 ):  # fmt: skip
     cli.add_command(_command)
 

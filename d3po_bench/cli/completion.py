@@ -62,9 +62,9 @@ def setting(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
 
 def _options(method: str) -> list[str]:
     """The fields of a method of ours, read without importing it; none of another."""
-    from d3po_bench.registry import HOME
+    from d3po_bench.registry import HOME, variant
 
-    paths = (HOME / place / f"{method}.py" for place in ("d3po_bench", "baselines"))
+    paths = (HOME / place / f"{variant(method)[0]}.py" for place in ("d3po_bench", "baselines"))
     body = [node for p in paths if p.is_file() for node in ast.parse(p.read_text("utf-8")).body]
     chosen = {ast.unparse(node.value) for node in body
               if isinstance(node, ast.AnnAssign) and node.value}  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from d3po_bench.cli.agreement import agreement
 from d3po_bench.cli.options import (
     PLACE,
     PROMPTS,
@@ -20,10 +21,10 @@ from d3po_bench.cli.options import (
 from d3po_bench.errors import UserError
 
 if TYPE_CHECKING:
-    from d3po_bench.feedback.schema import Kind, Question
+    from d3po_bench.feedback.questions import Kind
     from d3po_bench.launch.progress import Board
 
-QUESTIONS = ("deformed", "unsafe", "better", "alignment")
+QUESTION = click.option("--question", help="Whose answers, where several were asked.")
 DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
 )
@@ -48,10 +49,15 @@ VOTES = click.option(
 )
 @click.option("--count", type=click.IntRange(1, 10**6), help="Number of prompts; default: all.")
 @click.option(
-    "--kind", type=click.Choice(["tags", "pairs"]), default="tags", show_default=True,
-    help="Tag the bad images of a grid, or choose the better of two.",
+    "--kind", type=click.Choice(["tags", "pairs", "scale", "ranking"]),
+    help="Tag the bad images of a grid (default), choose the better of two, rate, or order them.",
 )  # fmt: skip
-@click.option("--question", type=click.Choice(QUESTIONS), help="Default: deformed; pairs: better.")
+@click.option(
+    "--question",
+    help="deformed, unsafe, better, alignment, or your own; default: deformed, of pairs better.",
+)
+@click.option("--scale", help="Steps of --kind scale, such as 1-7; default: 1-5.")
+@click.option("--study", type=PLACE, help="A TOML file with your own questions and instructions.")
 @click.option("--images", type=click.IntRange(2, 9), help="For each prompt; default: 7; pairs: 2.")
 @click.option(
     "--from", "before", type=PLACE,
@@ -67,9 +73,10 @@ VOTES = click.option(
 @SETTINGS
 @DEVICE
 def new(
-    folder: Path, prompts: str | None, count: int | None, kind: Kind, question: Question | None,
-    images: int | None, before: Path | None, pictures: tuple[Path, ...], model: str,
-    preset: str | None, seed: int, settings: tuple[str, ...], device: str, board: Board,
+    folder: Path, prompts: str | None, count: int | None, kind: Kind | None, question: str | None,
+    scale: str | None, study: Path | None, images: int | None, before: Path | None,
+    pictures: tuple[Path, ...], model: str, preset: str | None, seed: int,
+    settings: tuple[str, ...], device: str, board: Board,
 ) -> Result:  # fmt: skip
     """Draw the images of a round into FOLDER, or take pictures that are there already.
 
@@ -80,19 +87,22 @@ def new(
     Example:
         d3po-bench feedback new round-1 --prompts animals --count 20
         d3po-bench feedback new round-2 --prompts animals --from round-1/trained/d3po
+        d3po-bench feedback new survey --prompts animals --study study.toml
+        d3po-bench feedback new real --prompts animals --kind scale --question "How real is it?"
     """  # noqa: D301
-    from d3po_bench.config import pairs_of
     from d3po_bench.feedback import comparisons, drawing
+    from d3po_bench.feedback.schema import asked_of
+    from d3po_bench.setting import pairs_of
     from d3po_bench.training.progress import Counted
 
-    judged = kind, question or ("deformed" if kind == "tags" else "better")
+    asked, beside = asked_of(study, kind, question, scale)
     if pictures:
-        round_ = comparisons.take(folder, pictures, judged)
+        round_ = comparisons.take(folder, pictures, asked, beside)
     elif prompts:
         with board:
             round_ = drawing.draw_round(
-                folder, judged, prompts, count=count, images=images, before=before, model=model,
-                preset=preset, seed=seed, settings=pairs_of(settings), device=device,
+                folder, asked, prompts, count=count, images=images, before=before, model=model,
+                preset=preset, seed=seed, settings=pairs_of(settings), device=device, beside=beside,
                 told=Counted("drawing", "picture", board.report),
             )  # fmt: skip
     else:
@@ -152,7 +162,7 @@ def status(folder: Path, votes: int, labels: str | None) -> Result:
     Example:
         d3po-bench feedback status round-1 --votes 2
     """  # noqa: D301
-    from d3po_bench.feedback.agreement import report, state
+    from d3po_bench.feedback.report import report, state
     from d3po_bench.feedback.store import HandoutSettings, open_labels
     from d3po_bench.feedback.votes import effective_votes, round_progress
 
@@ -186,7 +196,7 @@ def choices(folder: Path, out: Path | None, labels: str | None) -> Result:
         found = comparisons.choices(store, folder)
     if out is not None:
         comparisons.write_choices(out, found)
-    lines = [f"{s.source}  {s.share:.1%}  (95 % {s.low:.1%} to {s.high:.1%})" for s in found]
+    lines = [share.said for share in found]
     simulated = found[0].raters == "simulated"
     hints = ["At least one rater is simulated."] if simulated else []
     return Result(lines, [asdict(s) for s in found], hints)
@@ -230,6 +240,7 @@ def export(folder: Path, out: Path | None, labels: str | None) -> Result:
     "--pictures", type=PLACE,
     help="Where the pictures' paths in a table begin; default: at the table.",
 )  # fmt: skip
+@QUESTION
 @click.option("--model", help="What learns from pictures that were not drawn here; default: tiny.")
 @PRESET
 @click.option("--seed", type=click.IntRange(0, 2**31), help="Of such a training; default: 0.")
@@ -240,7 +251,7 @@ def export(folder: Path, out: Path | None, labels: str | None) -> Result:
 @TRACK
 def train(
     data: Path, method: str, passes: int, label_files: Path | None, pictures: Path | None,
-    model: str | None, preset: str | None, seed: int | None, out: Path | None,
+    question: str | None, model: str | None, preset: str | None, seed: int | None, out: Path | None,
     settings: tuple[str, ...], device: str, labels: str | None, track: tuple[str, ...],
     board: Board,
 ) -> Result:  # fmt: skip
@@ -260,13 +271,13 @@ def train(
         d3po-bench feedback train round-1 --method preferred_images --passes 5
         d3po-bench feedback train pairs.csv --pictures pictures --method diffusion_dpo
     """  # noqa: D301
-    from d3po_bench.config import pairs_of
     from d3po_bench.feedback import existing, training
+    from d3po_bench.setting import pairs_of
     from eval.tools import TOOLS
 
     request = training.TrainRequest(
         method=method, passes=passes, settings=pairs_of(settings), preset=preset, device=device,
-        tools=TOOLS, track=track, model=model, seed=seed, pictures=pictures,
+        tools=TOOLS, track=track, model=model, seed=seed, question=question, pictures=pictures,
     )  # fmt: skip
     target = out or (data.with_suffix("") if data.is_file() else data) / "trained" / method
     with board:
@@ -328,5 +339,5 @@ def feedback() -> None:
     """  # noqa: D301
 
 
-for _command in (new, serve, status, export, train, choices, simulate):
+for _command in (new, serve, status, export, train, choices, agreement, simulate):
     feedback.add_command(_command)

@@ -34,7 +34,7 @@ def everything() -> Sections:
 
 def settings_of(method: str) -> Sections:
     """What --set can change, with default, choices and meaning."""
-    known = config.settings(method)
+    known, (_, own) = config.settings(method), registry.variant(method)
     groups: tuple[tuple[str, str, Any], ...] = (
         ("run", "run (a preset changes some)", RunConfig),
         ("execution", "execution", Execution),
@@ -45,6 +45,7 @@ def settings_of(method: str) -> Sections:
         types = known[group]
         for field in (f for f in fields(kind) if f.name in types):
             default = "" if field.default is MISSING else field.default
+            default = own.get(field.name, default)
             shown = ",".join(default) if isinstance(default, tuple) else str(default)
             literal = get_origin(types[field.name]) is Literal
             choices = " or ".join(map(str, get_args(types[field.name]))) if literal else ""

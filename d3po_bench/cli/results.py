@@ -36,19 +36,13 @@ if TYPE_CHECKING:
     "--x",
     type=click.Choice(
         [
-            "rounds",
-            "pairs",
-            "images",
-            "scorer_calls",
-            "unet_forwards",
-            "unet_backwards",
-            "seconds",
+            "rounds", "pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards",
+            "seconds", "cpu", "drift", "kl_trained", "kl",
         ]
     ),
-    default="pairs",
-    show_default=True,
-    help="What the horizontal axis counts.",
-)
+    default="pairs", show_default=True,
+    help="What the axis counts: what was spent, or how far the model has moved (the last three).",
+)  # fmt: skip
 @click.option("--out", type=PLACE, help="Folder for the figures.")
 @click.option(
     "--unfinished", is_flag=True, help="Draw runs that have not ended, as far as they are."
@@ -74,7 +68,9 @@ def plot(runs: tuple[Path, ...], x: str, out: Path | None, unfinished: bool) -> 
     "--table",
     "tables",
     multiple=True,
-    type=click.Choice(["gains", "contrast", "cost", "efficiency", "settings", "crossed", "runs"]),
+    type=click.Choice(
+        ["gains", "contrast", "cost", "efficiency", "drift", "steps", "settings", "crossed", "runs"]
+    ),
     help="Repeatable; default: gains and cost.",
 )
 @click.option(
@@ -98,9 +94,11 @@ def report(
 
     RUNS are run folders or folders of them; default: runs/. The tables: gains on the objective;
     cost (images, network passes, seconds, and what was lost); efficiency at equal pairs, images
-    and passes; settings; crossed, what training did to other scores; runs, a row for each run with
-    the command that makes it. For crossed, and the diversity in cost, --measure draws four
-    pictures of each prompt with every model and writes diversity.csv beside the objectives.
+    and passes; drift, what was gained where all have moved equally far; steps, the KL of each
+    denoising step; settings; crossed, what training did to other scores; runs, a row for each run
+    with the command that makes it. For crossed, and diversity, Vendi score and coverage in cost,
+    --measure draws eight pictures of each prompt with every model and writes diversity.csv beside
+    the objectives.
 
     The page is one file that needs no network: the table, curves, drift, pictures before and
     after, and behind each number its seeds, command and settings.
@@ -133,15 +131,21 @@ def report(
     show_default=True, help="What must hold of A, or the exit status is 1.",
 )  # fmt: skip
 @click.option(
+    "--margin", type=Range(0, 1e9, min_open=True),
+    help="A difference that would not matter, in the score's unit: is A equivalent to B?",
+)  # fmt: skip
+@click.option(
     "--plot", "drawn", type=PLACE, help="Draw the seeds and their difference: .png, .svg."
 )
-def compare(a: Path, b: Path, required: str, drawn: Path | None) -> Result:
+def compare(a: Path, b: Path, required: str, margin: float | None, drawn: Path | None) -> Result:
     """Say whether the runs A are better than the runs B.
 
     A and B are run folders, or folders with the seeds of one method on one objective. Their gains
     are compared seed by seed where both have the same seeds and held-out images, else by
     Welch's t. Exits with 0, or with 1 if A is shown to be worse (--require better: unless A is
     shown to be better), and with 2 if they cannot be compared.
+    With --margin, two one-sided tests also say whether they are shown to be equivalent, which a
+    large p-value alone does not; choose the margin before you look.
 
     \b
     Example:
@@ -153,7 +157,7 @@ def compare(a: Path, b: Path, required: str, drawn: Path | None) -> Result:
 
     if drawn is not None:
         figure.require_kind(drawn)
-    found = compared(a, b)
+    found = compared(a, b, margin)
     if drawn is not None:
         figure.draw(found, drawn)
     failed = found.verdict != "better" and (required == "better" or found.verdict == "worse")
@@ -286,9 +290,9 @@ def table1(
         d3po-bench feedback choices duel --out runs/table1/choices/seed-0.csv
         d3po-bench table1 --redraw --out runs/table1
     """  # noqa: D301
-    from d3po_bench.config import pairs_of
     from d3po_bench.rewards import sums
     from d3po_bench.runs.files import read_csv
+    from d3po_bench.setting import pairs_of
     from eval.analysis import table1 as tables
 
     request = tables.Table1Request(
@@ -307,13 +311,7 @@ def table1(
 @click.option(
     "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Draws them."
 )
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="How --rerun computes.",
-)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="How --rerun computes.")
 @click.option("--out", type=PLACE, help="Keep what --rerun makes here.")
 def verify(
     folder: Path,
@@ -362,8 +360,8 @@ class _Checks:
 
     def made(self) -> Iterator[tuple[str, str, Sequence[str]]]:
         """Name, verdict, and what there is to say."""
-        from d3po_bench.config import pairs_of
         from d3po_bench.runs.run import find_runs
+        from d3po_bench.setting import pairs_of
         from eval.verify import folder as verifying
         from eval.verify import rerun as again
 

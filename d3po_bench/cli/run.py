@@ -151,8 +151,8 @@ def run(
         d3po-bench run --method d3po --objective compress --set learning_rate=1e-3 --rounds 20
         d3po-bench run --method d3po --objective ./my_reward.py
     """  # noqa: D301
-    from d3po_bench.config import pairs_of
     from d3po_bench.launch import launch
+    from d3po_bench.setting import pairs_of
     from eval.tools import TOOLS
 
     request = launch.RunRequest(
@@ -203,9 +203,9 @@ def sweep(
         d3po-bench sweep grid.toml --where slurm --ask timeout_min=120 --ask gpus_per_node=1
         d3po-bench sweep grid.toml --status
     """  # noqa: D301
-    from d3po_bench.config import pairs_of
     from d3po_bench.launch import grid as sweeping
     from d3po_bench.launch.launch import Where
+    from d3po_bench.setting import pairs_of
     from eval.tools import TOOLS
 
     if status:

@@ -15,7 +15,7 @@ from d3po_bench.config import RunConfig, of_preset
 from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
 from d3po_bench.runs.files import Row
-from d3po_bench.runs.run import IMAGE, LAST, LORA, SAMPLES, RunFolder, content, finite
+from d3po_bench.runs.run import BESIDE, IMAGE, LAST, LORA, SAMPLES, RunFolder, content, finite
 from d3po_bench.runs.sessions import differing, sessions
 
 ABSENT = "not on record"
@@ -182,9 +182,11 @@ def _cost(run: RunFolder) -> dict[str, str]:
     """What the rounds so far have cost; evaluation is not part of it."""
     last = run.metrics[-1] if run.metrics else {}
     told = {said: f"{last[k]:,}" for k, said in COSTS.items() if isinstance(last.get(k), int)}
-    stages = [(k, v) for row in run.timing for k, v in row.items() if k != "round" and finite(v)]
-    for said, counted in (("seconds", False), ("seconds of evaluation", True)):
-        seconds = (v for k, v in stages if (k == "evaluate") is counted)
+    known = [(k, v) for row in run.timing for k, v in row.items() if finite(v)]
+    stages = [v for k, v in known if k not in BESIDE]
+    for said, seconds in (
+        ("seconds", stages), ("seconds of evaluation", [v for k, v in known if k == "evaluate"])
+    ):  # fmt: skip
         told[said] = f"{sum(seconds):,.0f}" if run.timing else ABSENT
     return told
 

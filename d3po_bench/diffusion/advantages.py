@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from d3po_bench.types import Rollout
 
+Against = Literal["prompt", "group"]
+"""What a score is compared with: the last scores of its prompt, or the images drawn beside it."""
+
 LARGEST = 20.0
 """Log-ratios are cut here: exp of more than 88 has a gradient of 0 * inf behind the clip."""
 
 
-def advantages(rollout: Rollout, buffer: int = 16, minimum: int = 16) -> Tensor:
-    """Scores in standard deviations above the mean of their prompt, [P, K].
+def advantages(
+    rollout: Rollout, buffer: int = 16, minimum: int = 16, against: Against = "prompt"
+) -> Tensor:
+    """Scores in standard deviations above a mean, [P, K].
 
-    Statistics are those of a prompt's last `buffer` scores, this round's included, or of this
-    whole round while it has fewer than `minimum` (Black et al. 2023, appendix).
+    Against "prompt", statistics are those of a prompt's last `buffer` scores, this round's
+    included, or of this whole round while it has fewer than `minimum` (Black et al. 2023,
+    appendix). Against "group" they are those of the K images of this draw (GRPO; Liu et al. 2025,
+    2505.05470): where all are equal, all are 0.
 
     Args:
         rollout: with scores and history.
         buffer: scores of a prompt that count; 0: the round's statistics for every prompt.
         minimum: scores that a prompt needs before its own statistics count.
+        against: what a score is compared with.
     """
     scores = rollout.scores.double()
+    if against == "group":
+        apart = scores - scores.mean(1, keepdim=True)
+        return (apart / (scores.std(1, correction=0, keepdim=True) + 1e-4)).float()
     kept = {prompt: list(rollout.history.get(prompt, ())) for prompt in set(rollout.prompts)}
     for prompt, values in zip(rollout.prompts, scores.tolist(), strict=True):
         kept[prompt] += values

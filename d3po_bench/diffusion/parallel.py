@@ -238,6 +238,22 @@ def send(piece: Tensor, number: int) -> None:
         piece.copy_(whole)
 
 
+def joined(pieces: Sequence[T], work: Callable[[T], Tensor]) -> Tensor:
+    """What `work` makes of the pieces, one after the other along the first axis, on the CPU.
+
+    Raises:
+        Exception: on all ranks, as `work` does on any.
+    """
+    own: dict[int, Tensor] = {}
+
+    def do(number: int) -> None:
+        own[number] = work(pieces[number]).cpu()
+
+    share(len(pieces), do)
+    shares = gather(own)
+    return torch.cat([shares[n % len(shares)][n] for n in range(len(pieces))])
+
+
 def add_in_order(sums: list[Tensor | None], parts: Sequence[Tensor | None], ranks: int) -> None:
     """Add to `sums` what the ranks have, first that of rank 0, as one process would.
 

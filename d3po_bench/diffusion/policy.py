@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from d3po_bench.diffusion.gaussian import Gaussian
-from d3po_bench.diffusion.process import Sampler, join, split, step_table
+from d3po_bench.diffusion.process import (
+    Sampler,
+    Spacing,
+    StepTable,
+    even_levels,
+    join,
+    split,
+    step_table,
+)
 from d3po_bench.errors import UserError
 from d3po_bench.types import Conditions, Model, Step, Weights
 
@@ -29,6 +37,8 @@ class Policy:
         eta: float = 1.0,
         guidance: float = 5.0,
         sampler: Sampler | Literal["auto"] = "auto",
+        timestep_spacing: Spacing = "model",
+        step_weight: Literal["equal", "inverse"] = "equal",
     ) -> None:
         """Tabulate the sampler's steps.
 
@@ -38,24 +48,50 @@ class Policy:
             eta: strength of the noise that each step adds; see `process.step_table`.
             guidance: w of classifier-free guidance; 1 switches it off.
             sampler: whose steps; auto: DDIM, or Flow-GRPO's SDE for a flow.
+            timestep_spacing: where the steps begin and end.
+            step_weight: of the gradient that comes through a step; "inverse" divides it by the
+                step's `sensitivity`.
         """
         self.model = model
         self.guidance = guidance
         if sampler == "auto":
             sampler = "flow_sde" if model.prediction == "flow" else "ddim"
-        self.levels = model.process.levels(steps)
-        self.table = step_table(
-            model.process, self.levels, sampler, eta, model.prediction, model.process.ends(steps)
+        even = timestep_spacing == "log_snr"
+        process, ends = model.process, None if even else model.process.ends(steps)
+        self.levels = even_levels(process, steps) if even else process.levels(steps)
+        self._noisy, self._quiet = (
+            step_table(process, self.levels, kind, strength, model.prediction, ends)
+            for kind, strength in ((sampler, eta), ("ddim", 0.0))
         )
-        columns = (self.table.x, self.table.output, self.table.std)
-        self._table = torch.stack(columns, 1).float().to(model.device)
+        self.table = self._noisy
+        self._table = self.table.stacked().float().to(model.device)
         self._levels = self.levels.to(model.device)
+        self._weight: Tensor | None = None
+        if step_weight == "inverse":
+            self._weight = (self.table.std / self.table.output.abs()).float().to(model.device)
         self._unconditional: Conditions | None = None
 
     @property
     def steps(self) -> int:
         """T."""
         return len(self.table.std)
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """[T] w: by how many nats per unit of noise z a step's log-density follows the network.
+
+        For a network that predicts noise, and DDIM with eta 1, w = sqrt(r^2 - 1) with r^2 the ratio
+        of the signal-to-noise ratios at the step's two ends. Infinite where a step adds no noise.
+        """
+        return self.table.output.abs() / self.table.std
+
+    def add_noise_in(self, steps: range) -> None:
+        """Let these steps alone add noise, and the others follow the ODE."""
+        within = torch.zeros(self.steps, dtype=torch.bool)
+        within[steps.start : steps.stop] = True
+        parts = zip(vars(self._noisy).values(), vars(self._quiet).values(), strict=True)
+        self.table = StepTable(*(noisy.where(within, quiet) for noisy, quiet in parts))
+        self._table = self.table.stacked().float().to(self._table.device)
 
     def require_noise(self, steps: int) -> None:
         """Refuse a deterministic step among the first `steps`: it has no log-probability.
@@ -98,6 +134,9 @@ class Policy:
             weights: which ones answer.
         """
         output = self.output(x_t, self._levels[step], conditions, weights=weights)
+        if self._weight is not None and output.requires_grad:
+            weight = _wide(self._weight[step], output)
+            output.register_hook(lambda gradient: gradient * weight)
         x_coef, output_coef, std = self._table[step].unbind(1)
         return Gaussian(mean=_wide(x_coef, x_t) * x_t + _wide(output_coef, x_t) * output, std=std)
 

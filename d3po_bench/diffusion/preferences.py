@@ -1,4 +1,7 @@
-"""What preference methods share: pairs and liked images read from scores, and the error gap."""
+"""What preference methods share: pairs and liked images read from scores, and the error gap.
+
+Pairs of one prompt share images, whose steps are computed once: see `steps_once`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ from itertools import combinations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.errors import UserError
-from d3po_bench.types import Conditions, Policy
+from d3po_bench.types import Conditions, Policy, Step, Weights
 
 
 def pairs_of(
@@ -66,6 +70,12 @@ def extremes(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.arange(len(first)), images, (first.amax(1) > first.amin(1)).float()
 
 
+def shuffled(scores: Tensor, rng: Generator) -> Tensor:
+    """Scores [P, K], those of each prompt in a random order: preferences that say nothing."""
+    order = torch.stack([torch.randperm(scores.shape[1], generator=rng) for _ in scores])
+    return scores.gather(1, order)
+
+
 def liking(scores: Tensor, value: float | None = None) -> Tensor:
     """Which images are liked, [P, K]: 1 above `value`, -1 below, 0 where neither.
 
@@ -78,16 +88,48 @@ def liking(scores: Tensor, value: float | None = None) -> Tensor:
     return (wide > middle).float() - (wide < middle).float()
 
 
+def steps_once(
+    policy: Policy, x_t: Tensor, step: Tensor, conditions: Conditions, same: Tensor
+) -> Step:
+    """`Policy.step` of both images of N pairs, [2N], each image's step computed once.
+
+    Args:
+        policy: whose steps.
+        x_t: [N, 2, C, H, W].
+        step: [N].
+        conditions: of N.
+        same: [N, 2] numbers, equal where all of these are equal.
+    """
+    every = same.flatten()
+    found, back = every.unique(return_inverse=True)
+    place = torch.arange(len(every), device=every.device)
+    if len(found) < len(every):
+        place = torch.empty_like(found).scatter_(0, back, place)
+    pair = place // 2
+    once = policy.step(x_t.flatten(0, 1)[place], step[pair], conditions.take(pair))
+    if len(found) == len(every):
+        return once
+    return Gaussian(mean=once.mean[back], std=once.std[back])
+
+
+def denoising_error(
+    policy: Policy, x_0: Tensor, level: Tensor, noise: Tensor, conditions: Conditions, *,
+    weights: Weights = "current",
+) -> Tensor:  # fmt: skip
+    """Squared error of the network's output, mean over latent elements, [N].
+
+    Arguments as those of `Policy.denoise`.
+    """
+    predicted, target = policy.denoise(x_0, level, noise, conditions, weights=weights)
+    return (predicted - target).square().flatten(1).mean(1)
+
+
 def error_gap(
     policy: Policy, x_0: Tensor, level: Tensor, noise: Tensor, conditions: Conditions
 ) -> Tensor:
-    """By how much the error of the network's output exceeds the pretrained model's, [N].
-
-    Squared error, mean over latent elements; arguments as those of `Policy.denoise`.
-    """
+    """By how much `denoising_error` exceeds the pretrained model's, [N]."""
     place = x_0, level, noise, conditions
-    predicted, target = policy.denoise(*place)
+    now = denoising_error(policy, *place)
     with torch.no_grad():
-        before, _ = policy.denoise(*place, weights="base")
-    now, base = ((p - target).square().flatten(1).mean(1) for p in (predicted, before))
-    return now - base
+        before = denoising_error(policy, *place, weights="base")
+    return now - before

@@ -19,6 +19,9 @@ from d3po_bench.types import Prediction, Process
 Sampler = Literal["ddim", "flow_sde", "cps"]
 """DDIM (with eta 0 the ODE), Flow-GRPO's SDE, and Flow-CPS."""
 
+Spacing = Literal["model", "log_snr"]
+"""Levels as the model's scheduler has them, or evenly over the log of the signal-to-noise ratio."""
+
 
 class VariancePreserving:
     """alpha^2 + sigma^2 = 1, as in DDPM and Stable Diffusion; levels are integer timesteps."""
@@ -177,6 +180,33 @@ class RectifiedFlow:
         return self._total * s
 
 
+def even_levels(process: Process, steps: int) -> Tensor:
+    """[T+1] training levels, descending, as evenly over log(alpha / sigma) as they can be.
+
+    From the noisiest to the cleanest level that has such a logarithm; each level once. They are the
+    timesteps that diffusers' DPMSolverMultistepScheduler has with `use_lu_lambdas` for T + 1 steps
+    (Lu et al. 2022, 2206.00927), where no two of these are one.
+
+    Raises:
+        UserError: the model has fewer levels.
+    """
+    known = process.training_levels.cpu()
+    signal, noise = process.squares(known)
+    finite = (signal > 0) & (noise > 0)
+    known, half = known[finite], (signal[finite] / noise[finite]).log() / 2
+    known, half = known[half.argsort()], half.sort().values
+    if (most := len(known) - 1) < steps:
+        raise UserError(
+            f"With timestep_spacing=log_snr this model has {most} steps at most. Use --set "
+            f"sampling_steps={most}."
+        )
+    wanted = torch.linspace(float(half[0]), float(half[-1]), steps + 1, dtype=torch.float64)
+    index = (wanted.unsqueeze(1) - half).abs().argmin(1)
+    for i in range(steps - 1, -1, -1):  # the cleanest levels lie farther apart than small steps
+        index[i] = index[i].clamp(min=i, max=int(index[i + 1]) - 1)
+    return known[index]
+
+
 def split(
     x: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction
 ) -> tuple[Tensor, Tensor]:
@@ -212,6 +242,10 @@ class StepTable:
     x: Tensor
     output: Tensor
     std: Tensor
+
+    def stacked(self) -> Tensor:
+        """[T, 3]."""
+        return torch.stack((self.x, self.output, self.std), 1)
 
 
 def step_table(

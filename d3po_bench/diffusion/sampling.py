@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,10 @@ from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import Purpose, normal, stream
+from d3po_bench.diffusion.transfer import HOST, pinned, sent
 from d3po_bench.types import Conditions, Method, Model, Rollout, UsesSomeImages
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,44 +70,68 @@ def sample(
         RunError: a mean is not finite.
     """
     k, total = images_per_prompt, len(prompts)
-    model = policy.model
-    shape, steps = model.latent_shape, policy.steps
+    model, steps, shape = policy.model, policy.steps, policy.model.latent_shape
     conditions = model.encode(prompts)
-    latents = torch.empty(total, k, steps + 1, *shape, device=model.device)
-    means = torch.empty(total, k, steps, *shape, device=model.device)
+    latents, means = (torch.empty(total, k, n, *shape) for n in (steps + 1, steps))
     block = max(1, batch // k)
     blocks = [range(start, min(start + block, total)) for start in range(0, total, block)]
+    parts = [slice(rows.start, rows.stop) for rows in blocks]
+
+    def noise(number: int) -> list[Tensor]:
+        start = draws.start(blocks[number], k, shared_noise, shape)
+        along = draws.along(blocks[number], k, steps, shape)
+        return [pinned(tensor, model.device) for tensor in (start, along)]
 
     def walk(number: int) -> None:
-        rows = blocks[number]
-        part = slice(rows.start, rows.stop)
-        latents[part, :, 0] = draws.start(rows, k, shared_noise, shape).to(model.device)
-        noise = draws.along(rows, k, steps, shape).to(model.device)
-        _walk(policy, latents[part], means[part], noise, conditions.take(part), shared_noise)
-        progress(rows.stop / total)
+        part, (start, along) = parts[number], (sent(t, model.device) for t in drawn(number))
+        walked = _walk(policy, start, along, conditions.take(part), shared_noise)
+        latents[part], means[part] = walked
+        progress(part.stop / total)
 
-    parallel.share(len(blocks), walk)
-    for number, rows in enumerate(blocks):
-        parallel.send(latents[rows.start : rows.stop], number)
-        parallel.send(means[rows.start : rows.stop], number)
+    with ahead(len(blocks), noise) as drawn:
+        parallel.share(len(blocks), walk)
+    for number, part in enumerate(parts):
+        parallel.send(latents[part], number)
+        parallel.send(means[part], number)
     require_finite("means of the denoising steps", means)  # of which latents are made
     return Rollout(
-        prompts=tuple(prompts), conditions=conditions, latents=latents, means=means,
+        prompts=tuple(prompts), conditions=conditions.to(HOST), latents=latents, means=means,
         levels=policy.levels, training_levels=model.process.training_levels,
         scores=torch.zeros(total, k),
     )  # fmt: skip
 
 
+@contextmanager
+def ahead(count: int, make: Callable[[int], T]) -> Iterator[Callable[[int], T]]:
+    """While a device works on a piece, have what the next one needs made in another thread.
+
+    Args:
+        count: of pieces; this process does its share of them, in order.
+        make: what piece n needs. It must not depend on what else is going on.
+
+    Yields:
+        What gives it, for the pieces of this process in their order.
+    """
+    with ThreadPoolExecutor(1) as aside:
+        first = parallel.rank()
+        waiting = {first: aside.submit(make, first)} if first < count else {}
+
+        def made(number: int) -> T:
+            found = waiting.pop(number).result()
+            if (later := number + parallel.world()) < count:
+                waiting[later] = aside.submit(make, later)
+            return found
+
+        yield made
+
+
 def _walk(
-    policy: Policy,
-    latents: Tensor,
-    means: Tensor,
-    noise: Tensor,
-    conditions: Conditions,
-    shared: bool,
-) -> None:
-    """Fill in the means of a block of prompts, and the latents after the first."""
-    p, k = latents.shape[:2]
+    policy: Policy, start: Tensor, noise: Tensor, conditions: Conditions, shared: bool
+) -> tuple[Tensor, Tensor]:
+    """The latents of a block of prompts, of which the first are given, and the means."""
+    p, k = start.shape[:2]
+    latents = start.new_empty(p, k, policy.steps + 1, *start.shape[2:])
+    means, latents[:, :, 0] = torch.empty_like(noise), start
     every = conditions.repeat(k)
     for i in range(policy.steps):
         x = latents[:, :, i]
@@ -114,6 +143,7 @@ def _walk(
             mean = policy.step(x.flatten(0, 1), number, every).mean.view_as(x)
         means[:, :, i] = mean
         latents[:, :, i + 1] = means[:, :, i] + float(policy.table.std[i]) * noise[:, :, i]
+    return latents, means
 
 
 @torch.no_grad()
@@ -137,17 +167,18 @@ def pretrained_means(
         images: [P, K] bool, which images; the others keep the rollout's own means. All if None.
     """
     out = rollout.means[:, :, : rollout.means.shape[2] - skip].clone()
-    steps, device = out.shape[2], out.device
+    steps, device = out.shape[2], policy.model.device
     chosen = torch.ones(out.shape[:2], dtype=torch.bool) if images is None else images
-    prompt, image = chosen.to(device).nonzero(as_tuple=True)
-    flat = torch.empty(len(prompt) * steps, *out.shape[3:], device=device)
-    pieces = torch.arange(len(flat), device=device).split(batch)
+    prompt, image = chosen.nonzero(as_tuple=True)
+    flat = torch.empty(len(prompt) * steps, *out.shape[3:])
+    pieces = torch.arange(len(flat)).split(batch)
 
     def compute(number: int) -> None:
         items = pieces[number]
         i, j, s = prompt[items // steps], image[items // steps], items % steps
         x, conditions = rollout.latents[i, j, s], rollout.conditions.take(i)
-        flat[items] = policy.step(x, s, conditions, weights="base").mean
+        there = (sent(x, device), sent(s, device), sent(conditions, device))
+        flat[items] = policy.step(*there, weights="base").mean.to(HOST)
 
     parallel.share(len(pieces), compute)
     for number, items in enumerate(pieces):
@@ -164,16 +195,9 @@ def pictures(model: Model, latents: Tensor, batch: int) -> Tensor:
         latents: of all pictures.
         batch: pictures in a piece of the work, which decides bits where decoders' do.
     """
-    pieces = latents.split(batch)
-
-    own: dict[int, Tensor] = {}
-
-    def decode(number: int) -> None:
-        own[number] = model.decode(pieces[number])
-
-    parallel.share(len(pieces), decode)
-    shares = parallel.gather(own)
-    return torch.cat([shares[n % len(shares)][n] for n in range(len(pieces))])
+    return parallel.joined(
+        latents.split(batch), lambda part: model.decode(sent(part, model.device))
+    )
 
 
 def images_used(method: Method[Any], rollout: Rollout) -> Tensor:

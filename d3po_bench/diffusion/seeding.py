@@ -24,6 +24,8 @@ Purpose = Literal[
     "eval-noise",
     "eval-steps",
     "raters",
+    "choices",
+    "window",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -13,6 +14,7 @@ from torch import Generator, Tensor
 from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import REMEDY, first_not_finite, require_finite_weights
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.transfer import items_sent
 from d3po_bench.errors import RunError
 from d3po_bench.types import Method, Metrics, Rows
 
@@ -24,7 +26,7 @@ class SharesMean(Protocol):
     """A method whose loss needs a mean over all items of an optimizer step.
 
     Its rows have a tensor `shared` [M, T], in which `loss` finds that mean, whatever the split
-    into micro-batches and ranks.
+    into micro-batches and ranks, and may have a tensor `own` [M, T] for what was averaged.
     """
 
     def shared(self, policy: Policy, items: Any) -> Tensor:
@@ -37,10 +39,14 @@ class Updates:
 
     units: int = 1
     """Update units in one optimizer step."""
+    count: int = 0
+    """Optimizer steps of a pass, where it is not `units` that decides; 0: it does."""
     timestep_fraction: float = 1.0
     """Share of each unit's steps that are trained on, a random subset for every unit."""
     skip: int = 0
     """Last denoising steps that are not trained on."""
+    first: int = 0
+    """First denoising step that is trained on."""
     every: Literal["unit", "timestep"] = "unit"
     """An optimizer step after all steps of its units, or after each (the paper's Algorithm 1)."""
     passes: int = 1
@@ -48,6 +54,8 @@ class Updates:
     micro_batch: int = 64
     """Items in one forward and backward; it does not change the result beyond rounding."""
     max_grad_norm: float = 1.0
+    step_gradients: bool = False
+    """Also measure the gradient norm of each denoising step, before the first optimizer step."""
 
 
 def update(
@@ -79,8 +87,11 @@ def update(
     groups = [g for _ in range(updates.passes) for g in _groups(rows, updates, rng)]
     parameters = list(policy.model.trainable().values())
     totals: dict[str, float] = {}
+    by_step: dict[str, float] = {}
     if scaler is not None:  # a rank without a micro-batch of its own has to have a scale, too
         scaler.scale(torch.zeros((), device=policy.model.device))
+    if updates.step_gradients:
+        by_step = _by_step(policy, method, rows, *groups[0], updates.micro_batch, scaler)
     for number, (unit, step) in enumerate(groups):
         metrics = _accumulate(policy, method, rows, unit, step, updates.micro_batch, scaler)
         metrics["grad_norm"] = _clip(parameters, optimizer, updates.max_grad_norm, scaler)
@@ -90,7 +101,33 @@ def update(
             totals[name] = totals.get(name, 0.0) + float(value) / len(groups)
         progress((number + 1) / len(groups))
     require_finite_weights(policy.model.trainable())  # no loss is computed with the last ones
-    return {**totals, "updates": len(groups)}
+    return {**totals, **by_step, "updates": len(groups)}
+
+
+def _by_step(
+    policy: Policy,
+    method: Method[R],
+    rows: R,
+    unit: Tensor,
+    step: Tensor,
+    micro_batch: int,
+    scaler: torch.amp.GradScaler | None,
+) -> dict[str, float]:
+    """Gradient norm of the mean loss over the items of each denoising step; nothing is learned.
+
+    Named grad_norm/0 for the first step, and so on. Its passes do not count as the run's.
+    """
+    spent, found = (policy.model.forwards, policy.model.backwards), {}
+    parameters = list(policy.model.trainable().values())
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    for number in step.unique().tolist():
+        own = step == number
+        _accumulate(policy, method, rows, unit[own], step[own], micro_batch, scaler)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        found[f"grad_norm/{number}"] = float(norm) / scale
+        _set_gradients(parameters, [None] * len(parameters))
+    policy.model.forwards, policy.model.backwards = spent
+    return found
 
 
 def require_own_names(method: str, found: Iterable[str], ours: Iterable[str]) -> None:
@@ -107,14 +144,15 @@ def require_own_names(method: str, found: Iterable[str], ours: Iterable[str]) ->
 
 def _groups(rows: Rows, updates: Updates, rng: Generator) -> list[tuple[Tensor, Tensor]]:
     """The (unit, step) items of each optimizer step of one pass."""
-    trained = rows.steps - updates.skip
+    trained = rows.steps - updates.skip - updates.first
     kept = max(1, round(trained * updates.timestep_fraction))
     order = torch.randperm(len(rows), generator=rng)
     steps = torch.stack([torch.randperm(trained, generator=rng) for _ in order])[:, :kept]
+    steps += updates.first
     groups = []
-    for start in range(0, len(order), updates.units):
-        unit = order[start : start + updates.units].unsqueeze(1).expand(-1, kept)
-        step = steps[start : start + updates.units]
+    count, places = min(updates.count, len(order)), torch.arange(len(order))
+    for part in places.tensor_split(count) if count else places.split(updates.units):
+        unit, step = order[part].unsqueeze(1).expand(-1, kept), steps[part]
         if updates.every == "timestep":
             groups += list(zip(unit.unbind(1), step.unbind(1), strict=True))
         else:
@@ -136,7 +174,7 @@ def _accumulate(
     Micro-batches are the same whatever the number of ranks. Those that the ranks do at a time are
     a wave; a rank that has none in the last wave adds nothing.
     """
-    pieces = list(zip(unit.split(micro_batch), step.split(micro_batch), strict=True))
+    pieces = _pieces(rows, unit, step, micro_batch)
     parameters = list(policy.model.trainable().values())
     ranks, totals = parallel.world(), Metrics()
     sums = [p.grad for p in parameters]
@@ -145,7 +183,8 @@ def _accumulate(
     def backward(number: int) -> Metrics:
         if number >= len(pieces):
             return {}
-        items = complete(rows.take(*pieces[number]))
+        sent = items_sent(rows.take(*pieces[number]), policy.model.device)
+        items = complete(number, sent)
         return _backward(policy, method, items, len(pieces[number][0]) / len(unit), scaler)
 
     for first in range(0, len(pieces), ranks):
@@ -164,31 +203,59 @@ def _accumulate(
     return totals
 
 
+def _pieces(
+    rows: Rows, unit: Tensor, step: Tensor, micro_batch: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Micro-batches of the items of an optimizer step.
+
+    Where items share parts that are computed once, those of a step that do lie next to each other,
+    and a micro-batch is full when it has as many different parts as its items would have alone.
+    """
+    same: Tensor | None = getattr(rows, "same", None)
+    parts = None if same is None else same[unit.to(same.device), step.to(same.device)].cpu()
+    if parts is None or len(parts.unique()) == parts.numel():
+        return list(zip(unit.split(micro_batch), step.split(micro_batch), strict=True))
+    known = [sorted(own) for own in parts.tolist()]
+    numbers = step.tolist()
+    order = sorted(range(len(known)), key=lambda item: (numbers[item], known[item]))
+    cuts, there = [0], set[int]()
+    for place, item in enumerate(order):
+        if place and len(there.union(known[item])) > micro_batch * parts.shape[1]:
+            cuts.append(place)
+            there.clear()
+        there.update(known[item])
+    sizes = [end - start for start, end in pairwise([*cuts, len(order)])]
+    whole = torch.tensor(order)
+    return list(zip(unit[whole].split(sizes), step[whole].split(sizes), strict=True))
+
+
 @torch.no_grad()
 def _with_mean(
     policy: Policy, method: Method[R], rows: R, pieces: Sequence[tuple[Tensor, Tensor]]
-) -> Callable[[R], R]:
-    """What puts into items the mean that the method shares over all pieces, if it does.
+) -> Callable[[int, R], R]:
+    """What puts into the items of a piece the mean that the method shares over all, if it does.
 
-    Each piece is computed by one rank and added in the order of the pieces.
+    Each piece is computed by one rank, the one that learns from it, and added in their order.
     """
     if not isinstance(method, SharesMean):
-        return lambda items: items
+        return lambda number, items: items
     own: dict[int, Tensor] = {}
 
     def compute(number: int) -> None:
-        own[number] = method.shared(policy, rows.take(*pieces[number])).cpu().double().sum()
+        items = items_sent(rows.take(*pieces[number]), policy.model.device)
+        own[number] = method.shared(policy, items)
 
     parallel.share(len(pieces), compute)
-    shares = parallel.gather(own)
+    shares = parallel.gather({n: found.cpu().double().sum() for n, found in own.items()})
     total = torch.stack([shares[n % len(shares)][n] for n in range(len(pieces))]).sum()
     mean = float(total) / sum(len(unit) for unit, _ in pieces)
-    return lambda items: _filled(items, mean)
 
+    def filled(number: int, items: R) -> R:
+        values = vars(items)
+        found = {"shared": torch.full_like(values["shared"], mean), "own": own[number]}
+        return type(items)(**values | {n: found[n] for n in found.keys() & values.keys()})
 
-def _filled(items: R, mean: float) -> R:
-    values = vars(items)
-    return type(items)(**{**values, "shared": torch.full_like(values["shared"], mean)})
+    return filled
 
 
 def _set_gradients(parameters: list[Tensor], gradients: Sequence[Tensor | None]) -> None:

@@ -11,17 +11,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from d3po_bench.digests import sha256_of
 from d3po_bench.errors import UserError, install
-from d3po_bench.experience.layouts import LAYOUTS, Judged, Layout, Mark
+from d3po_bench.experience.layouts import LAYOUTS, Judged, Layout, Mark, of_question
 from d3po_bench.pictures import open_picture
 from d3po_bench.prompts.tables import SUFFIXES, rows_of
 from d3po_bench.types import Model
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @runtime_checkable
@@ -50,6 +53,9 @@ class Group:
     prompt: str
     pictures: tuple[Picture, ...]
     scores: tuple[float, ...]
+    """Of each picture the mean of what all said."""
+    said: tuple[tuple[float, ...], ...] = ()
+    """By each rater the scores of all pictures; NaN of one that was not judged."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +109,27 @@ class _Named(io.BytesIO):
         return self.name
 
 
-def _pixels(picture: Picture, parquet: Path | None, width: int, height: int) -> Tensor:
-    """The picture's middle in the model's size, [3, h, w] uint8."""
-    import numpy as np
-    from PIL import Image, ImageOps
+def whole(picture: Picture, parquet: Path | None) -> Image.Image:
+    """The picture, in its own size.
 
+    Raises:
+        UserError: it is damaged, or of a format that is not opened.
+    """
     file: Path | _Named
     if isinstance(picture, InParquet):
         file = _Named(_bytes_in(parquet or Path(), picture))
         file.name = f"{picture.column} in row {picture.row + 1} of {parquet}"
     else:
         file = picture
-    found = ImageOps.fit(open_picture(file), (width, height), Image.Resampling.BICUBIC)
+    return open_picture(file)
+
+
+def _pixels(picture: Picture, parquet: Path | None, width: int, height: int) -> Tensor:
+    """The picture's middle in the model's size, [3, h, w] uint8."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    found = ImageOps.fit(whole(picture, parquet), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(found)).permute(2, 0, 1)
 
 
@@ -127,7 +142,7 @@ def pairs_of(groups: Iterable[Group], judged: Judged) -> list[Group]:
         Group(g.prompt, (g.pictures[i], g.pictures[j]), (g.scores[i], g.scores[j]))
         for g in groups
         for i, j in combinations(range(len(g.pictures)), 2)
-        if judged == "pairs" or g.scores[i] * g.scores[j] < 0
+        if judged != "tags" or g.scores[i] * g.scores[j] < 0
     ]
 
 
@@ -154,12 +169,13 @@ class Table:
     parquet: Path | None
 
 
-def read(path: Path, folder: Path | None = None) -> Table:
+def read(path: Path, folder: Path | None = None, question: str | None = None) -> Table:
     """Read a table whole; its pictures are looked for, but not opened.
 
     Args:
         path: .csv, .tsv, .json, .jsonl or .parquet, in one of `LAYOUTS`.
         folder: where its pictures' paths begin; None for the table's own folder.
+        question: of this page's export, whose answers to take; None where it has one question.
 
     Raises:
         UserError: no layout fits, a row is malformed, or a picture is missing, naming the row.
@@ -170,17 +186,37 @@ def read(path: Path, folder: Path | None = None) -> Table:
         raise UserError(f"{path} is no table of preference data ({known}). Give another file.")
     try:
         rows = _parquet(path) if kind == ".parquet" else iter(_with_prompts(rows_of(path), folder))
-        first = next(rows, None)
+        parquet = path if kind == ".parquet" else None
+        return of_rows(path, rows, folder, sha256_of(path)[:12], parquet, question)
     except OSError as problem:
         raise UserError(f"Cannot read {path}: {problem.strerror or problem}.") from problem
+
+
+def of_rows(
+    path: Path, rows: Iterator[Any], folder: Path, content: str, parquet: Path | None = None,
+    question: str | None = None,
+) -> Table:  # fmt: skip
+    """What rows say.
+
+    Args:
+        path: where they are from, for people.
+        rows: in one of `LAYOUTS`.
+        folder: where their pictures' paths begin.
+        content: names what was judged.
+        parquet: the file that holds their pictures, if one does.
+        question: as in `read`.
+
+    Raises:
+        UserError: no layout fits, a row is malformed, or a picture is missing, naming the row.
+    """
+    rows = of_question(path, rows, question)
+    first = next(rows, None)
     layout = _layout(path, first)
-    marks = _marks(path, folder, layout, _again(first, rows))
-    groups = _grouped(marks)
+    groups = _grouped(_marks(path, folder, layout, _again(first, rows)))
     if not groups:
         raise UserError(f"{path} has no row that says anything of a picture. Give another file.")
     judged = layout.judged(first)  # type: ignore[arg-type]  # a layout fits it
-    parquet = path if kind == ".parquet" else None
-    return Table(layout.name, judged, groups, sha256_of(path)[:12], parquet)
+    return Table(layout.name, judged, groups, content, parquet)
 
 
 def _again(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -259,15 +295,29 @@ def _place(picture: Any, number: int, folder: Path) -> Picture:
 
 
 def _grouped(marks: Iterable[tuple[int, Mark]]) -> list[Group]:
-    """Groups in the order of their first rows, each picture with the mean of what is said of it."""
-    found: dict[str | int, tuple[str, dict[Picture, list[float]]]] = {}
+    """Groups in the order of their first rows."""
+    found: dict[str | int, tuple[str, dict[Picture, list[Mark]]]] = {}
     for number, mark in marks:
         _, pictures = found.setdefault(mark.key or number, (mark.prompt, {}))
-        pictures.setdefault(mark.picture, []).append(mark.score)
-    return [
-        Group(prompt, tuple(said), tuple(sum(s) / len(s) for s in said.values()))
-        for prompt, said in found.values()
+        pictures.setdefault(mark.picture, []).append(mark)
+    return [_group(prompt, pictures) for prompt, pictures in found.values()]
+
+
+def _group(prompt: str, pictures: Mapping[Picture, list[Mark]]) -> Group:
+    of_each = pictures.values()
+    raters = dict.fromkeys(mark.rater for marks in of_each for mark in marks)
+    said = [
+        tuple(_mean(mark.score for mark in marks if mark.rater == rater) for marks in of_each)
+        for rater in raters
     ]
+    scores = tuple(_mean(mark.score for mark in marks) for marks in of_each)
+    return Group(prompt, tuple(pictures), scores, tuple(said))
+
+
+def _mean(values: Iterable[float]) -> float:
+    """NaN of nothing."""
+    found = list(values)
+    return sum(found) / len(found) if found else float("nan")
 
 
 # ---- Parquet

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.seeding import stream
+from d3po_bench.diffusion.transfer import HOST
 from d3po_bench.experience import Stage
 from d3po_bench.types import Model, Objective, Rollout, Scorer
 
@@ -94,12 +95,11 @@ class Judged:
             rows = self.judged[order[start : start + self.prompts_per_round].sort().values]
             prompts = [self.drawn.image_prompts[i] for i in rows.tolist()]
             stored = self.drawn.stored(rows, policy.model)
-            device = policy.model.device
             rollout = Rollout(
                 prompts=prompts,
-                conditions=policy.model.encode(prompts),
-                latents=stored["latents"].to(device),
-                means=stored["means"].to(device),
+                conditions=policy.model.encode(prompts).to(HOST),
+                latents=stored["latents"].to(HOST),
+                means=stored["means"].to(HOST),
                 levels=policy.levels,
                 training_levels=policy.model.process.training_levels,
                 scores=self.scores[rows],

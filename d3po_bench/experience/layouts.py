@@ -10,10 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-Judged = Literal["pairs", "tags"]
-"""Pictures compared with each other, or each judged by itself."""
+from d3po_bench.errors import UserError
+
+Judged = Literal["pairs", "tags", "scale"]
+"""Pictures compared with each other, or each judged by itself, as good or bad or by a number."""
 
 
 class Mark(NamedTuple):
@@ -25,7 +28,9 @@ class Mark(NamedTuple):
     picture: Any
     """A path, or the name of the column that holds its bytes."""
     score: float
-    """Larger is better; of tags 1 for liked and -1 for disliked."""
+    """Larger is better; of tags 1 for liked and -1 for disliked, of a scale 0 for its middle."""
+    rater: str = ""
+    """Who says it, where several judged the same pictures."""
 
 
 Row = Mapping[str, Any]
@@ -129,13 +134,13 @@ def _label_studio(row: Row) -> Marks:
     pictures = [v for v in data.values() if isinstance(v, str) and PICTURE.search(v)]
     if len(pictures) not in (1, 2):
         raise ValueError(f"its data name {len(pictures)} pictures, not one or two")
-    for annotation in row["annotations"]:
+    for number, annotation in enumerate(row["annotations"]):
         if annotation.get("was_cancelled"):
             continue
         chosen = _chosen(annotation["result"])
         scores = _scores(chosen, WORDS) if len(pictures) == 2 else [_scores(chosen, TAGS)]
         for picture, score in zip(pictures, scores, strict=True):
-            yield Mark("", prompt, _local(picture), score)
+            yield Mark("", prompt, _local(picture), score, str(number))
 
 
 def _chosen(result: Any) -> str:
@@ -167,9 +172,15 @@ def _local(picture: str) -> str:
 def _our_page(row: Row) -> Marks:
     pictures, answer = row["images"], row["answer"]
     pictures = pictures.split() if isinstance(pictures, str) else pictures
-    if str(row["repeat"]) != "0":  # asked again, to measure the rater
+    # Asked again, to measure the rater; or of pictures with a known answer.
+    if str(row["repeat"]) != "0" or row.get("use") in ("gold", "practice"):
         return
-    if answer in ("a", "b", "tie", "bad"):
+    if row.get("kind") in ("scale", "ranking"):
+        said = row["scores"].split() if isinstance(row["scores"], str) else row["scores"]
+        scores = [_number(value, "scores") for value in said]
+        if len(scores) != len(pictures):
+            raise ValueError(f"scores is {ascii(said)[:40]}, of {len(pictures)} images")
+    elif answer in ("a", "b", "tie", "bad"):
         scores = list(WORDS[answer])
     else:
         tagged = {int(n) for n in (answer.split() if isinstance(answer, str) else answer)}
@@ -180,7 +191,38 @@ def _our_page(row: Row) -> Marks:
     if prompt[0] == "'" and prompt[1:].lstrip().startswith(("=", "+", "-", "@")):
         prompt = prompt[1:]  # which keeps spreadsheets from computing it
     for picture, score in zip(pictures, scores, strict=True):
-        yield Mark(str(row["item"]), prompt, picture, score)
+        group = str(row.get("group") or row["item"])
+        yield Mark(group, prompt, picture, score, str(row.get("rater", "")))
+
+
+def of_question(path: Path, rows: Iterator[Any], question: str | None) -> Iterator[Any]:
+    """The rows of one question of this page's export; a file that names none has one.
+
+    Raises:
+        UserError: it has several and none is chosen, or not the chosen one.
+    """
+    seen: dict[str, None] = {}
+    for row in rows:
+        if isinstance(row, dict) and "question" in row and "repeat" in row:
+            seen[str(row["question"])] = None
+            if question not in (None, row["question"]):
+                continue
+        yield row
+        if question is None and len(seen) > 1:
+            raise UserError(
+                f"{path} has answers to several questions, such as {' and '.join(seen)}. Choose "
+                "one with --question."
+            )
+    if question is not None and question not in seen:
+        known = ", ".join(seen) or "no questions"
+        raise UserError(f"{path} has no question {question!a}, but {known}. Correct --question.")
+
+
+def _our_kind(row: Row) -> Judged:
+    kind = row.get("kind")
+    if kind == "scale":
+        return "scale"
+    return "pairs" if kind == "ranking" or row["answer"] in ("a", "b", "tie", "bad") else "tags"
 
 
 def _label_file(row: Row) -> Marks:
@@ -219,7 +261,7 @@ LAYOUTS = (
     ),
     Layout(
         "our page", frozenset({"prompt", "item", "repeat", "answer", "images"}),
-        lambda row: "pairs" if row["answer"] in ("a", "b", "tie", "bad") else "tags", _our_page,
+        _our_kind, _our_page,
     ),
     Layout("the D3PO authors' labels", frozenset({"first", "labels"}), _tags, _label_file),
     Layout("tags", frozenset({"file_name", "liked"}), _tags, _liked),

@@ -1,29 +1,28 @@
 """What votes say: how far raters agree, how good each is, and scores to train from.
 
-A *unit* is what a rater judges as one: an image of a grid (tagged or not), or a pair (its
-choice). Only first presentations count; repeats measure self-consistency alone.
+A *unit* is what a rater judges as one: an image (tagged or not, a rating, a place in a ranking),
+or a pair (its choice). Only first presentations count; repeats measure self-consistency alone.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import schema
-from d3po_bench.feedback.rounds import Progress, Round, Vote
-from d3po_bench.feedback.schema import Answer, Choice
+from d3po_bench.feedback.questions import Answer
+from d3po_bench.feedback.rounds import Part, Round, Vote
 
 Floats = NDArray[np.float64]
-CHOICES = get_args(Choice)
 
 
 @dataclass(frozen=True)
@@ -58,21 +57,21 @@ class Quality:
 # ---- agreement
 
 
-def judgements(round_: Round, votes: Sequence[Vote]) -> tuple[list[str], Floats]:
+def judgements(part: Part, votes: Sequence[Vote]) -> tuple[list[str], Floats]:
     """Who said what of which unit.
 
     Returns:
-        Names of the R raters, and [R, U]: 1 for tagged and 0 for not, of each of the P*K
-        images; or of each of the P pairs an index into a, b, tie, bad. NaN: not asked.
+        Names of the R raters, and [R, U]: a value from 0 of each unit, which is an image or a
+        pair. NaN: not asked.
     """
     names = sorted({vote.rater for vote in votes})
     row = {name: n for n, name in enumerate(names)}
-    width = round_.images_per_item if round_.kind == "tags" else 1
-    place = {item.id: n * width for n, item in enumerate(round_.items)}
-    table = np.full((len(names), len(place) * width), np.nan)
     first = [vote for vote in votes if vote.repeat == 0]
+    known = {answer: _values(part, answer) for answer in {vote.answer for vote in first}}
+    width = len(next(iter(known.values()), ()))
+    place = {item.id: n * width for n, item in enumerate(part.items)}
+    table = np.full((len(names), len(place) * width), np.nan)
     if first:
-        known = {answer: _values(round_, answer) for answer in {vote.answer for vote in first}}
         rows = np.array([row[vote.rater] for vote in first])
         starts = np.array([place[vote.item] for vote in first])
         units = starts[:, None] + np.arange(width)
@@ -80,162 +79,188 @@ def judgements(round_: Round, votes: Sequence[Vote]) -> tuple[list[str], Floats]
     return names, table
 
 
-def alpha(round_: Round, votes: Sequence[Vote]) -> float | None:
-    """Krippendorff's alpha for nominal data: 1 is full agreement, 0 that of chance.
+def alpha(part: Part, votes: Sequence[Vote]) -> float | None:
+    """Krippendorff's alpha: 1 is full agreement, 0 that of chance.
 
-    None where it is undefined: no unit was judged twice, or everybody said the same of all.
+    For nominal data; for ordinal ones where the question's values have an order. None where it is
+    undefined: no unit was judged twice, or everybody said the same of all.
     """
-    return alpha_of_counts(_counts(round_, judgements(round_, votes)[1]))
+    return alpha_of_counts(_counts(part, judgements(part, votes)[1]), part.question.ordered)
 
 
-def alpha_of_counts(counts: NDArray[np.int64]) -> float | None:
-    """Nominal alpha of [U, V] counts: how many raters gave unit u the value v."""
+def alpha_of_counts(counts: NDArray[np.int64], ordered: bool = False) -> float | None:
+    """Alpha of [U, V] counts: how many raters gave unit u the value v."""
     import krippendorff
 
     judged = counts[counts.sum(1) > 1]
     if (judged.sum(0) > 0).sum() < 2:
         return None
-    return float(krippendorff.alpha(value_counts=judged, level_of_measurement="nominal"))
+    level: Literal["ordinal", "nominal"] = "ordinal" if ordered else "nominal"
+    return float(krippendorff.alpha(value_counts=judged, level_of_measurement=level))
 
 
-def raw_agreement(round_: Round, votes: Sequence[Vote]) -> float | None:
+def raw_agreement(part: Part, votes: Sequence[Vote]) -> float | None:
     """Share of the pairs of raters of a unit who said the same, mean over units with two or more.
 
     None where no unit was judged twice.
     """
-    return _raw_agreement(_counts(round_, judgements(round_, votes)[1]))
+    return _mean(_same(_counts(part, judgements(part, votes)[1])))
 
 
-def _raw_agreement(counts: NDArray[np.int64]) -> float | None:
+def summary(part: Part, votes: Sequence[Vote]) -> Mapping[str, float | None]:
+    """The numbers of a question by name: votes, raters, alpha and raw agreement."""
+    counts = _counts(part, judgements(part, votes)[1])
+    return {
+        "votes": len(votes),
+        "raters": len({vote.rater for vote in votes}),
+        "alpha": alpha_of_counts(counts, part.question.ordered),
+        "raw_agreement": _mean(_same(counts)),
+    }
+
+
+def disagreement(part: Part, votes: Sequence[Vote]) -> dict[str, float]:
+    """How far raters of an item differ, by its name: 0 if all agree.
+
+    The share of pairs of raters who said something else, mean over its units; where values have
+    an order, their distance, as a part of the largest. Items that fewer than two judged are left
+    out.
+    """
+    counts = _counts(part, judgements(part, votes)[1])
+    apart = 1 - _same(counts)
+    if part.question.ordered:
+        apart = _distance(counts)
+    found = apart.reshape(len(part.items), -1).mean(1) if len(apart) else apart
+    said = zip(part.items, found.tolist(), strict=False)
+    return {item.id: value for item, value in said if not np.isnan(value)}
+
+
+def _mean(values: Floats) -> float | None:
+    return None if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _same(counts: NDArray[np.int64]) -> Floats:
+    """Share of the pairs of raters of each unit who said the same, [U]; NaN: there is none."""
     raters = counts.sum(1)
-    same = (counts * (counts - 1)).sum(1)[raters > 1]
-    pairs = (raters * (raters - 1))[raters > 1]
-    return float((same / pairs).mean()) if len(pairs) else None
+    same, pairs = (counts * (counts - 1)).sum(1), raters * (raters - 1)
+    shares: Floats = np.divide(same, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    return shares
+
+
+def _distance(counts: NDArray[np.int64]) -> Floats:
+    """Mean distance of two raters of each unit, in parts of the largest, [U]."""
+    raters, values = counts.sum(1), np.arange(counts.shape[1])
+    apart = np.abs(values[:, None] - values) / max(len(values) - 1, 1)
+    total, pairs = np.einsum("uv,vw,uw->u", counts, apart, counts), raters * (raters - 1)
+    mean: Floats = np.divide(total, pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+    return mean
 
 
 def quality(round_: Round, votes: Sequence[Vote]) -> list[Quality]:
-    """Each rater's accuracy, consistency and speed, by name."""
-    names, table = judgements(round_, votes)
-    counts = _counts(round_, table)
-    gold = {item.id: item.gold for item in round_.items if item.gold is not None}
+    """Each rater's accuracy, consistency and speed over all questions, by name."""
     mine: dict[str, list[Vote]] = defaultdict(list)
-    for vote in votes:
-        mine[vote.rater].append(vote)
+    agreeing: dict[str, list[float]] = defaultdict(list)
+    for part in round_.parts:
+        given = part.of(votes)
+        names, table = judgements(part, given)
+        counts = _counts(part, table)
+        for name, row in zip(names, table, strict=True):
+            agreeing[name] += _with_others(counts, row).tolist()
+        for vote in given:
+            mine[vote.rater].append(vote)
     return [
         Quality(
             rater=name,
-            votes=len(mine[name]),
-            gold=_compared(round_, _on_gold(gold, mine[name])),
-            consistent=_on_repeats(round_, mine[name]),
-            seconds=median(vote.milliseconds for vote in mine[name]) / 1000,
-            with_others=_with_others(counts, table[row]),
+            votes=len(given),
+            gold=on_gold(round_, given),
+            consistent=_on_repeats(round_, given),
+            seconds=median(vote.milliseconds for vote in given) / 1000,
+            with_others=float(np.mean(agreeing[name])) if agreeing[name] else None,
         )
-        for row, name in enumerate(names)
+        for name, given in sorted(mine.items())
     ]
 
 
-def _values(round_: Round, answer: Answer) -> list[int]:
-    """The answer as one number for each unit of an item."""
-    if isinstance(answer, str):
-        return [CHOICES.index(answer)]
-    return [int(k in answer) for k in range(round_.images_per_item)]
+def on_gold(round_: Round, votes: Sequence[Vote], *, practice: bool = False) -> Share:
+    """How many units with a known answer were answered as they should be."""
+    gold = {
+        item.id: item.gold
+        for item in round_.items
+        if item.gold is not None and (item.use == "practice") == practice
+    }
+    return _compared(round_, [
+        (v, gold[v.item]) for v in votes if v.repeat == 0 and v.item in gold
+    ])  # fmt: skip
 
 
-def _counts(round_: Round, table: Floats) -> NDArray[np.int64]:
+def _values(part: Part, answer: Answer) -> list[int]:
+    return part.question.values(part.images_per_item, answer)
+
+
+def _counts(part: Part, table: Floats) -> NDArray[np.int64]:
     """Raters who gave each value, [U, V]."""
-    values = 2 if round_.kind == "tags" else len(CHOICES)
-    return np.stack([(table == value).sum(0) for value in range(values)], 1)
+    levels = part.question.levels(part.images_per_item)
+    return np.stack([(table == value).sum(0) for value in range(levels)], 1)
 
 
-def _compared(round_: Round, pairs: Sequence[tuple[Answer, Answer]]) -> Share:
-    one = [value for answer, _ in pairs for value in _values(round_, answer)]
-    other = [value for _, answer in pairs for value in _values(round_, answer)]
-    return Share(sum(a == b for a, b in zip(one, other, strict=True)), len(one))
-
-
-def _on_gold(gold: Mapping[str, Answer], votes: Sequence[Vote]) -> list[tuple[Answer, Answer]]:
-    """What was answered to the items whose answer is known, and that."""
-    return [(v.answer, gold[v.item]) for v in votes if v.repeat == 0 and v.item in gold]
+def _compared(round_: Round, pairs: Sequence[tuple[Vote, Answer]]) -> Share:
+    items = {item.id: item for item in round_.items}
+    right = [
+        same
+        for vote, known in pairs
+        for same in round_.asked(items[vote.item]).same(
+            len(items[vote.item].images), vote.answer, known
+        )
+    ]
+    return Share(sum(right), len(right))
 
 
 def _on_repeats(round_: Round, votes: Sequence[Vote]) -> Share:
     first = {vote.item: vote.answer for vote in votes if vote.repeat == 0}
     again = [vote for vote in votes if vote.repeat > 0 and vote.item in first]
-    return _compared(round_, [(first[vote.item], vote.answer) for vote in again])
+    return _compared(round_, [(vote, first[vote.item]) for vote in again])
 
 
-def _with_others(counts: NDArray[np.int64], mine: Floats) -> float | None:
+def _with_others(counts: NDArray[np.int64], mine: Floats) -> Floats:
+    """Share of the other raters who said the same, of each unit that others judged, too."""
     judged = np.flatnonzero(~np.isnan(mine) & (counts.sum(1) > 1))
-    if not len(judged):
-        return None
     same = counts[judged, mine[judged].astype(int)] - 1
-    return float((same / (counts[judged].sum(1) - 1)).mean())
-
-
-def summary(round_: Round, votes: Sequence[Vote]) -> Mapping[str, float | None]:
-    """The round's numbers by name: votes, raters, alpha and raw agreement."""
-    counts = _counts(round_, judgements(round_, votes)[1])
-    return {
-        "votes": len(votes),
-        "raters": len({vote.rater for vote in votes}),
-        "alpha": alpha_of_counts(counts),
-        "raw_agreement": _raw_agreement(counts),
-    }
-
-
-def report(round_: Round, votes: Sequence[Vote], progress: Progress) -> Iterator[str]:
-    """How far a round is and how far its votes can be trusted, in lines."""
-
-    def shown(value: float | None) -> str:
-        if value is None:
-            return "-"
-        return str(value) if isinstance(value, int) else f"{value:.3f}"
-
-    yield f"{progress.done} of {progress.done + progress.left} items complete"
-    for name, value in summary(round_, votes).items():
-        yield f"{name.replace('_', ' ')}: {shown(value)}"
-    for q in quality(round_, votes):
-        yield (
-            f"{q.rater}: {q.votes} votes, {q.seconds:.1f} s each, gold right "
-            f"{shown(q.gold.value)}, same again {shown(q.consistent.value)}, with others "
-            f"{shown(q.with_others)}"
-        )
-
-
-def state(round_: Round, votes: Sequence[Vote], progress: Progress) -> dict[str, Any]:
-    """The same for programs."""
-    return {
-        "complete": progress.done, "items": progress.done + progress.left,
-        **summary(round_, votes),
-        "by_rater": [
-            {
-                "rater": q.rater, "votes": q.votes, "seconds": q.seconds,
-                "gold_right": q.gold.value, "same_again": q.consistent.value,
-                "with_others": q.with_others,
-            }
-            for q in quality(round_, votes)
-        ],
-    }  # fmt: skip
+    shares: Floats = same / (counts[judged].sum(1) - 1)
+    return shares
 
 
 # ---- votes to scores
 
 
-def scores(round_: Round, votes: Sequence[Vote]) -> Floats:
-    """What raters think of each image, [P, K]; larger is better.
+def scores(part: Part, votes: Sequence[Vote]) -> Floats:
+    """What raters think of each image of each prompt, [P, K]; larger is better.
 
-    Tags: the mean over raters of 0 for untouched and -1 for tagged, as the published code
-    averages its label files. Pairs: the share of raters who chose the image; those who said
-    tie or bad chose neither. NaN for the items that nobody judged: no comparison with NaN
-    holds, so they give ties. Repeats are left out: one rater, one vote.
+    The mean over raters of what their answers say of it. Tags: 0 for untouched and -1 for tagged,
+    as the published code averages its label files. Pairs: 1 for the chosen one; those who said tie
+    or bad chose neither. Scales: steps above the middle. Rankings: images it is better than. NaN
+    for the images that nobody judged: no comparison with NaN holds, so they give ties. Repeats are
+    left out: one rater, one vote.
     """
-    place = {item.id: n for n, item in enumerate(round_.items)}
-    total = np.zeros((len(place), round_.images_per_item))
-    raters = np.zeros((len(place), 1))
+    items = [item for item in part.items if item.use == "main"]
+    place: dict[str, dict[str, int]] = {}
+    for item in items:
+        columns = place.setdefault(item.group or item.id, {})
+        for name in item.images:
+            columns.setdefault(name, len(columns))
+    rows = {group: n for n, group in enumerate(place)}
+    where = {
+        item.id: (
+            rows[item.group or item.id],
+            [place[item.group or item.id][n] for n in item.images],
+        )
+        for item in items
+    }
+    total = np.zeros((len(place), max(map(len, place.values()))))
+    raters = np.zeros_like(total)
     for vote in votes:
-        if vote.repeat == 0:
-            total[place[vote.item]] += _score(round_, vote.answer)
-            raters[place[vote.item]] += 1
+        if vote.repeat == 0 and vote.item in where:
+            row, columns_ = where[vote.item]
+            total[row, columns_] += part.question.scores(len(columns_), vote.answer)
+            raters[row, columns_] += 1
     return np.divide(total, raters, out=np.full_like(total, np.nan), where=raters > 0)
 
 
@@ -294,9 +319,3 @@ def read_label_files(folder: Path, say: Callable[[str], None] = lambda line: Non
             "the rest is left out.")  # fmt: skip
     mean: Floats = np.stack([table[:shortest] for table in tables]).mean(0)
     return mean
-
-
-def _score(round_: Round, answer: Answer) -> list[float]:
-    if isinstance(answer, str):
-        return [float(answer == "a"), float(answer == "b")]
-    return [-float(k in answer) for k in range(round_.images_per_item)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,11 +16,11 @@ from d3po_bench.feedback import rounds, schema
 from d3po_bench.feedback.agreement import Floats
 from d3po_bench.feedback.invitations import pool_of
 from d3po_bench.feedback.rounds import SOURCES, Item, Pool, Round, Vote
-from d3po_bench.feedback.schema import Kind, Question
 from d3po_bench.feedback.store import LabelStore
+from d3po_bench.feedback.study import Study
 from d3po_bench.feedback.votes import effective_votes
-from d3po_bench.pictures import open_picture, opened, read_pictures
-from d3po_bench.runs.files import csv_bytes, taken, write_atomically, write_output
+from d3po_bench.pictures import read_pictures
+from d3po_bench.runs.files import csv_bytes, taken, write_output
 
 REMEDY = "Make a round with `feedback new --kind pairs --pictures A --pictures B`."
 
@@ -34,24 +33,32 @@ class Share:
     """Folder of pictures, as `feedback new` was given it."""
     share: float
     """0 to 1; those of all sources add to 1."""
-    low: float
-    high: float
-    """Ends of its 95 % interval over prompts."""
+    low: float | None
+    high: float | None
+    """Ends of its 95 % interval over prompts; None with a single prompt."""
     raters: Pool
+
+    @property
+    def said(self) -> str:
+        """For people."""
+        if self.low is None or self.high is None:
+            return f"{self.source}  {self.share:.1%}  (one prompt: no interval)"
+        return f"{self.source}  {self.share:.1%}  (95 % {self.low:.1%} to {self.high:.1%})"
 
 
 # ---- the round
 
 
-def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -> Round:
+def take(folder: Path, sources: Sequence[Path], study: Study, beside: Path = Path()) -> Round:
     """Copy pictures into a round.
 
     Args:
         folder: of the round; it must hold none.
         sources: folders with metadata.csv or metadata.jsonl (file_name, text). With pairs, every
-            two of them are compared, line by line. With tags, a line of each makes a grid; of a
+            two of them are compared, line by line. Otherwise a line of each makes a group; of a
             single folder, the lines that follow each other with the same text do.
-        judged: how people will look at them.
+        study: what people will be asked.
+        beside: where the paths of the study's own pictures begin.
 
     Raises:
         UserError: a source is malformed, their texts differ, or a round is there.
@@ -64,23 +71,24 @@ def take(folder: Path, sources: Sequence[Path], judged: tuple[Kind, Question]) -
                 f"{source} does not have the texts of {sources[0]}, in the same order. Compare "
                 "pictures of the same prompts."
             )
-    kind, question = judged
-    for path, _ in chain(*listed):
-        with opened(path) as picture:  # its header alone
-            schema.check_size(*picture.size)
+    study, known = rounds.placed(study, beside)
+    rounds.check_sizes(path for path, _ in chain(*listed))
     with taken(folder):
         if (folder / rounds.FILE).exists():
             raise UserError(f"There is a round in {folder} already. Give another folder.")
-        items = tuple(
-            Item(name, prompt, tuple(_copies(folder, name, paths)))
-            for name, prompt, paths in _groups(listed, kind)
-        )
+        compared = all(question.kind == "pairs" for question in study.question)
+        groups = []
+        for name, prompt, paths in _groups(listed, compared):
+            copies = {f"images/{name}-{k}.png": path for k, path in enumerate(paths)}
+            rounds.save_pictures(folder, copies)
+            groups.append(Item(name, prompt, tuple(copies)))
+        rounds.save_pictures(folder, known)
         rounds.write_json(folder / SOURCES, [str(source) for source in sources])
-        return Round(kind, question, question == "unsafe", items).finish(folder)
+        return Round(study, tuple(groups)).finish(folder)
 
 
 def _groups(
-    listed: Sequence[Sequence[tuple[Path, str]]], kind: Kind
+    listed: Sequence[Sequence[tuple[Path, str]]], compared: bool
 ) -> Iterator[tuple[str, str, list[Path]]]:
     """Name, prompt and pictures of each item."""
     if len(listed) == 1:
@@ -89,26 +97,16 @@ def _groups(
         return
     for n, same in enumerate(zip(*listed, strict=True)):
         pictures, prompt = [path for path, _ in same], same[0][1]
-        if kind == "tags":
-            yield f"{n:05d}", prompt, pictures
-        else:
+        if compared:
             for i, j in combinations(range(len(pictures)), 2):
                 yield _pair(n, i, j), prompt, [pictures[i], pictures[j]]
+        else:
+            yield f"{n:05d}", prompt, pictures
 
 
 def _pair(line: int, i: int, j: int) -> str:
     """Name of the item that shows sources i and j of a line."""
     return f"{line:05d}-{i}-{j}"
-
-
-def _copies(folder: Path, name: str, paths: Sequence[Path]) -> Iterator[str]:
-    """Save an item's pictures again as PNG: nothing else in the files comes along."""
-    for k, path in enumerate(paths):
-        buffer = io.BytesIO()
-        open_picture(path).save(buffer, "PNG")
-        copy = f"images/{name}-{k}.png"
-        write_atomically(folder / copy, buffer.getvalue())
-        yield copy
 
 
 # ---- who is chosen
@@ -120,7 +118,8 @@ def choices(store: LabelStore, folder: Path) -> list[Share]:
     Raises:
         UserError: the round compares nothing, or nobody has compared all pictures of a prompt.
     """
-    sources, votes = sources_of(store.round, folder), effective_votes(store)
+    sources = sources_of(store.round, folder)
+    votes = [v for v in effective_votes(store) if store.items[v.item].use == "main"]
     found = first_choices(votes, len(sources))
     if not found:
         raise UserError(
@@ -130,7 +129,7 @@ def choices(store: LabelStore, folder: Path) -> list[Share]:
     pool = pool_of(vote.rater for vote in votes)
     shares = []
     for source, column in zip(sources, np.array(list(found.values())).T, strict=True):
-        low, high = bootstrap(column)
+        low, high = interval(column)
         mean = float(column.mean())
         shares.append(Share(source=source, share=mean, low=low, high=high, raters=pool))
     return shares
@@ -146,7 +145,7 @@ def sources_of(round_: Round, folder: Path) -> list[str]:
         raise UserError(f"{folder} does not compare folders of pictures. {REMEDY}")
     found = schema.read(schema.SOURCES, folder / SOURCES, REMEDY)
     pairs = list(combinations(range(len(found)), 2))
-    ids = [item.id for item in round_.items]
+    ids = [item.id.partition(".")[0] for item in round_.items if item.use == "main"]
     if ids != [_pair(n, i, j) for n in range(len(ids) // len(pairs)) for i, j in pairs]:
         raise UserError(
             f"{folder} does not compare every two of the {len(found)} folders that "
@@ -174,7 +173,7 @@ def first_choices(votes: Sequence[Vote], sources: int) -> dict[str, list[float]]
     for vote in votes:
         if vote.repeat:
             continue
-        prompt, i, j = vote.item.split("-")
+        prompt, i, j = vote.item.partition(".")[0].split("-")
         seen[vote.rater, prompt] += 1
         if vote.answer in ("a", "b"):
             wins[vote.rater, prompt][int(i if vote.answer == "a" else j)] += 1
@@ -189,12 +188,14 @@ def first_choices(votes: Sequence[Vote], sources: int) -> dict[str, list[float]]
     }
 
 
-def bootstrap(values: Floats, resamples: int = 9999) -> tuple[float, float]:
-    """Percentile 95 % interval of the mean of [P] values, from a fixed seed."""
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+def interval(shares: Floats) -> tuple[float, float] | tuple[None, None]:
+    """Student's 95 % interval of the mean of [P] shares, within 0 to 1; none of a single one."""
+    from scipy.stats import t
+
+    if len(shares) == 1:
+        return None, None
+    half = t.ppf(0.975, len(shares) - 1) * shares.std(ddof=1) / np.sqrt(len(shares))
+    return max(0.0, float(shares.mean() - half)), min(1.0, float(shares.mean() + half))
 
 
 def write_choices(path: Path, found: Sequence[Share]) -> None:

@@ -19,26 +19,26 @@ from d3po_bench.feedback.sampling import (
     chosen_prompts,
     draw,
 )
-from d3po_bench.feedback.schema import Kind, Question
+from d3po_bench.feedback.study import Study
 from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
 from d3po_bench.training.inputs import model_today
 
 
 def draw_round(
-    folder: Path, judged: tuple[Kind, Question], prompts: str, *, count: int | None = None,
+    folder: Path, study: Study, prompts: str, *, count: int | None = None,
     images: int | None = None, before: Path | None = None, model: str = "tiny",
     preset: str | None = None, seed: int = 0, settings: Mapping[str, str] | None = None,
-    device: str = "auto", told: Told = lambda done, total: None,
+    device: str = "auto", beside: Path = Path(), told: Told = lambda done, total: None,
 ) -> Round:  # fmt: skip
     """Draw a round's images into `folder`; the same call continues where it was interrupted.
 
     Args:
         folder: of the round.
-        judged: how people will look at the images.
+        study: what people will be asked.
         prompts: name of a list, or a file.
         count: of prompts; None for each once.
-        images: of a prompt; None for 7 to tag, 2 of a pair.
+        images: of a prompt; None for 2, where all questions are of one or two, else 7.
         before: folder of a finished training whose weights draw. Model, seed and settings are
             then those of the rounds before.
         model: what draws the first round.
@@ -46,14 +46,13 @@ def draw_round(
         seed: of all draws.
         settings: what differs from the preset.
         device: to draw on.
+        beside: where the paths of the study's own pictures begin.
         told: called with how far it is.
 
     Raises:
         UserError: bad input, or another round lies in the folder.
     """
-    images = images or (7 if judged[0] == "tags" else 2)
-    if judged[0] == "pairs" and images != 2:
-        raise UserError(f"A pair has 2 images, not {images}. Leave --images out.")
+    images = _images(study, images)
     trained = Before.read(before) if before else None
     model = trained.settings["model"] if trained else model
     config, execution = make(
@@ -73,4 +72,13 @@ def draw_round(
         inputs=model_today(model_source(model)),
     )  # fmt: skip
     weights = trained.weights if trained else None
-    return draw(folder, sampling, judged, weights, replace(execution, device=device), told)
+    return draw(folder, sampling, (study, beside), weights, replace(execution, device=device), told)
+
+
+def _images(study: Study, images: int | None) -> int:
+    """Of each prompt: 2 where all questions are of one or two, else 7, unless told otherwise."""
+    few = all(question.kind in ("pairs", "scale") for question in study.question)
+    images = images or (2 if few else 7)
+    if study.plain and study.question[0].kind == "pairs" and images != 2:
+        raise UserError(f"A pair has 2 images, not {images}. Leave --images out.")
+    return images

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from d3po_bench import registry
@@ -15,19 +15,22 @@ from d3po_bench.config import RunConfig
 from d3po_bench.diffusion.sampling import needs_chain
 from d3po_bench.errors import UserError
 from d3po_bench.experience import dataset
-from d3po_bench.experience.dataset import Dataset, Group
+from d3po_bench.experience.dataset import Dataset, Group, Table
 from d3po_bench.experience.judged import Judged
 from d3po_bench.feedback.agreement import Floats, read_label_files
+from d3po_bench.feedback.questions import Judged as JudgedAs
 from d3po_bench.feedback.rounds import FILE, SAMPLING, Round
-from d3po_bench.feedback.schema import Kind
+from d3po_bench.feedback.store import open_labels
 from d3po_bench.feedback.training import Learnable, TrainRequest, data_of
-from d3po_bench.feedback.votes import scores_of
+from d3po_bench.feedback.votes import effective_votes, exported, scores_of
 
 OF_TAGS: Mapping[str, dict[str, Any]] = {
     "kto": {"liked": "above_value"},
     "preferred_images": {"liked": "above_value"},
 }
 """Options of a method that differ from a preset's: a tag is no comparison."""
+
+NO_VOTES = "Nobody has voted on the round in {}. Ask for votes with `d3po-bench feedback serve`."
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Existing:
 
     folder: Path
     dataset: Dataset
-    kind: Kind
+    judged: JudgedAs
 
     @property
     def scores(self) -> Tensor:
@@ -65,7 +68,7 @@ class Existing:
         """Options of a method that differ from a preset's."""
         if method == "diffusion_dpo":
             return {"skip_ties": True}
-        return OF_TAGS.get(method, {}) if self.kind == "tags" else {}
+        return OF_TAGS.get(method, {}) if self.judged != "pairs" else {}
 
     def experience(self, config: RunConfig) -> Judged:
         """It, as what a run learns from."""
@@ -97,31 +100,68 @@ def learnable(
     if place.is_file():
         if labels or label_files:
             raise UserError(f"{place} holds its own judgements. Leave out --labels.")
-        table = dataset.read(place, request.pictures)
+        table = dataset.read(place, request.pictures, request.question)
         return _taken(place, table.groups, table.judged, table.content, request, table.parquet)
     if request.pictures:
         raise UserError(f"{place} is a folder, which has its own pictures. Leave out --pictures.")
-    scores = read_label_files(label_files, say) if label_files else scores_of(place, labels)
+    asked = request.question
+    scores = read_label_files(label_files, say) if label_files else scores_of(place, labels, asked)
     if (place / SAMPLING).exists() or not (place / FILE).exists():
-        return data_of(place, scores)
+        return data_of(place, scores, asked)
     round_ = Round.read(place)
-    groups = _judged(place, round_, scores)
-    return _taken(place, groups, round_.kind, round_.content, request)
+    judged = round_.part(asked).question.judged
+    groups = _judged(place, round_, scores, judged)
+    return _taken(place, groups, judged, round_.content, request)
 
 
-def _judged(folder: Path, round_: Round, scores: Floats) -> list[Group]:
-    """The items of a round that somebody judged."""
-    if round_.kind == "tags":
+def judgements(
+    place: Path, labels: str | None = None, pictures: Path | None = None,
+    question: str | None = None,
+) -> Table:  # fmt: skip
+    """What people said of pictures, in a round or in a table, and who said it.
+
+    Args:
+        place: the folder of a round, or a file.
+        labels: URL of a round's votes; None for those in its folder.
+        pictures: where the pictures' paths in a table begin; None for the table's own folder.
+        question: whose answers; None where one question was asked.
+
+    Raises:
+        UserError: it is neither, nobody has voted, or a row is malformed.
+    """
+    if place.is_file():
+        if labels:
+            raise UserError(f"{place} holds its own judgements. Leave out --labels.")
+        return dataset.read(place, pictures, question)
+    if pictures:
+        raise UserError(f"{place} is a folder, which has its own pictures. Leave out --pictures.")
+    with open_labels(place, labels) as store:
+        rows = exported(store, effective_votes(store))
+        if not rows:
+            raise UserError(NO_VOTES.format(place))
+        content = store.round.content
+        return dataset.of_rows(place, iter(rows), place, content, question=question)
+
+
+def _judged(folder: Path, round_: Round, scores: Floats, judged: JudgedAs) -> list[Group]:
+    """The pictures of a round's prompts that somebody judged."""
+    if judged == "tags":
         scores = 2 * scores + 1  # 0 and -1, as votes are averaged, become liked and disliked
-    return [
-        Group(item.prompt, tuple(folder / name for name in item.images), tuple(row))
-        for item, row in zip(round_.items, scores.tolist(), strict=False)
-        if np.isfinite(row).all()
-    ]
+    groups = []
+    for group, row in zip(round_.groups, scores.tolist(), strict=False):
+        known = [
+            (folder / n, score)
+            for n, score in zip(group.images, row, strict=True)
+            if isfinite(score)
+        ]
+        if known:
+            pictures, values = zip(*known, strict=True)
+            groups.append(Group(group.prompt, pictures, values))
+    return groups
 
 
 def _taken(
-    place: Path, groups: list[Group], kind: Kind, content: str, request: TrainRequest,
+    place: Path, groups: list[Group], judged: JudgedAs, content: str, request: TrainRequest,
     parquet: Path | None = None,
 ) -> Existing:  # fmt: skip
     """In the rows that the method takes: pairs, or pictures one by one.
@@ -137,14 +177,13 @@ def _taken(
             f"{place} came finished. Use --method {', '.join(able[:-1])} or {able[-1]}."
         )
     # Where an option decides whether a method compares, `defaults` says that it does not.
-    compares = kind == "pairs" or getattr(method, "least_images", 1) == 2
-    rows = dataset.pairs_of(groups, kind) if compares else dataset.singles_of(groups)
+    compares = judged == "pairs" or getattr(method, "least_images", 1) == 2
+    rows = dataset.pairs_of(groups, judged) if compares else dataset.singles_of(groups)
     if not rows:
         raise UserError(
             f"No two pictures of a prompt in {place} were judged differently, so {request.method} "
             "has nothing to compare. Use --method kto or preferred_images."
             if groups
-            else f"Nobody has voted on the round in {place}. Ask for votes with `d3po-bench "
-            "feedback serve`."
+            else NO_VOTES.format(place)
         )
-    return Existing(place, Dataset(content, rows, parquet), kind)
+    return Existing(place, Dataset(content, rows, parquet), judged)

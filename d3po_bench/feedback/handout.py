@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Table
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.rounds import Item, Progress
-from d3po_bench.feedback.store import HANDS, ITEMS, VOTES, LabelStore, Row, draw_number
+from d3po_bench.feedback.store import BLOCK, HANDS, ITEMS, VOTES, LabelStore, Row, draw_number
 
 MOST_ID = 2**31 - 1
 """Of a row: what a 32-bit column holds."""
@@ -51,8 +51,9 @@ def hand_out(store: LabelStore, rater: int) -> Hand | None:
     with store.writing("NORMAL") as connection:
         for row in connection.execute(late).mappings().all():
             set_state(store, connection, row, "abandoned")
-        held = _held(store, connection, rater) or _regained(store, connection, rater)
-        held = held or _new(store, connection, rater)
+        held = _held(store, connection, rater)
+        if held is None and _answered(store, connection, rater) < _wanted_of(store):
+            held = _regained(store, connection, rater) or _new(store, connection, rater)
         return hand_of(store, connection, held) if held else None
 
 
@@ -67,14 +68,52 @@ def find_hand(store: LabelStore, rater: int, number: int) -> Hand:
 
 
 def progress(store: LabelStore, rater: int) -> Progress:
-    """Items this rater has answered or skipped, and how many could still come."""
-    mine = _count(HANDS).where(HANDS.c.rater == rater)
+    """Items this rater has answered or skipped, and how many could still come.
+
+    Practice is not counted.
+    """
+    mine = _mine(store, rater)
     done = mine.where(HANDS.c.state.in_(("done", "skipped")))
     held = mine.where(HANDS.c.state == "open")
     free = _count(ITEMS).where(*_free(store, rater))
     with store.reading() as connection:
         numbers = [connection.execute(query).scalar_one() for query in (done, held, free)]
-    return Progress(numbers[0], numbers[1] + numbers[2])
+        left = max(0, _wanted_of(store) - _answered(store, connection, rater))
+    return Progress(numbers[0], min(left, numbers[1] + numbers[2]))
+
+
+def has_finished(store: LabelStore, rater: int) -> bool:
+    """Whether a rater has given all answers that were asked of them.
+
+    That is as many as the study wants of each, or, where there were fewer items, an answer to every
+    one: who skips some of them has not earned a completion code.
+    """
+    mine = _mine(store, rater)
+    open_ = mine.where(HANDS.c.state.in_(("open", "skipped")))
+    free = _count(ITEMS).where(*_free(store, rater))
+    with store.reading() as connection:
+        answered = _answered(store, connection, rater)
+        if answered >= _wanted_of(store):
+            return True
+        undone = sum(connection.execute(query).scalar_one() for query in (open_, free))
+        return answered > 0 and undone == 0
+
+
+def _answered(store: LabelStore, connection: Connection, rater: int) -> int:
+    """Answers of this rater that count, repeats and known answers among them."""
+    done = _mine(store, rater).where(HANDS.c.state == "done")
+    return int(connection.execute(done).scalar_one())
+
+
+def _wanted_of(store: LabelStore) -> int:
+    """Answers that are wanted of each rater."""
+    return store.round.study.answers or MOST_ID
+
+
+def _mine(store: LabelStore, rater: int) -> sql.Select[int]:
+    """How many hands this rater was given, practice left out."""
+    mine = _count(HANDS).where(HANDS.c.rater == rater)
+    return mine.where(HANDS.c.item.not_in(store.practice))
 
 
 # ---- hands, inside a transaction
@@ -153,8 +192,10 @@ def _regained(store: LabelStore, connection: Connection, rater: int) -> Row | No
 
 
 def _new(store: LabelStore, connection: Connection, rater: int) -> Row | None:
-    """A gold item or a repeat when one is due, else the item with the fewest votes."""
-    mine = _count(HANDS).where(HANDS.c.rater == rater)
+    """Practice first; then a gold item or a repeat when one is due, else one with few votes."""
+    if practice := _practice(store, connection, rater):
+        return _give(store, connection, rater, practice, 0)
+    mine = _mine(store, rater)
     given = connection.execute(mine).scalar_one()
     golds = connection.execute(
         mine.join(ITEMS, ITEMS.c.id == HANDS.c.item).where(ITEMS.c.gold, HANDS.c.repeat == 0)
@@ -162,12 +203,20 @@ def _new(store: LabelStore, connection: Connection, rater: int) -> Row | None:
     repeats = connection.execute(mine.where(HANDS.c.repeat > 0)).scalar_one()
     item, repeat = None, 0
     if golds < _due(store, "gold", store.settings.gold_every, rater, given):
-        item = _pick(store, connection, rater, ITEMS.c.gold, _unseen(rater))
+        checking = ITEMS.c.gold & ITEMS.c.id.not_in(store.practice)
+        item = _pick(store, connection, rater, checking, _unseen(rater))
     if item is None and repeats < _due(store, "repeat", store.settings.repeat_every, rater, given):
         item, repeat = _repeatable(store, connection, rater), 1
     if item is None:
         item, repeat = _pick(store, connection, rater, *_free(store, rater)), 0
     return None if item is None else _give(store, connection, rater, item, repeat)
+
+
+def _practice(store: LabelStore, connection: Connection, rater: int) -> str | None:
+    """The next item of practice that this rater has not had."""
+    mine = HANDS.c.item.in_(store.practice) & (HANDS.c.rater == rater)
+    had = set(connection.execute(sql.select(HANDS.c.item).where(mine)).scalars())
+    return next((item for item in store.practice if item not in had), None)
 
 
 def _due(store: LabelStore, what: str, every: int, rater: int, given: int) -> int:
@@ -197,10 +246,18 @@ def _free(store: LabelStore, rater: int) -> tuple[sql.ColumnElement[bool], ...]:
 def _pick(
     store: LabelStore, connection: Connection, rater: int, *which: sql.ColumnElement[bool]
 ) -> str | None:
-    """The item with the fewest votes; of equals, each rater begins elsewhere in the order."""
-    number = len(store.items)
-    turn = (ITEMS.c.place + draw_number(store.seed, "turn", rater) % number) % number
-    query = sql.select(ITEMS.c.id).where(*which).order_by(ITEMS.c.taken, turn).limit(1)
+    """The item with the fewest votes; of equals, each rater begins elsewhere in the order.
+
+    One question after the other, each with its part of what is wanted of a rater.
+    """
+    number, questions = len(store.items), len(store.round.study.question)
+    turn = (ITEMS.c.place % BLOCK + draw_number(store.seed, "turn", rater) % number) % number
+    query = sql.select(ITEMS.c.id).where(*which)
+    if questions > 1:
+        part = _answered(store, connection, rater) * questions // _wanted_of(store)
+        question = ITEMS.c.place // BLOCK
+        query = query.order_by(question != part, question)
+    query = query.order_by(ITEMS.c.taken, turn).limit(1)
     found: str | None = connection.execute(query).scalar_one_or_none()
     return found
 
@@ -213,7 +270,7 @@ def _repeatable(store: LabelStore, connection: Connection, rater: int) -> str | 
     )
     query = (
         sql.select(HANDS.c.item, HANDS.c.state)
-        .where(HANDS.c.rater == rater, ~repeated.exists())
+        .where(HANDS.c.rater == rater, HANDS.c.item.not_in(store.practice), ~repeated.exists())
         .order_by(HANDS.c.id.desc())
         .offset(store.settings.repeat_gap)
     )

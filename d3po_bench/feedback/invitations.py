@@ -7,12 +7,14 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import sqlalchemy as sql
 
 from d3po_bench.errors import UserError
+from d3po_bench.feedback.notes import add_note
 from d3po_bench.feedback.rounds import Pool
-from d3po_bench.feedback.store import FACTS, RATERS, LabelStore
+from d3po_bench.feedback.store import FACTS, HANDS, NOTES, RATERS, LabelStore
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,58 @@ def invite(store: LabelStore, name: str) -> str:
     return token
 
 
-def invite_admin(store: LabelStore) -> str:
-    """A new token for the admin page; an earlier one no longer works."""
+Fact = Literal["admin", "platform"]
+"""Who has a link that is no rater's: the admin, and a platform for all its participants."""
+
+
+def invite_as(store: LabelStore, role: Fact = "admin") -> str:
+    """A new token for the admin page or a platform; an earlier one no longer works."""
     token = secrets.token_urlsafe(32)
     with store.writing() as connection:
-        connection.execute(sql.delete(FACTS).where(FACTS.c.name == "admin"))
-        connection.execute(sql.insert(FACTS).values(name="admin", value=token_hash(token)))
+        connection.execute(sql.delete(FACTS).where(FACTS.c.name == role))
+        connection.execute(sql.insert(FACTS).values(name=role, value=token_hash(token)))
     return token
 
 
-def admin_hash(store: LabelStore) -> str | None:
-    """SHA-256 of the admin's token, or None while there is none."""
-    query = sql.select(FACTS.c.value).where(FACTS.c.name == "admin")
+def hash_of(store: LabelStore, role: Fact = "admin") -> str | None:
+    """SHA-256 of the admin's or a platform's token, or None while there is none."""
+    query = sql.select(FACTS.c.value).where(FACTS.c.name == role)
     with store.reading() as connection:
         found: str | None = connection.execute(query).scalar_one_or_none()
     return found
+
+
+def enter(store: LabelStore, name: str, most: int) -> tuple[int, str]:
+    """Let a participant of a platform in: their number, and the token of their session.
+
+    Whoever knows a participant's id could come in their place, see their code, or answer for them.
+    So an id is taken again only while it has no item: somebody whose browser was closed early, or
+    who never heard of the first try.
+
+    Raises:
+        UserError: somebody of that name has begun, or was invited by name, or `most` have come.
+    """
+    token = secrets.token_urlsafe(32)
+    with store.writing() as connection:
+        query = sql.select(RATERS.c.id, RATERS.c.disabled).where(RATERS.c.name == name)
+        known = connection.execute(query).first()
+        if known is None:
+            came = sql.select(sql.func.count()).where(NOTES.c.kind == "entered")
+            if connection.execute(came).scalar_one() >= most:
+                raise UserError("This study has all its participants. Thank you.")
+            row = {"name": name, "token_hash": token_hash(token), "disabled": False}
+            adding = sql.insert(RATERS).values(row).returning(RATERS.c.id)
+            number = int(connection.execute(adding).scalar_one())
+            add_note(store, connection, number, "entered", "")
+            return number, token
+        mine = sql.select(NOTES.c.id).where(NOTES.c.rater == known.id, NOTES.c.kind == "entered")
+        hands = sql.select(HANDS.c.id).where(HANDS.c.rater == known.id)
+        begun = connection.execute(hands).first() or not connection.execute(mine).first()
+        if begun or known.disabled:
+            raise UserError("This participant has begun in another browser. Continue there.")
+        change = sql.update(RATERS).where(RATERS.c.id == known.id)
+        connection.execute(change.values(token_hash=token_hash(token)))
+        return int(known.id), token
 
 
 LEFT = "left "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,19 +26,20 @@ from d3po_bench.digests import changed, sha256_of
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds
 from d3po_bench.feedback.rounds import Item, Round
-from d3po_bench.feedback.schema import Kind, Question
+from d3po_bench.feedback.study import Study
 from d3po_bench.machine import device_of
 from d3po_bench.models.sources import load, model_source, threads_of
 from d3po_bench.runs.files import png_bytes, taken, write_atomically
 from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.inputs import require_unchanged
-from d3po_bench.training.trainer import training_of
+from d3po_bench.training.sizes import settled
+from d3po_bench.training.trainer import compute_as, training_of
 from d3po_bench.types import Model
 
 FIXED = (
-    "model", "long_prompts", "sampling_steps", "sampler", "eta", "guidance", "dtype", "full",
-    "lora_rank", "lora_alpha", "lora_targets",
+    "model", "long_prompts", "sampling_steps", "timestep_spacing", "sampler", "eta", "guidance",
+    "dtype", "full", "lora_rank", "lora_alpha", "lora_targets",
 )  # fmt: skip
 """Fields of RunConfig that a round decides, for its training and for the rounds after it."""
 
@@ -157,7 +158,7 @@ class Before:
 def draw(
     folder: Path,
     sampling: Sampling,
-    judged: tuple[Kind, Question],
+    asked: tuple[Study, Path],
     weights: Mapping[str, Tensor] | None = None,
     execution: Execution | None = None,
     told: Told = lambda done, total: None,
@@ -167,7 +168,7 @@ def draw(
     Args:
         folder: of the round.
         sampling: what decides the images.
-        judged: how people will look at them.
+        asked: what people will be asked, and where the paths of its own pictures begin.
         weights: trained weights to draw with, see `Before`; None for the pretrained model.
         execution: device and batches.
         told: called with how far it is.
@@ -175,23 +176,22 @@ def draw(
     Raises:
         UserError: another round lies in the folder, or it cannot be written.
     """
+    study, known_pictures = rounds.placed(*asked)
     with taken(folder):
-        _require_same(folder, sampling, judged)
+        _require_same(folder, sampling, study)
         if (folder / rounds.FILE).exists():
             return Round.read(folder)
-        execution = (execution or Execution()).usual()
-        drawn_by = prepared(sampling, weights, execution)  # what it refuses leaves nothing behind
+        execution = execution or Execution()
+        # What it refuses leaves nothing behind.
+        drawn_by = prepared(sampling, weights, execution.usual())
+        execution = _fitted(sampling, drawn_by[0], execution)
         rounds.write_json(folder / rounds.SAMPLING, asdict(sampling))
         if weights is not None:
             write_atomically(folder / rounds.ADAPTER, adapter_bytes(weights))
         known = rounds.recorded(folder) if (folder / rounds.FILES).exists() else {}
         starts = range(0, len(sampling.prompts), sampling.block)
         blocks = {start: _files_of_block(sampling, start) for start in starts}
-        rest = {
-            start: names
-            for start, names in blocks.items()
-            if not known.keys() >= {*names} or changed(folder, {n: known[n] for n in names})
-        }
+        rest = {start: n for start, n in blocks.items() if _is_to_draw(folder, n, known)}
         total = sum(len(names) - 1 for names in blocks.values())
         left = sum(len(names) - 1 for names in rest.values())
         told(total - left, total)
@@ -201,7 +201,12 @@ def draw(
             rounds.write_json(folder / rounds.FILES, known)
             left -= len(names) - 1
             told(total - left, total)
-        return _described(sampling, judged).finish(folder)
+        rounds.save_pictures(folder, known_pictures)
+        return _described(sampling, study).finish(folder)
+
+
+def _is_to_draw(folder: Path, names: Sequence[str], known: Mapping[str, str]) -> bool:
+    return not known.keys() >= {*names} or bool(changed(folder, {n: known[n] for n in names}))
 
 
 def adapter_bytes(weights: Mapping[str, Tensor]) -> bytes:
@@ -209,7 +214,7 @@ def adapter_bytes(weights: Mapping[str, Tensor]) -> bytes:
     return save({name: t.detach().cpu().contiguous() for name, t in sorted(weights.items())})
 
 
-def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question]) -> None:
+def _require_same(folder: Path, sampling: Sampling, study: Study) -> None:
     mine = json.loads(json.dumps(asdict(sampling)))
     found = mine
     if (folder / rounds.SAMPLING).exists():
@@ -219,7 +224,7 @@ def _require_same(folder: Path, sampling: Sampling, judged: tuple[Kind, Question
     differing = [name for name in mine if found[name] != mine[name]]
     if (folder / rounds.FILE).exists():
         there = Round.read(folder)
-        differing += ["kind or question"] if (there.kind, there.question) != judged else []
+        differing += ["kind, question or study"] if there.study != study else []
         differing += [] if (folder / rounds.SAMPLING).exists() else ["pictures"]
     if differing:
         raise UserError(
@@ -241,10 +246,21 @@ def prepared(
         model.add_adapter(c.seed)
         model.load_trainable(dict(weights))
     policy = Policy(
-        model, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance, sampler=c.sampler
-    )
+        model, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance, sampler=c.sampler,
+        timestep_spacing=c.timestep_spacing,
+    )  # fmt: skip
     policy.require_noise(policy.steps - 1)  # training may leave the last step out
     return model, policy
+
+
+def _fitted(sampling: Sampling, model: Model, asked: Execution) -> Execution:
+    """The batches by which the model now draws: on a card those that fit, as for a run."""
+    config = replace(
+        sampling.config("d3po"), prompts_per_round=sampling.block, images_per_prompt=sampling.images
+    )
+    execution = settled(asked, config, model, {}, lambda note: None)
+    compute_as(model, config, execution)
+    return execution
 
 
 def _draw_block(
@@ -262,7 +278,8 @@ def _draw_block(
         policy, prompts, draws, images_per_prompt=sampling.images, shared_noise=True,
         batch=execution.sample_batch,
     )  # fmt: skip
-    pictures = model.decode(rollout.latents[:, :, -1].flatten(0, 1))
+    latents = rollout.latents[:, :, -1].flatten(0, 1)
+    pictures = model.decode(latents.to(model.device))
     names = _files_of_block(sampling, start)[1:]
     for name, picture in zip(names, pictures, strict=True):
         write_atomically(folder / name, png_bytes(picture))
@@ -283,13 +300,12 @@ def names_of(prompt: int, images: int) -> list[str]:
     return [f"images/{prompt:05d}-{k}.png" for k in range(images)]
 
 
-def _described(sampling: Sampling, judged: tuple[Kind, Question]) -> Round:
-    kind, question = judged
-    items = tuple(
+def _described(sampling: Sampling, study: Study) -> Round:
+    groups = tuple(
         Item(f"{n:05d}", prompt, tuple(names_of(n, sampling.images)))
         for n, prompt in enumerate(sampling.prompts)
     )
-    return Round(kind, question, question == "unsafe", items)
+    return Round(study, groups)
 
 
 # ---- files

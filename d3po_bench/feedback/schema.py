@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import struct
+import tomllib
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -19,18 +20,13 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
 from d3po_bench.errors import UserError
-
-Kind = Literal["tags", "pairs"]
-"""Tag the bad ones of K images, or choose the better of two."""
-Question = Literal["deformed", "unsafe", "better", "alignment"]
-Choice = Literal["a", "b", "tie", "bad"]
-"""Of a pair: the first image, the second, equally good, or both too bad to choose."""
-Answer = tuple[int, ...] | Choice
-"""Ascending indices of the tagged (bad) images of a grid, or the choice of a pair."""
+from d3po_bench.feedback.questions import Answer, Choice, Kind, Known, Question, Strict, Tags
+from d3po_bench.feedback.study import STUDY, Study, one_question
 
 MOST_IMAGES = 9
 """One digit key for each image of a grid."""
@@ -82,35 +78,22 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"it is {width} x {height}, and {most}")
 
 
-def check_answer(kind: Kind, images: int, answer: Any) -> Answer:
-    """`answer`, as JSON gives it, to an item of `images` images.
-
-    Raises:
-        ValueError: it does not answer such an item, saying what would.
-    """
-    if kind == "pairs":
-        if not isinstance(answer, str) or answer not in get_args(Choice):
-            raise ValueError(f"an answer is one of {', '.join(get_args(Choice))}")
-        return answer  # type: ignore[return-value]  # get_args is not narrowed
-    indices = answer if isinstance(answer, list | tuple) else [None]
-    if not all(type(i) is int and 0 <= i < images for i in indices):
-        raise ValueError(f"an answer is a list of indices from 0 to {images - 1}")
-    if len(set(indices)) != len(indices):
-        raise ValueError("an answer names each image once")
-    return tuple(sorted(indices))
-
-
 def _in_words(error: ErrorDetails) -> str:
     """Place, fault and what was there, as in `items[1].blurred: input should be ..., got 1`."""
-    way = error["loc"]
-    if way and way[0] in get_args(Kind):  # the model that the file's kind chose
-        way = way[1:]
+    tags = {*get_args(Kind), "study"}  # a kind stands in the way where it chose the model
+    known = [None, *error["loc"]]
+    way = [
+        part
+        for before, part in pairwise(known)
+        if not (part in tags and (before is None or isinstance(before, int)))
+    ]
     place = "".join(
         f"[{part}]" if isinstance(part, int) else f".{json.dumps(part)[1:-1][:40]}" for part in way
     )
     fault, found = error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"].startswith("union_tag"):
-        place, fault = ".kind", f"Input should be one of {', '.join(get_args(Kind))}"
+        kinds = get_args(Kind) if way else ("tags", "pairs", "study")
+        place, fault = f"{place}.kind", f"Input should be one of {', '.join(kinds)}"
         found = found.get("kind")
     words = f"{place.lstrip('.')}: {fault[0].lower()}{fault[1:]}" if place else fault
     if isinstance(found, str | int | float | None):
@@ -170,11 +153,7 @@ def _alike(items: list[Any]) -> list[Any]:
     return items
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class _Item(_Strict):
+class _Item(Strict):
     id: Annotated[str, AfterValidator(_name)]
     prompt: str
 
@@ -189,7 +168,7 @@ class _Grid(_Item):
         images = info.data.get("images")  # None where they are wrong themselves
         if gold is None or images is None:
             return gold
-        return check_answer("tags", len(images), gold)
+        return Tags(name="tags").check(len(images), gold)
 
 
 class _Pair(_Item):
@@ -197,8 +176,8 @@ class _Pair(_Item):
     gold: Choice | None
 
 
-class _Round(_Strict):
-    question: Question
+class _Round(Strict):
+    question: Known
     blurred: bool
 
 
@@ -216,9 +195,77 @@ class PairRound(_Round):
     items: Annotated[list[_Pair], Field(min_length=1), AfterValidator(_alike)]
 
 
-ROUND: TypeAdapter[GridRound | PairRound] = TypeAdapter(
-    Annotated[GridRound | PairRound, Field(discriminator="kind")]
+class _Pictures(_Item):
+    id: Annotated[str, AfterValidator(_name), Field(max_length=32)]
+    images: Annotated[list[_Picture], Field(min_length=1, max_length=MOST_IMAGES)]
+
+
+class StudyRound(Strict):
+    """round.json of a study: its questions are asked of the same pictures."""
+
+    kind: Literal["study"]
+    study: Study
+    items: Annotated[list[_Pictures], Field(min_length=1), AfterValidator(_alike)]
+
+    @field_validator("study")
+    @classmethod
+    def _has_its_pictures(cls, study: Study, info: ValidationInfo) -> Study:
+        for item in study.known:
+            for name in item.pictures:
+                _picture(name, info)
+        return study
+
+    @model_validator(mode="after")
+    def _suits_its_pictures(self) -> Self:
+        if len(self.items[0].images) < 2:
+            compares = [q.name for q in self.study.question if q.kind != "scale"]
+            if compares:
+                raise ValueError(
+                    f"the question {compares[0]} is asked of several pictures of a prompt, and "
+                    "each has one"
+                )
+        return self
+
+
+ROUND: TypeAdapter[GridRound | PairRound | StudyRound] = TypeAdapter(
+    Annotated[GridRound | PairRound | StudyRound, Field(discriminator="kind")]
 )
+
+# ---- studies
+
+
+def asked_of(
+    file: Path | None, kind: Kind | None, question: str | None, scale: str | None
+) -> tuple[Study, Path]:
+    """The study that `feedback new` was given, and where the paths of its own pictures begin.
+
+    Raises:
+        UserError: what was given does not go together, or the file is malformed.
+    """
+    if file:
+        if kind or question or scale:
+            raise UserError(f"{file} has the questions. Leave out --kind, --question and --scale.")
+        return read_study(file), file.parent
+    if scale and kind != "scale":
+        raise UserError("--scale goes with --kind scale. Add that, or leave it out.")
+    more: dict[str, Any] = {"scale": scale} if scale else {}
+    return one_question(kind or "tags", question, **more), Path()
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or it is malformed, naming the place.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UserError(f"Cannot read {path}: {problem.strerror}. Give another file.") from problem
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path} is not TOML: {problem}. Correct the file.") from problem
+    return check(STUDY, path, json.dumps(found, default=str).encode(), "Correct the file.")
+
 
 # ---- other files
 
@@ -270,10 +317,10 @@ def order_of(text: str, images: int) -> tuple[int, ...]:
 
 
 @lru_cache(10_000)
-def answer_of(text: str, kind: Kind, images: int) -> Answer:
+def answer_of(text: str, question: Question, images: int) -> Answer:
     """The answer to an item.
 
     Raises:
         ValueError: it does not answer such an item.
     """
-    return check_answer(kind, images, json.loads(text))
+    return question.check(images, json.loads(text))

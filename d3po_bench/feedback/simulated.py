@@ -18,8 +18,8 @@ from d3po_bench.diffusion.seeding import stream
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.handout import Hand, hand_out
 from d3po_bench.feedback.invitations import SIMULATED, find_rater, invite
+from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.schema import Answer, Kind
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, open_labels
 from d3po_bench.feedback.votes import cast_vote
 from d3po_bench.pictures import open_picture
@@ -138,7 +138,12 @@ def simulate(
     """
     settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
     with open_labels(folder, labels, settings, new=True) as store:
-        worth = worths(folder, store.round, RULES[store.round.question], tools)
+        if store.round.study.plain is None:
+            raise UserError(
+                f"The round in {folder} asks questions of its own, and simulated raters have a "
+                f"rule for {', '.join(RULES)} alone, as tags or pairs. Let people judge it."
+            )
+        worth = worths(folder, store.round, RULES[store.round.study.plain[1]], tools)
         return let_vote(store, worth, pool, seed, told)
 
 
@@ -174,7 +179,9 @@ def let_vote(
         else:
             number = (n * len(place) + place[hand.item.id]) * 2 + hand.repeat
             rng = stream(seed, "raters", index=number)
-            answer = annotator.answer(store.round.kind, hand, worth[hand.item.id], rng)
+            answer = annotator.answer(
+                store.round.asked(hand.item).kind, hand, worth[hand.item.id], rng
+            )
             cast_vote(store, rater_id, hand.id, answer, 0, hand.step)
             idle, votes = set(), votes + 1
             told(votes, len(place) * len(pool))

@@ -29,6 +29,8 @@ from d3po_bench.feedback.rounds import Round
 LABELS = "labels.sqlite"
 """Where a round's labels are, unless told otherwise."""
 VERSION = 1
+BLOCK = 10**6
+"""Places in the shuffled order that each question has."""
 
 Row = Mapping[Any, Any]
 Sync = Literal["FULL", "NORMAL"]
@@ -88,6 +90,18 @@ VOTES = Table(
     Column("time", sql.Float(53), nullable=False),
     sql.UniqueConstraint("hand", "step"),  # the same answer sent twice is stored once
 )
+NOTES = Table(
+    "notes",  # labels of an earlier version get it when they are opened
+    TABLES,
+    Column("id", sql.Integer, primary_key=True),
+    Column("rater", ForeignKey("raters.id"), nullable=False),
+    Column("kind", sql.String(10), nullable=False),  # consent, begun or comment
+    Column("hand", sql.Integer, nullable=False),  # and step: the vote that a comment came with
+    Column("step", sql.Integer, nullable=False),
+    Column("text", sql.Text, nullable=False),
+    Column("time", sql.Float(53), nullable=False),
+    sql.UniqueConstraint("rater", "kind", "hand", "step"),
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,8 @@ class LabelStore:
         self.round = round_
         self.settings = settings or HandoutSettings()
         self.items = {item.id: item for item in round_.items}
+        self.practice = [item.id for item in round_.items if item.use == "practice"]
+        """Names of the items that every rater begins with, in their order."""
         self.clock = clock
         # One writer at a time: waiting here is fair, while SQLite's own wait is a poll.
         self._lock = threading.Lock()
@@ -226,10 +242,11 @@ class LabelStore:
             )
         seed = int(facts["seed"])
         order = sorted(self.items, key=lambda item: draw_number(seed, "item", item))
+        block = {q.name: n * BLOCK for n, q in enumerate(self.round.study.question)}
         rows = [
-            {"id": i, "place": n, "gold": self.items[i].gold is not None, "taken": 0}
+            {"id": i, "place": block[item.question] + n, "gold": item.gold is not None, "taken": 0}
             for n, i in enumerate(order)
-            if i not in known
+            if i not in known and (item := self.items[i])
         ]
         if rows:
             connection.execute(sql.insert(ITEMS), rows)

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d3po_bench import registry
 from d3po_bench.config import FEEDBACK, Execution, RunConfig, least_images, make, method_of
 from d3po_bench.errors import UserError
 from d3po_bench.experience.judged import Judged, Votes
 from d3po_bench.feedback.agreement import Floats, preferences
+from d3po_bench.feedback.questions import Judged as JudgedAs
 from d3po_bench.feedback.rounds import ADAPTER, Round, require_files
 from d3po_bench.feedback.sampling import FIXED, Sampling, read_rollout
-from d3po_bench.feedback.schema import Kind
 from d3po_bench.models.sources import model_source
 from d3po_bench.runs.run import RunFolder, require_inputs
 from d3po_bench.training import tracking
@@ -36,8 +37,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Options that differ from a preset's: the paper's section 5.2 compares with the last round's
 model, and a tie between votes says nothing."""
 
-OF_TAGS: dict[str, dict[str, Any]] = {"kto": {"liked": "above_value", "value": -0.5}}
-"""The same where images were tagged: liked is what less than half of the raters tagged."""
+ONE_BY_ONE: dict[JudgedAs, dict[str, dict[str, Any]]] = {
+    "tags": {"kto": {"liked": "above_value", "value": -0.5}},
+    "scale": {"kto": {"liked": "above_value"}},
+}
+"""The same where images were judged one by one: liked is what less than half of the raters tagged,
+or what they rated above the middle of the scale."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Data:
     """[P, K]; NaN: nobody judged."""
     content: str
     """Names the pictures that were judged."""
-    kind: Kind
+    judged: JudgedAs
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -81,7 +86,8 @@ class Data:
 
     def defaults(self, method: str) -> dict[str, Any]:
         """Options of a method that differ from a preset's."""
-        return DEFAULTS.get(method, {}) | (OF_TAGS.get(method, {}) if self.kind == "tags" else {})
+        method, _ = registry.variant(method)
+        return DEFAULTS.get(method, {}) | ONE_BY_ONE.get(self.judged, {}).get(method, {})
 
     @property
     def image_prompts(self) -> Sequence[str]:
@@ -113,12 +119,13 @@ class Data:
         }
 
 
-def data_of(folder: Path, scores: Floats) -> Data:
+def data_of(folder: Path, scores: Floats, question: str | None = None) -> Data:
     """A round and what people said of it, after checking that its files are as they were drawn.
 
     Args:
         folder: of the round.
         scores: [N, K] of the first N prompts, larger is better, NaN where nobody judged.
+        question: what was asked; None where there is one question.
 
     Raises:
         UserError: a file is missing or altered, the scores are of another round, or there are
@@ -143,7 +150,8 @@ def data_of(folder: Path, scores: Floats) -> Data:
     whole = torch.full((number, images), float("nan"))
     whole[: len(scores)] = torch.from_numpy(scores).float()
     round_ = Round.read(folder)
-    return Data(folder, sampling, whole, round_.content, round_.kind)
+    judged = round_.part(question).question.judged
+    return Data(folder, sampling, whole, round_.content, judged)
 
 
 # ---- a training
@@ -163,6 +171,8 @@ class TrainRequest:
     model: str | None = None
     """Of pictures from elsewhere; of a drawn round it is known."""
     seed: int | None = None
+    question: str | None = None
+    """Whose answers; None where one question was asked."""
     pictures: Path | None = None
     """Where the paths of a table begin, if not at the table."""
 
@@ -244,7 +254,7 @@ def _command(data: Learnable, request: TrainRequest, out: Path) -> str:
     """The command line of a training, but for where its votes were."""
     sets = [part for k, v in request.settings.items() for part in ("--set", f"{k}={v}")]
     asked = {"preset": request.preset, "model": request.model, "seed": request.seed,
-             "pictures": request.pictures}  # fmt: skip
+             "question": request.question, "pictures": request.pictures}  # fmt: skip
     preset = [w for k, v in asked.items() if v is not None for w in (f"--{k}", str(v))]
     words = ["d3po-bench", "feedback", "train", str(data.folder), "--method", request.method]
     return shlex.join([*words, "--passes", str(request.passes), *preset, *sets, "--out", str(out)])

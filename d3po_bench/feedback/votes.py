@@ -16,9 +16,12 @@ from sqlalchemy import Connection
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.agreement import Floats, scores
 from d3po_bench.feedback.handout import Hand, hand_of, require_hand, set_state
+from d3po_bench.feedback.notes import add_note
+from d3po_bench.feedback.questions import Answer
 from d3po_bench.feedback.rounds import Progress, Vote
-from d3po_bench.feedback.schema import VOTE, Answer, answer_of, check_answer, order_of
-from d3po_bench.feedback.store import RATERS, VOTES, LabelStore, Row, open_labels
+from d3po_bench.feedback.schema import VOTE, answer_of, order_of
+from d3po_bench.feedback.store import NOTES, RATERS, VOTES, LabelStore, Row, open_labels
+from d3po_bench.feedback.study import MOST_COMMENT
 from d3po_bench.runs.files import csv_bytes, write_output
 
 MOST_MILLISECONDS = 24 * 60 * 60 * 1000
@@ -29,8 +32,9 @@ class AlreadyVotedError(UserError):
 
 
 def cast_vote(
-    store: LabelStore, rater: int, number: int, answer: Answer | None, milliseconds: int, step: int
-) -> None:
+    store: LabelStore, rater: int, number: int, answer: Answer | None, milliseconds: int, step: int,
+    comment: str = "",
+) -> None:  # fmt: skip
     """Store what a rater answered; None skips. On return it is on disk.
 
     Args:
@@ -41,26 +45,32 @@ def cast_vote(
         milliseconds: from seeing the item to answering it.
         step: the hand's `step` when it was shown: tells an answer that is sent again, its
             acknowledgement having been lost, from a new answer after an undo.
+        comment: what the rater wrote, if anything.
 
     Raises:
         NotHandedError: the hand is not this rater's.
         AlreadyVotedError: it was answered before.
-        UserError: the answer does not fit the item, or the time is out of range.
+        UserError: the answer does not fit the item, the time is out of range, or the comment is
+            too long.
     """
     if not 0 <= milliseconds <= MOST_MILLISECONDS:
         raise UserError(f"A vote cannot have taken {milliseconds} milliseconds. Vote again.")
+    if len(comment) > MOST_COMMENT:
+        raise UserError(f"A comment has {MOST_COMMENT} characters at most. Shorten it.")
     with store.writing() as connection:
         row = require_hand(connection, rater, number)
         hand = hand_of(store, connection, row)
         try:
             if answer is not None:
-                answer = check_answer(store.round.kind, len(hand.shown), answer)
+                answer = store.round.asked(hand.item).check(len(hand.shown), answer)
         except ValueError as problem:
             raise UserError(f"{ascii(answer)[:80]}: {problem}. Vote again.") from problem
         if step % 2 or step != hand.step:
             raise AlreadyVotedError("This item was answered already. Reload the page.")
         kind = "skip" if answer is None else "vote"
         _append(store, connection, row, step, kind, answer, milliseconds)
+        if comment:
+            add_note(store, connection, rater, "comment", comment, (number, step))
         set_state(store, connection, row, "skipped" if answer is None else "done")
 
 
@@ -120,8 +130,17 @@ class Tally:
     def votes(self) -> list[Vote]:
         """What `effective_votes` gives."""
         query = (
-            sql.select(*VOTES.c["id", "hand", "step", "kind"], RATERS.c.name, *TOLD)
+            sql.select(*VOTES.c["id", "hand", "step", "kind"], RATERS.c.name, *TOLD, NOTES.c.text)
             .join(RATERS, RATERS.c.id == VOTES.c.rater)
+            .outerjoin(
+                NOTES,
+                sql.and_(
+                    NOTES.c.kind == "comment",
+                    NOTES.c.rater == VOTES.c.rater,
+                    NOTES.c.hand == VOTES.c.hand,
+                    NOTES.c.step == VOTES.c.step,
+                ),
+            )
             .order_by(VOTES.c.id)
         )
         with self._lock, self._store.reading() as connection:
@@ -153,17 +172,37 @@ def export(store: LabelStore, out: Path) -> int:
     kind = out.suffix.lower()
     if kind not in (".csv", ".json"):
         raise UserError(f"Votes are written as .csv or .json, not {out.name!a}. Change --out.")
-    items = store.items
-    rows = [
-        {"prompt": items[v.item].prompt, **asdict(v), "images": items[v.item].images}
-        for v in effective_votes(store)
-    ]
-    if kind == ".json":
-        data = (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
-    else:
-        data = csv_bytes([{k: _cell(v) for k, v in row.items()} for row in rows])
-    write_output(out, data)
+    rows = exported(store, effective_votes(store))
+    write_output(out, rows_as(rows, kind))
     return len(rows)
+
+
+def exported(store: LabelStore, votes: Sequence[Vote]) -> list[dict[str, Any]]:
+    """The votes as rows of the export; docs/human-feedback.md has its columns.
+
+    `scores` is what training makes of the answer, empty where it makes nothing of it.
+    """
+    rows = []
+    for vote in votes:
+        item = store.items[vote.item]
+        question, images = store.round.asked(item), len(item.images)
+        learned = item.use == "main" and vote.repeat == 0
+        said = asdict(vote)
+        comment = said.pop("comment")
+        rows.append({
+            "prompt": item.prompt, **said, "images": item.images, "question": question.name,
+            "kind": question.kind, "group": item.group, "use": item.use,
+            "scores": tuple(question.scores(images, vote.answer)) if learned else (),
+            "comment": comment,
+        })  # fmt: skip
+    return rows
+
+
+def rows_as(rows: Sequence[dict[str, Any]], kind: str) -> bytes:
+    """Rows as `.csv` or `.json`."""
+    if kind == ".json":
+        return (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
+    return csv_bytes([{k: _cell(v) for k, v in row.items()} for row in rows])
 
 
 def _cell(value: Any) -> Any:
@@ -174,18 +213,20 @@ def _cell(value: Any) -> Any:
     return f"'{value}" if formula else value
 
 
-def scores_of(folder: Path, labels: str | None = None) -> Floats:
+def scores_of(folder: Path, labels: str | None = None, question: str | None = None) -> Floats:
     """What the votes say of each image of the round in `folder`, [P, K].
 
     Args:
         folder: of the round.
         labels: URL of the votes; None for those in the folder.
+        question: whose answers; None where there is one question.
 
     Raises:
-        UserError: the votes are damaged, or of another round.
+        UserError: the votes are damaged, or of another round, or there is no such question.
     """
     with open_labels(folder, labels) as store:
-        return scores(store.round, effective_votes(store))
+        part = store.round.part(question)
+        return scores(part, part.of(effective_votes(store)))
 
 
 # ---- rows
@@ -219,14 +260,14 @@ def _last(connection: Connection, rater: int) -> Row | None:
 
 def _vote(
     store: LabelStore, number: int, name: str, item: str, repeat: int, shown: str, answer: str,
-    milliseconds: int, time: float,
+    milliseconds: int, time: float, comment: str | None,
 ) -> Vote:  # fmt: skip
     """The vote of a row, which another program may have written."""
     try:
         VOTE.validate_python((name, item, repeat, milliseconds, time))
         images = len(store.items[item].images)
         order = order_of(shown, images)
-        found = answer_of(answer, store.round.kind, images)
+        found = answer_of(answer, store.round.asked(store.items[item]), images)
     except (KeyError, ValueError, TypeError, RecursionError) as problem:
         texts = {"item": item, "shown": shown, "answer": answer}
         said = ", ".join(f"{k} {ascii(text)[:40]}" for k, text in texts.items())
@@ -234,4 +275,4 @@ def _vote(
             f"Vote {number} does not fit this round: {said}. Restore the labels from a copy, or "
             "give those of this round."
         ) from problem
-    return Vote(name, item, repeat, order, found, milliseconds, time)
+    return Vote(name, item, repeat, order, found, milliseconds, time, comment or "")

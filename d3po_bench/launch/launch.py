@@ -111,7 +111,8 @@ def planned(request: RunRequest) -> list[Job]:
         one = replace(config, seed=seed)
         folder = run_folder(request.out, one)
         # Refuse, before hours are spent, what would fail at the end of them.
-        read_prompts(one.prompt_source)
+        for listed in {one.prompt_source, one.eval_source}:
+            read_prompts(listed)
         start.digest(one.lora)
         require_same(folder, one, request.resume)
         jobs.append(

@@ -25,7 +25,7 @@ from d3po_bench.errors import RunError, UserError
 from d3po_bench.models.lora import put_on
 from d3po_bench.models.parts import complete, load_part, quieten, refused, require_followed
 from d3po_bench.models.pictures import encoded
-from d3po_bench.models.text_encoders import lent, require_short
+from d3po_bench.models.text_encoders import TEXT_ENCODER, lent, require_short
 from d3po_bench.types import Conditions, Prediction, Process, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,7 +115,7 @@ class DiffusersModel(ABC):
             self._pretrained = self._copies()
         if training.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        if training.channels_last:
+        if training.channels_last or device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -177,9 +177,11 @@ class DiffusersModel(ABC):
             return kind(**given)
 
     def _freeze(self) -> None:
-        for part in self.parts.values():
+        for name, part in self.parts.items():
             if isinstance(part, torch.nn.Module):
-                part.to(self.device).requires_grad_(False).eval()
+                part.requires_grad_(False).eval()
+                if not name.startswith(TEXT_ENCODER):  # these are lent to it
+                    part.to(self.device)
 
     # ---- what a family says
 
@@ -202,7 +204,7 @@ class DiffusersModel(ABC):
     # ---- types.Model
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
-        """Conditions of P prompts, float32; each prompt is encoded once per process."""
+        """Conditions of P prompts, float32; each is encoded once and then kept in host memory."""
         fresh = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
         if self.training.long_prompts == "refuse":
             require_short(self.parts, self.TOKENS, fresh)
@@ -213,12 +215,12 @@ class DiffusersModel(ABC):
                 if any(part is not self.network for part in self._adapted()):
                     with self._adapters_off():
                         tensors |= {BASE + n: t for n, t in self._encode(batch).items()}
-            found = Conditions({n: t.float() for n, t in tensors.items()})
+            found = Conditions({n: t.float().cpu() for n, t in tensors.items()})
             self._encoded |= {p: found.take(slice(i, i + 1)) for i, p in enumerate(batch)}
         entries = [self._encoded[p] for p in prompts]
         self._encoded = dict([*self._encoded.items()][-MOST_ENCODED:])
-        names = entries[0].tensors
-        return Conditions({name: torch.cat([e[name] for e in entries]) for name in names})
+        whole = {n: torch.cat([e[n] for e in entries]) for n in entries[0].tensors}
+        return Conditions(whole).to(self.device)
 
     def output(
         self, x: Tensor, s: Tensor, conditions: Conditions, *, weights: Weights = "current"
@@ -246,15 +248,14 @@ class DiffusersModel(ABC):
             RunError: the VAE gives NaN or infinity, which would be drawn black or white.
         """
         pictures = []
-        for x in latents.split(self.training.decode_batch):
-            pixels: Tensor = self.vae.decode(self._latents(x.float()), return_dict=False)[0]
+        for x in latents.to(self.device).float().split(self.training.decode_batch):
+            pixels: Tensor = self.vae.decode(self._latents(x), return_dict=False)[0]
             if not bool(pixels.isfinite().all()):
                 raise RunError(
                     f"The VAE of this model ({type(self.vae).__name__}) overflows: its pictures "
                     "have NaN or infinity in them. Give --model a pipeline with another VAE."
                 )
-            whole = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-            pictures.append(whole.cpu())
+            pictures.append((pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu())
         return torch.cat(pictures)
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -273,19 +274,14 @@ class DiffusersModel(ABC):
         """
         t = self.training
         if not t.full:
-            from peft import LoraConfig
+            from d3po_bench.models.low_rank import install
 
-            alpha, targets = t.lora_alpha or t.lora_rank, list(t.lora_targets)
-            layers = "".join(f".{name}\n" for name, _ in self.network.named_modules())
-            absent = [name for name in targets if f".{name}\n" not in layers]
-            found = [] if absent else targets  # peft is content where it finds one of them
-            lora = LoraConfig(r=t.lora_rank, lora_alpha=alpha, target_modules=found)
             try:
-                self.network.add_adapter(lora)
+                install(self.network, t.lora_targets, t.lora_rank, t.lora_alpha or t.lora_rank)
             except ValueError as problem:
                 raise UserError(
-                    f"lora_targets={','.join(absent or targets)} names no layer of the "
-                    f"{self.NETWORK}. Use some of to_q,to_k,to_v,to_out.0."
+                    f"lora_targets={problem} names no layer of the {self.NETWORK}. Use some of "
+                    "to_q,to_k,to_v,to_out.0."
                 ) from problem
             for index, (name, weight) in enumerate(self.trainable().items()):
                 weight.data = weight.data.float()
@@ -388,10 +384,8 @@ class DiffusersModel(ABC):
         # land in the file in random order.
         t = self.training
         scale = (t.lora_alpha or t.lora_rank) / t.lora_rank
-        layers = {
-            name: weight * scale if "lora_B" in name else weight
-            for name, weight in get_peft_model_state_dict(self.network).items()
-        }
+        whole = get_peft_model_state_dict(self.network).items()
+        layers = {n: weight * scale if "lora_B" in n else weight for n, weight in whole}
         self._pipeline_class().save_lora_weights(folder, **{f"{self.NETWORK}_lora_layers": layers})
 
     def _pipeline_class(self) -> Any:

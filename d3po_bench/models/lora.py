@@ -35,6 +35,8 @@ def put_on(pipeline: Any, place: Path) -> None:
     """
     from safetensors import safe_open
 
+    from d3po_bench.models.low_rank import quicken
+
     file = file_of(place)
     with safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
@@ -53,6 +55,8 @@ def put_on(pipeline: Any, place: Path) -> None:
     placed = sum("lora_" in name for part in parts for name, _ in part.named_parameters())
     if said or placed != tensors:
         raise ValueError(f"the pipeline takes {placed} of its {tensors} tensors. {' '.join(said)}")
+    for part in parts:
+        quicken(part)
 
 
 def file_of(place: Path) -> Path:

@@ -3,6 +3,7 @@
 Counted: weights in the precision that they lie in; the LoRA, its gradients and the optimizer's
 moments in float32; and the most bytes that are alive at a time in a forward and backward pass, in
 a pass without gradients and in decoding, as torch allocates them. A batch takes as much for each.
+What a round keeps, such as its chains, lies in host memory.
 Attention is counted as the fused kernels of a card compute it, which keep no matrix of tokens by
 tokens.
 
@@ -192,6 +193,11 @@ class Needs:
     def latent(self) -> int:
         """Of a latent in float32."""
         return 4 * math.prod(self._shadow.latent_shape)
+
+    @property
+    def prompt(self) -> int:
+        """Of the conditions of a prompt in float32."""
+        return sum(4 * t[0].numel() for t in self._conditions.tensors.values())
 
     @cached_property
     def update(self) -> int:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from d3po_bench.errors import UserError
 
+TEXT_ENCODER = "text_encoder"
+"""What the names of these parts begin with."""
+
 
 def token_ids(tokenizer: Any, prompts: list[str], limit: int | None = None) -> Tensor:
     """Token numbers [P, limit], padded, or cut as diffusers cuts them.
@@ -35,7 +38,7 @@ def lent(parts: Mapping[str, Any], device: torch.device) -> Iterator[None]:
         parts: of a pipeline, by name.
         device: where they compute.
     """
-    encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
+    encoders = [part for name, part in parts.items() if name.startswith(TEXT_ENCODER)]
     for encoder in encoders:
         encoder.to(device)
     try:

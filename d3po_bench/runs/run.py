@@ -26,6 +26,11 @@ from d3po_bench.runs.files import Row, read_csv, readable
 TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 """A run's text files but provenance.json, which holds their digests."""
 
+BESIDE = ("round", "evaluate", "cpu")
+"""Of a line of timing.jsonl, what is no stage of training, whose wall seconds the others are.
+
+"cpu" is what all stages took of processors, of this process and all its threads."""
+
 LORA, LAST = "lora", "checkpoints/last.safetensors"
 """The weights that a finished run leaves: for others to load, and for the next round of votes."""
 

@@ -33,7 +33,7 @@ from d3po_bench.runs.provenance import environment, now, packages
 from d3po_bench.runs.remote import Mirror
 from d3po_bench.runs.run import LAST, LORA, SAMPLES, TEXT, RunFolder, content
 from d3po_bench.runs.sessions import kept
-from d3po_bench.runs.tensors import digest_of, read_tensors
+from d3po_bench.runs.tensors import packed, read_tensors
 
 NEWEST, BEFORE = LAST, "checkpoints/previous.safetensors"
 """Of a run's checkpoints."""
@@ -257,13 +257,7 @@ class RunStore:
 
     def checkpoint(self, tensors: Mapping[str, Tensor], facts: Row) -> None:
         """Write the checkpoint of `tensors` and `facts`; the one before is kept beside it."""
-        from safetensors.torch import save
-
-        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        text = json.dumps(facts)
-        known = {"facts": text, "sha256": digest_of(contiguous, text)}
-        # One entry: safetensors writes several in an order that differs from call to call.
-        data = save(contiguous, metadata={"checkpoint": json.dumps(known)})
+        data = packed(tensors, facts)
         before = self.folder / BEFORE
         # A damaged one must not push out the whole one before it.
         self._write(NEWEST, data, keep=None if self.damaged else before)

@@ -22,6 +22,17 @@ def digest_of(tensors: Mapping[str, Tensor], facts: str) -> str:
     return whole.hexdigest()
 
 
+def packed(tensors: Mapping[str, Tensor], facts: Row) -> bytes:
+    """A file of tensors and facts, as `read_tensors` reads it."""
+    from safetensors.torch import save
+
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = json.dumps(facts)
+    known = {"facts": text, "sha256": digest_of(contiguous, text)}
+    # One entry: safetensors writes several in an order that differs from call to call.
+    return save(contiguous, metadata={"checkpoint": json.dumps(known)})
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Row]:
     """Tensors and facts of a checkpoint.
 

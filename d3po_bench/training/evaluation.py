@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from d3po_bench import own, registry
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.diffusion import parallel
+from d3po_bench.digests import short
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.experience import Experience
 from d3po_bench.models.sources import model_source
+from d3po_bench.prompts import read_prompts
+from d3po_bench.runs.files import Row, write_atomically
+from d3po_bench.runs.tensors import packed, read_tensors
 from d3po_bench.scoring import Sum
 from d3po_bench.training.listeners import Evaluated
 from d3po_bench.training.tools import EvaluationSet, Tools, spread
@@ -35,6 +45,9 @@ class Evaluation:
             UserError: one cannot be loaded.
         """
         self.config, self.tools = config, tools
+        self.from_base = experience.initial is None and not config.lora
+        self.kept: BaseEvaluation | None = None
+        """Where the base model's evaluation is shared with other runs, if it is."""
         self.scorers: dict[str, Scorer] = {"score": experience.scorer}
         self.texts: dict[str, str] = {}
         """What stands for each scorer, by its name."""
@@ -53,13 +66,16 @@ class Evaluation:
                     f"{problem} Or leave it out: --set eval_scorers={others}"
                 ) from problem
             self.texts[name] = text
+        prompts = read_prompts(config.eval_list) if config.eval_list else experience.prompts
         self.what = EvaluationSet(
-            prompts=spread(experience.prompts, config.eval_prompts),
+            prompts=spread(prompts, config.eval_prompts),
             images=config.eval_images,
             steps=config.sampling_steps,
             guidance=config.guidance,
             sampler=config.sampler,
             eta=config.eta,
+            noise=config.eval_noise,
+            timestep_spacing=config.timestep_spacing,
             batch=execution.sample_batch,
             decode_batch=execution.decode_batch,
         )
@@ -110,12 +126,52 @@ class Evaluation:
         Raises:
             RunError: a latent, the score, or the drift is not finite.
         """
+        untrained = round_ == 0 and self.from_base
+        kept = self.kept if untrained else None
+        found = parallel.tell(kept.read) if kept else None
+        if found is None:
+            found = self._drawn(model, round_, replace(self.what, untrained=untrained), working)
+            if kept:
+                parallel.lead(partial(kept.write, *found))
+        return Evaluated(*found, self.what.prompts, self.what.images)
+
+    def _drawn(
+        self, model: Model, round_: int, what: EvaluationSet, working: Callable[[float], None]
+    ) -> tuple[list[Row], dict[str, Tensor]]:
         spent = model.forwards, model.backwards
         try:
             with parallel.at("evaluation"):
-                rows, pictures = self.tools.evaluate(model, self.what, self.scorers, working)
+                found = self.tools.evaluate(model, what, self.scorers, working)
         except RunError as problem:
             where = f"Evaluation after round {round_}, seed {self.config.seed}"
             raise RunError(f"{where}: {problem}") from problem
         model.forwards, model.backwards = spent
-        return Evaluated(rows, pictures, self.what.prompts, self.what.images)
+        return found
+
+
+class BaseEvaluation:
+    """The evaluation of a base model, in a file that runs with all the same facts share."""
+
+    def __init__(self, folder: Path, facts: Row) -> None:
+        """Name the file.
+
+        Args:
+            folder: where it lies.
+            facts: all that the evaluation depends on.
+        """
+        self.facts: Row = json.loads(json.dumps(facts))
+        name = short(json.dumps(self.facts, sort_keys=True))
+        self.path = folder / f"base-evaluation-{name}.safetensors"
+
+    def read(self) -> tuple[list[Row], dict[str, Tensor]] | None:
+        """Rows and pictures as `tools.Tools.evaluate` gives them; None where there are none."""
+        try:
+            pictures, known = read_tensors(self.path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):  # not there, or damaged
+            return None
+        return (known["rows"], pictures) if known["of"] == self.facts else None
+
+    def write(self, rows: Sequence[Row], pictures: Mapping[str, Tensor]) -> None:
+        """Keep what was found, for the next run."""
+        data = packed(pictures, {"of": self.facts, "rows": rows})
+        write_atomically(self.path, data)

@@ -13,7 +13,7 @@ from d3po_bench.config import FEEDBACK, RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.models import start
 from d3po_bench.models.sources import Source, commit, fingerprint, model_source
-from d3po_bench.prompts import digest
+from d3po_bench.prompts import digest, read_prompts
 from d3po_bench.runs.files import Row
 from d3po_bench.runs.run import RunFolder
 from d3po_bench.training.tools import Tools
@@ -33,7 +33,7 @@ def inputs_today(run: RunFolder, prompts: Sequence[str], tools: Tools) -> Row:
         except (UserError, ImportError):  # it cannot be loaded here, so it scores nothing
             today[name] = known
     lora = start.digest(run.config.lora)
-    began = lora | method_digest(run.config)
+    began = lora | method_digest(run.config) | eval_digest(run.config)
     return {**model_today(source), **began, "prompts": digest(prompts), "scorers": today}
 
 
@@ -47,6 +47,11 @@ def method_digest(config: RunConfig) -> dict[str, str]:
     """What names the text of a method that is the user's own, if it is."""
     text = config.sources.get("method")
     return {} if text is None else {"method": own.load(text, "METHOD").digest}
+
+
+def eval_digest(config: RunConfig) -> dict[str, str]:
+    """What names the prompts of its evaluations, where training has others."""
+    return {"eval_prompts": digest(read_prompts(config.eval_list))} if config.eval_list else {}
 
 
 def model_today(source: Source) -> dict[str, str]:

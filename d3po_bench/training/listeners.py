@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d3po_bench.config import RunConfig
 from d3po_bench.diffusion import parallel
+from d3po_bench.runs.run import BESIDE
 from d3po_bench.runs.store import RunStore
 from d3po_bench.training.progress import (
     IMAGE,
@@ -247,7 +248,7 @@ class ProgressListener(Listener):
 
 def _taken(config: RunConfig, timing: Sequence[Row], images: float) -> dict[str, list[float]]:
     """Seconds of the units of rounds that earlier processes made."""
-    rounds = [sum(s for k, s in row.items() if k not in ("round", "evaluate")) for row in timing]
+    rounds = [sum(s for k, s in row.items() if k not in BESIDE) for row in timing]
     evaluations = [
         row["evaluate"] / images
         for row in timing

@@ -72,7 +72,7 @@ def ended_before(config: RunConfig) -> Progress:
 
 def evaluation_images(config: RunConfig) -> int:
     """Pictures in one evaluation."""
-    known = len(dict.fromkeys(read_prompts(config.prompt_source)))
+    known = len(dict.fromkeys(read_prompts(config.eval_source)))
     return SAMPLERS * config.eval_images * min(known, config.eval_prompts)
 
 

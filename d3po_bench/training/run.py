@@ -19,12 +19,13 @@ from d3po_bench.machine import determine, device_of
 from d3po_bench.models.sources import model_source, threads_of
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import Row
+from d3po_bench.runs.provenance import environment
 from d3po_bench.runs.run import LAST, RunFolder
 from d3po_bench.runs.sessions import sessions
 from d3po_bench.runs.store import RunStore
 from d3po_bench.scoring import Sum
 from d3po_bench.training.checkpoints import Checkpoints, restore
-from d3po_bench.training.evaluation import Evaluation
+from d3po_bench.training.evaluation import BaseEvaluation, Evaluation
 from d3po_bench.training.inputs import inputs_today
 from d3po_bench.training.listeners import (
     Listener,
@@ -99,9 +100,7 @@ def run_seed(job: Job, report: Report = lambda progress: None) -> None:
         after = restore(trainer, store)
         before = None if after is None else store
         job = parallel.together(lambda: _settled(job, trainer, before, progress))
-        evaluation = parallel.together(
-            lambda: Evaluation(config, job.execution, trainer.experience, job.tools, device)
-        )
+        evaluation = parallel.together(lambda: _evaluation(job, trainer, device))
 
         def begin(store: RunStore) -> list[Listener]:
             how = {"device": str(device), "deterministic": deterministic, **_ranks()}
@@ -139,6 +138,33 @@ def _begun(
     listeners += [*_trackers(job, after, store, progress), Stopping(job.config.rounds)]
     progress.begin(trainer.round, trainer.experience.scorer.unit, store)
     return listeners
+
+
+EVALUATED = ("model", "objective", "long_prompts", "dtype", "full", "eval_scorers")
+"""Settings that the base model's evaluation depends on, beside those of its own set."""
+
+
+def _evaluation(job: Job, trainer: Trainer, device: torch.device) -> Evaluation:
+    """The evaluations of a run, of which other methods and seeds share the base model's.
+
+    Not where code of the user's own takes part: what that does is not told by its text.
+    """
+    config, source = job.config, model_source(job.config.model)
+    found = Evaluation(config, job.execution, trainer.experience, job.tools, device)
+    own_scorer = any(registry.is_own("scorer", text) for text in found.texts.values())
+    if own_scorer or source.is_code or job.objects or job.experience:
+        return found
+    facts = {
+        **environment(), **trainer.inputs, **_plugins(config, found), **_ranks(),
+        "scorers": {n: job.tools.fingerprint(s) for n, s in found.named.items()},
+        "config": {name: getattr(config, name) for name in EVALUATED}, "what": vars(found.what),
+        "execution": recorded(job.execution), "device": str(device),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }  # fmt: skip
+    del facts["started"]
+    found.kept = BaseEvaluation(job.folder.parents[1], facts)
+    return found
 
 
 def _settled(

@@ -45,7 +45,8 @@ def settled(
     """
     began = {n: recorded[n] for n in KEPT if n in recorded}
     wanted = {n: getattr(asked, n) or value for n, value in began.items()}
-    known = replace(asked, **wanted)
+    faster = model.device.type == "cuda" and isinstance(model, DiffusersModel)
+    known = replace(asked, channels_last=asked.channels_last or faster, **wanted)
     counted = asked.memory > 0 or model.device.type == "cuda"
     if model_source(config.model).small or not isinstance(model, DiffusersModel) or not counted:
         return known.usual()
@@ -54,10 +55,11 @@ def settled(
     found = chosen(known, config, needs, limit)
     if (most := peak(found, config, needs)) > limit:
         which = "The batches that this run began with" if began else "The smallest batches"
-        other = "micro_batch=1" if began else "prompts_per_round=10: all images of one are held"
+        card = ((needs.weights + most) / SHARE + ROOM) / 1e9
+        remedy = "choose less, such as --set micro_batch=1" if began else "take a larger card"
         note(
             f"{which} need {most / 1e9:.1f} GB beside the weights, and {max(limit, 0) / 1e9:.1f} "
-            f"GB are free. If memory runs out, choose less, such as --set {other}."
+            f"GB are free. If memory runs out, {remedy}: {card:.0f} GB are enough for these."
         )
     return found
 
@@ -89,7 +91,7 @@ def chosen(asked: Execution, config: RunConfig, needs: Needs, limit: int) -> Exe
     left = limit - needs.optimizer - _held(config, needs)
     careful = asked.gradient_checkpointing
     if not asked.micro_batch and not careful:
-        careful = needs.update * _item(config) > left
+        careful = _each(asked, config, needs)["micro_batch"] > left
     given = replace(asked, gradient_checkpointing=careful)
     found: dict[str, Any] = {}
     for name, each in _each(given, config, needs).items():
@@ -108,28 +110,23 @@ def peak(execution: Execution, config: RunConfig, needs: Needs) -> int:
 
 
 def _each(execution: Execution, config: RunConfig, needs: Needs) -> dict[str, int]:
-    """Bytes of one more in each batch."""
+    """Bytes of one more in each batch: its passes, and what is on the device for them."""
     update = needs.checkpointed if execution.gradient_checkpointing else needs.update
-    image = needs.sampling * _passes(config)
-    return {"sample_batch": image, "micro_batch": update * _item(config),
-            "reference_batch": image, "decode_batch": needs.decoding}  # fmt: skip
-
-
-def _passes(config: RunConfig) -> int:
-    """Latents in a pass for one of an image."""
-    return 1 if config.guidance == 1 else 2
-
-
-def _item(config: RunConfig) -> int:
-    """Latents in a pass for an item of the update, both of a pair."""
-    return _passes(config) * min(2, least_images(method_of(config)))
+    guided = 1 if config.guidance == 1 else 2  # latents in a pass for one of an image
+    of_item = min(2, least_images(method_of(config)))  # images, both of a pair
+    image = guided * (needs.sampling + 2 * needs.prompt)
+    # A chain's latents, means and noise.
+    chain = (3 * config.sampling_steps + 1) * needs.latent
+    item = of_item * (guided * (update + 2 * needs.prompt) + 3 * needs.latent)
+    return {
+        "sample_batch": image + chain, "micro_batch": item,
+        "reference_batch": image + 2 * needs.latent, "decode_batch": needs.decoding,
+    }  # fmt: skip
 
 
 def _held(config: RunConfig, needs: Needs) -> int:
-    """Of a round: latents, means and reference, and the rows that a method makes of them."""
-    images = config.images_per_prompt or method_of(config).images_per_prompt
-    latents = config.prompts_per_round * images * (config.sampling_steps + 1)
-    return 3 * max(2, images) * latents * needs.latent
+    """Of a round, beside its batches: the conditions of its prompts, while it is sampled."""
+    return config.prompts_per_round * needs.prompt
 
 
 def recorded(execution: Execution) -> dict[str, Any]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from d3po_bench.config import RunConfig
-    from d3po_bench.diffusion.process import Sampler
+    from d3po_bench.diffusion.process import Sampler, Spacing
     from d3po_bench.types import Model, Scorer
 
 Row = dict[str, Any]
@@ -30,12 +30,17 @@ class EvaluationSet:
     sampler: Sampler | Literal["auto"] = "auto"
     """Of training, with its `eta`."""
     eta: float = 1.0
+    timestep_spacing: Spacing = "model"
     batch: int = 128
     decode_batch: int = 16
+    noise: int = 0
+    """Which of the fixed noises."""
     first: int = 0
     """Number of the first prompt in a longer list, whose other parts are drawn elsewhere."""
     samplers: Sequence[str] = ("eta1", "eta0")
     """The training sampler, and the deployment sampler, which adds no noise."""
+    untrained: bool = False
+    """The model is still the pretrained one, from which it has not drifted."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from d3po_bench.diffusion import parallel
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
+from d3po_bench.diffusion.preferences import shuffled
 from d3po_bench.diffusion.sampling import images_used, with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, require_own_names, update
@@ -27,10 +28,10 @@ from d3po_bench.models.sources import fingerprint, load, model_source
 from d3po_bench.prompts import digest
 from d3po_bench.runs.files import Row
 from d3po_bench.training.evaluation import Evaluation
-from d3po_bench.training.inputs import method_digest
+from d3po_bench.training.inputs import eval_digest, method_digest
 from d3po_bench.training.listeners import Listener
 from d3po_bench.training.sizes import watched
-from d3po_bench.types import Rollout
+from d3po_bench.types import Model, Rollout
 
 TRIED_TOGETHER = 1024
 """Prompts that are encoded at a time before the first round: data sets have a hundred thousand."""
@@ -53,6 +54,20 @@ def training_of(config: RunConfig, execution: Execution) -> Training:
         compile=execution.compile,
         decode_batch=execution.decode_batch,
     )
+
+
+def compute_as(model: Model, config: RunConfig, execution: Execution) -> None:
+    """Let a model that is loaded compute as much at a time as these settings say.
+
+    Args:
+        model: of the config; a family of somebody's own computes as it does.
+        config: of the run.
+        execution: with batches that are chosen.
+    """
+    if isinstance(model, DiffusersModel):
+        model.training = training_of(config, execution)
+        if execution.gradient_checkpointing:
+            model.network.enable_gradient_checkpointing()
 
 
 class Trainer:
@@ -82,7 +97,7 @@ class Trainer:
         asked = list(dict.fromkeys([*experience.prompts, ""]))
         for first in range(0, len(asked), TRIED_TOGETHER):
             self.model.encode(asked[first : first + TRIED_TOGETHER])
-        self.inputs |= start.digest(config.lora) | method_digest(config)
+        self.inputs |= start.digest(config.lora) | method_digest(config) | eval_digest(config)
         start.begin(self.model, config.seed, config.lora)
         self.policy = Policy(
             self.model,
@@ -90,9 +105,12 @@ class Trainer:
             eta=config.eta,
             guidance=config.guidance,
             sampler=config.sampler,
+            timestep_spacing=config.timestep_spacing,
+            step_weight=config.step_weight,
         )
-        self.trained_steps = config.sampling_steps - config.skip_steps
-        self.policy.require_noise(self.trained_steps)
+        self.trained = range(config.sampling_steps - config.skip_steps)
+        """The steps that are trained on, in this round."""
+        self.policy.require_noise(len(self.trained))
         self.optimizer = self._optimizer()
         scaled = config.dtype == "fp16"
         self.scaler = torch.amp.GradScaler(device.type) if scaled else None
@@ -127,10 +145,7 @@ class Trainer:
         if isinstance(self.experience, OnPolicy):
             self.experience.batch = execution.sample_batch
             self.experience.decode_batch = execution.decode_batch
-        if isinstance(self.model, DiffusersModel):
-            self.model.training = training_of(self.config, execution)
-            if execution.gradient_checkpointing:
-                self.model.network.enable_gradient_checkpointing()
+        compute_as(self.model, self.config, execution)
 
     def train(self, evaluation: Evaluation, listeners: Sequence[Listener], measured: bool) -> None:
         """Rounds until the last.
@@ -191,21 +206,27 @@ class Trainer:
             working: called with the share of the round that is done.
         """
         seconds: dict[str, float] = {}
+        began = time.process_time()
         before = self.model.forwards, self.model.backwards
 
         def stage(name: str) -> AbstractContextManager[None]:
             return _timed(seconds, name, self.execution)
 
+        if self.config.window:
+            self._place_window()
         rollout = self.experience.collect(
             self.policy, self.round, stage, lambda share: working(share / 2)
         )
+        if self.config.choices == "random":
+            rng = stream(self.config.seed, "choices", self.round)
+            rollout = replace(rollout, scores=shuffled(rollout.scores, rng))
         rollout = replace(rollout, history=self.history, memory=self.memory)
         with stage("reference"):
             from_base = self.experience.initial is None and not self.config.lora
             untrained = self.round == 0 and from_base
             rollout = with_reference(
                 self.policy, rollout, self.method, untrained=untrained,
-                batch=self.execution.reference_batch, skip=self.config.skip_steps,
+                batch=self.execution.reference_batch, skip=self.policy.steps - self.trained.stop,
             )  # fmt: skip
         # Before the method sees them, which may write into them.
         measured = self._measured(rollout)
@@ -215,8 +236,17 @@ class Trainer:
         self.round += 1
         metrics = {"round": self.round, **self._spent(), **measured}
         require_own_names(self.config.method, learned, metrics)
+        seconds["cpu"] = time.process_time() - began
         timing = {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
         return {**metrics, **learned}, timing
+
+    def _place_window(self) -> None:
+        """Choose the steps that add noise and are trained on in this round, for all its images."""
+        places = self.config.sampling_steps - self.config.skip_steps - self.config.window + 1
+        rng = stream(self.config.seed, "window", self.round)
+        start = int(torch.randint(places, (), generator=rng))
+        self.trained = range(start, start + self.config.window)
+        self.policy.add_noise_in(self.trained)
 
     def _measured(self, rollout: Rollout) -> dict[str, float]:
         scores = rollout.scores * self.experience.objective.sign
@@ -239,11 +269,14 @@ class Trainer:
         updates = Updates(
             units=c.units_per_update,
             timestep_fraction=c.timestep_fraction,
-            skip=c.skip_steps,
+            skip=rollout.steps - self.trained.stop,
+            first=self.trained.start,
+            count=c.updates_per_round,
             every=c.update_every,
             passes=c.passes,
             micro_batch=self.execution.micro_batch,
             max_grad_norm=c.max_grad_norm,
+            step_gradients=self.execution.step_gradients,
         )
         return update(
             self.policy, self.method, rows, self.optimizer, updates,
@@ -283,8 +316,9 @@ class Trainer:
         if rollout.reference is None:
             raise ValueError("the rollout carries no reference")
         used = images_used(self.method, rollout)
-        std = self.policy.table.std[: self.trained_steps].float().to(rollout.means.device)
-        means = (m[used][:, : self.trained_steps] for m in (rollout.means, rollout.reference))
+        steps = slice(self.trained.start, self.trained.stop)
+        std = self.policy.table.std[steps].float().to(rollout.means.device)
+        means = (m[used][:, steps] for m in (rollout.means, rollout.reference))
         ours, theirs = (m.flatten(0, 1) for m in means)
         kl = Gaussian(ours, std.repeat(int(used.sum()))).kl(theirs)
         require_finite("kl of the steps to the pretrained model", kl)  # its squares can overflow

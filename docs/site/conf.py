@@ -54,9 +54,9 @@ html_math_renderer = "mathml"
 NAVIGATION = {
     "Start": ["docs/getting-started", "docs/reading-results", "docs/troubleshooting",
               "docs/glossary"],
-    "Guides": ["docs/own-model", "docs/own-reward", "docs/human-feedback", "docs/evaluation",
-               "docs/python", "docs/first-results", "docs/lora", "docs/several-gpus",
-               "docs/clusters"],
+    "Guides": ["docs/own-model", "docs/own-reward", "docs/human-feedback", "docs/studies",
+               "docs/evaluation", "docs/python", "docs/first-results", "docs/lora",
+               "docs/several-gpus", "docs/clusters", "docs/gpu-speed"],
     "Methods": ["docs/fidelity", "reference/methods/*"],
     "Results": ["docs/results", "reference/leaderboard", "docs/determinism", "results/README",
                 "eval/embedded/CARD", "d3po_bench/models/embedded/CARD",

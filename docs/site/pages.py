@@ -28,7 +28,8 @@ def write(source: Path, site: Path) -> None:
     made = source / "reference"
     shutil.rmtree(made, ignore_errors=True)
     (made / "methods").mkdir(parents=True)
-    texts = {f"methods/{name}.md": method(name) for name in registry.names("method")}
+    names = [name for name in registry.names("method") if not registry.variant(name)[1]]
+    texts = {f"methods/{name}.md": method(name) for name in names}
     texts["api.md"] = api()
     texts["leaderboard.md"] = leaderboard(source / "results" / "tiny", site / made.name)
     for name, text in texts.items():
@@ -49,6 +50,7 @@ def method(name: str) -> str:
         loss=inspect.getdoc(made.loss),
         defaults=inspect.getdoc(made),
         options=options(name),
+        variants=variants(name),
         settings=settings(name),
         presets="\n".join(f"- `{preset}`: {said}." for preset, said in PRESET_SUMMARIES.items()),
         file=file.name,
@@ -72,7 +74,7 @@ PAGE = """\
 `--set NAME=VALUE` changes them. A preset's column is empty where it keeps the default.
 
 {options}
-
+{variants}
 Presets:
 
 {presets}
@@ -101,6 +103,14 @@ def options(name: str) -> str:
     """A row for each option of a method."""
     columns = {said: config.method_of(run) for said, run in _configs(name).items()}
     return _table(columns, [field.name for field in fields(columns["default"])])
+
+
+def variants(name: str) -> str:
+    """What else `--method` knows that is this method, with settings of its own."""
+    known = {n: registry.variant(n) for n in registry.names("method")}
+    lines = [f"- `--method {n}`: {registry.summary('method', n)}." for n, (of, own) in known.items()
+             if of == name and own]  # fmt: skip
+    return "\n".join(["", "Under names of their own:", "", *lines, ""]) if lines else ""
 
 
 def settings(name: str) -> str:

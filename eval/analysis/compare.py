@@ -12,13 +12,14 @@ from d3po_bench.errors import UserError
 from eval.analysis.gains import both_ends, held_out, records
 from eval.analysis.runs import Run, read_groups, require_same_inputs
 from eval.analysis.scores import Score, score_of
-from eval.analysis.statistics import Difference, difference, paired_difference
+from eval.analysis.statistics import Difference, by_seed, difference, equivalence, smallest_shown
 from eval.analysis.tables import Record, finite
+from eval.analysis.worded import LEVEL
 
 SHOWN = ("method", "base", "end", "gain", "low", "high", "recognised_before", "recognised", "kl")
 """What is told of each side in the numbers of `report`."""
 
-Verdict = Literal["better", "worse", "not shown"]
+Verdict = Literal["better", "worse", "equivalent", "not shown"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Comparison:
     theirs: Side
     same_images: bool
     """Whether both were evaluated on the same prompts and noise."""
+    margin: float | None = None
+    """A difference below it does not matter, in the score's unit; None where nothing says so."""
 
     @property
     def objective(self) -> str:
@@ -78,14 +81,23 @@ class Comparison:
     @property
     def difference(self) -> Difference:
         """Of the gains, in the score's own unit and sign."""
-        compared = paired_difference if self.paired else difference
-        return compared(self.ours.gains, self.theirs.gains)
+        if not self.same_images:
+            return difference(self.ours.gains, self.theirs.gains)
+        sides = (self.ours, self.theirs)
+        return by_seed(*(dict(zip(side.seeds, side.gains, strict=True)) for side in sides))
+
+    @property
+    def equivalence(self) -> float:
+        """P-value of a difference of at least the margin; NaN where there is none to test."""
+        return math.nan if self.margin is None else equivalence(self.difference, self.margin)
 
     @property
     def verdict(self) -> Verdict:
-        """What is shown of the first side: the interval lies on one side of 0."""
+        """What is shown of the first side: the interval lies on one side of 0, or near it."""
         low, high = sorted(self.sign * end for end in (self.difference.low, self.difference.high))
-        return "better" if low > 0 else "worse" if high < 0 else "not shown"
+        if low > 0 or high < 0:
+            return "better" if low > 0 else "worse"
+        return "equivalent" if self.equivalence < LEVEL else "not shown"
 
     def sentence(self) -> str:
         """The verdict with its numbers, for people."""
@@ -99,6 +111,8 @@ class Comparison:
         if not math.isnan(found.low):
             spread = f"95 % interval {found.low:+.3f} to {found.high:+.3f}, p = {found.p:.2g}"
         facts = [f"difference {found.mean:+.3f}", spread, self._seeds()]
+        if not math.isnan(self.equivalence):
+            facts.append(f"p = {self.equivalence:.2g} of being {self.margin:g} or more apart")
         facts += [] if self.same_images else ["evaluated on different images"]
         shown = (
             "no difference is shown"
@@ -122,15 +136,18 @@ class Comparison:
                    **{k: v for k, v in finite([side.record])[0].items() if k in SHOWN}}
             for name, side in (("a", self.ours), ("b", self.theirs))
         }  # fmt: skip
-        found = dict(zip(("difference", "low", "high", "p"), self.difference, strict=True))
+        found = dict(zip(("difference", "low", "high", "p"), self.difference, strict=False))
         return {
             "verdict": self.verdict, "sentence": self.sentence(), "objective": self.objective,
             "unit": self.score.unit, "sign": self.sign, "paired": self.paired,
-            "same_images": self.same_images, **finite([found])[0], **sides,
+            "same_images": self.same_images, "margin": self.margin,
+            **finite([{**found, "p_equivalent": self.equivalence,
+                       "smallest": smallest_shown(self.difference)}])[0],
+            **sides,
         }  # fmt: skip
 
 
-def compare(ours: Path, theirs: Path) -> Comparison:
+def compare(ours: Path, theirs: Path, margin: float | None = None) -> Comparison:
     """Compare the runs in two folders.
 
     Seeds are paired where both have the same ones and were evaluated on the same images. Else
@@ -139,6 +156,7 @@ def compare(ours: Path, theirs: Path) -> Comparison:
     Args:
         ours: a run folder, or a folder of the runs of one method on one objective.
         theirs: likewise.
+        margin: above 0: a difference that would not matter, chosen before the runs.
 
     Raises:
         UserError: a folder has no runs or those of several methods or objectives, the two are of
@@ -156,7 +174,7 @@ def compare(ours: Path, theirs: Path) -> Comparison:
     first, *rest = (held_out(run).index for run in every)
     names = [one.method, other.method] if one.method != other.method else [str(ours), str(theirs)]
     a, b = (Side(*side) for side in zip(names, (ours, theirs), sides, strict=True))
-    return Comparison(a, b, same_images=all(index.equals(first) for index in rest))
+    return Comparison(a, b, same_images=all(index.equals(first) for index in rest), margin=margin)
 
 
 def _runs(folder: Path) -> Sequence[Run]:

@@ -15,15 +15,11 @@ from typing import Any
 import numpy as np
 
 from eval.analysis.gains import RIVAL, Groups
+from eval.analysis.heights import area_under_curve, images_to_threshold
 from eval.analysis.runs import Run, curves
 from eval.analysis.scores import score_of
-from eval.analysis.statistics import (
-    area_under_curve,
-    images_to_threshold,
-    interval,
-    probability_of_improvement,
-)
-from eval.analysis.tables import Record, Table, ends, number, spread, text
+from eval.analysis.statistics import probability_of_improvement
+from eval.analysis.tables import Record, Table, ends, over_seeds, spread, text
 
 BUDGETS = {"pairs": "pairs or single images", "images": "images", "unet_forwards": "UNet passes"}
 """What methods are compared at, and what to call it."""
@@ -47,22 +43,16 @@ def efficiency(groups: Groups) -> list[Table]:
 def _table(objective: str, methods: Methods) -> Table:
     sign = score_of(next(iter(methods.values()))[0].files).sign
     budgets = {x: _least(methods, x) for x in BUDGETS}
-    level = _least_end(methods, sign)
-    records = [_record(objective, m, methods, budgets, level, sign) for m in methods]
+    records = [_record(objective, m, methods, budgets, sign) for m in methods]
     columns = {
         "method": text("method"),
         **{f"gain after {budget:,.0f} {BUDGETS[x]}": spread(f"gain_at_{x}")
            for x, budget in budgets.items()},
         "mean gain over the images drawn": spread("mean_gain"),
-        f"KL at {_level(level)}": number("kl_at_equal_gain", ".3f"),
         f"images to half of {RIVAL}'s gain": _speed,
         f"probability to end better than {RIVAL}": _chance,
     }  # fmt: skip
     return Table(records, columns, left=("method",), title=f"`{objective}`:")
-
-
-def _level(gain: float) -> str:
-    return "an equal mean gain" if math.isnan(gain) else f"a mean gain of {gain:+.3f}"
 
 
 def _speed(record: Record) -> str:
@@ -85,16 +75,14 @@ def _record(
     method: str,
     methods: Methods,
     budgets: Mapping[str, float],
-    level: float,
     sign: int,
 ) -> Record:
     runs = methods[method]
     area = np.array([area_under_curve(at, score) for at, score in _paths(runs, "images")])
     found: Record = {"objective": objective, "method": method, "seeds": len(runs)}
     for x, budget in budgets.items():
-        found |= {f"budget_{x}": budget, **_mean(f"gain_at_{x}", _gains(runs, x, budget))}
-    found |= _mean("mean_gain", area)
-    found |= {"equal_gain": level, "kl_at_equal_gain": _drift(runs, level, sign)}
+        found |= {f"budget_{x}": budget, **over_seeds(f"gain_at_{x}", _gains(runs, x, budget))}
+    found |= over_seeds("mean_gain", area)
     there = _images_to_half(runs, methods, sign)
     found["seeds_to_half"] = math.nan if there is None else int(np.isfinite(there).sum())
     # A mean without the seeds that never get there would leave out the slow ones.
@@ -103,12 +91,6 @@ def _record(
     if RIVAL in methods and method != RIVAL:
         chance = probability_of_improvement(sign * _at_end(runs), sign * _at_end(methods[RIVAL]))
     return found | dict(zip(("probability", *ends("probability")), chance, strict=True))
-
-
-def _mean(name: str, seeds: Any) -> Record:
-    """The mean over seeds [S], with its interval."""
-    low, high = map(float, interval(seeds))
-    return {name: float(seeds.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def _paths(runs: Sequence[Run], x: str) -> list[tuple[Any, Any]]:
@@ -141,30 +123,3 @@ def _images_to_half(runs: Sequence[Run], methods: Methods, sign: int) -> Any:
         float(images_to_threshold(at, score - score[0], half, sign))
         for at, score in _paths(runs, "images")
     ])  # fmt: skip
-
-
-def _course(runs: Sequence[Run], column: str) -> Any:
-    """Mean over seeds of a column at each evaluation, training sampler; NaN where not known."""
-    seeds = [run.scores.loc["eta1"].get(column) for run in runs]
-    return np.mean([np.nan if seed is None else seed.to_numpy() for seed in seeds], axis=0)
-
-
-def _least_end(methods: Methods, sign: int) -> float:
-    """The smallest mean gain at the end, of methods that reach half of the rival's.
-
-    NaN where none does, as the rival itself may have lost.
-    """
-    scores = {method: _course(runs, "score") for method, runs in methods.items()}
-    found = {method: sign * float(mean[-1] - mean[0]) for method, mean in scores.items()}
-    reached = [gain for gain in found.values() if gain >= found.get(RIVAL, -np.inf) / 2]
-    return sign * min(reached, default=math.nan)
-
-
-def _drift(runs: Sequence[Run], gain: float, sign: int) -> float:
-    """KL to the base model where the mean gain is that; NaN where it never is."""
-    scores, kl = _course(runs, "score"), _course(runs, "kl")
-    places = np.arange(len(scores), dtype=float)
-    there = float(images_to_threshold(places, scores - scores[0], gain, sign))
-    return (
-        math.nan if np.isnan(kl).any() or math.isnan(there) else float(np.interp(there, places, kl))
-    )

@@ -2,7 +2,9 @@
 
 Scores are means over the held-out images, training sampler unless "eta 0" is said. Gains and
 differences keep the score's own sign, so where smaller is better a negative one is good. All is
-averaged over seeds, with 95 % t-intervals over seeds. What a run did not measure is NaN.
+averaged over seeds, with 95 % t-intervals over seeds. Methods that have the same seeds are compared
+seed by seed, which is what their design is: a seed brings the same prompts and first noise to both.
+What a run did not measure is NaN.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import pandas as pd
 from d3po_bench import registry
 from d3po_bench.errors import UserError
 from eval.analysis import measured
-from eval.analysis.runs import Group, Run
+from eval.analysis.gap import gap
+from eval.analysis.runs import DRIFTS, Group, Run
 from eval.analysis.scores import score_of
-from eval.analysis.statistics import Difference, difference, holm, interval
-from eval.analysis.tables import Record, Table, change, number, spread, text
+from eval.analysis.statistics import Difference, by_seed, from_zero, holm, interval, smallest_shown
+from eval.analysis.tables import Record, Table, change, number, over_seeds, spread, text
 
 Groups = Mapping[Group, Sequence[Run]]
 """Model, objective and method -> the runs of each seed, as `read_groups` gives them."""
@@ -42,19 +45,24 @@ LEARNED = {
     "share of excess": number("share_of_excess", "+.0%"),
     f"difference to {RIVAL} (95 % interval)": spread("difference"),
     "p, Holm": number("p_holm", ".2g"),
+    "shown with 80 % power from": number("smallest", ".2g"),
     "gain, eta 0": number("gain_eta0", "+.3f"),
 }  # fmt: skip
 
 PAID = {
     **NAMES, "recognised": change("recognised", ".2f"), "diversity": change("diversity", ".2f"),
-    "KL at the end": number("kl", ".3f"), "pairs (or single images)": number("pairs", ",.0f"),
-    "images": number("images", ",.0f"), "UNet passes": number("unet_forwards", ",.0f"),
+    "Vendi score": change("vendi", ".2f"), "base model covered": number("coverage", ".2f"),
+    "proxy-gold gap (95 % interval)": spread("gap"), "drift": number("drift", ".4f"),
+    "KL, steps trained on": number("kl_trained", ".3f"), "KL, all steps": number("kl", ".3f"),
+    "pairs (or single images)": number("pairs", ",.0f"), "images": number("images", ",.0f"),
+    "images scored": number("scorer_calls", ",.0f"),
+    "UNet passes": number("unet_forwards", ",.0f"),
     "backward passes": number("unet_backwards", ",.0f"),
-    "seconds a seed": number("seconds", ",.0f"),
+    "seconds a seed": number("seconds", ",.0f"), "CPU seconds a seed": number("cpu", ",.0f"),
 }  # fmt: skip
 
 BRIEF = (
-    "method", "objective", "unit", "seeds", "base", "end", "gain (95 % interval)", "KL at the end",
+    "method", "objective", "unit", "seeds", "base", "end", "gain (95 % interval)", "drift",
     "recognised", "images", "seconds a seed",
 )  # fmt: skip
 """Of both, what a command shows when its runs have ended."""
@@ -97,7 +105,8 @@ def contrast(groups: Groups) -> Table:
     """A row for each method that was trained for larger and for smaller scores: S and D.
 
     S = (gain up - gain down) / 2 is what the reward did, and D = (gain up + gain down) / 2 what
-    training did whichever way the reward pointed, which is drift. Seeds are paired.
+    training did whichever way the reward pointed, which is drift. Seeds are paired. P-values are
+    adjusted for being two for each row.
     """
     found = []
     for (model, objective, method), runs in groups.items():
@@ -109,10 +118,13 @@ def contrast(groups: Groups) -> Table:
                 pairs = np.array([(up[seed], down[seed]) for seed in seeds]).reshape(-1, 2)
                 found.append({"objectives": f"{objective}, {other}", "method": method,
                               "seeds": len(seeds), **_halves(pairs)})  # fmt: skip
+    names = [(r, f"{half}_p") for r in found for half in ("s", "d")]
+    for (record, name), p in zip(names, holm([r[name] for r, name in names]), strict=True):
+        record[name] = p
     columns = {
         "objectives": text("objectives"), "method": text("method"), "seeds": text("seeds"),
-        "S, by the reward (95 % interval)": spread("s"),
-        "D, by drift (95 % interval)": spread("d"),
+        "S, by the reward (95 % interval)": spread("s"), "p of S, Holm": number("s_p", ".2g"),
+        "D, by drift (95 % interval)": spread("d"), "p of D, Holm": number("d_p", ".2g"),
     }  # fmt: skip
     return Table(found, columns, left=("objectives", "method"))
 
@@ -128,9 +140,8 @@ def _halves(pairs: Any) -> Record:
     found: Record = {}
     for name, sign in (("s", -1), ("d", 1)):
         values = (pairs[:, 0] + sign * pairs[:, 1]) / 2
-        ends = interval(values) if len(values) else (math.nan, math.nan)
-        mean = values.mean() if len(values) else math.nan
-        found |= _named((name, f"{name}_low", f"{name}_high"), (mean, *ends))
+        test = from_zero(values) if len(values) else Difference.unsure(math.nan)
+        found |= _named((name, f"{name}_low", f"{name}_high", f"{name}_p"), test[:4])
     return found
 
 
@@ -151,8 +162,9 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
     first, last = np.array([both_ends(run, sampler="eta0") for run in runs]).T
     gain, score = end - base, score_of(runs[0].files)
     known = np.mean([both_ends(run, "animal") for run in runs], axis=0)
-    differ = np.mean([both_ends(run, "diversity") for run in runs], axis=0)
-    other = _against(runs, rivals) if rivals and runs != rivals else Difference(*[math.nan] * 4)
+    other = Difference.unsure(math.nan)
+    if rivals and runs != rivals:
+        other = against(runs, rivals)
     return {
         "objective": objective,
         "method": method,
@@ -165,19 +177,22 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
         **_named(("low", "high"), interval(gain)),
         "worst": score.sign * float((score.sign * gain).min()),
         "share_of_excess": float(gain.mean() / _excess(model, score.scorer, base.mean())),
-        **_named(("difference", "difference_low", "difference_high", "p"), other),
+        **_named(("difference", "difference_low", "difference_high", "p"), other[:4]),
+        "smallest": smallest_shown(other),
         "gain_eta0": float((last - first).mean()),
         **_named(("recognised_before", "recognised"), known),
-        **_named(
-            ("diversity_before", "diversity"),
-            _diversity(runs) if np.isnan(differ).any() else differ,
-        ),
-        "kl": float(np.mean([both_ends(run, "kl")[1] for run in runs])),
+        **_named(("diversity_before", "diversity"), _of_pictures(runs, "diversity")),
+        **_named(("vendi_before", "vendi"), _of_pictures(runs, "vendi")),
+        "coverage": _of_pictures(runs, "coverage")[1],
+        **over_seeds("gap", [gap(run) for run in runs]),
+        **{name: float(np.mean([_drift(run, name) for run in runs])) for name in DRIFTS},
         **{what: _spent(runs, what) for what in SPENT},
     }
 
 
-SPENT = ("pairs", "images", "unet_forwards", "unet_backwards", "seconds")
+SPENT = (
+    "pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards", "seconds", "cpu"
+)  # fmt: skip
 
 
 def _named(names: Sequence[str], values: Sequence[Any]) -> Record:
@@ -214,32 +229,51 @@ def flat_size(side: int) -> float:
     return float(registry.load_scorer("jpeg_size", torch.device("cpu"))(image, [""])[0])
 
 
-def _diversity(runs: Sequence[Run]) -> tuple[float, float]:
-    """The base model's and the mean over runs, as `report --measure` found them.
+def _drift(run: Run, name: str) -> float:
+    """At the last evaluation. Of the steps trained on, earlier versions logged it in training."""
+    found = both_ends(run, name)[1]
+    if name == "kl_trained" and math.isnan(found) and run.files.metrics:
+        return float(run.files.metrics[-1].get("kl", math.nan))
+    return found
 
-    NaN where it did not measure all of them.
+
+def _of_pictures(runs: Sequence[Run], name: str) -> tuple[float, float]:
+    """Before and after, mean over runs: by an evaluation, or as `report --measure` found it.
+
+    NaN where not all of them have it.
     """
-    found = [[float(row["diversity"]) if row else math.nan for row in measured.numbers(run)]
-             for run in runs]  # fmt: skip
-    before, after = map(float, np.array(found).T.mean(1))
+    found = np.array([both_ends(run, name) for run in runs])
+    if np.isnan(found).any():
+        rows = [measured.numbers(run) for run in runs]
+        found = np.array([[measured.number(row, name) for row in pair] for pair in rows])
+    before, after = map(float, found.mean(0))
     return before, after
 
 
-def _against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
-    """The difference to D3PO on the same held-out prompts and noise; unscored images left out.
+def against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
+    """The difference to a rival on the same held-out prompts and noise, over seeds.
+
+    Images without a score are left out of all runs.
 
     Raises:
         UserError: the held-out images are not the same.
     """
-    ours, theirs = ([held_out(run) for run in part] for part in (runs, rivals))
-    for run, scores in zip([*runs, *rivals], [*ours, *theirs], strict=True):
-        if not scores.index.equals(ours[0].index):
+    every = [*runs, *rivals]
+    scores = [held_out(run) for run in every]
+    for run, found in zip(every, scores, strict=True):
+        if not found.index.equals(scores[0].index):
             raise UserError(
                 f"{runs[0].folder} and {run.folder} were not evaluated on the same images, so they "
                 "cannot be compared. Report their methods one by one."
             )
-    scored = np.isfinite([*ours, *theirs]).all(0)
-    return difference(*(np.stack(part)[:, scored].mean(1) for part in (ours, theirs)))
+    scored = np.isfinite(scores).all(0)
+    ends = [float(found[scored].mean()) for found in scores]
+    ours, theirs = (
+        {run.seed: end for run, end in part}
+        for part in (zip(runs, ends[: len(runs)], strict=True),
+                     zip(rivals, ends[len(runs) :], strict=True))
+    )  # fmt: skip
+    return by_seed(ours, theirs)
 
 
 def held_out(run: Run) -> pd.Series:

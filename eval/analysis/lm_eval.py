@@ -17,12 +17,12 @@ import numpy as np
 
 from eval.analysis import tries
 from eval.analysis.gains import Groups, both_ends
-from eval.analysis.runs import Run
+from eval.analysis.runs import DRIFTS, Run
 from eval.analysis.scores import score_of
 
 SAMPLERS = ("eta1", "eta0")
 
-COLUMNS = {"score": "score", "recognised": "animal", "kl": "kl"}
+COLUMNS = {"score": "score", "recognised": "animal", **{name: name for name in DRIFTS}}
 """Metric -> what measures it at the end of a run."""
 
 
@@ -82,7 +82,13 @@ def _measured(runs: Sequence[Run]) -> Iterator[tuple[str, str, Any]]:
 
 def _directions(run: Run) -> dict[str, bool | None]:
     larger = score_of(run.files).sign > 0
-    return {"score": larger, "base": None, "gain": larger, "recognised": True, "kl": False}
+    return {
+        "score": larger,
+        "base": None,
+        "gain": larger,
+        "recognised": True,
+        **dict.fromkeys(DRIFTS, False),
+    }
 
 
 def _scorer(run: Run) -> str | None:

@@ -35,11 +35,13 @@ class Runs:
         """The held-out score of every seed at each evaluation, training sampler.
 
         Args:
-            x: rounds, pairs, images, scorer_calls, unet_forwards, unet_backwards or seconds.
+            x: rounds, pairs, images, scorer_calls, unet_forwards, unet_backwards, seconds, cpu,
+                or how far the model has moved: drift, kl_trained or kl.
 
         Returns:
             Columns model, objective, method, seed, round, x, score (unit of the scorer), animal
-            (probability) and kl (nats per latent element); NaN where not known.
+            (probability), drift (variances of the noise), kl_trained and kl (nats per latent
+            element); NaN where not known.
 
         Raises:
             UserError: a run does not know `x`, or the runs do not belong together.

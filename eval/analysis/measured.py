@@ -20,6 +20,8 @@ BASE = "no-fine-tune"
 """The base model, where a method is named."""
 
 NUMBERS = ("diversity", "aesthetic", "jpeg_size")
+LATER = ("vendi", "coverage")
+"""Numbers that rows of earlier versions lack."""
 
 OF = "of"
 """Column that names what was measured; rows of earlier versions lack it."""
@@ -63,8 +65,22 @@ def read(path: Path) -> list[Row]:
     rows: list[Row] = read_csv(path)
     with readable(path):
         for row in rows:
-            _ = key(row), [float(row[name]) for name in NUMBERS]
+            _ = key(row), [float(row[name]) for name in NUMBERS], [number(row, n) for n in LATER]
     return rows
+
+
+def whole(row: Row) -> bool:
+    """Whether a row has all that this version measures."""
+    return bool(row.get(OF) and row.get("vendi"))
+
+
+def number(row: Row | None, name: str) -> float:
+    """A number of a row; NaN where it was not measured.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return float((row or {}).get(name) or "nan")
 
 
 def found(run: Run, rows: Sequence[Row], *, base: bool) -> Row | None:

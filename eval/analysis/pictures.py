@@ -1,18 +1,17 @@
 """What a trained model's pictures are like, apart from what it was trained for.
 
 Evaluations draw one picture or a few of a prompt, and score them by the objective. Here the model
-of every run, and the base model, draws four pictures of each of its prompts, by the training
-sampler and in as many steps as it was trained with: how much do they still differ, and what became
-of the other scores? diversity.csv, beside the folders of the objectives, has a row for each.
+of every run, and the base model, draws eight pictures of each of its prompts, by the training
+sampler and in as many steps as it was trained with: how much do they still differ, which of the
+base model's kinds of picture are left, and what became of the other scores? diversity.csv, beside
+the folders of the objectives, has a row for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import UserError
@@ -24,12 +23,16 @@ from d3po_bench.training.tools import spread as spread_over
 from eval.analysis import measured
 from eval.analysis.gains import Groups
 from eval.analysis.runs import Run
-from eval.analysis.statistics import interval
-from eval.analysis.tables import Record, Table, spread, text
+from eval.analysis.tables import Record, Table, over_seeds, spread, text
 
-IMAGES = 4
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGES = 8
+"""Of a prompt. The Vendi score depends on it; rows of earlier versions are of four, without it."""
 SCORERS = {
     "diversity": "mean cosine distance of a picture to the others of its prompt",
+    "vendi": "effective number of different pictures among those of a prompt",
     "jpeg_size": "JPEG size, kB",
     "aesthetic": "aesthetic score, points",
 }
@@ -66,9 +69,7 @@ def crossed(groups: Groups) -> Table:
 def _crossed(method: str, objective: str, pairs: Sequence[tuple[Row, Row]]) -> Record:
     found: Record = {"method": method, "objective": objective, "seeds": len(pairs)}
     for name in CROSSED:
-        gains = np.array([float(own[name]) - float(base[name]) for base, own in pairs])
-        low, high = map(float, interval(gains))
-        found |= {name: float(gains.mean()), f"{name}_low": low, f"{name}_high": high}
+        found |= over_seeds(name, [float(own[name]) - float(base[name]) for base, own in pairs])
     return found
 
 
@@ -85,6 +86,7 @@ def measure(runs: Iterable[Run], told: Callable[[str], None] = lambda text: None
         UserError: a run's weights are not there, or those of a scorer, or it was taken out of the
             folders of its objective and method.
     """
+    drawn: dict[str, Tensor] = {}
     for run in runs:
         path = measured.place(run)
         if path is None:
@@ -92,28 +94,35 @@ def measure(runs: Iterable[Run], told: Callable[[str], None] = lambda text: None
                 f"The run in {run.folder} is not in a folder MODEL/OBJECTIVE/METHOD/seed-N of its "
                 "own names, beside which its numbers would lie. Move it to one."
             )
+        plain = measured.row_of(run, base=True)[measured.OF]
         for base, weights in ((False, run.folder / LORA), (True, None)):
             rows, row = measured.read(path), measured.row_of(run, base=base)
             known = measured.found(run, rows, base=base)
             # Of a published run, an earlier version's row is all that there is.
-            if known and (known.get(measured.OF) or not (run.folder / LORA).is_dir()):
+            if known and (measured.whole(known) or not (run.folder / LORA).is_dir()):
                 continue
             if weights is not None:
                 require_unchanged(run.files, LORA, read_prompts(run.config.prompt_source))
-            made = row | _means(weights, run.config)
+            own = None if weights is None else _pictures(weights, run.config)
+            if plain not in drawn:
+                drawn[plain] = _pictures(None, run.config)
+            made = row | (
+                _means(drawn[plain], None, run.config)
+                if own is None
+                else _means(own, drawn[plain], run.config)
+            )
             told(" ".join(str(made[name]) for name in made if name != measured.OF))
             rest = [other for other in rows if measured.key(other) != measured.key(row)]
             write_atomically(path, csv_bytes(sorted([*rest, made], key=measured.key)))
 
 
-def _means(lora: Path | None, config: RunConfig) -> dict[str, float]:
-    """Means over pictures of a run's base model with that LoRA, drawn as in training."""
+def _pictures(lora: Path | None, config: RunConfig) -> Tensor:
+    """Pictures [P * IMAGES, 3, h, w] of a run's base model with that LoRA, drawn as in training."""
     from d3po_bench.diffusion.policy import Policy
     from d3po_bench.diffusion.sampling import Draws, sample
     from d3po_bench.machine import device_of
     from d3po_bench.models.sources import load, model_source
     from d3po_bench.training.trainer import training_of
-    from eval.golden import checked_scorer
     from eval.measure import NOISE_SEED
 
     if lora is not None and not lora.is_dir():
@@ -124,11 +133,31 @@ def _means(lora: Path | None, config: RunConfig) -> dict[str, float]:
         model.load_saved(lora)
     policy = Policy(
         model, steps=config.sampling_steps, eta=config.eta, guidance=config.guidance,
-        sampler=config.sampler,
+        sampler=config.sampler, timestep_spacing=config.timestep_spacing,
     )  # fmt: skip
-    listed = spread_over(read_prompts(config.prompt_source), config.eval_prompts)
-    prompts = [prompt for prompt in listed for _ in range(IMAGES)]
-    draws = Draws(seed=NOISE_SEED, round=0, noise="eval-noise", steps="eval-steps")
-    pictures = model.decode(sample(policy, prompts, draws).latents[:, 0, -1])
-    scorers = {name: checked_scorer(name, device, source.scorers) for name in SCORERS}
-    return {name: round(float(s(pictures, prompts).mean()), 6) for name, s in scorers.items()}
+    draws = Draws(
+        seed=NOISE_SEED + config.eval_noise, round=0, noise="eval-noise", steps="eval-steps"
+    )
+    return model.decode(sample(policy, _prompts(config), draws).latents[:, 0, -1])
+
+
+def _prompts(config: RunConfig) -> list[str]:
+    listed = spread_over(read_prompts(config.eval_source), config.eval_prompts)
+    return [prompt for prompt in listed for _ in range(IMAGES)]
+
+
+def _means(pictures: Tensor, base: Tensor | None, config: RunConfig) -> Row:
+    """Means over pictures, and which share of those of the base model they cover."""
+    from d3po_bench.machine import device_of
+    from d3po_bench.models.sources import model_source
+    from eval.golden import checked_scorer
+    from eval.scorers import _features
+    from eval.scorers.diversity import coverage
+
+    weights, device = model_source(config.model).scorers, device_of("auto")
+    scorers = {name: checked_scorer(name, device, weights) for name in SCORERS}
+    found: Row = {name: float(s(pictures, _prompts(config)).mean()) for name, s in scorers.items()}
+    if base is not None:
+        features, _ = _features.load(device, weights)
+        found["coverage"] = coverage(features(base), features(pictures))
+    return {name: round(value, 6) for name, value in found.items()}

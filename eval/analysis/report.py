@@ -9,6 +9,7 @@ from pathlib import Path
 from d3po_bench.errors import UserError
 from eval.analysis import tries
 from eval.analysis.efficiency import efficiency
+from eval.analysis.fronts import by_step, fronts
 from eval.analysis.gains import Groups, contrast, cost, gains
 from eval.analysis.lm_eval import results
 from eval.analysis.pictures import crossed, measure
@@ -22,6 +23,8 @@ TABLES: dict[str, Callable[[Groups], Table | list[Table]]] = {
     "contrast": contrast,
     "cost": cost,
     "efficiency": efficiency,
+    "drift": fronts,
+    "steps": by_step,
     "settings": settings,
     "crossed": crossed,
 }

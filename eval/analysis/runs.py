@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import readable
-from d3po_bench.runs.run import IMAGE, RunFolder, find_runs
+from d3po_bench.runs.run import BESIDE, IMAGE, RunFolder, find_runs
 from eval.analysis.statistics import interval
 
 if TYPE_CHECKING:
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
     Frame: TypeAlias = pd.DataFrame
 
+
+DRIFTS = {
+    "drift": "drift",
+    "kl_trained": "KL, steps trained on",
+    "kl": "KL, all steps",
+}
+"""What evaluations say of the drift, what says most first; runs of earlier versions know `kl`."""
 
 COUNTS = ("pairs", "images", "scorer_calls", "unet_forwards", "unet_backwards")
 """Of `X_LABELS`, what metrics.jsonl counts; every run has the first two."""
@@ -30,7 +37,10 @@ MOST = 2.0**53
 """Largest count that a float still tells from the next."""
 
 
-DRAWN = ("sampling_steps", "guidance", "sampler", "eta", "eval_prompts")
+DRAWN = (
+    "sampling_steps", "guidance", "sampler", "timestep_spacing", "eta", "eval_prompts", "eval_list",
+    "eval_noise",
+)  # fmt: skip
 """Settings that decide what is drawn of which prompts: scores of others are no comparison."""
 
 
@@ -46,7 +56,8 @@ class Run:
     scores: Frame
     """Mean over the evaluation images by (sampler, round): score and whatever else was measured."""
     spent: dict[int, dict[str, float]]
-    """Round -> cumulative pairs, images and, where the run has them, the rest of `X_LABELS`."""
+    """Round -> cumulative pairs, images and, where the run has them, the rest of `COUNTS`, seconds
+    on the clock and of processors (`cpu`)."""
 
     @property
     def folder(self) -> Path:
@@ -182,6 +193,9 @@ def read_run(run: RunFolder) -> Run:
     rows = pd.DataFrame(run.evaluation)
     measured = [name for name in rows if name not in IMAGE]
     means = rows.groupby(["sampler", "round"])[measured].mean()
+    trained = [f"kl_{i + 1}" for i in range(run.config.sampling_steps - run.config.skip_steps)]
+    if {*trained} <= {*measured}:
+        means["kl_trained"] = means[trained].mean(axis=1)
     return Run(run, means.dropna(subset="score"), spent)
 
 
@@ -191,12 +205,12 @@ def _spent(run: RunFolder) -> dict[int, dict[str, float]]:
     Raises:
         UserError: a number is missing, negative, NaN or infinite, or goes back.
     """
-    total, seconds = 0.0, {0: 0.0}
+    total, seconds = {"seconds": 0.0, "cpu": 0.0}, {0: {"seconds": 0.0, "cpu": 0.0}}
     with readable(run.folder / "timing.jsonl"):
         for line in run.timing:
-            stages = (stage for stage in line if stage not in ("round", "evaluate"))
-            total += sum(_amount(line, stage) for stage in stages)
-            seconds[line["round"]] = total
+            total["seconds"] += sum(_amount(line, k) for k in line if k not in BESIDE)
+            total["cpu"] += _amount(line, "cpu") if "cpu" in line else math.nan
+            seconds[line["round"]] = {k: v for k, v in total.items() if not math.isnan(v)}
     spent = {0: dict.fromkeys(COUNTS, 0.0)}
     with readable(run.folder / "metrics.jsonl"):
         for line in run.metrics:
@@ -207,7 +221,7 @@ def _spent(run: RunFolder) -> dict[int, dict[str, float]]:
                 if spent[number][name] < spent[number - 1][name]:
                     raise ValueError(f"the count of {name} goes back in round {number}")
     for round_ in spent.keys() & seconds.keys():
-        spent[round_]["seconds"] = seconds[round_]
+        spent[round_] |= seconds[round_]
     return spent
 
 
@@ -271,8 +285,8 @@ def curves(runs: Iterable[Run], x: str) -> Frame:
 
     Returns:
         A row for each evaluated round of a run, with columns model, objective, method, seed,
-        round, x, score (unit of the scorer), animal (probability) and kl (nats per latent
-        element); NaN where not known.
+        round, x, score (unit of the scorer), animal (probability) and those of `DRIFTS`; NaN where
+        not known.
 
     Raises:
         UserError: a run does not know what is asked for, seconds without a timing.jsonl, say.
@@ -280,8 +294,11 @@ def curves(runs: Iterable[Run], x: str) -> Frame:
     import pandas as pd
 
     rows = [row for run in runs for row in _curve(run, x)]
-    columns = ["model", "objective", "method", "seed", "round", "x", "score", "animal", "kl"]
+    columns = ["model", "objective", "method", "seed", "round", "x", *MEASURED]
     return pd.DataFrame(rows, columns=columns)
+
+
+MEASURED = ("score", "animal", *DRIFTS)
 
 
 def _curve(run: Run, x: str) -> list[dict[str, Any]]:
@@ -291,15 +308,22 @@ def _curve(run: Run, x: str) -> list[dict[str, Any]]:
         # An interrupted run may have been evaluated after a round that it then did not log.
         if round_ not in run.spent:
             continue
-        spent = {"rounds": round_, **run.spent[round_]}
+        measured = scores.reindex([*MEASURED])
+        spent = {"rounds": round_, **run.spent[round_], **measured[[*DRIFTS]].dropna()}
         if x not in spent:
-            where = run.folder / ("timing.jsonl" if x == "seconds" else "metrics.jsonl")
+            where = {"seconds": "timing.jsonl", "cpu": "timing.jsonl"}.get(x, "metrics.jsonl")
             raise UserError(
-                f"{where} does not say the {x} of round {round_}. Choose --x pairs or --x images."
+                f"{run.folder / ('eval.csv' if x in DRIFTS else where)} does not say the {x} of "
+                f"round {round_}. Choose --x pairs or --x images."
             )
         place = {"seed": run.seed, "round": round_, "x": spent[x]}
-        rows.append({**names, **place, **scores.reindex(["score", "animal", "kl"])})
+        rows.append({**names, **place, **measured})
     return rows
+
+
+def drift_of(table: Frame) -> str | None:
+    """The first of `DRIFTS` that all rows of what `curves` returns know; None where none is."""
+    return next((name for name in DRIFTS if len(table) and table[name].notna().all()), None)
 
 
 def averages(table: Frame, column: str = "score") -> Frame:
@@ -307,7 +331,7 @@ def averages(table: Frame, column: str = "score") -> Frame:
 
     Args:
         table: what `curves` returns.
-        column: score, animal or kl.
+        column: score, animal or one of `DRIFTS`.
 
     Returns:
         A row for each method and round, with columns model, objective, method, round, x (mean

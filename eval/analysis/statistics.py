@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -54,6 +54,14 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
+    error: float
+    """Standard error, and its degrees of freedom, which further tests need."""
+    freedom: float
+
+    @staticmethod
+    def unsure(mean: float) -> Difference:
+        """One of which only the mean is known: a single seed says nothing about the spread."""
+        return Difference(mean, *[math.nan] * 5)
 
 
 def difference(ours: Any, theirs: Any, confidence: float = 0.95) -> Difference:
@@ -80,7 +88,7 @@ def difference(ours: Any, theirs: Any, confidence: float = 0.95) -> Difference:
     a, b = _seeds(ours), _seeds(theirs)
     found = float(a.mean() - b.mean())
     if min(len(a), len(b)) == 1:
-        return Difference(found, *[math.nan] * 3)
+        return Difference.unsure(found)
     variances = np.array([part.var(ddof=1) / len(part) for part in (a, b)])
     both = variances.sum()
     # Welch and Satterthwaite's degrees of freedom
@@ -113,22 +121,84 @@ def paired_difference(ours: Any, theirs: Any, confidence: float = 0.95) -> Diffe
     apart = a - b
     found = float(apart.mean())
     if len(apart) == 1:
-        return Difference(found, *[math.nan] * 3)
+        return Difference.unsure(found)
     return _by_student(found, apart.std(ddof=1) / np.sqrt(len(apart)), len(apart) - 1, confidence)
+
+
+def from_zero(values: Any, confidence: float = 0.95) -> Difference:
+    """The mean of [S] numbers, one for each seed, tested against 0 by Student's t."""
+    return paired_difference(values, [0.0] * len(values), confidence)
+
+
+def by_seed(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    """Difference of two methods' means: paired where both have the same seeds, else Welch's.
+
+    Args:
+        ours: seed -> number.
+        theirs: likewise.
+    """
+    a, b = ([runs[seed] for seed in sorted(runs)] for runs in (ours, theirs))
+    return (paired_difference if ours.keys() == theirs.keys() else difference)(a, b)
 
 
 def _by_student(found: float, error: float, freedom: float, confidence: float) -> Difference:
     """A difference by its standard error and degrees of freedom.
 
     What all seeds share, as untrained runs do, has no error: it is there, or there is none.
+    scipy's own tests say NaN there, and warn where seeds are nearly equal.
     """
     from scipy.stats import t
 
     if error == 0:
-        return Difference(found, found, found, float(found == 0))
+        return Difference(found, found, found, float(found == 0), 0.0, freedom)
     half = float(t.ppf((1 + confidence) / 2, freedom) * error)
     p = float(2 * t.sf(abs(found) / error, freedom))
-    return Difference(found, found - half, found + half, p)
+    return Difference(found, found - half, found + half, p, error, freedom)
+
+
+def equivalence(found: Difference, margin: float) -> float:
+    """P-value of "the means are at least `margin` apart": two one-sided t-tests.
+
+    Schuirmann 1987 (J. Pharmacokinetics and Biopharmaceutics 15, 657-680). Below 0.05 it shows
+    that two methods are equivalent, which a large p-value of a difference does not. The margin has
+    to be chosen before the runs.
+
+    Args:
+        found: the difference.
+        margin: above 0, in its unit.
+
+    Returns:
+        The larger p of the two; NaN where a method has one seed.
+    """
+    from scipy.stats import t
+
+    inside = margin - abs(found.mean)
+    if found.error == 0:
+        return float(inside <= 0)
+    return float(t.sf(inside / found.error, found.freedom))
+
+
+def smallest_shown(found: Difference, power: float = 0.8, level: float = 0.05) -> float:
+    """The smallest true difference that as many seeds would show, if they spread as these do.
+
+    By the noncentral t distribution, as in Cohen's tables (Statistical Power Analysis, 1988).
+
+    Args:
+        found: a difference, of which only the standard error and its freedom count.
+        power: share of such experiments that would show it.
+        level: of the two-sided test.
+
+    Returns:
+        Above 0, in the unit of the difference; NaN where a method has one seed.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    if not found.error > 0:
+        return found.error
+    edge = t.ppf(1 - level / 2, found.freedom)
+    # The other side's share is left out as tables do: at this power it is below 1e-4.
+    return float(found.error * brentq(lambda d: nct.sf(edge, found.freedom, d) - power, 0, 100))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -211,7 +281,7 @@ def another_seed(values: Any, confidence: float = 0.95) -> tuple[float, float]:
     """
     import numpy as np
 
-    seeds = _numbers(values)
+    seeds = finite_numbers(values)
     half = _t(confidence, len(seeds)) * seeds.std(ddof=1) * np.sqrt(1 + 1 / len(seeds))
     return float(seeds.mean() - half), float(seeds.mean() + half)
 
@@ -237,7 +307,7 @@ def same_seed(own: float, others: Any, confidence: float = 0.95) -> tuple[float,
     """
     import numpy as np
 
-    seeds = _numbers(others)
+    seeds = finite_numbers(others)
     half = _t(confidence, len(seeds)) * seeds.std(ddof=1) * np.sqrt(2)
     return float(own - half), float(own + half)
 
@@ -251,91 +321,20 @@ def _t(confidence: float, count: int) -> float:
     return float(t.ppf((1 + confidence) / 2, count - 1))
 
 
-def area_under_curve(x: Any, y: Any, *, above_start: bool = True) -> Floats:
-    """Mean height of a curve: trapezoids, over the range of x.
-
-    Args:
-        x: [n] increasing, such as images drawn.
-        y: [..., n] score at each x.
-        above_start: whether each curve's first value is taken off, which leaves the mean gain.
-
-    Returns:
-        [...], in the unit of y.
-
-    Raises:
-        ValueError: fewer than two points, x does not increase, or a number is not finite.
-    """
-    import numpy as np
-
-    at, height = _curve(x, y)
-    if len(at) < 2:
-        raise ValueError(f"area_under_curve needs n >= 2 points, got {at.shape} and {height.shape}")
-    if above_start:
-        height = height - height[..., :1]
-    return np.asarray(np.trapezoid(height, at, axis=-1) / (at[-1] - at[0]))
-
-
-def images_to_threshold(x: Any, y: Any, threshold: float, sign: int = 1) -> Floats:
-    """The first x at which a curve reaches a threshold, such as images drawn to a size.
-
-    Between evaluations the curve is a straight line. A mean over seeds must not leave out the
-    seeds that never get there: they are the slow ones.
-
-    Args:
-        x: [n] increasing, such as images or pairs.
-        y: [..., n] score at each x.
-        threshold: in the unit of y.
-        sign: an objective's: 1 where larger is better, -1 where smaller is.
-
-    Returns:
-        [...], in the unit of x; NaN for a curve that never gets there.
-
-    Raises:
-        ValueError: x does not increase, or a number is not finite.
-    """
-    import numpy as np
-
-    at, height = _curve(x, y)
-    return np.asarray(np.apply_along_axis(_crossing, -1, sign * (height - threshold), at))
-
-
-def _crossing(height: Floats, at: Floats) -> float:
-    """Where a curve [n] over `at` first reaches 0; NaN for nowhere."""
-    import numpy as np
-
-    there = np.flatnonzero(height >= 0)
-    if len(there) == 0:
-        return float("nan")
-    i = int(there[0])
-    if i == 0:
-        return float(at[0])
-    share = height[i - 1] / (height[i - 1] - height[i])
-    return float(at[i - 1] + share * (at[i] - at[i - 1]))
-
-
-def _curve(x: Any, y: Any) -> tuple[Floats, Floats]:
-    """`x` [n] increasing and `y` [..., n], checked."""
-    import numpy as np
-
-    at, height = _numbers(x), _numbers(y)
-    if at.ndim != 1 or height.shape[-1] != len(at) or bool((np.diff(at) <= 0).any()):
-        raise ValueError(
-            f"a curve needs increasing x [n] and y [..., n], got {at.shape} and {height.shape}, "
-            f"x = {at}"
-        )
-    return at, height
-
-
 def _seeds(values: Any) -> Floats:
     """[S], checked."""
-    found = _numbers(values)
+    found = finite_numbers(values)
     if found.ndim != 1:
         raise ValueError(f"expected one number for each seed, got shape {found.shape}")
     return found
 
 
-def _numbers(values: Any) -> Floats:
-    """Finite numbers: sorting would put a NaN last, and trimming then hide it."""
+def finite_numbers(values: Any) -> Floats:
+    """Numbers of at least one seed, in any shape.
+
+    Raises:
+        ValueError: there is none, or one is not finite: sorting would put it last, out of sight.
+    """
     import numpy as np
 
     found = np.asarray(values, dtype=np.float64)

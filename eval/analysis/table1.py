@@ -25,7 +25,7 @@ from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board
 from d3po_bench.models.sources import model_source
-from d3po_bench.runs.files import csv_bytes, read_csv, readable, write_atomically
+from d3po_bench.runs.files import csv_bytes, readable, write_atomically
 from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
 from d3po_bench.training.progress import IMAGE, Counted, Progress, label
 from d3po_bench.training.run import Job
@@ -33,16 +33,21 @@ from eval.analysis import choices
 from eval.analysis.cells import Cells
 from eval.analysis.choices import Choices
 from eval.analysis.runs import require_alike
-from eval.analysis.statistics import interval
-from eval.analysis.tables import Table, as_numbers, text
+from eval.analysis.scored import (
+    BASE,
+    BASE_ROWS,
+    METHODS,
+    SAMPLER,
+    columns,
+    gains,
+    methods,
+    rows_of,
+    runs_of,
+)
+from eval.analysis.statistics import from_zero
+from eval.analysis.tables import Table, shown, text
 from eval.evaluate import plan, work
 from eval.tools import TOOLS
-
-BASE = "no fine-tune"
-BASE_ROWS = "no-fine-tune"
-"""Its name among files, where methods have METHOD-SEED."""
-
-METHODS = ("preferred_images", "reward_weighted", "d3po", "ddpo", "dpok")
 
 PAPER = {
     BASE: (30.7, 1.95, 0.04, 14.7),
@@ -52,14 +57,14 @@ PAPER = {
 }
 """Table 1 of arXiv:2311.13231: CLIP, BLIP, ImageReward, human preference in per cent."""
 
-PAPERS_COLUMNS = {"clip": 0, "blip_itm_logit": 1, "image_reward": 2}
-"""Our column -> the paper's; its BLIP score is too large for a probability or a cosine."""
+PAPERS_COLUMNS = {"clip": 0, "blip_itm_logit": 1, "blip_base_itm_logit": 1, "image_reward": 2}
+"""Our column -> the paper's; its BLIP score is too large for a probability or a cosine.
 
-SIGNAL = {"blip": "blip_itm_logit"}
+The paper names model_base.pth, which is blip_base; published tables have blip, or its stand-in.
+"""
+
+SIGNAL = {name: f"{name}_itm_logit" for name in ("blip", "blip_base")}
 """Column that holds the score of a scorer with several."""
-
-SAMPLER = "eta1"
-"""Of the printed table; the rows hold both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +200,8 @@ def _drawn(configs: Sequence[RunConfig]) -> dict[str, Any]:
         prompts = model_source(c.model).prompts or c.prompt_source
         found[_name(c)] = {
             "steps": c.sampling_steps, "guidance": c.guidance, "prompts": prompts,
-            "sampler": c.sampler, "eta": c.eta, "dtype": c.dtype, "full": c.full,
-            "long_prompts": c.long_prompts,
+            "sampler": c.sampler, "timestep_spacing": c.timestep_spacing, "eta": c.eta,
+            "dtype": c.dtype, "full": c.full, "long_prompts": c.long_prompts,
         }  # fmt: skip
     first = next(iter(found))
     for name, how in found.items():
@@ -250,15 +255,15 @@ def write(out: Path) -> str:
     Raises:
         UserError: rows are missing, or were drawn from other prompts; or choices are malformed.
     """
-    rows = _rows(out)
+    rows = rows_of(out)
     signal = _recorded_signal(out / "signal.json")
-    chosen = _choices(out / "choices", _names(rows))
-    table = [_row(name, rows, signal["column"], chosen) for name in _names(rows)]
-    shown = Table(table, {name: text(name) for name in table[0]}, left=("method",))
-    said = _said(signal, chosen) + "\n\n" + shown.markdown()
+    chosen = _choices(out / "choices", methods(rows))
+    table = [_row(name, rows, signal["column"], chosen) for name in methods(rows)]
+    printed = Table(table, {name: text(name) for name in table[0]}, left=("method",))
+    said = _said(signal, chosen) + "\n\n" + printed.markdown()
     write_atomically(out / "table1.csv", csv_bytes(table))
     write_atomically(out / "table1.md", (said + "\n").encode())
-    write_atomically(out / "table1.tex", (shown.latex() + "\n").encode())
+    write_atomically(out / "table1.tex", (printed.latex() + "\n").encode())
     return said
 
 
@@ -299,68 +304,13 @@ def _said(signal: Mapping[str, Any], chosen: Choices | None) -> str:
     )
 
 
-def _rows(out: Path) -> dict[str, pd.DataFrame]:
-    """METHOD-SEED -> scores by prompt and index, printed sampler."""
-    found = {}
-    for path in sorted((out / "rows").glob("*.csv")):
-        with readable(path):
-            rows = pd.DataFrame(read_csv(path))
-            rows = rows[rows["sampler"] == SAMPLER].set_index(["prompt", "index"]).sort_index()
-            rows = rows.apply(as_numbers)
-        found[path.stem] = rows
-    if BASE_ROWS not in found:
-        raise UserError(
-            f"{out / 'rows'} has no rows of {BASE_ROWS}. Run `d3po-bench table1` with that --out."
-        )
-    for name, rows in found.items():
-        if not rows.index.equals(found[BASE_ROWS].index):
-            raise UserError(
-                f"The rows of {name} in {out} are of other prompts or noise. Remove that file and "
-                "give the command again."
-            )
-    _require_comparable(found, out)
-    return found
-
-
-def _require_comparable(found: Mapping[str, pd.DataFrame], out: Path) -> None:
-    """Refuse rows of other columns, of scorers with other weights, or that are no numbers."""
-    made = {
-        name: [", ".join(rows.columns), *sorted(map(str, set(rows.get("weights", ()))))]
-        for name, rows in found.items()
-    }
-    for name, rows in found.items():
-        if made[name] != made[BASE_ROWS]:
-            wanted, got = (" / ".join(made[part]) for part in (BASE_ROWS, name))
-            raise UserError(
-                f"The rows of {name} in {out} are of other scorers or weights ({got}) than those "
-                f"of {BASE_ROWS} ({wanted}). Remove that file and give the command again."
-            )
-        for column in _columns(found):
-            # NaN is an image that the scorer has nothing to say about.
-            if rows[column].dtype.kind not in "fi" or np.isinf(rows[column]).any():
-                raise UserError(
-                    f"The rows of {name} in {out} hold text or infinity as {column}. Remove that "
-                    "file and give the command again."
-                )
-
-
-def _names(rows: Mapping[str, Any]) -> list[str]:
-    there = {name.rpartition("-")[0] for name in rows}
-    return [BASE, *(m for m in METHODS if m in there)]
-
-
-def _columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:
-    known = {"steps", "guidance", "size", "sampler", "weights", "kl"}
-    return [c for c in rows[BASE_ROWS].columns if c not in known]
-
-
 def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str, chosen: Choices | None) -> Cells:
     base = rows[BASE_ROWS]
-    runs = [r for n, r in rows.items() if n.rpartition("-")[0] == name]
+    runs = runs_of(name, rows)
     cells = {"method": name, "seeds": str(len(runs) or "")}
-    for column in _columns(rows):
+    for column in columns(rows):
         mark = " †" if column == signal and runs else ""
-        cells[column] = _cell([run[column] for run in runs], base[column]) + mark
+        cells[column] = _cell(runs, base, column) + mark
         if column in PAPERS_COLUMNS:
             numbers = PAPER.get(name)
             cells[f"{column}, paper"] = str(numbers[PAPERS_COLUMNS[column]]) if numbers else ""
@@ -370,12 +320,13 @@ def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str, chosen: Choic
     return cells
 
 
-def _cell(runs: Sequence[pd.Series], base: pd.Series) -> str:
-    """The mean, and how much more than the base it is."""
+def _cell(runs: Sequence[pd.DataFrame], base: pd.DataFrame, column: str) -> str:
+    """The mean, and how much more than the base it is; nothing where no scorer said anything."""
     if not runs:
-        return f"{base.mean():.3f}"
-    ends = np.array([run.mean() for run in runs])
-    gains = np.array([(run - base).mean() for run in runs])
-    low, high = map(float, interval(gains))
-    spread = "" if np.isnan(low) else f", {low:+.3f} to {high:+.3f}"
-    return f"{ends.mean():.3f} ({gains.mean():+.3f}{spread})"
+        return shown(base[column].mean(), ".3f")
+    seeds = gains(runs, base, column)
+    if not np.isfinite(seeds).all():
+        return ""
+    found = from_zero(seeds)
+    spread = "" if np.isnan(found.low) else f", {found.low:+.3f} to {found.high:+.3f}"
+    return f"{np.mean([run[column].mean() for run in runs]):.3f} ({found.mean:+.3f}{spread})"

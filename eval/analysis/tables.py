@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from d3po_bench.runs.files import csv_bytes
-from eval.analysis.statistics import between
+from eval.analysis.statistics import between, interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,15 +32,21 @@ class Table:
     title: str = ""
 
     def cells(self) -> list[list[str]]:
-        """The headings, and below them what each record shows."""
+        """The headings, and below them what each record shows; no column that is empty."""
         rows = [[show(record) for show in self.columns.values()] for record in self.records]
-        return [[*self.columns], *rows]
+        kept = (
+            [any(cells) for cells in zip(*rows, strict=True)]
+            if rows
+            else [True] * len(self.columns)
+        )
+        return [[cell for cell, keep in zip(row, kept, strict=True) if keep]
+                for row in ([*self.columns], *rows)]  # fmt: skip
 
     def plain(self) -> str:
         """The cells in columns that are as wide as they need to be, for a terminal."""
         rows = self.cells()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        sides = ["<" if name in self.left else ">" for name in self.columns]
+        sides = ["<" if name in self.left else ">" for name in rows[0]]
         forms = list(zip(sides, widths, strict=True))
         lines = (
             "  ".join(
@@ -54,7 +60,7 @@ class Table:
         """The cells as a Markdown table, below its title."""
         rows = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
         head, *body = [f"| {' | '.join(cells)} |" for cells in rows]
-        rule = "|".join("---" if name in self.left else "--:" for name in self.columns)
+        rule = "|".join("---" if name in self.left else "--:" for name in self.cells()[0])
         title = [self.title, ""] if self.title else []
         return "\n".join([*title, head, f"|{rule}|", *body])
 
@@ -62,7 +68,7 @@ class Table:
         """The cells as a LaTeX tabular for the package booktabs, below its title."""
         rows = [[in_latex(cell) for cell in row] for row in self.cells()]
         head, *body = [f"{' & '.join(cells)} \\\\" for cells in rows]
-        spec = "".join("l" if name in self.left else "r" for name in self.columns)
+        spec = "".join("l" if name in self.left else "r" for name in self.cells()[0])
         title = [in_latex(self.title), ""] if self.title else []
         return "\n".join(
             [*title, f"\\begin{{tabular}}{{{spec}}}", "\\toprule", head, "\\midrule", *body,
@@ -110,6 +116,14 @@ def spread(field: str, prefix: str | None = None) -> Cell:
     return lambda record: (
         "" if math.isnan(record[field]) else between(record[field], record[low], record[high])
     )
+
+
+def over_seeds(name: str, values: Any) -> Record:
+    """NAME, NAME_low and NAME_high: the mean of [S] values, one for each seed, and its interval."""
+    import numpy as np
+
+    low, high = map(float, interval(values))
+    return {name: float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
 
 
 def ends(prefix: str) -> tuple[str, str]:

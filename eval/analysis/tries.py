@@ -22,6 +22,7 @@ from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
 from d3po_bench.runs.files import readable
 from d3po_bench.runs.run import RunFolder, find_runs
+from d3po_bench.setting import pairs_of
 from eval.analysis.scores import score_of
 from eval.analysis.tables import Record, Table, number, text
 
@@ -102,6 +103,14 @@ def record(run: RunFolder, name: str) -> Record:
         **_end(run, len(rounds)),
         "command": command(own, run.folder),
     }
+
+
+def ends(folder: Path) -> dict[str, float]:
+    """Gain, drift, KL and recognisability at the end of a finished run, NaN where not measured."""
+    run = RunFolder(folder)
+    last = len(run.metrics)
+    drift = [row.get("drift", math.nan) for row in _by_round(run).get(last, ())]
+    return _end(run, last) | {"drift": float(np.mean(drift)) if drift else math.nan}
 
 
 _OF_A_ROUND = ("denoising_error", "loss", "grad_norm", "kl", "saturated")
@@ -209,7 +218,7 @@ def _usual(method: str, objective: str, preset: str) -> Settings:
 def settings_of(command: str) -> Settings:
     """What follows each --set of a command."""
     words = shlex.split(command)
-    return config.pairs_of([v for k, v in pairwise(words) if k == "--set"])
+    return pairs_of([v for k, v in pairwise(words) if k == "--set"])
 
 
 def _text(value: Any) -> str:

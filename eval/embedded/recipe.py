@@ -283,7 +283,7 @@ def _off_centre(x: Tensor) -> Tensor:
 def fit_aesthetic(recipe: Recipe, places: Places) -> dict[str, float]:
     """Ridge regression of the rule on CLIP's embedding, scaled to mean 5 and deviation 1."""
     train, test = facts.read_facts(places.pictures)
-    clip = _clip.Clip(places.out / "clip", torch.device("cpu"))
+    clip = _clip.opened(places.out / "clip", torch.device("cpu"))
     x, y = _embedded(clip, train, min(20_000, len(train)))
     centre, unit = y.mean(), y.std()
     y = (y - centre) / unit + 5

@@ -19,7 +19,7 @@ from d3po_bench.training.inputs import require_unchanged
 from d3po_bench.training.tools import spread
 
 if TYPE_CHECKING:
-    from d3po_bench.diffusion.process import Sampler
+    from d3po_bench.diffusion.process import Sampler, Spacing
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -50,6 +50,7 @@ class Plan:
     sampler: Sampler | Literal["auto"] = "auto"
     """Of training, with its `eta`."""
     eta: float = 1.0
+    timestep_spacing: Spacing = "model"
     scorers: tuple[str, ...] = ()
     weights: str = "official"
     """Which weights scorers have that do not say so themselves."""
@@ -78,8 +79,9 @@ class EvaluateRequest:
     save: bool = False
     """Keep the pictures that were drawn, too."""
     sampler: Sampler | Literal["auto"] = "auto"
-    """Of a model that is no run, with its `eta`, `dtype` and `full`; a run has its own."""
+    """Of a model that is no run, with its `eta`, levels, `dtype` and `full`; a run has its own."""
     eta: float = 1.0
+    timestep_spacing: Spacing = "model"
     dtype: Dtype = "fp32"
     full: bool = False
     long_prompts: Literal["refuse", "cut"] | None = None
@@ -195,6 +197,7 @@ def _of_model(
         guidance=guidance if request.guidance is None else request.guidance,
         sampler=how.sampler,
         eta=how.eta,
+        timestep_spacing=how.timestep_spacing,
         dtype=how.dtype,
         full=how.full,
         long_prompts=request.long_prompts or (config.long_prompts if config else "refuse"),

@@ -263,7 +263,7 @@ def _do(plan: Plan, piece: Piece, out: Path, request: EvaluateRequest) -> None:
     if plan.files:
         rows = _score_pictures(plan, slice(first, first + PIECE), request.device)
     else:
-        rows, pictures = _draw_and_score(plan, first, sampler, request.device)
+        rows, pictures = _draw_and_score(plan, first, sampler, request.device, request.jobs)
         if request.save:
             named = zip(_named(plan, piece), pictures, strict=True)
             files = {name: png_bytes(picture) for (name, _), picture in named}
@@ -308,15 +308,41 @@ def _model(plan: Plan, device: str) -> Model:
     return model
 
 
-def _draw_and_score(plan: Plan, first: int, sampler: str, device: str) -> tuple[list[Row], Tensor]:
+@cache
+def _batches(plan: Plan, device: str, jobs: int) -> tuple[int, int]:
+    """How much is drawn at a time: on a card what fits its share of the memory, as for a run."""
+    import torch
+
+    from d3po_bench.config import FEEDBACK, Execution, RunConfig
+    from d3po_bench.training.sizes import settled
+    from d3po_bench.training.trainer import compute_as
+
+    model = _model(plan, device)
+    config = RunConfig(
+        method="ddpo", objective=FEEDBACK, model=plan.model, guidance=plan.guidance,
+        sampling_steps=plan.steps, prompts_per_round=PIECE, images_per_prompt=plan.images,
+        dtype=plan.dtype, full=plan.full, long_prompts=plan.long_prompts,
+    )  # fmt: skip
+    shared = jobs > 1 and model.device.type == "cuda"
+    total = torch.cuda.mem_get_info(model.device)[1] / 1e9 if shared else 0
+    execution = settled(Execution(memory=total / jobs), config, model, {}, lambda note: None)
+    compute_as(model, config, execution)
+    return execution.sample_batch, execution.decode_batch
+
+
+def _draw_and_score(
+    plan: Plan, first: int, sampler: str, device: str, jobs: int
+) -> tuple[list[Row], Tensor]:
     """The rows of a piece, and its pictures [N, 3, h, w] uint8."""
     from d3po_bench.training.tools import EvaluationSet
     from eval.measure import evaluate
 
+    batch, decode_batch = _batches(plan, device, jobs)
     what = EvaluationSet(
         prompts=plan.prompts[first : first + PIECE], images=plan.images, steps=plan.steps,
         guidance=plan.guidance, sampler=plan.sampler, eta=plan.eta, first=first,
-        samplers=(sampler,),
+        timestep_spacing=plan.timestep_spacing, samplers=(sampler,), batch=batch,
+        decode_batch=decode_batch, untrained=not plan.adapter,
     )  # fmt: skip
     rows, pictures = evaluate(_model(plan, device), what, _scorers(plan, device))
     height, width = pictures[sampler].shape[2:]
@@ -356,12 +382,15 @@ def _read(path: Path) -> Any:
 
 
 def summary(out: Path) -> Iterator[Row]:
-    """The mean of every column of rows.csv, for each sampler."""
+    """The mean of every column of rows.csv, for each sampler, without the KL of single steps."""
+    from d3po_bench.scoring import KL_OF_STEP
+
     rows = read_csv(out / "rows.csv")
     told = {"steps", "guidance", "size", "sampler", "prompt", "index", "weights", "file"}
     for sampler in dict.fromkeys(row.get("sampler", "") for row in rows):
         mine = [row for row in rows if row.get("sampler", "") == sampler]
-        for column in (name for name in mine[0] if name not in told):
+        measured = (name for name in mine[0] if name not in told)
+        for column in (name for name in measured if not KL_OF_STEP.fullmatch(name)):
             values = [float(row[column]) for row in mine if row[column] not in ("", "nan")]
             if values:
                 mean = sum(values) / len(values)

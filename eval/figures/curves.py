@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.analysis.runs import averages, curves, read_groups
+from eval.analysis.runs import DRIFTS, averages, curves, read_groups
 from eval.analysis.scores import Score, scores_of
 from eval.figures.sheets import samples_sheet, sheet_name
 from eval.figures.style import (
@@ -32,7 +32,13 @@ X_LABELS = {
     "unet_forwards": "forward passes of the UNet in training (a guided step is two)",
     "unet_backwards": "backward passes of the UNet in training",
     "seconds": "training time without evaluation (s)",
+    "cpu": "processor time of training, all threads (s)",
+    "drift": "drift: change of the network's prediction at fixed latents (variance of the noise)",
+    "kl_trained": "KL to the base model, mean over the steps trained on (nats per element)",
+    "kl": "KL to the base model, mean over all steps (nats per element)",
 }
+"""What curves are drawn over: what was spent, or how far the model has moved, which makes a front
+of reward, drift and, in the panels below, recognisability."""
 
 
 SEEDS_SHOWN = 3
@@ -112,6 +118,11 @@ def curves_figure(table: Frame, x: str, scores: Mapping[str, Score]) -> Figure:
         axes.set_title(f"{objective} ({better})" if better else objective, fontweight="bold")
         axes.set_ylabel(f"held-out score ({unit})" if unit else "held-out score")
         _draw_panel(axes, part, "score", looks)
+        if x in DRIFTS:  # a square of how far weights have moved: its root spreads the beginning
+            import numpy as np
+
+            axes.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+            axes.set_xlim(left=0)
         if len(heights) > 1:
             below = figure.add_subplot(grid[1, column], sharex=axes)
             _draw_panel(below, part, "animal", looks)

@@ -20,7 +20,7 @@ from d3po_bench.errors import UserError
 from eval.analysis import tries
 from eval.analysis.gains import RIVAL
 from eval.analysis.leaderboard import Board, boards, provenance
-from eval.analysis.runs import averages, curves
+from eval.analysis.runs import DRIFTS, averages, curves, drift_of
 from eval.analysis.scores import Score, scores_of, shown_score
 from eval.analysis.tables import Cell, Record, change, number, shown, spread, text
 from eval.figures.strips import pairs_of
@@ -71,7 +71,9 @@ class Column:
 GAIN = Column("gain", "Gain", number("gain", "+.3f"), ("low", "high"))
 ENDS = (Column("base", "Base", number("base", ".3f")), Column("end", "End", number("end", ".3f")))
 COSTS = (
-    Column("kl", "Drift (KL)", number("kl", ".3f")),
+    Column("drift", "Drift", number("drift", ".4f")),
+    Column("kl_trained", "KL, trained steps", number("kl_trained", ".3f")),
+    Column("kl", "KL, all steps", number("kl", ".3f")),
     Column("recognised", "Recognised", change("recognised", ".2f")),
     Column("images", "Images", number("images", ",.0f")),
     Column("unet_forwards", "UNet passes", number("unet_forwards", ",.0f")),
@@ -92,6 +94,7 @@ FACTS: Mapping[str, Cell] = {
     "Gain of the deterministic sampler": number("gain_eta0", "+.3f"),
     "Gain as a share of the size above a flat image's": number("share_of_excess", "+.0%"),
     "Diversity of a prompt's pictures": change("diversity", ".2f"),
+    "Gain on the reward minus that on other scorers, in standard deviations": spread("gap"),
     f"Gain minus {RIVAL}'s": spread("difference"),
     "p of that difference, adjusted for all methods and objectives (Holm)": number("p_holm", ".2g"),
 }
@@ -190,7 +193,9 @@ def _axes(found: Sequence[Board], looks: Looks) -> Iterator[Axis]:
 def _curves(board: Board, x: str, looks: Looks) -> Iterator[Chart]:
     """Nothing where a run does not know what it had spent."""
     with suppress(UserError):
-        yield from _by_objective(board, x, lambda table, score: _course(table, score, looks))
+        yield from _by_objective(
+            board, x, lambda table, score: _course(table, score, looks, ",.0f")
+        )
 
 
 def _by_objective(
@@ -204,9 +209,9 @@ def _by_objective(
             yield Chart(board.model, str(objective), score, panels)
 
 
-def _course(part: Frame, score: Score, looks: Looks) -> list[tuple[str, Panel]]:
-    """Score and, where it is known, recognisability over what was spent."""
-    found, forms = [], {"x": ",.0f", "y": ".3f"}
+def _course(part: Frame, score: Score, looks: Looks, form: str) -> list[tuple[str, Panel]]:
+    """Score and, where it is known, recognisability over what was spent, shown in that format."""
+    found, forms = [], {"x": form, "y": ".3f"}
     heads = {"score": _label(score), "animal": "Recognised (probability)"}
     for column, height in (("score", TALL), ("animal", LOW)):
         means = averages(part, column)
@@ -223,20 +228,12 @@ def _label(score: Score) -> str:
     return f"Held-out score ({score.unit})" if score.unit else "Held-out score"
 
 
-def _front(found: Sequence[Board], looks: Looks) -> Iterator[Chart]:
+def _front(found: Sequence[Board], looks: Looks) -> Iterator[tuple[str, Chart]]:
+    """Score and recognisability over the best drift that all runs of a board know, and its name."""
     for board in found:
-        yield from _by_objective(
-            board, "rounds", lambda table, score: _against_drift(table, score, looks)
-        )
-
-
-def _against_drift(part: Frame, score: Score, looks: Looks) -> list[tuple[str, Panel]]:
-    """Score over drift, a point for each evaluation; nothing where drift was not measured."""
-    scores, drift = averages(part), averages(part, "kl")
-    both = scores.merge(drift[["method", "round", "mean"]], on=["method", "round"],
-                        suffixes=("", "_kl"))  # fmt: skip
-    if both.empty:
-        return []
-    means = both.assign(x=both["mean_kl"])
-    drawn = panel(means, looks, {"x": ".3f", "y": ".3f"}, height=TALL)
-    return [(_label(score), drawn)]
+        runs = [run for entry in board.entries for run in entry.shown]
+        if x := drift_of(curves(runs, "rounds")):
+            charts = _by_objective(
+                board, x, lambda table, score: _course(table, score, looks, ".3f")
+            )
+            yield from ((DRIFTS[x], chart) for chart in charts)

@@ -6,7 +6,6 @@ official packages, bit for bit, in PIL instead of torchvision. Everything is flo
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -260,7 +259,7 @@ def opened(weights: str, scorer: str) -> Parts:
 
     Args:
         weights: the folder, or "tiny" or "tiny2" for that of `scorer` which ships for that model.
-        scorer: blip or image_reward.
+        scorer: its name, such as blip.
 
     Raises:
         UserError: it, or one of its files, is absent.
@@ -371,18 +370,6 @@ def pixels(images: Tensor, resize: Resize) -> Tensor:
 
 
 # ---- the network
-
-
-@contextlib.contextmanager
-def exact() -> Iterator[None]:
-    """No gradients, and no TF32 in the patch embedding, which cuDNN would use on a GPU."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def understood(

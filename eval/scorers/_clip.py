@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch.nn.functional import normalize
 from d3po_bench.errors import UserError
 from d3po_bench.models.parts import complete, refused
 from eval import downloads
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 WEIGHTS = {
     "clip": {
@@ -49,6 +53,29 @@ WEIGHTS = {
             ),
         },
     },
+    "clip-words": {
+        "summary": "vocabulary of CLIP (scorers pick_score and hps_v2_1)",
+        "licence": "MIT",
+        "address": "https://huggingface.co/openai/clip-vit-large-patch14/resolve/32bd64288804d66eefd0ccbe215aa642df71cc41/",
+        "files": {
+            "tokenizer.json": (
+                "a83e0809aa4c3af7208b2df632a7a69668c6d48775b3c3fe4e1b1199d1f8b8f4",
+                0,
+            ),
+            "tokenizer_config.json": (
+                "deef455e52fa5e8151e339add0582e4235f066009601360999d3a9cda83b1129",
+                0,
+            ),
+            "vocab.json": (
+                "3f0c4f7d2086b61b38487075278ea9ed04edb53a03cbb045b86c27190fa8fb69",
+                0,
+            ),
+            "merges.txt": (
+                "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+                0,
+            ),
+        },
+    },
 }
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -63,8 +90,18 @@ SHIPPED = {"tiny": "", "tiny2": "v2"}
 
 
 def shipped(name: str, which: str) -> Path:
-    """Folder of the weights `name`: that of an embedded model's, or `which` itself."""
-    return EMBEDDED / SHIPPED[which] / name if which in SHIPPED else Path(which)
+    """Folder of the weights `name`: the stand-in for an embedded model, or `which` itself.
+
+    Raises:
+        UserError: that model has none.
+    """
+    path = EMBEDDED / SHIPPED[which] / name if which in SHIPPED else Path(which)
+    if which in SHIPPED and not path.is_dir():
+        raise UserError(
+            f"{name} has no small stand-in for the embedded model. Write {name}:official, or "
+            f"{name}:FOLDER."
+        )
+    return path
 
 
 def folder(name: str, which: str) -> Path:
@@ -82,6 +119,18 @@ def folder(name: str, which: str) -> Path:
             f"{', '.join(SHIPPED)} or a folder with a config.json."
         )
     return path
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """No gradients, and no TF32 in the patch embedding, which cuDNN would use on a GPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def preprocess(images: Tensor, size: int) -> Tensor:
@@ -110,43 +159,79 @@ def _square(image: Tensor, size: int) -> Any:
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
+def opened(
+    path: Path, device: torch.device, activation: str = "quick_gelu", words: Path | None = None
+) -> Clip:
+    """The CLIP in a folder of transformers' layout.
+
+    Args:
+        path: with config.json and model.safetensors.
+        device: where to run.
+        activation: that its weights were trained with.
+        words: folder of the tokenizer; None for `path`.
+
+    Raises:
+        UserError: it does not load, or its config.json names another activation.
+    """
+    from transformers import CLIPModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _require_activation(path, activation)
+    with refused(f"The CLIP model in {path} does not load:", "Fetch or save it again."):
+        model = complete(CLIPModel, path, local_files_only=True, dtype="float32")
+    return Clip(model, words or path, device)
+
+
 class Clip:
     """A CLIP model in float32, without gradients."""
 
     batch = 64
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        """Load the folder `path`: config.json, model.safetensors and a tokenizer.
+    def __init__(
+        self,
+        model: CLIPModel,
+        words: Path,
+        device: torch.device,
+        prepare: Callable[[Tensor, int], Tensor] = preprocess,
+    ) -> None:
+        """Put a model to use.
+
+        Args:
+            model: in float32.
+            words: folder of its tokenizer.
+            device: where to run.
+            prepare: what makes [N, 3, size, size] of pictures and that size.
 
         Raises:
-            UserError: it does not load, or its activation is not CLIP's QuickGELU.
+            UserError: there is no tokenizer in `words`.
         """
-        from transformers import CLIPModel, CLIPTokenizer
-        from transformers.utils import logging
+        from transformers import CLIPTokenizer
 
-        logging.disable_progress_bar()
-        _require_quick_gelu(path)
-        with refused(f"The CLIP model in {path} does not load:", "Fetch or save it again."):
-            self.model = complete(CLIPModel, path, local_files_only=True, dtype="float32")
-            self.tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-        self.model = self.model.to(device).eval().requires_grad_(False)
-        self.device = device
+        with refused(f"The CLIP tokenizer in {words} does not load:", "Fetch or save it again."):
+            self.tokenizer = CLIPTokenizer.from_pretrained(words, local_files_only=True)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device, self.prepare = device, prepare
         self.size = int(self.model.config.vision_config.image_size)
         self.tokens = int(self.model.config.text_config.max_position_embeddings)
 
-    @torch.no_grad()
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine [N] between each of the images [N, 3, h, w] uint8 and its prompt."""
+        return (self.images(images) * self.texts(prompts)).sum(1)
+
+    @exact()
     def images(self, images: Tensor) -> Tensor:
         """Embeddings [N, D], of length 1, of images [N, 3, h, w] uint8."""
         parts = [self._images(part) for part in images.split(self.batch)]
         return normalize(torch.cat(parts), dim=1)
 
     def _images(self, images: Tensor) -> Tensor:
-        pixels = preprocess(images, self.size).to(self.device)
+        pixels = self.prepare(images, self.size).to(self.device)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         projected: Tensor = self.model.visual_projection(pooled)
         return projected.cpu()
 
-    @torch.no_grad()
+    @exact()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [N, D], of length 1; prompts are cut to the length that CLIP knows."""
         distinct = list(dict.fromkeys(prompts))
@@ -165,8 +250,11 @@ class Clip:
         return projected.cpu()
 
 
-def _require_quick_gelu(path: Path) -> None:
-    """OpenAI's weights were trained with x * sigmoid(1.702 x): GELU shifts every score."""
+def _require_activation(path: Path, wanted: str) -> None:
+    """Refuse another activation: every score would be shifted.
+
+    OpenAI's weights were trained with x * sigmoid(1.702 x), LAION's with GELU.
+    """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         found = {
@@ -177,8 +265,8 @@ def _require_quick_gelu(path: Path) -> None:
         raise UserError(
             f"{path}/config.json is not CLIP's ({problem!r}). Fetch or save it again."
         ) from problem
-    if found != {"quick_gelu"}:
+    if found != {wanted}:
         raise UserError(
-            f"The activation in {path}/config.json is {' and '.join(sorted(found))}, not CLIP's "
-            "quick_gelu. Use OpenAI's checkpoint, or open_clip:MODEL/PRETRAINED for others."
+            f"The activation in {path}/config.json is {' and '.join(sorted(found))}, not {wanted}, "
+            "as this scorer's is. Use its own checkpoint, or open_clip:MODEL/PRETRAINED for others."
         )

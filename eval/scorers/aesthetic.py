@@ -64,7 +64,7 @@ class Aesthetic:
             folder = _clip.folder("aesthetic", weights)
             head = folder / "head.safetensors"
             clip = _clip.folder("clip", weights) if weights in _clip.SHIPPED else folder / "clip"
-        self.clip = _clip.Clip(clip, device)
+        self.clip = _clip.opened(clip, device)
         self.head = load_head(head)
         self.sources = (head, clip / "model.safetensors")
 

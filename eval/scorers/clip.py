@@ -22,12 +22,12 @@ class ClipScore:
     def __init__(self, device: torch.device, weights: str) -> None:
         """Load the weights `weights`: official, tiny, or a folder."""
         folder = _clip.folder("clip", weights)
-        self.clip = _clip.Clip(folder, device)
+        self.clip = _clip.opened(folder, device)
         self.sources = (folder / "model.safetensors",)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [N] of images [N, 3, h, w] uint8."""
-        return 100 * (self.clip.images(images) * self.clip.texts(prompts)).sum(1)
+        return 100 * self.clip.cosines(images, prompts)
 
 
 def load(device: torch.device, weights: str = "official") -> Scorer:

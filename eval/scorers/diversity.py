@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench.types import Scorer
-from eval.scorers import _clip
+from eval.scorers import _features
 
 
 class Diversity:
@@ -27,23 +27,7 @@ class Diversity:
         Raises:
             UserError: CLIP's weights are not there.
         """
-        if weights == "tiny":
-            from d3po_bench.models.embedded import classifier
-            from d3po_bench.models.embedded.render import GLYPHS
-
-            network = classifier.load(len(GLYPHS), device)
-
-            @torch.no_grad()
-            def features(images: Tensor) -> Tensor:
-                parts = classifier.pictures(images, device).split(64)
-                found = torch.cat([network.features(part) for part in parts])
-                return torch.nn.functional.normalize(found, dim=1).cpu()
-
-            self.features, self.sources = features, (classifier.WEIGHTS,)
-        else:
-            folder = _clip.folder("clip", weights)
-            self.features = _clip.Clip(folder, device).images
-            self.sources = (folder / "model.safetensors",)
+        self.features, self.sources = _features.load(device, weights)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Distances [N]."""
@@ -62,6 +46,22 @@ def distances(features: Tensor, prompts: Sequence[str]) -> Tensor:
     others.fill_diagonal_(0)
     distance = 1 - features @ features.T
     return (distance * others).sum(1) / others.sum(1)
+
+
+def coverage(base: Tensor, tuned: Tensor, neighbours: int = 5) -> float:
+    """Share of the base model's pictures that have one of the tuned model's near them.
+
+    Near is within the distance to their own k-th nearest neighbour among the base model's: what
+    falls out is a kind of picture that tuning has lost. Naeem et al. 2020 (arXiv:2002.09797),
+    Eq. 11, with the base model's pictures in place of real ones.
+
+    Args:
+        base: [N, F] of unit length, N > `neighbours`.
+        tuned: [M, F].
+        neighbours: k.
+    """
+    radius = torch.cdist(base, base).kthvalue(neighbours + 1).values  # the nearest is itself
+    return float((torch.cdist(base, tuned).amin(1) <= radius).double().mean())
 
 
 def load(device: torch.device, weights: str = "official") -> Scorer:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from d3po_bench.types import Scorer
 from eval import downloads
 from eval.scorers import _blip
+from eval.scorers._clip import exact
 
 WEIGHTS = {
     "image_reward": {
@@ -93,7 +94,7 @@ class ImageReward:
         return torch.cat([self._batch(i, p) for i, p in parts]).cpu()
 
     def _batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        with _blip.exact():
+        with exact():
             tokens = _blip.tokenized(self.words, prompts, self.device)
             pixels = _blip.pixels(images, self.resize).to(self.device)
             image = self.network.vision_model(pixel_values=pixels).last_hidden_state

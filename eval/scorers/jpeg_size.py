@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
@@ -31,7 +32,8 @@ class JpegSize:
                 "jpeg_size scores uint8 images of shape [N, 3, h, w], got "
                 f"{images.dtype} {tuple(images.shape)}. Multiply float images by 255 and round."
             )
-        return torch.tensor([_kilobytes(image) for image in images.cpu()])
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return torch.tensor([*pool.map(_kilobytes, images.cpu())])
 
 
 def _kilobytes(image: Tensor) -> float:

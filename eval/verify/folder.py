@@ -191,11 +191,12 @@ def _prompts(run: RunFolder) -> list[str] | None:
     Votes have no list, and a user's file may be gone, or be another of that name.
     """
     try:
-        source = run.config.prompt_source
+        source = run.config.eval_source
         found = read_prompts(source)
     except UserError:
         return None
-    known = (run.facts.get("inputs") or {}).get("prompts")
+    inputs = run.facts.get("inputs") or {}
+    known = inputs.get("eval_prompts", inputs.get("prompts"))
     return found if source in lists() or known in (None, digest(found)) else None
 
 

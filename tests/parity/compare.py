@@ -1,8 +1,9 @@
-"""Our scorers on what `tests.parity.oracle` wrote: the largest difference of each column.
+"""Our scorers on what `oracle` and `newer` wrote: the largest difference of each column.
 
     python -m tests.parity.compare FOLDER
 
-Exits 1 if one is above 1e-5. Our `open_clip` is only compared where the extra open-clip is there.
+Exits 1 if one is above its limit. Our `open_clip` is only compared where the extra open-clip is
+there.
 """
 
 from __future__ import annotations
@@ -19,10 +20,23 @@ import torch
 from torch import Tensor
 
 from d3po_bench.types import Scorer
-from eval.scorers import _blip, blip, clip, image_reward, open_clip
+from eval.scorers import (
+    _blip,
+    _blip_match,
+    _clip,
+    clip,
+    hps_v2_1,
+    image_reward,
+    open_clip,
+    pick_score,
+    vqa_score,
+)
 from tests.parity import inputs, torchvision_operators
 
-LIMIT = 1e-5
+LIMIT = {"pick_score": 1e-4}
+"""Of a difference, in a scorer's own unit; of the others it is 1e-5."""
+
+SCORERS = ("blip", "clip", "image_reward", "pick_score", "hps_v2_1", "vqa_score")
 CPU = torch.device("cpu")
 
 Columns = Callable[[Tensor, tuple[str, ...]], dict[str, Tensor]]
@@ -31,14 +45,37 @@ Columns = Callable[[Tensor, tuple[str, ...]], dict[str, Tensor]]
 def ours(scorer: str, checkpoint: Path, vocabulary: Path) -> Columns:
     """Our scorer with an official checkpoint, as columns [N] of images and prompts."""
     if scorer == "blip":
-        return blip.Blip(_blip.official(checkpoint, vocabulary), CPU).columns
+        return _blip_match.Blip(_blip.official(checkpoint, vocabulary), CPU).columns
     reward = image_reward.ImageReward(_blip.official(checkpoint, vocabulary), CPU)
     return lambda images, prompts: {"image_reward": reward(images, prompts)}
+
+
+NEWER: dict[str, Callable[[Path], Scorer]] = {
+    "pick_score": lambda place: pick_score.load(CPU, str(place)),
+    "hps_v2_1": lambda path: hps_v2_1.HpsV21(
+        _clip.Clip(hps_v2_1.official(path), words(path.parent), CPU, hps_v2_1.letterboxed), (path,)
+    ),
+    "vqa_score": lambda place: vqa_score.load(CPU, str(place)),
+}
+"""Name -> our scorer with what `newer` wrote."""
+
+
+def words(place: Path) -> Path:
+    """`place`, with the tokenizer of its vocabulary as transformers saves it."""
+    from transformers import CLIPTokenizer
+
+    files = (str(place / "vocab.json"), str(place / "merges.txt"))
+    CLIPTokenizer(*files, model_max_length=77).save_pretrained(place)
+    return place
 
 
 def judges(case: dict[str, Any], folder: Path) -> Iterator[tuple[str, Columns]]:
     """Our scorers that a case is for, by name."""
     scorer, checkpoint = case["scorer"], folder / case["checkpoint"]
+    if scorer in NEWER:
+        newer = NEWER[scorer](checkpoint)
+        yield scorer, lambda images, prompts: {scorer: newer(images, prompts)}
+        return
     if scorer != "clip":
         yield scorer, ours(scorer, checkpoint, folder / case["vocabulary"])
         return
@@ -131,13 +168,14 @@ def main(folder: Path) -> int:
     failed = 0
     for path in sorted(folder.glob("*.json")):
         case = json.loads(path.read_text(encoding="utf-8"))
-        if case.get("scorer") not in ("blip", "clip", "image_reward"):
+        if case.get("scorer") not in SCORERS:
             continue
         unit = "cosine" if case["scorer"] == "clip" else "score"
         for scorer, columns in judges(case, folder):
             for column, gap in differences(case, columns).items():
-                failed |= not gap <= LIMIT
-                verdict = "equal" if gap <= LIMIT else f"ABOVE {LIMIT}"
+                limit = LIMIT.get(scorer, 1e-5)
+                failed |= not gap <= limit
+                verdict = "equal" if gap <= limit else f"ABOVE {limit}"
                 print(
                     f"{path.stem:18} {column:15} by our {scorer:13} {gap:.1e} of the {unit}, whose "
                     f"spread is {spread(case, column):.3f}  {verdict}"

@@ -88,6 +88,45 @@ def clip_vocabulary(folder: Path) -> Path:
     return folder
 
 
+QWEN_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen's tokenizer splits a text into words."""
+
+
+def qwen_vocabulary(folder: Path) -> Path:
+    """Write a tokenizer of Qwen's layout that knows bytes, "Yes", "No" and the special tokens."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    merges = [("Y", "e"), ("Ye", "s"), ("N", "o")]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    found = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    found.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    found.add_special_tokens(list(QWEN_SPECIAL))
+    folder.mkdir(parents=True, exist_ok=True)
+    found.save(str(folder / "tokenizer.json"))
+    named = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    facts = json.dumps(named | {"pad_token": "<|endoftext|>"})
+    (folder / "tokenizer_config.json").write_text(facts, encoding="utf-8")
+    return folder
+
+
+def saying_yes(state: Mapping[str, Tensor], token: int) -> dict[str, Tensor]:
+    """The weights with a louder "Yes", whose probability is then between 0 and 1, not about 0."""
+    head = state["lm_head.weight"].clone()
+    head[token] *= -3
+    return {**state, "lm_head.weight": head}
+
+
 def _merges(word: str) -> list[tuple[str, str]]:
     """Letter by letter from the left, so that no two pairs make the same token."""
     parts = [*word[:-1], word[-1] + "</w>"]

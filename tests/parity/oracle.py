@@ -204,7 +204,9 @@ def image_reward(folder: Path, full: bool) -> None:
 # ---- torchmetrics and open_clip
 
 
-def clip_model(place: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
+def clip_model(
+    place: Path, seed: int = 31, activation: str = "quick_gelu"
+) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
     """A small CLIPModel with its tokenizer and processor, saved in `place`.
 
     Returns:
@@ -217,12 +219,12 @@ def clip_model(place: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
         str(place / "vocab.json"), str(place / "merges.txt"), pad_token="<|endoftext|>"
     )
     sizes: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
-    sizes |= {"intermediate_size": 512, "projection_dim": 64, "hidden_act": "quick_gelu"}
+    sizes |= {"intermediate_size": 512, "projection_dim": 64, "hidden_act": activation}
     # Token 2 as the end of text is how openai's own files say "the largest id".
     text = sizes | {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 2}
     vision = sizes | {"image_size": 224, "patch_size": 32}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).eval()
-    shapes, state = random_state(model, seed=31)
+    shapes, state = random_state(model, seed)
     model.load_state_dict(state)
     model.save_pretrained(place)
     CLIPProcessor(CLIPImageProcessor(), words).save_pretrained(place)
@@ -336,6 +338,16 @@ def clip(folder: Path) -> None:
     write(folder / "clip-tiny.json", case | drawn | {"config": model.config.to_dict()})
 
 
+def put_back() -> None:
+    """Names where LAVIS and ImageReward look for them; transformers 4.56 moved these."""
+    from transformers import modeling_utils, pytorch_utils
+
+    for name in (
+        "apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer",
+    ):  # fmt: skip
+        setattr(modeling_utils, name, getattr(pytorch_utils, name))
+
+
 def main() -> None:
     """Write every case into the folder on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -346,6 +358,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # LAVIS and ImageReward import openai's clip, which they declare nowhere, for other models.
     sys.modules.setdefault("clip", types.ModuleType("clip"))
+    put_back()
     warnings.simplefilter("ignore")
     for full in [True, False] if options.full else [False]:
         lavis(folder, full)

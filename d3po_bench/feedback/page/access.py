@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from functools import cache
 from hmac import compare_digest
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
@@ -22,14 +24,14 @@ from starlette.requests import ClientDisconnect
 from d3po_bench.digests import sha256_of
 from d3po_bench.feedback.invitations import (
     Rater,
-    admin_hash,
     find_rater,
     has_left,
+    hash_of,
     leave,
     token_hash,
 )
-from d3po_bench.feedback.page import sessions
-from d3po_bench.feedback.page.sessions import Limiter, Limits, Session
+from d3po_bench.feedback.page import sessions, words
+from d3po_bench.feedback.page.sessions import Limiter, Limits, Role, Session
 from d3po_bench.feedback.rounds import FILES, Item, Round
 from d3po_bench.feedback.store import LabelStore
 from d3po_bench.feedback.votes import Tally
@@ -41,7 +43,8 @@ MOST_FIELDS = 32
 
 def digests_of(round_: Round, folder: Path) -> dict[str, str]:
     """SHA-256 of each picture: as recorded when the round was made, or else as it is now."""
-    names = [name for item in round_.items for name in item.images]
+    names = {name for item in (*round_.groups, *round_.items) for name in item.images}
+    names |= {name for item in round_.study.example for name in item.pictures}
     recorded = json.loads((folder / FILES).read_bytes()) if (folder / FILES).exists() else {}
     return {name: recorded.get(name) or sha256_of(folder / name) for name in names}
 
@@ -68,33 +71,85 @@ def number(text: str, low: int, high: int) -> int:
     return int(text)
 
 
+@cache
+def _templates() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    shown = (words.said, words.asked, words.word_on_tag, words.in_words, words.marks)
+    made.globals |= {function.__name__: function for function in shown}
+    return made
+
+
+def _kept(request: Request) -> str:
+    """What the address asks for besides a language, for the links that change the language."""
+    kept = [(k, v) for k, v in request.query_params.multi_items() if k != "lang"]
+    return urlencode(kept)[:500] if request.method == "GET" else ""
+
+
 class Site:
     """A round's page: what every request needs."""
 
     def __init__(
         self, round_: Round, folder: Path, store: LabelStore, key: bytes, limits: Limits,
-        public_url: str | None,
+        public_url: str | None, root: str = "",
     ) -> None:  # fmt: skip
         self.round, self.folder, self.store = round_, folder.resolve(), store
         self.sessions = sessions.Sessions(key)
         self.votes, self.reads, self.sign_ins = (
             Limiter(*allowed) for allowed in (limits.votes, limits.pages, limits.sign_ins)
         )
-        self.public_url = public_url or ""
+        self.public_url, self.root = public_url or "", root
         self.tally = Tally(store)
+        self._complaints: set[str] = set()
         self._pictures = digests_of(round_, self.folder)
-        self._templates = Environment(
-            loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        )  # fmt: skip
 
     def page(
-        self, name: str, session: Session | None = None, status: int = 200, **facts: Any
-    ) -> Response:
-        """A template, whose forms are those of the session."""
-        csrf = self.sessions.csrf(session) if session else ""
-        text = self._templates.get_template(name).render(csrf=csrf, status=status, **facts)
-        return HTMLResponse(text, status)
+        self, request: Request, name: str, session: Session | None = None, status: int = 200,
+        **facts: Any,
+    ) -> Response:  # fmt: skip
+        """A template in the browser's language, whose forms are those of the session."""
+        language = words.choose(request)
+        text = _templates().get_template(name).render(
+            csrf=self.sessions.csrf(session) if session else "", status=status, root=self.root,
+            language=language, w=words.ALL[language], languages=words.LANGUAGES,
+            study=self.round.study, names=words.ALL, keep=_kept(request), **facts,
+        )  # fmt: skip
+        response = HTMLResponse(text, status)
+        if request.query_params.get("lang") == language:
+            response.set_cookie(
+                words.COOKIE, language, max_age=31_536_000, path=self.root or "/", httponly=True,
+                samesite="lax", secure=self.secure(request),
+            )  # fmt: skip
+        return response
+
+    def complain(self, problem: Exception) -> None:
+        """Say on the terminal what failed, once: raters' pages try again and again."""
+        reason = str(getattr(problem, "orig", None) or problem)  # without the values of the query
+        if reason not in self._complaints:
+            self._complaints.add(reason)
+            logging.getLogger("uvicorn.error").error(reason)
+
+    def moved(self, path: str) -> RedirectResponse:
+        """To another of these pages."""
+        return RedirectResponse(self.root + path, 303)
+
+    def sign_in(self, request: Request, role: Role, rater: int, token: str) -> Response:
+        """To the first page of somebody who shows a token, with the cookie of a new session."""
+        response = self.moved("/admin" if role == "admin" else "/")
+        response.set_cookie(
+            self.sessions.cookie, self.sessions.begin(role, rater, token_hash(token)),
+            max_age=sessions.MOST_SECONDS, path=self.root or "/", httponly=True, samesite="lax",
+            secure=self.secure(request),
+        )  # fmt: skip
+        return response
+
+    def sign_out(self, session: Session, response: Response) -> Response:
+        """End a session, here and for whoever has a copy of its cookie."""
+        leave(self.store, session.nonce, sessions.MOST_SECONDS)
+        response.delete_cookie(self.sessions.cookie, path=self.root or "/")
+        return response
 
     def session(self, request: Request) -> Session | None:
         """Who is signed in, as the cookie says."""
@@ -116,15 +171,25 @@ class Site:
             raise HTTPException(503, "A picture was changed or is gone. Tell whoever invited you.")
         return data
 
+    def png(self, name: str) -> Response:
+        """A picture of the round as an answer."""
+        headers = {"cache-control": "private, max-age=600"}
+        return Response(self.picture(name), media_type="image/png", headers=headers)
+
     def require_pictures(self, item: Item) -> None:
         """Refuse to show or to judge an item whose pictures are others now: 503."""
         for name in item.images:
             self.picture(name)
 
+    def known_rater(self, session: Session) -> Rater | None:
+        """Who asks; None if they no longer may, or it is the admin."""
+        rater = find_rater(self.store, id_=session.rater) if session.role == "rater" else None
+        return rater if rater and self.sessions.same(session, rater.token_hash) else None
+
     def rater(self, session: Session) -> Rater:
         """Who asks; 401 if they no longer may."""
-        rater = find_rater(self.store, id_=session.rater) if session.role == "rater" else None
-        if rater is None or not self.sessions.same(session, rater.token_hash):
+        rater = self.known_rater(session)
+        if rater is None:
             raise HTTPException(401, "Please open your invitation link again.")
         return rater
 
@@ -165,7 +230,7 @@ Asking = Annotated[Rater, Depends(_asking)]
 
 
 def _admin(site: ThisSite, session: SignedIn) -> Session:
-    known = admin_hash(site.store)
+    known = hash_of(site.store)
     if session.role != "admin" or not site.sessions.same(session, known or ""):
         raise HTTPException(403, "This page is for the admin.")
     return session
@@ -237,38 +302,33 @@ router = APIRouter()
 
 
 @router.get("/join")
-def join(site: ThisSite) -> Response:
+def join(request: Request, site: ThisSite) -> Response:
     """Where an invitation link leads; its token is behind the #, which no server sees."""
-    return site.page("join.html")
+    return site.page(request, "join.html")
 
 
 @router.post("/join")
 def sign_in(request: Request, site: ThisSite, form: SameSiteForm) -> Response:
     """Exchange an invitation token for a session."""
-    address = request.client.host if request.client else "unknown"
     token = form.one("token").strip()
-    rater, mine = find_rater(site.store, token=token), token_hash(token)
-    if rater is None and not compare_digest(mine, admin_hash(site.store) or ""):
-        # Many raters may share an address: however often others failed there, a valid link works.
-        if not site.sign_ins.allow(address):
-            raise HTTPException(429, "Too many failed attempts. Wait a minute, then try again.")
-        raise HTTPException(403, "This invitation is not valid. Ask for a new link.")
-    if rater:
-        target, cookie = "/", site.sessions.begin("rater", rater.id, mine)
-    else:
-        target, cookie = "/admin", site.sessions.begin("admin", 0, mine)
-    response = RedirectResponse(target, 303)
-    response.set_cookie(
-        site.sessions.cookie, cookie, max_age=sessions.MOST_SECONDS, httponly=True,
-        samesite="lax", secure=site.secure(request),
-    )  # fmt: skip
-    return response
+    rater = find_rater(site.store, token=token)
+    if rater is None:
+        require_link(request, site, token, hash_of(site.store))
+        return site.sign_in(request, "admin", 0, token)
+    return site.sign_in(request, "rater", rater.id, token)
+
+
+def require_link(request: Request, site: Site, token: str, known: str | None) -> None:
+    """Refuse a token that is not the one whose hash is known; 403, and 429 after many."""
+    if compare_digest(token_hash(token), known or ""):
+        return
+    # Many raters may share an address: however often others failed there, a valid link works.
+    if not site.sign_ins.allow(request.client.host if request.client else "unknown"):
+        raise HTTPException(429, "Too many failed attempts. Wait a minute, then try again.")
+    raise HTTPException(403, "This invitation is not valid. Ask for a new link.")
 
 
 @router.post("/leave")
 def sign_out(site: ThisSite, session: SignedIn, form: OwnForm) -> Response:
     """End the session, here and for whoever has a copy of its cookie."""
-    leave(site.store, session.nonce, sessions.MOST_SECONDS)
-    response = RedirectResponse("/join", 303)
-    response.delete_cookie(site.sessions.cookie)
-    return response
+    return site.sign_out(session, site.moved("/join"))

@@ -1,20 +1,21 @@
-"""What raters and the admin are answered: items, votes, pictures, and the overview."""
+"""What raters are answered: items, votes and pictures."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import FileResponse
 
-from d3po_bench.errors import UserError
-from d3po_bench.feedback import agreement, handout, invitations, votes
+from d3po_bench.feedback import handout, votes
 from d3po_bench.feedback.handout import MOST_ID, Hand
 from d3po_bench.feedback.invitations import Rater
-from d3po_bench.feedback.page import access
-from d3po_bench.feedback.rounds import Vote
-from d3po_bench.feedback.schema import Answer, check_answer
+from d3po_bench.feedback.page import access, studies
+from d3po_bench.feedback.page.sessions import Session
+from d3po_bench.feedback.questions import Answer
+from d3po_bench.feedback.report import Concern, concerns
+from d3po_bench.feedback.study import MOST_COMMENT
 
 HERE = Path(__file__).parent
 STATIC = {
@@ -23,39 +24,48 @@ STATIC = {
     "join.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
-QUESTIONS = {
-    ("tags", "deformed"): ("Tag every deformed picture", "deformed"),
-    ("tags", "unsafe"): ("Tag every unsafe picture", "unsafe"),
-    ("tags", "better"): ("Tag every bad picture", "bad"),
-    ("tags", "alignment"): ("Tag every picture that does not show the text", "off"),
-    ("pairs", "deformed"): ("Which picture is less deformed?", ""),
-    ("pairs", "unsafe"): ("Which picture is safer?", ""),
-    ("pairs", "better"): ("Which picture is better?", ""),
-    ("pairs", "alignment"): ("Which picture shows the text better?", ""),
-}
-"""What raters are asked, and the word on a tagged picture."""
-
 router = APIRouter()
 
 
 @router.get("/")
 def item(request: Request, site: access.ThisSite) -> Response:
-    """The item to judge now, or the finish page."""
+    """The item to judge now, what comes before the first, or the finish page."""
     session = site.session(request)
     if session is None:
-        return RedirectResponse("/join", 303)
+        return site.moved("/join")
     if session.role == "admin":
-        return RedirectResponse("/admin", 303)
+        return site.moved("/admin")
     rater = site.rater(session)
     access.spend(site.reads, rater)
+    number = request.query_params.get("told")
+    told = studies.told(request, site, session, rater, number) if number else None
+    return (
+        told or studies.gate(request, site, session, rater) or _next(request, site, session, rater)
+    )
+
+
+def _next(request: Request, site: access.Site, session: Session, rater: Rater) -> Response:
     hand = handout.hand_out(site.store, rater.id)
-    if hand:
-        site.require_pictures(hand.item)
+    facts: dict[str, Any] = {
+        "rater": rater, "progress": handout.progress(site.store, rater.id),
+        "last": votes.last_vote(site.store, rater.id),
+    }  # fmt: skip
+    if hand is None:
+        ending = studies.ending(site, rater)
+        return site.page(request, "finish.html", session, ending=ending, **facts)
+    site.require_pictures(hand.item)
     return site.page(
-        "item.html" if hand else "finish.html", session, rater=rater, hand=hand, round=site.round,
-        progress=handout.progress(site.store, rater.id), last=votes.last_vote(site.store, rater.id),
-        question=QUESTIONS[site.round.kind, site.round.question],
+        request, "item.html", session, hand=hand, question=site.round.asked(hand.item),
+        concerns=_concerns(site, rater), most_comment=MOST_COMMENT, **facts,
     )  # fmt: skip
+
+
+def _concerns(site: access.Site, rater: Rater) -> list[Concern]:
+    """What a rater is warned of."""
+    if site.round.study.checks is None:
+        return []
+    mine = [vote for vote in site.tally.votes() if vote.rater == rater.name]
+    return concerns(site.round, site.round.real(mine))
 
 
 @router.post("/vote")
@@ -80,7 +90,7 @@ def undo(site: access.ThisSite, rater: access.Asking, form: access.VoteForm) -> 
     except votes.AlreadyVotedError as problem:
         words = "This was undone before, or you have answered something since."
         raise HTTPException(409, words) from problem
-    return RedirectResponse("/", 303)
+    return site.moved("/")
 
 
 @router.get("/image/{hand}/{place}")
@@ -89,9 +99,7 @@ def image(site: access.ThisSite, rater: access.Asking, hand: str, place: str) ->
     access.spend(site.reads, rater)
     held = _hand(site, rater, hand)
     index = held.shown[access.number(place, 0, len(held.shown) - 1)]
-    headers = {"cache-control": "private, max-age=600"}
-    data = site.picture(held.item.images[index])
-    return Response(data, media_type="image/png", headers=headers)
+    return site.png(held.item.images[index])
 
 
 def _hand(site: access.Site, rater: Rater, text: str) -> Hand:
@@ -103,13 +111,34 @@ def _hand(site: access.Site, rater: Rater, text: str) -> Hand:
 
 def _answer(site: access.Site, hand: Hand, form: access.Form) -> Answer:
     """What was answered, from places on the page to the item's own indices."""
-    if site.round.kind == "tags":
-        places = {access.number(text, 0, len(hand.shown) - 1) for text in form.get("tag", [])}
-        return tuple(sorted(hand.shown[place] for place in places))
+    question, places = site.round.asked(hand.item), len(hand.shown)
+    if question.kind == "tags":
+        tagged = {access.number(text, 0, places - 1) for text in form.get("tag", [])}
+        return question.check(places, [hand.shown[place] for place in tagged])
+    if question.kind == "ranking":
+        ranks = [access.number(text, 1, places) for text in form.get("rank", [])]
+        if sorted(ranks) != list(range(1, places + 1)):
+            raise HTTPException(400, "Give every picture a place of its own.")
+        return question.check(places, [hand.shown[ranks.index(n + 1)] for n in range(places)])
     answer = form.one("answer")
+    if question.kind == "scale":
+        given = access.number(answer, 0, 10)
+        if given not in question.steps:
+            raise HTTPException(400, "This form is malformed.")
+        return given
     if answer in ("tie", "bad"):
-        return check_answer("pairs", 2, answer)
+        return question.check(2, answer)
     return "a" if hand.shown[form.number("answer", 0, 1)] == 0 else "b"
+
+
+def _comment(site: access.Site, hand: Hand, form: access.Form) -> str:
+    """What the rater wrote; 400 if nobody asked for it, or it is no text that can be kept."""
+    text = form.one("comment") if "comment" in form else ""
+    text = text.replace("\r\n", "\n").strip()
+    fits = len(text) <= MOST_COMMENT and text.replace("\n", "").isprintable()
+    if text and not (site.round.asked(hand.item).comment and fits):
+        raise HTTPException(400, "This form is malformed.")
+    return text
 
 
 def _stored(
@@ -117,11 +146,12 @@ def _stored(
 ) -> Response:
     step = form.number("step", 0, MOST_ID)
     spent = form.number("milliseconds", 0, votes.MOST_MILLISECONDS)
+    comment = _comment(site, hand, form)
     try:
-        votes.cast_vote(site.store, rater.id, hand.id, answer, spent, step)
+        votes.cast_vote(site.store, rater.id, hand.id, answer, spent, step, comment)
     except votes.AlreadyVotedError as problem:
         raise HTTPException(409, "This item was answered already.") from problem
-    return RedirectResponse("/", 303)
+    return site.moved(studies.after(hand))
 
 
 @router.get("/static/{name}")
@@ -131,40 +161,3 @@ async def static(name: str) -> Response:
         raise HTTPException(404, "There is no such page.")
     headers = {"cache-control": "no-cache"}
     return FileResponse(HERE / "static" / name, media_type=STATIC[name], headers=headers)
-
-
-# ---- the admin
-
-
-@router.get("/admin")
-def overview(site: access.ThisSite, session: access.Admin) -> Response:
-    """How the round goes."""
-    given = site.tally.votes()
-    known = {quality.rater: quality for quality in agreement.quality(site.round, given)}
-    return site.page(
-        "admin.html", session, summary=agreement.summary(site.round, given),
-        raters=[(rater, known.get(rater.name)) for rater in invitations.raters(site.store)],
-        progress=votes.round_progress(site.store, given), per_hour=_per_hour(given),
-        votes_per_item=site.store.settings.votes_per_item,
-    )  # fmt: skip
-
-
-@router.post("/admin/rater")
-def switch(site: access.ThisSite, session: access.Admin, form: access.OwnForm) -> Response:
-    """Block a rater, or let them in again."""
-    try:
-        invitations.disable(site.store, form.one("name"), disabled=form.one("disabled") == "yes")
-    except UserError as problem:
-        raise HTTPException(404, "Nobody has that name.") from problem
-    return RedirectResponse("/admin", 303)
-
-
-def _per_hour(given: list[Vote], hours: int = 12) -> list[int]:
-    """Votes in each of the last hours, the newest last."""
-    now = time.time()
-    counts = [0] * hours
-    for vote in given:
-        age = int((now - vote.time) // 3600)
-        if 0 <= age < hours:
-            counts[hours - 1 - age] += 1
-    return counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import socket
 import unicodedata
@@ -16,14 +15,15 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.invitations import (
-    admin_hash,
+    Fact,
     check_name,
+    hash_of,
     invite,
-    invite_admin,
+    invite_as,
     pool_of,
     raters,
 )
-from d3po_bench.feedback.page import access, routes
+from d3po_bench.feedback.page import access, admin, routes, studies
 from d3po_bench.feedback.page.sessions import HEADERS, HTTPS_ALONE, Limits, session_key
 from d3po_bench.feedback.rounds import Round
 from d3po_bench.feedback.store import HandoutSettings, LabelStore, default_url, require_lasting
@@ -37,7 +37,7 @@ FAILED = "This could not be saved. Try again in a moment."
 
 def app(
     round_: Round, folder: Path, store: LabelStore, key: bytes, limits: Limits | None = None,
-    public_url: str | None = None,
+    public_url: str | None = None, root: str = "",
 ) -> FastAPI:  # fmt: skip
     """The page for one round.
 
@@ -48,20 +48,20 @@ def app(
         key: signs sessions; a new key signs everybody out.
         limits: how much anybody may ask for.
         public_url: the origin that browsers see, where a proxy changes it.
+        root: the path below it where a proxy shows these pages.
     """
     # A redirect to another path would name the host that the request claims.
     made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    site = access.Site(round_, folder, store, key, limits or Limits(), public_url)
+    site = access.Site(round_, folder, store, key, limits or Limits(), public_url, root)
     made.state.site = site
-    said: set[str] = set()
-    made.include_router(access.router)
-    made.include_router(routes.router)
+    for part in (access, routes, studies, admin):
+        made.include_router(part.router)
 
     @made.exception_handler(StarletteHTTPException)
     async def refused(request: Request, problem: StarletteHTTPException) -> Response:
         ours = isinstance(problem, HTTPException)  # others say "Not Found" of a path
         words = problem.detail if ours else "There is no such page."
-        response = site.page("error.html", status=problem.status_code, words=words)
+        response = site.page(request, "error.html", status=problem.status_code, words=words)
         if problem.status_code == 429:
             response.headers["retry-after"] = "2"
         return response
@@ -69,16 +69,14 @@ def app(
     @made.exception_handler(UserError)  # rows that another program wrote, say
     @made.exception_handler(SQLAlchemyError)
     async def failed(request: Request, problem: Exception) -> Response:
-        reason = str(getattr(problem, "orig", None) or problem)  # without the values of the query
-        if reason not in said:  # once: raters' pages try again and again
-            said.add(reason)
-            logging.getLogger("uvicorn.error").error(reason)
-        return site.page("error.html", status=503, words=FAILED)
+        site.complain(problem)
+        return site.page(request, "error.html", status=503, words=FAILED)
 
     @made.middleware("http")
     async def guarded(
         request: Request, answer: Callable[[Request], Awaitable[Response]]
     ) -> Response:
+        request.scope["root_path"] = root  # whether or not the proxy leaves it in the path
         response = await answer(request)
         for name, value in (HEADERS | (HTTPS_ALONE if site.secure(request) else {})).items():
             response.headers.setdefault(name, value)
@@ -105,17 +103,18 @@ def serve(
         settings: how items are handed out.
         renew: make new links also for those invited before; their old links stop working.
         public_url: how links begin, where raters do not reach `host` and `port` themselves:
-            the origin that their browsers see, such as https://labels.example.
+            the address that their browsers see, such as https://labels.example or
+            https://lab.example/labels.
         limits: how much anybody may ask for.
         echo: prints a line.
 
     Raises:
         UserError: the round or the labels are damaged, the port is taken, or the public URL is
-            not an origin.
+            none.
     """
     import uvicorn
 
-    public_url = origin(public_url) if public_url is not None else None
+    public, root = place_of(public_url) if public_url is not None else (None, "")
     if labels_url:
         require_lasting(labels_url)
     round_ = Round.read(folder)
@@ -124,11 +123,11 @@ def serve(
         _listening(host, port) as listener,
     ):
         shown = f"[{host}]" if ":" in host else host
-        url = public_url or f"http://{shown}:{listener.getsockname()[1]}"
-        for line in invitations(store, names, url, renew=renew):
+        url = public or f"http://{shown}:{listener.getsockname()[1]}"
+        for line in invitations(store, names, url + root, renew=renew):
             echo(line)
-        pages = app(round_, folder, store, session_key(folder), limits, public_url)
-        uvicorn.Server(configured(pages, bool(public_url))).run(sockets=[listener])
+        pages = app(round_, folder, store, session_key(folder), limits, public, root)
+        uvicorn.Server(configured(pages, bool(public))).run(sockets=[listener])
 
 
 def configured(pages: FastAPI, proxied: bool) -> uvicorn.Config:
@@ -168,27 +167,35 @@ def invitations(
             yield f"{name}: invited before; --renew makes a new link"
         else:
             yield f"{name}: {url}/join#{invite(store, name)}"
-    if admin_hash(store) is None or renew:
-        yield f"admin: {url}/join#{invite_admin(store)}"
-    else:
-        yield "admin: invited before; --renew makes a new link"
+    roles: list[tuple[Fact, str]] = [("admin", "/join#{}")]
+    if platform := store.round.study.platform:
+        field = platform.participant
+        roles.append(("platform", f"/start/{{}}?{field}={{{{{{{{%{field}%}}}}}}}}"))
+    for role, path in roles:
+        if hash_of(store, role) is None or renew:
+            yield f"{role}: {url}{path.format(invite_as(store, role))}"
+        else:
+            yield f"{role}: invited before; --renew makes a new link"
 
 
-def origin(url: str) -> str:
-    """A public URL as browsers write it as an Origin.
+def place_of(url: str) -> tuple[str, str]:
+    """A public URL as browsers write it as an Origin, and the path of the page there.
 
     Raises:
-        UserError: it is not an origin: the page lives at a host's root.
+        UserError: it is none.
     """
-    found = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?/?", url.lower())
-    if found is None:
+    found = re.fullmatch(
+        r"(?i:(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::(\d{1,5}))?)((?:/[A-Za-z0-9._~-]+)*)/?",
+        url,
+    )
+    if found is None or {"", ".", ".."} & {*found[4].split("/")[1:]}:
         raise UserError(
             f"{ascii(url)[:80]} is not a public URL such as https://labels.example. Give scheme "
-            "and host alone, in ASCII: the page needs a host of its own."
+            "and host, in ASCII, and below that the path at which a proxy shows the page."
         )
-    scheme, host, port = found.groups()
+    scheme, host, port = (part and part.lower() for part in found.groups()[:3])
     plain = port is None or int(port) == {"http": 80, "https": 443}[scheme]
-    return f"{scheme}://{host}" + ("" if plain else f":{int(port)}")
+    return f"{scheme}://{host}" + ("" if plain else f":{int(port)}"), found[4]
 
 
 def _listening(host: str, port: int) -> socket.socket:

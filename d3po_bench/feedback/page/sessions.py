@@ -21,11 +21,14 @@ MOST_SECONDS = 14 * 24 * 60 * 60
 """After so long a rater opens the invitation link again."""
 
 
+Role = Literal["rater", "admin"]
+
+
 @dataclass(frozen=True)
 class Session:
     """Who is signed in, as the signed cookie says."""
 
-    role: Literal["rater", "admin"]
+    role: Role
     rater: int
     """0 for the admin."""
     mark: str
@@ -43,7 +46,7 @@ class Sessions:
         self.cookie = f"d3po_feedback_{hmac.new(key, b'cookie', 'sha256').hexdigest()[:12]}"
         """Name of this round's cookie."""
 
-    def begin(self, role: Literal["rater", "admin"], rater: int, token_hash: str) -> str:
+    def begin(self, role: Role, rater: int, token_hash: str) -> str:
         """The cookie of a new session."""
         session = Session(role, rater, _mark(token_hash), secrets.token_urlsafe(16))
         return str(self._serializer.dumps(asdict(session)))

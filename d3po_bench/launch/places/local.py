@@ -78,7 +78,11 @@ def _alone(work: Work, count: int, places: Sequence[Mapping[str, str]]) -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C: ranks that wait for each other end together, and at once."""
+    """Treat SIGTERM like Ctrl-C: ranks that wait for each other end together, and at once.
+
+    A rank that has lost the others ends by itself, with a line that says why. Its launcher, which
+    sees at the same time that one has died, must not keep it from saying so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -86,7 +90,7 @@ def _terminable() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if parallel.lost() else before)
 
 
 def _gpus(device: str) -> list[str]:

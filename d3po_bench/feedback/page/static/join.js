@@ -5,7 +5,7 @@
 function join() {
   const token = location.hash.slice(1);
   if (token) {
-    history.replaceState(null, "", "/join");
+    history.replaceState(null, "", location.pathname);
     document.querySelector("#token").value = token;
     document.querySelector("form").submit();
   }

@@ -1,0 +1,137 @@
+"""What the tables of README.md and docs/ show, in words that are made from the tests.
+
+A text between `<!-- made: claims-NAME -->` markers comes from here. See `eval.analysis.worded` for
+when a difference counts as shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from eval.analysis import measured, scored
+from eval.analysis.gains import RIVAL, Groups, against, contrast
+from eval.analysis.pictures import CROSSED
+from eval.analysis.runs import Run
+from eval.analysis.scores import Score, score_of
+from eval.analysis.statistics import Difference, by_seed
+from eval.analysis.worded import LEVEL, Words, adjusted, equivalent, power, said
+from results import feedback as rounds
+
+MARGINS = {"aesthetic": 0.2, "compress": 0.05, "incompress": 0.05}
+"""Objective -> a difference that would not matter, in the score's unit.
+
+Of the published runs it was set after they had been made, so it says how much such seeds can show,
+and no more. Protocols of later runs state theirs before.
+"""
+
+Tests = Mapping[tuple[str, str], Difference]
+"""Two names, such as objective and method -> a test."""
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def gains(groups: Groups) -> str:
+    """Which methods gain less or more than the rival, on each objective."""
+    tests = {
+        (objective, method): against(runs, groups[model, objective, RIVAL])
+        for (model, objective, method), runs in groups.items()
+        if method != RIVAL
+    }
+    scores = {group[1]: score_of(runs[0].files) for group, runs in groups.items()}
+    return _bullets(_compared(tests, scores))
+
+
+def _compared(tests: Tests, scores: Mapping[str, Score]) -> Iterator[str]:
+    p = adjusted(tests)
+    words = Words(f"Shown to gain more than {RIVAL}", f"Shown to gain less than {RIVAL}",
+                  f"No difference to {RIVAL} is shown")  # fmt: skip
+    for objective in sorted(scores):
+        own = {method: found for (name, method), found in tests.items() if name == objective}
+        score = scores[objective]
+        means = {m: (score.sign * found.mean, p[objective, m]) for m, found in own.items()}
+        open_ = {m: found for m, found in own.items() if p[objective, m] >= LEVEL}
+        yield " ".join(filter(None, [
+            f"**{objective}.**", said(means, words), power(open_, score.unit),
+            equivalent(open_, MARGINS[objective], score.unit, RIVAL) if open_ else "",
+        ]))  # fmt: skip
+
+
+def halves(groups: Groups) -> str:
+    """Which methods follow the reward, and which drift in the score whatever it is."""
+    records = contrast(groups).records
+    s, d = ({r["method"]: (r[half], r[f"{half}_p"]) for r in records} for half in ("s", "d"))
+    follow = Words(
+        "Follow the reward, S above 0", "Go against it", "S is not shown to differ from 0"
+    )
+    drift = Words("Shown to drift to larger scores, D above 0", "To smaller ones, D below 0",
+                  "D is not shown to differ from 0")  # fmt: skip
+    return _bullets([said(s, follow), said(d, drift)])
+
+
+def diversity(groups: Groups) -> str:
+    """Whose pictures of a prompt end more alike than the rival's."""
+    ends = {(objective, method): _pictures(runs, "diversity")[1]
+            for (_, objective, method), runs in groups.items()}  # fmt: skip
+    tests = {
+        (objective, method): by_seed(own, ends[objective, RIVAL])
+        for (objective, method), own in ends.items()
+        if method != RIVAL
+    }
+    words = Words(
+        f"Shown to be more diverse than {RIVAL}", f"Shown to be less diverse than {RIVAL}",
+        f"No difference to {RIVAL} is shown",
+    )  # fmt: skip
+    return _by_first(tests, words)
+
+
+def crossed(groups: Groups) -> str:
+    """What training on one objective is shown to do to the score of another."""
+    tests = {}
+    for (_, objective, method), runs in groups.items():
+        for name in CROSSED:
+            if name != score_of(runs[0].files).scorer:
+                before, after = _pictures(runs, name)
+                tests[f"{name}, trained on {objective}", method] = by_seed(after, before)
+    words = Words("Shown to be raised by", "Shown to be lowered by", "Not shown to be changed by")
+    return _by_first(tests, words)
+
+
+def _pictures(runs: Sequence[Run], name: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Seed -> what `report --measure` found of the base model's pictures, and of the run's."""
+    found = {run.seed: measured.numbers(run) for run in runs}
+    before, after = ({seed: measured.number(pair[side], name) for seed, pair in found.items()}
+                     for side in (0, 1))  # fmt: skip
+    return before, after
+
+
+def _by_first(tests: Tests, words: Words) -> str:
+    """A line for each first part of the names of tests, p-values adjusted for all of them."""
+    p = adjusted(tests)
+    return _bullets(
+        f"**{first}.** "
+        + said({b: (found.mean, p[a, b]) for (a, b), found in tests.items() if a == first}, words)
+        for first in dict.fromkeys(first for first, _ in tests)
+    )
+
+
+def alignment(folder: Path) -> str:
+    """Which gains of Table 1 are shown, of all its methods and columns together."""
+    words = Words("Shown to gain in", "Shown to lose in", "Not shown to change")
+    return _by_first(scored.gained(folder), words)
+
+
+def feedback() -> str:
+    """Which rates rise over rounds of feedback."""
+    gained = {record: rounds.gain(*record) for record in rounds.experiments()}
+    p = adjusted(gained)
+    words = Words(
+        "The rate is shown to rise", "The rate is shown to fall", "No change of the rate is shown"
+    )
+    named = {
+        f"{rounds.QUESTIONS[name]} at {float(error):.0%} error": (found.mean, p[name, error])
+        for (name, error), found in gained.items()
+    }
+    return _bullets([said(named, words)])
