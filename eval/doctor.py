@@ -68,7 +68,7 @@ def _devices() -> dict[str, str]:
 
 def checkable() -> list[str]:
     """Scorers by name and, where they have any, by weights."""
-    from eval.scorers._clip import SHIPPED, shipped
+    from eval.scorers._clip import EMBEDDED, SHIPPED
 
     found = []
     for name in registry.names("scorer"):
@@ -77,7 +77,9 @@ def checkable() -> list[str]:
         if not registry.takes_weights(name):
             found.append(name)
             continue
-        found += [f"{name}:{which}" for which in SHIPPED if shipped(name, which).is_dir()]
+        found += [
+            f"{name}:{which}" for which in SHIPPED if (EMBEDDED / SHIPPED[which] / name).is_dir()
+        ]
         found.append(f"{name}:official")
     return found
 
