@@ -277,7 +277,7 @@ def check_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("family", [n for n in NAMES if n != "sdxl_v"], indirect=True)
-@pytest.mark.parametrize("method", ["d3po", "ddpo"])
+@pytest.mark.parametrize("method", ["d3po", pytest.param("ddpo", marks=pytest.mark.slow)])
 def test_three_rounds(
     family: Family, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -286,6 +286,7 @@ def test_a_training_on_votes_can_be_watched(drawn: Path, tmp_path: Path) -> None
     assert f"d3po-bench feedback train {drawn} --method d3po --passes 1" in said
 
 
+@pytest.mark.slow
 def test_more_passes_go_on_to_the_bytes_of_a_longer_training(drawn: Path, tmp_path: Path) -> None:
     data = learnable(drawn)
     for passes in (1, 2):

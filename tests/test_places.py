@@ -61,6 +61,7 @@ def visible(task: int, tell: Callable[[Any], None]) -> str:
     return place
 
 
+@pytest.mark.slow
 def test_every_worker_has_a_gpu_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -98,7 +98,8 @@ def grid(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 2])
 def test_ranks_write_the_bytes_of_one_process(
     count: int, forked: None, micro: Path, grid: Path, command: Command
 ) -> None:
