@@ -154,7 +154,12 @@ EXPERIMENTS = {
                 "learning_rate": "0.005",
             },
             "diffusion_dpo": {},
-            "kto": {},
+            "kto": {
+                "skip_steps": "0",
+                "prompts_per_round": "45",
+                "units_per_update": "32",
+                "learning_rate": "0.0025",
+            },
         },
         prompts="captions",
     ),
