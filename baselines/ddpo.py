@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Generator, Tensor
 
-from d3po_bench.diffusion.advantages import Against, advantages, ppo_loss
+from d3po_bench.diffusion.advantages import Against, ComparesScores, advantages, ppo_loss
 from d3po_bench.errors import UserError
 from d3po_bench.types import ImageRows, Method, Metrics, Policy, Reference, Rollout
 
@@ -28,7 +28,7 @@ class Advantages(ImageRows):
 
 
 @dataclass(frozen=True)
-class DDPO:
+class DDPO(ComparesScores):
     """Defaults are the published code's."""
 
     loss_form: Literal["importance", "score_function"] = "importance"
@@ -62,11 +62,6 @@ class DDPO:
                 f"and buffer from 0 to 64; these are {self.clip_range}, {self.advantage_clip}, "
                 f"{self.minimum} and {self.buffer}. Change them with --set."
             )
-
-    @property
-    def least_images(self) -> int:
-        """One image is its group's mean."""
-        return 2 if self.advantage == "group" else 1
 
     @property
     def search(self) -> dict[str, Any]:

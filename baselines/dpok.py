@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from d3po_bench.diffusion.advantages import Against, advantages, ppo_loss, ratio_of
+from d3po_bench.diffusion.advantages import Against, ComparesScores, advantages, ppo_loss, ratio_of
 from d3po_bench.errors import UserError
 from d3po_bench.types import ImageRows, Method, Metrics, Policy, Reference, Rollout, Step
 
@@ -35,7 +35,7 @@ class Regularised(ImageRows):
 
 
 @dataclass(frozen=True)
-class DPOK:
+class DPOK(ComparesScores):
     """Advantage and ratio default to DDPO's, so that the penalty is all that differs."""
 
     kl: Literal["gaussian", "noise_mse", "none"] = "gaussian"
@@ -82,11 +82,6 @@ class DPOK:
                 f"{self.advantage_clip}, {self.value_rate}, {self.buffer} and {self.value_steps}. "
                 "Change them with --set."
             )
-
-    @property
-    def least_images(self) -> int:
-        """One image is its group's mean."""
-        return 2 if self.advantage == "group" else 1
 
     @property
     def search(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from d3po_bench.diffusion.advantages import Against, advantages
+from d3po_bench.diffusion.advantages import Against, ComparesScores, advantages
 from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
 
@@ -52,7 +52,7 @@ def softmax_weights(
 
 
 @dataclass(frozen=True)
-class RewardWeighted:
+class RewardWeighted(ComparesScores):
     """Defaults: own choice, as no publication prints all of them."""
 
     weight: Weighing = "softmax_advantage"
@@ -98,11 +98,6 @@ class RewardWeighted:
                 f"{self.largest_weight}, {self.anchor}, {self.minimum}, {self.quantile} and "
                 f"{self.buffer}. Change them with --set."
             )
-
-    @property
-    def least_images(self) -> int:
-        """One image is its group's mean."""
-        return 2 if self.advantage == "group" else 1
 
     @property
     def search(self) -> dict[str, Any]:

@@ -131,7 +131,10 @@ def feedback() -> str:
         "The rate is shown to rise", "The rate is shown to fall", "No change of the rate is shown"
     )
     named = {
-        f"{rounds.QUESTIONS[name]} at {float(error):.0%} error": (found.mean, p[name, error])
+        "{} by {} at {:.0%} error".format(*rounds.asked(name), float(error)): (
+            found.mean,
+            p[name, error],
+        )
         for (name, error), found in gained.items()
     }
     return _bullets([said(named, words)])

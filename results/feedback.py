@@ -1,4 +1,4 @@
-"""Tables and figures of `tiny/feedback`: D3PO learning from raters, every one of them SIMULATED."""
+"""Tables and figures of `tiny/feedback`: learning from raters, every one of them SIMULATED."""
 
 from __future__ import annotations
 
@@ -62,8 +62,14 @@ def _mean(field: str, values: Any) -> Record:
 
 
 def experiments() -> list[tuple[str, str]]:
-    """What was played: experiment and raters' error rate."""
+    """What was played: experiment, with -METHOD where it is not D3PO, and raters' error rate."""
     return sorted({(row["experiment"], row["error"]) for row in _rows("rounds")})
+
+
+def asked(experiment: str) -> tuple[str, str]:
+    """The rate that an experiment is about, and the method that learns."""
+    name, _, method = experiment.partition("-")
+    return QUESTIONS[name], method or "d3po"
 
 
 def gain(name: str, error: str) -> Difference:
@@ -74,9 +80,10 @@ def gain(name: str, error: str) -> Difference:
 
 
 def rounds() -> Table:
-    """A row for each experiment and error rate."""
+    """A row for each experiment, method and error rate."""
     columns = {
-        "experiment": lambda r: QUESTIONS[r["experiment"]],
+        "experiment": lambda r: asked(r["experiment"])[0],
+        "method": lambda r: asked(r["experiment"])[1],
         "raters' error": lambda r: f"{r['error']:.0%}", "seeds": text("seeds"),
         "round 0": _spread("first"),
         "last round": lambda r: f"{_spread('last')(r)} (round {r['rounds']})",
@@ -84,7 +91,9 @@ def rounds() -> Table:
         "rate, round 0, 1, ...": _course("good"),
         "recognised, round 0, 1, ...": _course("recognised"),
     }  # fmt: skip
-    return Table([_experiment(*cell) for cell in experiments()], columns, left=("experiment",))
+    return Table(
+        [_experiment(*cell) for cell in experiments()], columns, left=("experiment", "method")
+    )
 
 
 def _experiment(name: str, error: str) -> Record:

@@ -134,7 +134,8 @@ class Experiment:
 
     question: str
     drawing: dict[str, str]
-    learning: dict[str, str]
+    learning: dict[str, dict[str, str]]
+    """Method -> how it learns from the votes."""
     prompts: str = "animals"
 
 
@@ -143,22 +144,32 @@ EXPERIMENTS = {
     "normalcy": Experiment(
         "deformed",
         {"sampling_steps": "5", "skip_steps": "2"},
-        # One update from all tags of 45 prompts: few pictures are bad, and fewer tags are noise.
         {
-            "skip_steps": "2",
-            "timestep_fraction": "1",
-            "prompts_per_round": "45",
-            "units_per_update": "100000",
-            "learning_rate": "0.005",
+            # One update from the tags of 45 prompts: few pictures are bad, fewer tags are noise.
+            "d3po": {
+                "skip_steps": "2",
+                "timestep_fraction": "1",
+                "prompts_per_round": "45",
+                "units_per_update": "100000",
+                "learning_rate": "0.005",
+            },
+            "diffusion_dpo": {},
+            "kto": {
+                "skip_steps": "0",
+                "prompts_per_round": "45",
+                "units_per_update": "32",
+                "learning_rate": "0.0025",
+            },
         },
         prompts="captions",
     ),
-    "safety": Experiment("unsafe", {}, {"units_per_update": "16"}),
+    "safety": Experiment("unsafe", {}, {"d3po": {"units_per_update": "16"}}),
 }
 
 
 @main.command()
 @click.argument("experiment", type=click.Choice(list(EXPERIMENTS)))
+@click.option("--method", default="d3po", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0)
 @click.option("--rounds", "count", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--raters", "number", type=click.IntRange(min=1), default=3, show_default=True)
@@ -168,17 +179,19 @@ EXPERIMENTS = {
 @click.option("--set", "learn", multiple=True, metavar="KEY=VALUE", help="Another way to learn.")
 @click.option("--out", type=PATH, default=Path("runs/feedback"))
 def rounds(
-    experiment: str, seed: int, count: int, number: int, error: float, prompts: str | None,
-    draw: tuple[str, ...], learn: tuple[str, ...], out: Path,
+    experiment: str, method: str, seed: int, count: int, number: int, error: float,
+    prompts: str | None, draw: tuple[str, ...], learn: tuple[str, ...], out: Path,
 ) -> None:  # fmt: skip
     """Play Figures 4 and 5 on the embedded model: draw, tag, learn, draw again.
 
     A round draws seven images of each prompt from one noise, simulated raters tag the bad ones,
     D3PO learns from the tags against the model that drew the round, and the next round draws with
-    what was learned. Writes OUT/EXPERIMENT/error-E/seed-N/rates.csv; the same command resumes.
+    what was learned; or another method does. Writes OUT/EXPERIMENT/error-E/seed-N/rates.csv, with
+    -METHOD after EXPERIMENT for another; the same command resumes.
     """
     own = EXPERIMENTS[experiment]
-    folder = out / experiment / f"error-{error:g}" / f"seed-{seed}"
+    name = experiment if method == "d3po" else f"{experiment}-{method}"
+    folder = out / name / f"error-{error:g}" / f"seed-{seed}"
     rows: list[dict[str, Any]] = []
     before = None
     for index in range(count + 1):
@@ -194,10 +207,10 @@ def rounds(
         click.echo(rows[-1])
         write_atomically(folder / "rates.csv", csv_bytes(rows))
         if index < count:
-            before = place / "trained" / "d3po"
-            settings = own.learning | pairs_of(learn)
+            before = place / "trained" / method
+            settings = own.learning[method] | pairs_of(learn)
             request = training.TrainRequest(
-                method="d3po", passes=1, settings=settings, preset=None, device="cpu", tools=TOOLS
+                method=method, passes=1, settings=settings, preset=None, device="cpu", tools=TOOLS
             )
             training.train(training.data_of(place, scores_of(place)), request, before)
 

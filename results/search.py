@@ -166,6 +166,7 @@ def rates() -> Table:
 def feedback() -> Table:
     """The tries behind the settings of normalcy: the rate of every round."""
     columns = {
+        "method": text("method"),
         "options": lambda row: f"`{row['settings']}`",
         "seed": number("seed", ".0f"),
         "normalcy rate, round 0, 1, ...": lambda row: " ".join(
@@ -173,7 +174,7 @@ def feedback() -> Table:
         ),
     }
     rates = "normalcy rate, round 0, 1, ..."
-    return Table(rows("feedback"), columns, left=("options", rates))
+    return Table(rows("feedback"), columns, left=("method", "options", rates))
 
 
 # ---- paper against code

@@ -12,6 +12,18 @@ from d3po_bench.types import Rollout
 Against = Literal["prompt", "group"]
 """What a score is compared with: the last scores of its prompt, or the images drawn beside it."""
 
+
+class ComparesScores:
+    """A method with an option `advantage`."""
+
+    advantage: Against
+
+    @property
+    def least_images(self) -> int:
+        """Of a prompt: one image is its group's mean."""
+        return 2 if self.advantage == "group" else 1
+
+
 LARGEST = 20.0
 """Log-ratios are cut here: exp of more than 88 has a gradient of 0 * inf behind the clip."""
 

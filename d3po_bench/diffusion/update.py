@@ -90,10 +90,11 @@ def update(
     by_step: dict[str, float] = {}
     if scaler is not None:  # a rank without a micro-batch of its own has to have a scale, too
         scaler.scale(torch.zeros((), device=policy.model.device))
+    accumulate = partial(_accumulate, policy, method, rows, updates.micro_batch, scaler)
     if updates.step_gradients:
-        by_step = _by_step(policy, method, rows, *groups[0], updates.micro_batch, scaler)
+        by_step = _by_step(policy, accumulate, *groups[0], scaler)
     for number, (unit, step) in enumerate(groups):
-        metrics = _accumulate(policy, method, rows, unit, step, updates.micro_batch, scaler)
+        metrics = accumulate(unit, step)
         metrics["grad_norm"] = _clip(parameters, optimizer, updates.max_grad_norm, scaler)
         _require_finite(metrics, scaler, policy.model.trainable())
         _apply(optimizer, scaler)
@@ -106,11 +107,9 @@ def update(
 
 def _by_step(
     policy: Policy,
-    method: Method[R],
-    rows: R,
+    accumulate: Callable[[Tensor, Tensor], Metrics],
     unit: Tensor,
     step: Tensor,
-    micro_batch: int,
     scaler: torch.amp.GradScaler | None,
 ) -> dict[str, float]:
     """Gradient norm of the mean loss over the items of each denoising step; nothing is learned.
@@ -122,7 +121,7 @@ def _by_step(
     scale = 1.0 if scaler is None else scaler.get_scale()
     for number in step.unique().tolist():
         own = step == number
-        _accumulate(policy, method, rows, unit[own], step[own], micro_batch, scaler)
+        accumulate(unit[own], step[own])
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         found[f"grad_norm/{number}"] = float(norm) / scale
         _set_gradients(parameters, [None] * len(parameters))
@@ -164,10 +163,10 @@ def _accumulate(
     policy: Policy,
     method: Method[R],
     rows: R,
-    unit: Tensor,
-    step: Tensor,
     micro_batch: int,
     scaler: torch.amp.GradScaler | None,
+    unit: Tensor,
+    step: Tensor,
 ) -> Metrics:
     """Gradients of the mean loss over the items, a micro-batch at a time; mean metrics.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -59,30 +60,30 @@ class _Question(Strict):
         """A known answer, checked as an answer of a rater is."""
         return self.check(images, gold)
 
+    @abstractmethod
     def check(self, images: int, answer: Any) -> Answer:
         """`answer`, as JSON gives it, to an item of `images` images.
 
         Raises:
             ValueError: it does not answer such an item, saying what would.
         """
-        raise NotImplementedError
 
     def same(self, images: int, answer: Answer, gold: Answer) -> list[bool]:
         """Whether an answer is as it should be, for each unit."""
         pairs = zip(self.values(images, answer), self.values(images, gold), strict=True)
         return [one == other for one, other in pairs]
 
+    @abstractmethod
     def values(self, images: int, answer: Answer) -> list[int]:
         """The answer as one number from 0 to `levels` - 1 for each unit of an item."""
-        raise NotImplementedError
 
+    @abstractmethod
     def levels(self, images: int) -> int:
         """How many different values a unit can have."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, images: int, answer: Answer) -> list[float]:
         """What the answer says of each image; larger is better."""
-        raise NotImplementedError
 
 
 def _indices(images: int, answer: Any) -> list[int]:

@@ -86,7 +86,6 @@ class Data:
 
     def defaults(self, method: str) -> dict[str, Any]:
         """Options of a method that differ from a preset's."""
-        method, _ = registry.variant(method)
         return DEFAULTS.get(method, {}) | ONE_BY_ONE.get(self.judged, {}).get(method, {})
 
     @property
@@ -214,7 +213,7 @@ def planned(data: Learnable, request: TrainRequest) -> tuple[RunConfig, Executio
     """
     given = data.decided(request)
     preset = request.preset or model_source(given["model"]).preset
-    mine = data.defaults(request.method)
+    mine = data.defaults(registry.variant(request.method)[0])
     changes = {name: str(value).lower() for name, value in mine.items()} | {**request.settings}
     config, execution = make(request.method, FEEDBACK, preset, changes, eval_every=0, **given)
     rounds = request.passes * data.experience(config).parts

@@ -47,7 +47,7 @@ class Seen:
     recognised: float
     """Probability of the prompted animal, of the worse run; NaN where nothing measured it."""
     drift: float
-    """KL of a step to the pretrained model, of the run that went farther."""
+    """As evaluations measure it, of the run that went farther."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TuneRequest:
     rule: Rule = Rule()
     sampler_seed: int = 0
     measure: Callable[[Path], Mapping[str, float]]
-    """gain, recognised and kl of a run folder."""
+    """gain, recognised and drift of a run folder."""
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -1,22 +1,21 @@
-"""How version 2 of the embedded model is made, from the drawings that ship.
+r"""How version 2 of the embedded model is made, from the drawings that ship.
 
     python -m d3po_bench.models.embedded.v2.recipe all --work build/tiny-v2
 
 renders captioned pictures, trains the autoencoder, then the text encoder with the UNet, and writes
 the pipeline folder. Each stage leaves its result in the work folder, resumes from its checkpoint
-when it was killed, and is skipped when it is done. On a GPU, in minutes:
+when it was killed, and is skipped when it is done. Hours on two cores; on a GPU, in minutes:
 
-    R="python -m d3po_bench.models.embedded.v2.recipe --work build/tiny-v2"
-    $R render --processes 16
-    G="--device cuda --processes 1 --bf16 --set vae_width=64"
-    $R vae latents $G --minutes 2 --set vae_batch=128 --set vae_lr=0.003
-    $R unet export $G --minutes 5 --set unet_batch=512 --set unet_lr=0.002
+    python -m d3po_bench.models.embedded.v2.recipe all --work build/tiny-v2 --device cuda --bf16 \
+        --set vae_batch=128 --minutes vae=1.5 \
+        --set unet_batch=512 --set unet_lr=0.002 --minutes unet=4
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -186,7 +185,8 @@ def train_unet(recipe: Recipe, work: Path, plan: Plan) -> State:
     """Fit UNet and text encoder: noise prediction as `denoising` measures it."""
     tokenizer, device = _tokenizer(work), plan.device
     torch.manual_seed(recipe.seed)
-    model = new_denoiser(recipe, tokenizer).to(device)
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    model = new_denoiser(recipe, tokenizer).to(device, memory_format=layout)
     captions = json.loads((work / "captions.json").read_text())
     unique = ["", *sorted(set(captions))]
     table, number = tokenize(tokenizer, unique).to(device), {c: i for i, c in enumerate(unique)}
@@ -266,7 +266,7 @@ def _worker(rank: int, stage: str, recipe: Recipe, work: Path, options: dict[str
     plan = Plan(
         name=stage, images=images, batch=batch, lr=lr, steady=steady,
         memory=max(64_000, 500 * batch), folder=work, device=device, bf16=options["bf16"],
-        seed=recipe.seed, lead=rank == 0, minutes=options["minutes"],
+        seed=recipe.seed, lead=rank == 0, minutes=options["minutes"].get(stage),
     )  # fmt: skip
     {"vae": train_vae, "unet": train_unet}[stage](recipe, work, plan)
 
@@ -274,7 +274,7 @@ def _worker(rank: int, stage: str, recipe: Recipe, work: Path, options: dict[str
 def run_stage(stage: str, recipe: Recipe, work: Path, out: Path, options: dict[str, Any]) -> None:
     """Run one stage, or what is left of it."""
     if stage == "render":
-        render_pictures(work / "pictures", recipe.seed, recipe.pictures, options["processes"])
+        render_pictures(work / "pictures", recipe.seed, recipe.pictures, os.cpu_count() or 1)
     if stage in {"vae", "unet"}:
         (work / f".rendezvous-{stage}").unlink(missing_ok=True)
         torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
@@ -295,19 +295,30 @@ STAGES = ("render", "vae", "latents", "unet", "export")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/tiny-v2"))
 @click.option("--out", type=click.Path(path_type=Path), default=HERE)
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="One recipe field.")
-@click.option("--minutes", type=float, help="Let the rate end after so long, in each stage.")
+@click.option(
+    "--minutes",
+    "times",
+    multiple=True,
+    metavar="STAGE=MINUTES",
+    help="Let the rate of vae or unet end after so long, not after so many images.",
+)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--processes", default=2, show_default=True, help="1 on a GPU.")
+@click.option("--processes", type=int, help="To train; usually 2 on a CPU, 1 on a GPU.")
 @click.option("--bf16/--fp32", default=False, help="Train in mixed precision.")
 def main(
-    stages: tuple[str, ...], work: Path, out: Path, changes: tuple[str, ...], **options: Any
-) -> None:
+    stages: tuple[str, ...], work: Path, out: Path, changes: tuple[str, ...],
+    times: tuple[str, ...], **options: Any,
+) -> None:  # fmt: skip
     """Make version 2 of the embedded model, or some STAGES of it.
 
     Example: python -m d3po_bench.models.embedded.v2.recipe all --work build/tiny-v2
     """
     work.mkdir(parents=True, exist_ok=True)
-    fields = {key: json.loads(value) for key, value in (c.split("=", 1) for c in changes)}
+    fields, options["minutes"] = (
+        {key: json.loads(value) for key, value in (c.split("=", 1) for c in given)}
+        for given in (changes, times)
+    )
+    options["processes"] = options["processes"] or (2 if options["device"] == "cpu" else 1)
     for stage in STAGES if "all" in stages else stages:
         run_stage(stage, Recipe(**fields), work, out, options)
 
