@@ -53,9 +53,9 @@ class Recipe:
     embedding: int = 96
     clip_steps: int = 3_000
     clip_lr: float = 1.5e-3
-    blip_steps: int = 2_400
+    blip_steps: int = 2_000
     blip_lr: float = 1e-3
-    reward_steps: int = 1_000
+    reward_steps: int = 800
     reward_lr: float = 5e-4
     reward_widths: tuple[int, ...] = (64, 16)
     ridge: float = 1e-3

@@ -197,7 +197,7 @@ def export(name: str, work: Path, out: Path, count: int) -> None:
 @click.argument("names", nargs=-1, type=click.Choice(tuple(NETWORKS)), required=True)
 @click.option("--work", type=click.Path(path_type=Path), default=Path("build/tiny-v2"))
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent)
-@click.option("--images", default=600_000, show_default=True, help="To see in training.")
+@click.option("--images", default=200_000, show_default=True, help="To see in training.")
 @click.option("--batch", default=32, show_default=True)
 @click.option("--minutes", type=float, help="Let the rate end after so long.")
 @click.option("--device", default="cpu", show_default=True)
