@@ -45,6 +45,7 @@ def small(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_guides_examples_run(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(EXAMPLES) == GUIDE.count("```python")
     names: dict[str, Any] = {}

@@ -105,6 +105,7 @@ def test_other_normalisation_shows(
         assert gaps(recording, scorer).max(1).values.min() > SEEN, mean
 
 
+@pytest.mark.slow
 def test_cropping_instead_of_squeezing_shows(recording: Recording, scorer: Blip) -> None:
     scorer.resize = partial(image_reward.cropped, size=384)
     found = gaps(recording, scorer).max(1).values
@@ -118,6 +119,7 @@ def test_another_filter_shows(recording: Recording, scorer: Blip) -> None:
     assert gaps(recording, scorer).max(1).values.min() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_raw_caption_shows(
     recording: Recording, scorer: Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +127,7 @@ def test_a_raw_caption_shows(
     assert gaps(recording, scorer)[:, 1].min() > SEEN
 
 
+@pytest.mark.slow
 def test_a_longer_cut_shows(
     recording: Recording, scorer: Blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -312,12 +312,14 @@ def train(folder: Path, micro: Path, command: Command) -> Callable[..., Any]:
     ("rows", "method", "learned"),
     [
         (PICK, "diffusion_dpo", 1),  # the other is a tie
-        (PICK, "kto", 2),
+        pytest.param(PICK, "kto", 2, marks=pytest.mark.slow),
         (PICK, "preferred_images", 1),
         (PICK, "reward_weighted", 4),
-        (LIKED, "kto", 2),
-        (LIKED, "preferred_images", 1),
-        (GRID, "diffusion_dpo", 2),  # two good ones beside a bad one
+        pytest.param(LIKED, "kto", 2, marks=pytest.mark.slow),
+        pytest.param(LIKED, "preferred_images", 1, marks=pytest.mark.slow),
+        pytest.param(
+            GRID, "diffusion_dpo", 2, marks=pytest.mark.slow
+        ),  # two good ones beside a bad one
         (GRID, "kto", 3),
     ],
 )
@@ -379,6 +381,7 @@ def test_a_voted_round_its_export_and_pandas_say_the_same(
     assert [g.scores[0] for g in groups] == pytest.approx(shares.tolist())
 
 
+@pytest.mark.slow
 def test_a_study_and_its_export_are_learned_from_by_every_method_that_takes_them(
     folder: Path, micro: Path, command: Command, train: Any
 ) -> None:

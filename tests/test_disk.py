@@ -33,12 +33,12 @@ PAGE = 4096
     ("name", "number", "code", "said"),
     [
         ("config.json", errno.EROFS, 2, "Read-only file system"),
-        ("provenance.json", errno.EACCES, 2, "Permission denied"),
-        ("metrics.jsonl", errno.ENOSPC, 1, "the disk is full"),
         ("last.safetensors", errno.ENOSPC, 1, "the disk is full"),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in (
+                ("provenance.json", errno.EACCES, 2, "Permission denied"),
+                ("metrics.jsonl", errno.ENOSPC, 1, "the disk is full"),
                 ("timing.jsonl", errno.EFBIG, 1, "there is a limit on the size of files"),
                 ("eval.csv", errno.EIO, 1, "the disk has an input/output error"),
                 ("butterfly.png", errno.EDQUOT, 1, "the disk quota is used up"),
@@ -83,13 +83,9 @@ def at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "name"),
-    [
-        (2 * PAGE, "last.safetensors"),
-        pytest.param(0, "config.json", marks=pytest.mark.slow),
-        pytest.param(20, "config.json", marks=pytest.mark.slow),
-    ],
+    ("size", "name"), [(2 * PAGE, "last.safetensors"), (0, "config.json"), (20, "config.json")]
 )
 def test_a_limit_on_the_size_of_files_is_told(
     size: int, name: str, command: Command, micro: Path, finished: Path
@@ -200,6 +196,7 @@ def test_a_disk_that_is_full_again_and_again(
     assert files(folder) == files(finished)
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_the_figures(disk: Path, command: Command, finished: Path) -> None:
     assert command("plot", finished, "--out", "figures").code == 0
     first = Path("figures/curves.png").stat().st_size

@@ -52,9 +52,8 @@ def test_plain_diffusers_loads_the_folder_and_draws_from_it() -> None:
     assert scores.min() > 0.5
 
 
-@pytest.mark.parametrize(
-    ("images", "steps"), [(1, 10), pytest.param(2, 20, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "steps"), [(1, 10), (2, 20)])
 def test_samples_are_recognised(images: int, steps: int, tiny: StableDiffusion) -> None:
     # a smaller draw of what card.json records, which has ten of each animal
     facts = card.measure(tiny, images, steps)

@@ -111,6 +111,7 @@ def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_and_what_is_scored_is_kept(tmp_path: Path) -> None:
     asked = request(gallery(tmp_path / "pictures", 40), jobs=2)
     whole = work.run(replace(asked, jobs=1, out=tmp_path / "whole"))

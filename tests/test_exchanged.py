@@ -271,7 +271,7 @@ def test_pieces_of_other_packages_weights_or_plans_are_not_mixed(
     assert bytes_of(out) == bytes_of(home / "fresh") != bytes_of(evaluated)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_run_is_evaluated_in_its_own_precision(
     dtype: str, home: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,7 +148,7 @@ def lora_on(folder: Path, **training: Any) -> dict[str, Tensor]:
     return load_file(folder / "lora" / NAME)
 
 
-@pytest.mark.parametrize("xl", [False, True])
+@pytest.mark.parametrize("xl", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_name_is_one_that_comfyui_and_kohyas_tools_look_up(xl: bool, tmp_path: Path) -> None:
     folder = published(tmp_path / "model", xl=xl)
     layers = lora_on(folder, lora_rank=1)
@@ -207,7 +207,12 @@ def drawn(folder: Path, lora: Path | None) -> Tensor:
     [
         ("sd1", ("diffusers", "kohya"), ("sd_v1", "stable-diffusion-v1/lora")),
         # its text is narrower than that of a real one: see below
-        ("sd2", ("diffusers", "kohya"), ("sd_v1_v", "stable-diffusion-v1/lora")),
+        pytest.param(
+            "sd2",
+            ("diffusers", "kohya"),
+            ("sd_v1_v", "stable-diffusion-v1/lora"),
+            marks=pytest.mark.slow,
+        ),
         ("sdxl", ("kohya", "comfyui"), ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")),
         ("sd3", ("comfyui",), (None, "stable-diffusion-3/lora")),
     ],

@@ -60,6 +60,7 @@ def test_a_finished_run_goes_on_to_the_bytes_of_a_longer_one(
     assert contents(two) == before
 
 
+@pytest.mark.slow
 def test_a_run_under_way_goes_on_too(
     command: Command, micro: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,8 +90,13 @@ def writes(name: str) -> Callable[..., bool]:
     return lambda store, written, *_: written == name
 
 
-@pytest.mark.parametrize("cut", ["provenance.json", "config.json", "metrics.jsonl",
-                                 "checkpoints/last.safetensors", "eval.csv"])  # fmt: skip
+OTHERS = "provenance.json", "config.json", "metrics.jsonl", "eval.csv"
+
+
+@pytest.mark.parametrize(
+    "cut",
+    ["checkpoints/last.safetensors", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)],
+)
 def test_a_kill_on_the_way_changes_nothing(
     cut: str, command: Command, micro: Path, two: Path, whole: Path,
     monkeypatch: pytest.MonkeyPatch,

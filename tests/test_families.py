@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,14 @@ from tests.conftest import CPU, disturb
 PROMPTS = ["cat", "a dog on a red background"]
 STEPS, GUIDANCE = 5, 3.0
 NAMES = ("sd1", "sdxl", "sdxl_v", "sd3", "sd35_without_t5")
+VARIANTS = ("sdxl_v", "sd35_without_t5")
+"""Families that differ from another in what is predicted or encoded alone."""
+
+
+def families(names: Iterable[str], slow: Collection[str]) -> pytest.MarkDecorator:
+    """A test for each of the families, of which some are slow."""
+    marked = [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names]
+    return pytest.mark.parametrize("family", marked, indirect=True)
 
 
 class Family(NamedTuple):
@@ -102,6 +110,7 @@ def test_the_ode_and_the_pictures_are_the_pipelines(family: Family) -> None:
     assert gap(model.decode(ours) / 255, pictures) <= 1 / 255
 
 
+@families(NAMES, slow=VARIANTS)
 def test_pictures_become_the_latents_that_the_decoder_takes(family: Family) -> None:
     model = model_of(family.folder)
     pictures = model.decode(torch.randn(3, *model.latent_shape))
@@ -127,6 +136,7 @@ def test_encode_is_the_pipelines_also_of_a_prompt_that_is_cut(family: Family) ->
     assert (gap(empty["text"], torch.zeros_like(empty["text"])) == 0) == (family.name == "sdxl")
 
 
+@families(NAMES, slow=VARIANTS)
 def test_one_at_a_time_is_eight_at_once(family: Family) -> None:
     model = family.model
     prompts = ["cat", "dog", "red", "a", "on a", "a cat", "a dog", "background"]
@@ -143,6 +153,7 @@ def test_one_at_a_time_is_eight_at_once(family: Family) -> None:
             assert gap(alone.output(x[i : i + 1], s[i : i + 1], one), at_once[i : i + 1]) <= 1e-5
 
 
+@families(NAMES, slow=VARIANTS)
 def test_a_lora_draws_the_same_in_the_pipeline(family: Family, tmp_path: Path) -> None:
     model = model_of(family.folder, lora_alpha=8.0)
     x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -194,6 +205,7 @@ def test_a_lora_of_other_trainers_for_sdxl(tmp_path: Path) -> None:
     assert gap(our_latents(again)[1], our_latents(model)[1]) <= 1e-4
 
 
+@families(NAMES, slow=VARIANTS)
 def test_a_fully_trained_network_is_read_again(family: Family, tmp_path: Path) -> None:
     model = model_of(family.folder, full=True)
     disturb(model, 0.02)
@@ -204,6 +216,7 @@ def test_a_fully_trained_network_is_read_again(family: Family, tmp_path: Path) -
     assert gap(our_latents(again)[1], our_latents(model)[1]) <= 1e-5
 
 
+@families(NAMES, slow=VARIANTS)
 def test_half_precision_is_near(family: Family) -> None:
     full, half = family.model, model_of(family.folder, dtype="bf16")
     x = torch.randn(2, *full.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -276,7 +289,7 @@ def check_run(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len((config.parent / "evaluation" / "rows.csv").read_text().splitlines()) == 1 + 2 * 2
 
 
-@pytest.mark.parametrize("family", [n for n in NAMES if n != "sdxl_v"], indirect=True)
+@families([n for n in NAMES if n != "sdxl_v"], slow=("sd1", "sd3", "sd35_without_t5"))
 @pytest.mark.parametrize("method", ["d3po", pytest.param("ddpo", marks=pytest.mark.slow)])
 def test_three_rounds(
     family: Family, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -291,7 +304,7 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pipelines.sd3(tmp_path_factory.mktemp("sd3") / "sd3")
 
 
-@pytest.mark.parametrize("sampler", ["cps", "ddim"])
+@pytest.mark.parametrize("sampler", ["cps", pytest.param("ddim", marks=pytest.mark.slow)])
 def test_a_flow_without_noise_in_the_last_step(
     sampler: str, sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,7 +248,13 @@ def test_the_next_round_goes_on_from_what_was_learnt(
 
 
 @pytest.mark.parametrize(
-    "method", ["preferred_images", "reward_weighted", "ddpo", "dpok", "diffusion_dpo", "kto"]
+    "method",
+    [
+        "preferred_images",
+        "ddpo",
+        "diffusion_dpo",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("reward_weighted", "dpok", "kto")),
+    ],
 )
 def test_other_methods_learn_from_the_same_votes(method: str, drawn: Path, tmp_path: Path) -> None:
     training.train(learnable(drawn), request(method), tmp_path / "run")
@@ -257,6 +263,7 @@ def test_other_methods_learn_from_the_same_votes(method: str, drawn: Path, tmp_p
     assert any(w.abs().max() > 0 for n, w in weights[0].items() if "lora_B" in n)
 
 
+@pytest.mark.slow
 def test_a_cut_training_goes_on_to_the_same_bytes(
     drawn: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -274,6 +281,7 @@ def test_a_cut_training_goes_on_to_the_same_bytes(
     assert files(tmp_path / "run") == files(trained)
 
 
+@pytest.mark.slow
 def test_a_training_on_votes_can_be_watched(drawn: Path, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     asked = replace(request(), track=("tensorboard",))
@@ -361,6 +369,7 @@ def test_without_errors_raters_say_what_the_rule_says_and_with_error_1_the_oppos
     assert [said for _, _, said in found] == [right(-worth[item]) for _, item, _ in found]
 
 
+@pytest.mark.slow
 def test_errors_come_as_often_as_stated_and_differ_between_raters(tmp_path: Path) -> None:
     worth, found = votes(tmp_path, "tags", [Annotator(error=0.2)] * 2, number=60)
     wrong = [len(tagged(right(worth[item])) ^ tagged(said)) for _, item, said in found]
@@ -593,7 +602,10 @@ def test_a_round_without_votes_cannot_be_learnt_from(own: Path) -> None:
     refused("feedback", "train", own, match="Nobody has voted on the round")
 
 
-@pytest.mark.parametrize("method", ["d3po", "preferred_images", "reward_weighted", "ddpo"])
+@pytest.mark.parametrize(
+    "method",
+    ["d3po", "preferred_images", "reward_weighted", pytest.param("ddpo", marks=pytest.mark.slow)],
+)
 def test_ties_alone_teach_only_who_compares_with_the_round(
     method: str, own: Path, tmp_path: Path
 ) -> None:

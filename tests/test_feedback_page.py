@@ -866,6 +866,7 @@ def test_nothing_is_served_to_a_rater_without_a_name(tags: Site) -> None:
     assert raters(tags.store) == []
 
 
+@pytest.mark.slow
 def test_acknowledged_votes_survive_kill_9(tmp_path: Path) -> None:
     # the real server, twice killed while three raters vote; `python -m tests.feedback_load`
     # is the same at full size

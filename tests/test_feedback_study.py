@@ -498,7 +498,7 @@ def test_alpha_of_a_scale_is_ordinal(tmp_path: Path) -> None:
     assert alpha == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".json"])
+@pytest.mark.parametrize("suffix", [".csv", pytest.param(".json", marks=pytest.mark.slow)])
 def test_the_export_of_a_study_is_read_question_by_question(site: Site, suffix: str) -> None:
     site.work(site.rater(), "Ann")
     table = site.folder / f"labels{suffix}"

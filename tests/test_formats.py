@@ -105,8 +105,12 @@ def test_a_format_that_is_asked_for_goes_before_the_name(
     [
         (["runs", "--table", "gains"], "The format html shows the runs themselves and no table"),
         (["runs", "--table", "gains", "--format", "lm-eval"], "The format lm-eval shows"),
-        (["runs", "--format", "pdf"], "pdf"),
-        (["runs/tiny/compress/d3po/seed-0/samples"], "There are no run folders"),
+        pytest.param(["runs", "--format", "pdf"], "pdf", marks=pytest.mark.slow),
+        pytest.param(
+            ["runs/tiny/compress/d3po/seed-0/samples"],
+            "There are no run folders",
+            marks=pytest.mark.slow,
+        ),
         (["nowhere"], "There are no run folders"),
         (["runs", "broken"], "cannot be read"),
     ],

@@ -33,6 +33,7 @@ def raises() -> dict[str, Any]:
     raise ValueError("two\nlines")
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_finds_no_time_costs_no_other(tmp_path: Path) -> None:
     report = Report(tmp_path / "card.json", 100, {"card": "A"})
     report.part("one", 1, raises)

@@ -88,7 +88,9 @@ class Rounds:
 # ---- NaN and infinity
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)]
+)
 def test_a_network_that_says_nan_stops_the_run(
     called: Called, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
@@ -123,7 +125,11 @@ def test_an_evaluation_score_of_nan_stops_the_run(
 
 
 @pytest.mark.parametrize(
-    ("settings", "round_"), [({}, 1), ({"dtype": "fp16", "prompts_per_round": 20}, 2)]
+    ("settings", "round_"),
+    [
+        ({}, 1),
+        pytest.param({"dtype": "fp16", "prompts_per_round": 20}, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_gradient_of_nan_names_its_weight(
     settings: dict[str, Any], round_: int, called: Called, monkeypatch: pytest.MonkeyPatch
@@ -170,7 +176,7 @@ def test_an_evaluation_kl_of_nan_stops_the_run(
     assert {row.partition(",")[0] for row in rows} == {"0"}
 
 
-@pytest.mark.parametrize("units", [1000, 1])
+@pytest.mark.parametrize("units", [pytest.param(1000, marks=pytest.mark.slow), 1])
 def test_weights_of_nan_are_named_and_not_written(called: Called, units: int) -> None:
     """Adam without epsilon divides the first LoRA factor's gradient of 0 by 0.
 

@@ -121,7 +121,9 @@ def test_signs_of_life_come_while_others_fail(monkeypatch: pytest.MonkeyPatch) -
         assert several.wait(30)
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "asked", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_asked_to_stop_ends_after_its_round(
     asked: signal.Signals, command: Command, micro: Path, finished: Path,
     monkeypatch: pytest.MonkeyPatch,

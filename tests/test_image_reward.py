@@ -99,6 +99,7 @@ def test_other_normalisation_of_images_or_rewards_shows(
         assert gaps(recording, scorer).min() > SEEN
 
 
+@pytest.mark.slow
 def test_squeezing_instead_of_cropping_shows(
     recording: Recording, scorer: image_reward.ImageReward
 ) -> None:
@@ -108,6 +109,7 @@ def test_squeezing_instead_of_cropping_shows(
         assert gap <= 1e-5 if height == width else gap > SEEN
 
 
+@pytest.mark.slow
 def test_another_filter_shows(recording: Recording, scorer: image_reward.ImageReward) -> None:
     def bilinear(image: Image.Image) -> Image.Image:
         return image.resize((224, 224), Image.Resampling.BILINEAR)
@@ -118,6 +120,7 @@ def test_another_filter_shows(recording: Recording, scorer: image_reward.ImageRe
         assert gap <= 1e-5 if size == (224, 224) else gap > 1e-4  # nothing to resize there
 
 
+@pytest.mark.slow
 def test_another_cut_shows(
     recording: Recording, scorer: image_reward.ImageReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_nothing(micro: Path, micro_model: Stable
         torch.testing.assert_close(weight, saved.trainable()[name])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_keeps_the_adapter_and_the_steps_in_fp32(
     micro: Path, micro_model: StableDiffusion, dtype: str
 ) -> None:

@@ -123,7 +123,7 @@ def moved(policy: Policy, base: Policy) -> tuple[Tensor, float]:
     ("process", "prediction", "eta", "weight"),
     [
         (VariancePreserving(ALPHAS_CUMPROD), "epsilon", 1.0, 0.7),
-        (RectifiedFlow(), "flow", 0.7, 2.0),
+        pytest.param(RectifiedFlow(), "flow", 0.7, 2.0, marks=pytest.mark.slow),
     ],
     ids=["noise that preserves variance", "rectified flow"],
 )

@@ -17,7 +17,7 @@ def command(*arguments: str | Path) -> None:
     main([str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("method", ["d3po", "ddpo"])
+@pytest.mark.parametrize("method", ["d3po", pytest.param("ddpo", marks=pytest.mark.slow)])
 def test_points_run_evaluate_and_plot(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

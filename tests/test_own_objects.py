@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 import d3po_bench as db
@@ -81,6 +80,7 @@ def test_objects_train_as_what_is_installed_does(quick: dict[str, Any]) -> None:
     assert runs.table()["objective"].tolist() == ["contrast"]
 
 
+@pytest.mark.slow
 def test_objects_with_other_numbers_are_others(quick: dict[str, Any]) -> None:
     db.run(objective=Brightness(1.0), **quick)
     with pytest.raises(db.UserError, match=r"holds another run: sources is .*scale=1.0"):
@@ -211,9 +211,3 @@ def test_objects_of_a_script_go_to_worker_processes(micro: Path, tmp_path: Path)
         [sys.executable, "script.py", str(micro), json.dumps(SETTINGS)], cwd=tmp_path, check=True
     )
     assert len(list(tmp_path.rglob("seed-*/lora"))) == 2
-
-
-def test_torch_is_as_it_was(quick: dict[str, Any]) -> None:
-    torch.set_num_threads(2)
-    db.run(objective=Brightness, **quick)
-    assert torch.get_num_threads() == 2

@@ -105,7 +105,8 @@ def test_swapping_who_won_negates_the_gradient(method: Any, micro_model: StableD
 @pytest.mark.parametrize(
     "method",
     [DiffusionDPO(beta=20.0), KTO(beta=20.0),
-     RewardWeighted(weight="signed", advantage="group", anchor=0.1)],
+     pytest.param(RewardWeighted(weight="signed", advantage="group", anchor=0.1),
+                  marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_one_gradient_whatever_the_micro_batches(method: Any, policy: Policy) -> None:
     rows, kept, logs = rows_of(policy, method), [], []

@@ -86,7 +86,9 @@ def test_a_run_that_was_killed_goes_on_from_there_to_the_same_bytes(
     assert {n: data for n, data in contents(Path("fresh")).items() if n not in index} == expected
 
 
-@pytest.mark.parametrize("number", [0, 4, 9, 14])
+@pytest.mark.parametrize(
+    "number", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 9, 14))]
+)
 def test_wherever_an_upload_breaks_off_the_run_resumes(
     number: int, command: Command, micro: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

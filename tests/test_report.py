@@ -264,7 +264,7 @@ def test_bands_of_many_methods_are_not_crossed_by_seeds(tmp_path: Path) -> None:
     assert len(axes.collections) == 4
 
 
-@pytest.mark.parametrize("x", ["pairs", "images"])
+@pytest.mark.parametrize("x", [pytest.param("pairs", marks=pytest.mark.slow), "images"])
 @pytest.mark.parametrize("objectives", [("compress",), ("compress", "incompress")])
 def test_nothing_of_a_full_figure_overlaps(
     tmp_path: Path, objectives: tuple[str, ...], x: str
@@ -495,7 +495,9 @@ def test_seconds_without_timing(tmp_path: Path) -> None:
     assert figure_of.plot([tmp_path], x="pairs")
 
 
-@pytest.mark.parametrize("x", ["scorer_calls", "unet_forwards"])
+@pytest.mark.parametrize(
+    "x", ["scorer_calls", pytest.param("unet_forwards", marks=pytest.mark.slow)]
+)
 def test_over_further_counts(tmp_path: Path, x: str) -> None:
     folder = write_run(tmp_path)
     assert "metrics.jsonl" in refused(lambda: figure_of.plot([tmp_path], x=x))

@@ -31,7 +31,7 @@ TEXT = ("config.json", "provenance.json", "metrics.jsonl", "eval.csv", "timing.j
 def made(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results with five seeds of a run of a second, as they are published."""
     home = tmp_path_factory.mktemp("made")
-    more = {"prompts_per_round": 8, "eval_prompts": 8, "eval_images": 2, "micro_batch": 32}
+    more = {"prompts_per_round": 4, "eval_prompts": 8, "eval_images": 2, "micro_batch": 32}
     place = ("--seeds", str(SEEDS), "--jobs", "1", "--out", home / "runs")
     main(run_of(micro, *place, rounds=3, **more))
     for config in sorted((home / "runs").rglob("config.json")):
@@ -67,12 +67,14 @@ def edit(path: Path, **changes: Any) -> None:
 # ---- the verdict of the command
 
 
-def test_the_same_command_gives_the_same_bytes(results: Path) -> None:
+def test_the_same_command_gives_the_same_bytes(results: Path, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in results.rglob("*") if p.is_file()}
-    done = CliRunner().invoke(cli, ["verify", str(results), "--rerun", "2"])
+    kept = ("--out", str(tmp_path / "again"))
+    done = CliRunner().invoke(cli, ["verify", str(results), "--rerun", "2", *kept])
     assert done.exit_code == 0, done.output
     assert done.output.count(": reproduced, same bytes") == 2
     assert {p: p.read_bytes() for p in results.rglob("*") if p.is_file()} == before
+    assert len(list((tmp_path / "again").rglob("eval.csv"))) == 2
 
 
 @pytest.mark.slow
@@ -92,7 +94,7 @@ def test_another_split_reproduces_with_other_bytes(results: Path) -> None:
     assert "log kl" in done.output
 
 
-@pytest.mark.parametrize("factor", [10, 0.1])
+@pytest.mark.parametrize("factor", [10, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_another_learning_rate_does_not_reproduce(results: Path, factor: float) -> None:
     """The runs were made with 3e-3; their configs say something else."""
     for run in cells(results):
@@ -118,6 +120,7 @@ def test_other_bytes_in_the_same_place_do_not_reproduce(results: Path) -> None:
     assert isinstance(done.exception, RunError)
 
 
+@pytest.mark.slow
 def test_columns_that_were_not_measured_then_are_no_difference(results: Path) -> None:
     for run in cells(results):
         kept = [line.split(",")[:5] for line in (run / "eval.csv").read_text().splitlines()]
@@ -126,12 +129,6 @@ def test_columns_that_were_not_measured_then_are_no_difference(results: Path) ->
     done = again(results)
     assert "reproduced, same numbers, and more columns" in done.output
     assert done.exit_code == 0, done.output
-
-
-def test_what_is_made_again_is_kept_in_out(results: Path, tmp_path: Path) -> None:
-    done = again(results, "--out", str(tmp_path / "again"))
-    assert done.exit_code == 0, done.output
-    assert len(list((tmp_path / "again").rglob("eval.csv"))) == 1
 
 
 def test_the_draw_follows_the_seed(made: Path) -> None:
@@ -308,9 +305,9 @@ def test_other_inputs_are_named(made: Path, tmp_path: Path) -> None:
 def test_other_numbers_of_images_are_named(made: Path, tmp_path: Path) -> None:
     def change(folder: Path) -> None:
         text = (folder / "metrics.jsonl").read_text()
-        (folder / "metrics.jsonl").write_text(text.replace('"images": 48', '"images": 49'))
+        (folder / "metrics.jsonl").write_text(text.replace('"images": 24', '"images": 25'))
 
-    assert "its counts differ: images ends at [48] and [49]" in judged(made, tmp_path, change).said
+    assert "its counts differ: images ends at [24] and [25]" in judged(made, tmp_path, change).said
 
 
 def test_too_few_seeds_cannot_be_judged(made: Path, tmp_path: Path) -> None:
@@ -346,7 +343,7 @@ def test_intervals_by_hand() -> None:
         same_seed(1.0, [1.0])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.9])
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_false_alarms_are_as_rare_as_stated(share: float) -> None:
     """Five normal seeds, one made again that shares so much of its variance with the first."""
     rng = np.random.default_rng(0)

@@ -42,12 +42,15 @@ from tests.damage import Harm, flipped, truncated
 # ---- killed
 
 
-def test_killed_runs_end_with_the_same_bytes(micro: Path) -> None:
+@pytest.mark.parametrize("number", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_runs_end_with_the_same_bytes(number: int, micro: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kills", "--kills", "2", "--model", str(micro)],
+        [sys.executable, "-m", "tests.kills", "--kills", str(number), "--model", str(micro)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.splitlines()[-1].startswith("2 of 2 equal"), done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{number} of {number} equal"), (
+        done.stdout + done.stderr
+    )
     assert done.returncode == 0
 
 
@@ -125,7 +128,7 @@ def test_checkpoints_come_every_few_rounds_and_at_the_end(
 # ---- damaged
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 @pytest.mark.parametrize("harm", [truncated, flipped])
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     harm: Harm, seed: int, command: Command, micro: Path, half: Path, finished: Path
@@ -202,6 +205,7 @@ def test_resuming_with_a_smaller_batch_is_on_record(
     assert said in list(verify.check_run(RunFolder(folder)))
 
 
+@pytest.mark.slow
 def test_resuming_in_the_same_environment_is_nothing_to_tell(
     command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +218,10 @@ def test_resuming_in_the_same_environment_is_nothing_to_tell(
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"checkpoint_every": 2, "eval_every": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"checkpoint_every": 2, "eval_every": 0}, marks=pytest.mark.slow)],
+)
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     settings: dict[str, int], command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +274,9 @@ def test_a_config_that_was_exchanged_is_refused(command: Command, micro: Path, h
     refused(command(*run_of(micro, learning_rate=0.9)), "is of another run, seed or version")
 
 
-@pytest.mark.parametrize("name", ["eval.csv", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["eval.csv", pytest.param("metrics.jsonl", marks=pytest.mark.slow)]
+)
 def test_a_finished_run_with_other_rows_is_refused(
     command: Command, micro: Path, name: str
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from d3po_bench.launch import launch
 from d3po_bench.runs.run import RunFolder
 from eval.tools import TOOLS
@@ -53,6 +55,7 @@ def test_the_same_command_writes_the_same_bytes(
         assert written(seed_folder(Path("runs"), micro), (name,)) == written(finished, (name,))
 
 
+@pytest.mark.slow
 def test_jobs_seeds_and_batches_do_not_change_what_is_written(
     command: Command, micro: Path, finished: Path
 ) -> None:

@@ -67,7 +67,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
 def test_what_is_counted_without_weights_is_what_autograd_keeps_of_real_ones(
     family: str, tmp_path: Path
 ) -> None:
@@ -165,6 +165,7 @@ def test_a_run_computes_as_usual_on_a_cpu_and_by_its_memory_where_that_is_given(
     assert "memory" not in RunFolder(seed_folder(Path("little"), small)).facts["execution"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_batches_and_says_where_they_do_not_fit(
     command: Command, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,8 +211,18 @@ def test_a_batch_that_was_chosen_too_large_is_halved_once(
 @pytest.mark.parametrize(
     ("settings", "times", "said"),
     [
-        ({}, 2, "Out of memory with micro_batch=16. Try --set micro_batch=8."),
-        ({"micro_batch": 12}, 1, "Out of memory with micro_batch=12. Try --set micro_batch=6."),
+        pytest.param(
+            {},
+            2,
+            "Out of memory with micro_batch=16. Try --set micro_batch=8.",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"micro_batch": 12},
+            1,
+            "Out of memory with micro_batch=12. Try --set micro_batch=6.",
+            marks=pytest.mark.slow,
+        ),
         ({"micro_batch": 1}, 1, "Try --set gradient_checkpointing=true."),
     ],
 )
@@ -241,9 +252,8 @@ def test_the_stage_that_found_no_memory_decides_the_setting() -> None:
 # ---- on a card
 
 
-@pytest.mark.parametrize(
-    "name", ["sd15", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sdxl", "sd3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_published_models_stay_under_their_card(name: str) -> None:
     published = [row for row in read_csv(memory.HERE / "memory.csv") if row["model"] == name]
     rows = list(memory.rows(name))

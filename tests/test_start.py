@@ -57,10 +57,10 @@ def answer(model: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "training"),
     [
-        ({}, {}),
-        ({"lora_alpha": 2}, {}),
+        pytest.param({}, {}, marks=pytest.mark.slow),
+        pytest.param({"lora_alpha": 2}, {}, marks=pytest.mark.slow),
         ({"lora_alpha": 12}, {"lora_alpha": 2.0}),
-        ({"r": 2}, {"lora_rank": 8}),
+        pytest.param({"r": 2}, {"lora_rank": 8}, marks=pytest.mark.slow),
         ({"rank_pattern": {"attn1.to_q": 1}}, {}),
         ({"target_modules": ["conv1", "to_q"]}, {"lora_targets": ("conv1", "to_q", "to_k")}),
     ],

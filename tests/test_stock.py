@@ -216,7 +216,16 @@ DRAWN: dict[str, tuple[str, Change]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DRAWN)
+SLOW = (
+    "offset 0 in sdxl", "zero terminal snr, euler", "unipc", "dpm++", "ddpm", "500 timesteps",
+    "shards", "fp16 alone", "text_model",
+)  # fmt: skip
+"""Near another of those above."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in DRAWN]
+)
 def test_a_pipeline_is_drawn_as_by_diffusers(name: str, originals: Path, tmp_path: Path) -> None:
     family, change = DRAWN[name]
     folder = shutil.copytree(originals / family, tmp_path / "model")
@@ -357,13 +366,18 @@ def text_encoder_too(folder: Path, to: Path) -> None:
 
 
 FORMATS: list[Callable[[Path, Path], None]] = [
-    diffusers_names, alpha_in_the_metadata, kohya_names, kohya_conv, processor_names, dora,
-    text_encoder_too,
+    diffusers_names, alpha_in_the_metadata, kohya_conv, processor_names, text_encoder_too,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("make", "family"), [*((make, "sd1") for make in FORMATS), (text_encoder_too, "sdxl")]
+    ("make", "family"),
+    [
+        (kohya_names, "sd1"),
+        (dora, "sd1"),
+        (text_encoder_too, "sdxl"),
+        *(pytest.param(make, "sd1", marks=pytest.mark.slow) for make in FORMATS),
+    ],
 )
 def test_a_lora_is_drawn_as_by_diffusers(
     make: Callable[[Path, Path], None], family: str, originals: Path, tmp_path: Path
@@ -393,7 +407,7 @@ def test_evaluate_takes_a_lora_by_its_folder_or_its_file(originals: Path, tmp_pa
     assert all(len(name) == len("0123456789ab + 0123456789ab") for name in content)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.slow), "sdxl"])
 def test_the_drift_of_a_lora_on_text_encoders_is_from_the_untouched_ones(
     family: str, originals: Path, tmp_path: Path
 ) -> None:

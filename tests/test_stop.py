@@ -50,11 +50,13 @@ def of_round(number: int) -> Callable[..., bool]:
     ("owner", "name", "when", "rounds_kept"),
     [
         (Trainer, "train_round", in_round_2, 1),
-        (RunStore, "checkpoint", of_round(0), 0),
-        (RunStore, "checkpoint", of_round(1), 1),
-        (RunStore, "checkpoint", of_round(2), 2),
-        (RunStore, "log", lambda store, *_: len(store.metrics) == 1, 1),
-        (StableDiffusion, "save", lambda *_: True, 2),
+        pytest.param(RunStore, "checkpoint", of_round(0), 0, marks=pytest.mark.slow),
+        pytest.param(RunStore, "checkpoint", of_round(1), 1, marks=pytest.mark.slow),
+        pytest.param(RunStore, "checkpoint", of_round(2), 2, marks=pytest.mark.slow),
+        pytest.param(
+            RunStore, "log", lambda store, *_: len(store.metrics) == 1, 1, marks=pytest.mark.slow
+        ),
+        pytest.param(StableDiffusion, "save", lambda *_: True, 2, marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
@@ -75,6 +77,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert files(folder) == files(finished)
 
 
+@pytest.mark.slow
 def test_a_loss_of_nan_ends_the_run_and_keeps_what_is_written(
     command: Command, micro: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +102,7 @@ def test_a_loss_of_nan_ends_the_run_and_keeps_what_is_written(
     assert written(folder) == written(finished)
 
 
+@pytest.mark.slow
 def test_a_failed_seed_does_not_stop_the_next(
     command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +113,9 @@ def test_a_failed_seed_does_not_stop_the_next(
     assert RunFolder(seed_folder(Path("runs"), micro, 1)).finished
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2, 12, 14, 25, 28])
+@pytest.mark.parametrize(
+    "writes", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 12, 14, 25, 28))]
+)
 def test_a_full_disk_ends_the_run_which_resumes_when_there_is_room(
     writes: int, command: Command, micro: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,9 +153,14 @@ def test_a_full_disk_at_the_lora_is_told(
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("std::bad_alloc"),
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        pytest.param(
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(RuntimeError("std::bad_alloc"), marks=pytest.mark.slow),
+        pytest.param(OSError(errno.ENOMEM, "Cannot allocate memory"), marks=pytest.mark.slow),
     ],
 )
 def test_too_little_memory_says_how_to_need_less(
@@ -231,6 +242,7 @@ def endless(micro: Path, out: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_command_takes_its_workers_along(micro: Path, tmp_path: Path) -> None:
     with endless(micro, tmp_path / "runs") as process:
         try:

@@ -166,6 +166,7 @@ eval_every = 1
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_all_its_runs(command: Command, micro: Path) -> None:
     small = "".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items()
                     if key != "eval_every")  # fmt: skip
