@@ -98,6 +98,11 @@ def to_name(model: Model, out: Path, steps: int) -> None:
         (out / "naming.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
 
 
+def _share(told: dict[str, float], kind: str) -> str:
+    """A list's score of a kind; some lists lack one."""
+    return f"{told[kind]:.2f}" if kind in told else "-"
+
+
 def _judges(folder: Path | None) -> dict[str, judge.Judge]:
     """Those in a folder, or those that ship."""
     home = folder or judge.HERE
@@ -120,7 +125,7 @@ def card(home: Path, judges: Path) -> str:
     parts = ("presence", "count", "colour", "place")
     kinds = (*_geneval.KINDS, "mean")
     scores = [
-        f"| {name} | {by} | {' | '.join(f'{found[key][k]:.2f}' for k in kinds)} |"
+        f"| {name} | {by} | {' | '.join(_share(found[key], k) for k in kinds)} |"
         for name, by, key in (
             (name, by, f"{name} {by} hard") for name in lists.lists() for by in judge.NETWORKS
         )
