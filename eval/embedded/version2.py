@@ -4,8 +4,8 @@
 
 draws the captions of version 2's lists, scores them by kind with each judge that is there,
 asks how often the animal of a bare name is the one most likely seen, and writes measured.json,
-CARD.md and two sheets: one of animals in random order without their names, for people to name, with
-its key in naming.json, where answers are written beside it; one with captions.
+CARD.md and sheets: one of animals in random order without their names, for people to name, with its
+key in naming.json, where answers are written beside it; one with captions; one of both versions.
 """
 
 from __future__ import annotations
@@ -103,6 +103,15 @@ def _share(told: dict[str, float], kind: str) -> str:
     return f"{told[kind]:.2f}" if kind in told else "-"
 
 
+def both(model: Model, path: Path, steps: int) -> None:
+    """Nine animals by version 1, and by version 2."""
+    first = load(Source(str(HERE.parent / "tiny")), torch.device("cpu"), Training())
+    old, new = (drawn(m, ANIMALS[:18:2], steps, eta=0.0) for m in (first, model))
+    old = old.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    names = [f"{name}, version {v}" for v in (1, 2) for name in ANIMALS[:18:2]]
+    _shown(torch.cat([old, new]), names, path)
+
+
 def _judges(folder: Path | None) -> dict[str, judge.Judge]:
     """Those in a folder, or those that ship."""
     home = folder or judge.HERE
@@ -168,6 +177,7 @@ def main(folder: Path, judges: Path | None, out: Path | None, images: int, steps
     to_name(model, out, steps)
     captions = lists.lists()["geneval-held-out"][::6]
     _shown(drawn(model, captions, steps, eta=0.0), captions, out / "captions.png")
+    both(model, out / "versions.png", steps)
     facts = measure(model, _judges(judges), images, steps)
     (out / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (out / "CARD.md").write_text(card(out, judges or judge.HERE), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,28 @@ CAPTIONS = (
 )  # fmt: skip
 """Two of each kind or more."""
 
-_FOOT = 14
+_LINE = 14
 
 
 def save_sheet(
-    pictures: Sequence[NDArray[np.uint8]], labels: Sequence[str], path: Path, columns: int = 9
+    pictures: Sequence[NDArray[np.uint8]],
+    labels: Sequence[str],
+    path: Path,
+    columns: int = 9,
+    scale: int = 2,
 ) -> None:
-    """Write pictures [s, s, 3], twice enlarged without blur, each over its label."""
+    """Write pictures [s, s, 3], enlarged without blur, each over its label."""
     side = 2 * pictures[0].shape[0]
+    lines = [textwrap.wrap(label, side // 6) for label in labels]
+    height = side + _LINE * max(map(len, lines))
     rows = -(-len(pictures) // columns)
-    whole = Image.new("RGB", (columns * side, rows * (side + _FOOT)), "white")
-    for i, (pixels, label) in enumerate(zip(pictures, labels, strict=True)):
+    whole = Image.new("RGB", (columns * side, rows * height), "white")
+    for i, (pixels, label) in enumerate(zip(pictures, lines, strict=True)):
         image = Image.fromarray(np.ascontiguousarray(pixels))
-        place = (i % columns * side, i // columns * (side + _FOOT))
-        whole.paste(image.resize((side, side), Image.Resampling.NEAREST), place)
-        ImageDraw.Draw(whole).text((place[0] + 2, place[1] + side), label[:22], fill=0)
+        x, y = i % columns * side, i // columns * height
+        whole.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        for n, line in enumerate(label):
+            ImageDraw.Draw(whole).text((x + 2, y + side + n * _LINE), line, fill=0)
     path.parent.mkdir(exist_ok=True)
     whole.save(path)
 
