@@ -28,13 +28,9 @@ _LINE = 14
 
 
 def save_sheet(
-    pictures: Sequence[NDArray[np.uint8]],
-    labels: Sequence[str],
-    path: Path,
-    columns: int = 9,
-    scale: int = 2,
+    pictures: Sequence[NDArray[np.uint8]], labels: Sequence[str], path: Path, columns: int = 9
 ) -> None:
-    """Write pictures [s, s, 3], enlarged without blur, each over its label."""
+    """Write pictures [s, s, 3], twice enlarged without blur, each over its label."""
     side = 2 * pictures[0].shape[0]
     lines = [textwrap.wrap(label, side // 6) for label in labels]
     height = side + _LINE * max(map(len, lines))
