@@ -113,8 +113,12 @@ def record() -> Iterator[str]:
         except UserError as problem:
             yield f"{name}: not recorded. {problem}"
             continue
-        golden.record(name.partition(":")[0], scorer)
-        yield f"{name}: recorded for {golden.fingerprint(scorer)}"
+        base, of = name.partition(":")[0], golden.fingerprint(scorer)
+        if of in golden.recorded().get(base, {}):
+            yield f"{name}: on record for {of}"  # writing it again would hide that it moved
+            continue
+        golden.record(base, scorer)
+        yield f"{name}: recorded for {of}"
 
 
 def list_weights() -> Iterator[str]:

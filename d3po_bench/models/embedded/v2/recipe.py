@@ -185,9 +185,9 @@ def train_unet(recipe: Recipe, work: Path, plan: Plan) -> State:
     """Fit UNet and text encoder: noise prediction as `denoising` measures it."""
     tokenizer, device = _tokenizer(work), plan.device
     torch.manual_seed(recipe.seed)
-    model = new_denoiser(recipe, tokenizer).to(device)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
+    model: Any = new_denoiser(recipe, tokenizer)  # torch's types know no layout of a module
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    model = model.to(device, memory_format=layout)
     captions = json.loads((work / "captions.json").read_text())
     unique = ["", *sorted(set(captions))]
     table, number = tokenize(tokenizer, unique).to(device), {c: i for i, c in enumerate(unique)}
