@@ -13,11 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from d3po_bench import registry
+from d3po_bench import api, registry
 from d3po_bench.models.embedded.recipe import new_tokenizer
+from d3po_bench.models.embedded.v2 import judge_recipe
+from d3po_bench.models.embedded.v2.captions import ANIMALS
 from d3po_bench.models.embedded.v2.pictures import SHARD
 from d3po_bench.models.embedded.v2.scenes import KINDS, Scene, Thing
 from d3po_bench.models.embedded.v2.scenes import scene as drawn
+from d3po_bench.runs.run import find_runs
 from eval.embedded import facts, recipe
 from eval.embedded.facts import Facts
 from eval.embedded.recipe import Batches, Recipe
@@ -180,3 +183,28 @@ def shards(source: Facts, folder: Path) -> None:
         np.save(folder / f"images-{number:04}.npy", torch.cat([pixels, masks], 3).numpy())
         lines = (json.dumps(asdict(source.scenes[i])) for i in index.tolist())
         (folder / f"scenes-{number:04}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_the_animals_of_version_2_are_what_its_second_judge_sees() -> None:
+    images, scenes = judge_recipe.held_out(24)
+    shown = registry.load_scorer("animal:tiny2", torch.device("cpu"))
+    absent = [
+        next(animal for animal in ANIMALS if animal not in {t.animal for t in scene.things})
+        for scene in scenes
+    ]
+    assert shown(images, [scene.caption for scene in scenes]).min() > 0.5
+    assert shown(images, absent).max() < 0.5
+    assert shown(images[:1], ["a house"]).isnan().all()
+
+
+def test_version_2_learns_from_its_judge(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "prompts_per_round": 2, "images_per_prompt": 2, "sampling_steps": 2, "skip_steps": 0,
+        "eval_every": 0,
+    }  # fmt: skip
+    api.run(
+        method="ddpo", objective="geneval_soft", model="tiny2", out=tmp_path, settings=settings,
+        rounds=1, quiet=True,
+    )  # fmt: skip
+    (run,) = find_runs([tmp_path])
+    assert 0 <= run.metrics[-1]["score_mean"] <= 1

@@ -1,4 +1,4 @@
-"""Probability of the prompted animal under the embedded model's independent classifier."""
+"""Probability of the prompted animal under a network that no method is rewarded by."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from d3po_bench.models.embedded.v2 import judge
+from d3po_bench.models.embedded.v2.captions import ANIMALS, read
 from d3po_bench.types import Scorer
 
 
@@ -52,6 +54,30 @@ class Animal:
         return next((self.names.index(w) for w in words if w in self.names), None)
 
 
-def load(device: torch.device) -> Scorer:
-    """The classifier on `device`."""
-    return Animal(device)
+class Shown:
+    """How sure version 2's second judge is of the prompted animals, 0 to 1; NaN for other captions.
+
+    Of an animal it is the probability where it is most likely; of several animals, the least.
+    """
+
+    unit = "probability"
+
+    def __init__(self, device: torch.device) -> None:
+        """Load the judge that ships with version 2."""
+        self.judge = judge.load("second", device)
+        self.sources = judge.paths("second", judge.HERE)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Probabilities [N] for images [N, 3, h, w] uint8."""
+        sure = self.judge.see(images).animals.flatten(2).amax(2)
+        asked = [read(prompt) for prompt in prompts]
+        wanted = [{ANIMALS.index(w.animal) for w in a.wanted} if a else set() for a in asked]
+        return torch.stack(
+            [p[list(w)].min() if w else p.new_tensor(float("nan"))
+             for p, w in zip(sure, wanted, strict=True)]
+        )  # fmt: skip
+
+
+def load(device: torch.device, weights: str = "tiny") -> Scorer:
+    """For pictures of `tiny2` the judge, for all others the classifier of version 1."""
+    return Shown(device) if weights == "tiny2" else Animal(device)
