@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from d3po_bench.cli import completion
-from d3po_bench.cli.options import PLACE, Range, Result, Working
+from d3po_bench.cli.options import PLACE, PROMPTS, Range, Result, Working
 from d3po_bench.cli.run import ASK, DEVICE, JOBS, WHERE
 from d3po_bench.config import MOST_SEEDS
 from d3po_bench.errors import UserError
@@ -96,6 +96,9 @@ def _protocol(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     "--model", default="tiny", show_default=True, shell_complete=completion.of("model"),
     help="As in `d3po-bench run`.",
 )  # fmt: skip
+@click.option(
+    "--prompts", type=PROMPTS, shell_complete=completion.prompts, help="As in `d3po-bench run`."
+)
 @click.option("--preset", shell_complete=completion.preset, help="As in `d3po-bench run`.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", shell_complete=completion.setting,
@@ -116,8 +119,8 @@ def _protocol(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 def tune(
     methods: tuple[str, ...], objective: str, against: str | None, trials: int,
     seeds: Sequence[int], recognised: float | None, drift: float | None, model: str,
-    preset: str | None, settings: tuple[str, ...], sampler_seed: int, device: str,
-    jobs: int | None, where: str, asked: tuple[str, ...], out: Path, board: Board,
+    prompts: str | None, preset: str | None, settings: tuple[str, ...], sampler_seed: int,
+    device: str, jobs: int | None, where: str, asked: tuple[str, ...], out: Path, board: Board,
 ) -> Result:  # fmt: skip
     """Search each METHOD's settings, with as many trials for each, on development seeds.
 
@@ -142,9 +145,9 @@ def tune(
         methods=methods, seeds=seeds, trials=trials, against=against, measure=ends,
         rule=Rule(recognised, drift), sampler_seed=sampler_seed,
         run=launch.RunRequest(
-            method=methods[0], objective=objective, model=model, preset=preset,
-            settings=pairs_of(settings), seeds=range(1), device=device, out=out, tools=TOOLS,
-            jobs=jobs, where=launch.Where(where, pairs_of(asked, "--ask")),
+            method=methods[0], objective=objective, model=model, prompts=prompts,
+            preset=preset, settings=pairs_of(settings), seeds=range(1), device=device, out=out,
+            tools=TOOLS, jobs=jobs, where=launch.Where(where, pairs_of(asked, "--ask")),
         ),
     )  # fmt: skip
     table, rows = run(request, board)
