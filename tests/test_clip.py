@@ -180,7 +180,7 @@ def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cut" / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not CLIP's"):
         clip.load(CPU, str(tmp_path / "cut"))
-    with pytest.raises(UserError, match="official, tiny or a folder"):
+    with pytest.raises(UserError, match="official, tiny, tiny2 or a folder"):
         clip.load(CPU, str(tmp_path / "nowhere"))
 
 

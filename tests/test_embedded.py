@@ -31,11 +31,13 @@ def tiny() -> StableDiffusion:
     return loaded(SOURCE.path)
 
 
-def test_everything_together_is_at_most_12_mb() -> None:
-    weights = [p for p in HOME.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}]
-    assert any(p.suffix == ".safetensors" for p in weights)
-    assert not [p for p in weights if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
-    assert sum(p.stat().st_size for p in weights) <= 12e6
+@pytest.mark.parametrize(("version", "most"), [(HOME, 12e6), (HOME / "v2", 14e6)])
+def test_a_version_is_small(version: Path, most: float) -> None:
+    files = [p for p in version.rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}]
+    own = [p for p in files if version.name == "v2" or "v2" not in p.relative_to(HOME).parts]
+    assert any(p.suffix == ".safetensors" for p in own)
+    assert not [p for p in own if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}]
+    assert sum(p.stat().st_size for p in own) <= most
 
 
 def test_plain_diffusers_loads_the_folder_and_draws_from_it() -> None:

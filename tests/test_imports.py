@@ -81,7 +81,7 @@ ALLOWED = {
     "eval.scorers": {
         "types", "errors", "models.embedded", "models.parts", "eval.downloads",
         "eval.scorers._blip", "eval.scorers._blip_match", "eval.scorers._clip",
-        "eval.scorers._features",
+        "eval.scorers._features", "eval.scorers._geneval",
     },
 }  # fmt: skip
 """Module or package -> what of ours it may import, for the type checker or later in a function,

@@ -3,9 +3,9 @@
 import torch
 
 from d3po_bench.types import Scorer
-from eval.scorers._geneval import hard, shipped
+from eval.scorers import _geneval
 
 
 def load(device: torch.device) -> Scorer:
     """The first judge, on `device`."""
-    return shipped("geneval", "first", hard, device)
+    return _geneval.shipped("geneval", "first", _geneval.hard, device)

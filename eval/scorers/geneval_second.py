@@ -3,9 +3,9 @@
 import torch
 
 from d3po_bench.types import Scorer
-from eval.scorers._geneval import hard, shipped
+from eval.scorers import _geneval
 
 
 def load(device: torch.device) -> Scorer:
     """The second judge, on `device`."""
-    return shipped("geneval_second", "second", hard, device)
+    return _geneval.shipped("geneval_second", "second", _geneval.hard, device)

@@ -3,9 +3,9 @@
 import torch
 
 from d3po_bench.types import Scorer
-from eval.scorers._geneval import shipped, soft
+from eval.scorers import _geneval
 
 
 def load(device: torch.device) -> Scorer:
     """The first judge, on `device`."""
-    return shipped("geneval_soft", "first", soft, device)
+    return _geneval.shipped("geneval_soft", "first", _geneval.soft, device)
