@@ -66,7 +66,7 @@ def _files(kind: Kind) -> dict[str, tuple[str, Path]]:
     for package in _FOLDERS[kind]:
         for path in sorted(_package(package).glob("*.py")):
             text = path.read_text(encoding="utf-8")
-            if mark in text and path.stem != "registry":
+            if mark in text and path.stem != "registry" and path.stem[0] != "_":
                 known = [path.stem, *variants_in(text)]
                 found |= dict.fromkeys(known, (f"{package}.{path.stem}", path))
     return found
@@ -315,14 +315,14 @@ def require_apart(texts: Sequence[str]) -> None:
             raise UserError(f"Two scorers are called {name}: {named[name]} and {text}. Rename one.")
 
 
-def takes_weights(name: str) -> bool:
-    """Whether a scorer's weights can be chosen."""
-    return not is_own("scorer", name) and "weights" in inspect.signature(_loader(name)).parameters
+def usual_weights(name: str) -> str | None:
+    """The weights that a scorer loads by itself; None where they cannot be chosen."""
+    given = None if is_own("scorer", name) else inspect.signature(_loader(name)).parameters
+    return given["weights"].default if given and "weights" in given else None
 
 
 def _loader(name: str) -> Callable[..., Scorer]:
-    module = _module("scorer", name)
-    found: Callable[..., Scorer] = getattr(module, "load", module)
+    found: Callable[..., Scorer] = getattr(module := _module("scorer", name), "load", module)
     if not callable(found):
         raise UserError(
             f"The scorer {name} is {ascii(found)[:80]}. Let its package name a function "
@@ -351,13 +351,13 @@ def load_scorer(name: str, device: Any, weights: str = "official") -> Guarded:
         reward = declared(name)
         return Guarded(name_of("scorer", name), reward.make(device), reward.unit, reward.digest)
     base, colon, asked = name.partition(":")
-    load, chosen = _loader(base), takes_weights(base)
-    if colon and not chosen:
+    load, usual = _loader(base), usual_weights(base)
+    if colon and usual is None:
         raise UserError(
             f"The scorer {base} has no weights to choose, as {name!r} does. Leave out the colon "
             "and what follows it."
         )
-    given = (device, asked if colon else weights) if chosen else (device,)
+    given = (device,) if usual is None else (device, asked if colon else weights)
     try:
         inspect.signature(load).bind(*given)
     except TypeError as problem:

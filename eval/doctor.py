@@ -74,16 +74,14 @@ def checkable() -> list[str]:
     for name in registry.names("scorer"):
         if name == "open_clip":
             continue  # its weights are the user's choice
-        if not registry.takes_weights(name):
+        usual = registry.usual_weights(name)
+        if usual is None:
             found.append(name)
-            continue
-        ours = name == "animal"  # lies with the models, and has no official weights
-        found += [
-            f"{name}:{which}"
-            for which in SHIPPED
-            if ours or (EMBEDDED / SHIPPED[which] / name).is_dir()
-        ]
-        found += [] if ours else [f"{name}:official"]
+        elif usual in SHIPPED:  # it has no others
+            found += [f"{name}:{which}" for which in SHIPPED]
+        else:
+            there = [w for w, folder in SHIPPED.items() if (EMBEDDED / folder / name).is_dir()]
+            found += [f"{name}:{which}" for which in (*there, "official")]
     return found
 
 

@@ -123,7 +123,7 @@ def checked_scorer(name: str, device: torch.device, weights: str = "official") -
         }
         return Sum(registry.name_of("objective", name), loaded)
     found = registry.load_scorer(name, device, weights)
-    chosen = ":" not in name and registry.takes_weights(name)
+    chosen = ":" not in name and registry.usual_weights(name) is not None
     check(f"{name}:{weights}" if chosen else name, found)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from d3po_bench import cli
 from d3po_bench.errors import UserError
-from eval import golden
+from eval import doctor, golden
 from tests.commands import Command, refused
 
 
@@ -46,6 +47,12 @@ def test_record_writes_golden_scores(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "jpeg_size: recorded for code" in text
     assert "clip:official: not recorded. Missing: config.json" in text
     assert '"jpeg_size"' in path.read_text()
+    path.write_text(before := path.read_text().replace("1", "2"))
+    golden.recorded.cache_clear()
+    again = said("doctor", "--record")
+    golden.recorded.cache_clear()
+    assert "jpeg_size: on record for code" in again
+    assert json.loads(path.read_text())["jpeg_size"] == json.loads(before)["jpeg_size"]
 
 
 def test_weights_list_names_addresses_and_checksums() -> None:
@@ -74,3 +81,10 @@ def test_a_machine_without_weights_is_told_in_one_line(
     done = command(*arguments, "--out", "out")
     refused(done, "GB", "d3po-bench weights fetch clip")
     assert not list(Path().glob("out/**/*.jsonl"))
+
+
+def test_only_scorers_are_checked_each_with_the_weights_that_it_has() -> None:
+    names = doctor.checkable()
+    assert not [name for name in names if name.startswith("_")]
+    assert {"animal:tiny", "animal:tiny2", "clip:tiny2", "clip:official"} <= {*names}
+    assert "animal:official" not in names

@@ -21,7 +21,7 @@ from d3po_bench.models.embedded.v2.pictures import SHARD
 from d3po_bench.models.embedded.v2.scenes import KINDS, Scene, Thing
 from d3po_bench.models.embedded.v2.scenes import scene as drawn
 from d3po_bench.runs.run import find_runs
-from eval.embedded import facts, recipe
+from eval.embedded import check, facts, recipe
 from eval.embedded.facts import Facts
 from eval.embedded.recipe import Batches, Recipe
 
@@ -195,6 +195,12 @@ def test_the_animals_of_version_2_are_what_its_second_judge_sees() -> None:
     assert shown(images, [scene.caption for scene in scenes]).min() > 0.5
     assert shown(images, absent).max() < 0.5
     assert shown(images[:1], ["a house"]).isnan().all()
+
+
+def test_the_card_has_a_number_for_each_check() -> None:
+    found = dict(check.measured(count=24))
+    assert found.keys() == check.WORDS.keys()
+    assert all(0 < value <= 1 for value in found.values())
 
 
 def test_version_2_learns_from_its_judge(tmp_path: Path) -> None:

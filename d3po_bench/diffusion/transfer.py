@@ -20,7 +20,7 @@ HOST = torch.device("cpu")
 
 
 def sent(value: T, device: torch.device) -> T:
-    """The value on a device. A card copies from pinned memory while Python goes on.
+    """Move a value to a device. From pinned memory a GPU copies it while Python goes on.
 
     Args:
         value: in host memory, or on the device already.
@@ -34,7 +34,7 @@ def sent(value: T, device: torch.device) -> T:
 
 
 def pinned(value: Tensor, device: torch.device) -> Tensor:
-    """The value in memory that a card can copy from by itself, if it goes to one.
+    """Pin the memory of a value that goes to a GPU, which can then copy it by itself.
 
     Args:
         value: in host memory.
@@ -44,6 +44,6 @@ def pinned(value: Tensor, device: torch.device) -> Tensor:
 
 
 def items_sent(items: R, device: torch.device) -> R:
-    """Items of an update, on a device."""
+    """Move the items of an update to a device."""
     values: dict[str, Any] = vars(items)
     return type(items)(**{name: sent(value, device) for name, value in values.items()})

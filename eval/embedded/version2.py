@@ -5,7 +5,8 @@
 draws the captions of version 2's lists, scores them by kind with each judge that is there,
 asks how often the animal of a bare name is the one most likely seen, and writes measured.json,
 CARD.md and sheets: one of animals in random order without their names, for people to name, with its
-key in naming.json, where answers are written beside it; one with captions; one of both versions.
+key in naming.json, where answers are written beside it; one with captions; one with the first
+judge's verdicts, on which notes are in verdicts.json; one of both versions.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
-from d3po_bench.errors import said_in_one_line
+from d3po_bench.errors import UserError, said_in_one_line
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.embedded.v2 import judge, lists
 from d3po_bench.models.embedded.v2.captions import ANIMALS, read
+from d3po_bench.models.embedded.v2.recipe import averaged
 from d3po_bench.models.embedded.v2.render import SIZE
 from d3po_bench.models.embedded.v2.sheet import save_sheet
 from d3po_bench.models.sources import Source, load
@@ -35,6 +37,8 @@ from eval.scorers import _geneval
 
 HERE = judge.HERE
 SEED = 7_200_000
+LOOKED = 100
+"""Pictures to look at beside a judge's verdict."""
 
 
 def drawn(model: Model, prompts: Sequence[str], steps: int, eta: float = 1.0) -> Tensor:
@@ -112,6 +116,18 @@ def both(model: Model, path: Path, steps: int) -> None:
     _shown(torch.cat([old, new]), names, path)
 
 
+def to_check(model: Model, by: judge.Judge, path: Path, steps: int) -> None:
+    """100 held-out captions, with whether the judge takes the picture to be right."""
+    captions = random.Random(5).sample(lists.lists()["geneval-held-out"], LOOKED)
+    pictures, asked = drawn(model, captions, steps), [a for c in captions if (a := read(c))]
+    verdicts = ["right" if right else "wrong" for right in _geneval.hard(by.see(pictures), asked)]
+    labels = [
+        f"{n}. {verdict}: {caption}"
+        for n, (verdict, caption) in enumerate(zip(verdicts, captions, strict=True), 1)
+    ]
+    _shown(pictures, labels, path)
+
+
 def _judges(folder: Path | None) -> dict[str, judge.Judge]:
     """Those in a folder, or those that ship."""
     home = folder or judge.HERE
@@ -139,7 +155,13 @@ def card(home: Path, judges: Path) -> str:
             (name, by, f"{name} {by} hard") for name in lists.lists() for by in judge.NETWORKS
         )
     ]
-    answers = read["naming"].values()
+    if "verdicts" not in read:
+        raise UserError(
+            f"Nobody looked at {home / 'verdicts.png'} yet. Write the numbers of pictures whose "
+            'verdict is not right as {"wrong": [], "arguable": []} to verdicts.json beside it, '
+            "and give the command again."
+        )
+    answers, notes = read["naming"].values(), read["verdicts"]
     agreement = [found[f"{name} agreement"] for name in lists.lists()]
     template = (HERE / "CARD.template.md").read_text(encoding="utf-8")
     megabytes = sum(p.stat().st_size for p in home.rglob("*.safetensors")) / 1e6
@@ -156,7 +178,8 @@ def card(home: Path, judges: Path) -> str:
         channels=made["recipe"]["latent_channels"],
         latent=SIZE >> (made["recipe"]["vae_levels"] - 1), pictures=made["recipe"]["pictures"],
         psnr=made["facts"]["psnr_db"], scale=1 / made["facts"]["std"], steps=found["steps"],
-        images=found["images"],
+        images=found["images"], looked=LOOKED, wrong=len(notes["wrong"]),
+        arguable=len(notes["arguable"]), averaged=averaged(made["recipe"]["unet_batch"]),
     )  # fmt: skip
 
 
@@ -178,7 +201,9 @@ def main(folder: Path, judges: Path | None, out: Path | None, images: int, steps
     captions = lists.lists()["geneval-held-out"][::6]
     _shown(drawn(model, captions, steps, eta=0.0), captions, out / "captions.png")
     both(model, out / "versions.png", steps)
-    facts = measure(model, _judges(judges), images, steps)
+    asked = _judges(judges)
+    to_check(model, asked["first"], out / "verdicts.png", steps)
+    facts = measure(model, asked, images, steps)
     (out / "measured.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (out / "CARD.md").write_text(card(out, judges or judge.HERE), encoding="utf-8")
     click.echo(json.dumps(facts, indent=1))

@@ -29,7 +29,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d3po_bench.errors import said_in_one_line
+from d3po_bench.errors import UserError, said_in_one_line
 from d3po_bench.models.embedded.recipe import (
     Denoiser,
     Losses,
@@ -251,6 +251,11 @@ def export(recipe: Recipe, work: Path, out: Path) -> None:
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
+def averaged(batch: int) -> int:
+    """Pictures over which the weights are averaged, about."""
+    return max(64_000, 500 * batch)
+
+
 def _worker(rank: int, stage: str, recipe: Recipe, work: Path, options: dict[str, Any]) -> None:
     """One training process, on one thread of the CPU."""
     torch.set_num_threads(1)
@@ -266,7 +271,7 @@ def _worker(rank: int, stage: str, recipe: Recipe, work: Path, options: dict[str
     )
     plan = Plan(
         name=stage, images=images, batch=batch, lr=lr, steady=steady,
-        memory=max(64_000, 500 * batch), folder=work, device=device, bf16=options["bf16"],
+        memory=averaged(batch), folder=work, device=device, bf16=options["bf16"],
         seed=recipe.seed, lead=rank == 0, minutes=options["minutes"].get(stage),
     )  # fmt: skip
     {"vae": train_vae, "unet": train_unet}[stage](recipe, work, plan)
@@ -315,10 +320,11 @@ def main(
     Example: python -m d3po_bench.models.embedded.v2.recipe all --work build/tiny-v2
     """
     work.mkdir(parents=True, exist_ok=True)
-    fields, options["minutes"] = (
-        {key: json.loads(value) for key, value in (c.split("=", 1) for c in given)}
-        for given in (changes, times)
-    )
+    fields = {key: json.loads(value) for key, value in (c.split("=", 1) for c in changes)}
+    minutes = {stage: float(value) for stage, value in (t.split("=", 1) for t in times)}
+    if other := minutes.keys() - {"vae", "unet"}:
+        raise UserError(f"--minutes is of vae and unet, not of {', '.join(sorted(other))}.")
+    options["minutes"] = minutes
     options["processes"] = options["processes"] or (2 if options["device"] == "cpu" else 1)
     for stage in STAGES if "all" in stages else stages:
         run_stage(stage, Recipe(**fields), work, out, options)
