@@ -5,8 +5,8 @@ For two methods and two presets on the embedded model, a round of ours, in turn 
 - the published code's loop over the same work (yk7333/d3po, kvablack/ddpo-pytorch): images drawn a
   few at a time, one small call for each timestep of what is trained on, LoRA layers of peft, and
   for D3PO a second network as reference, which has no adapter;
-- the floor: the same number of latents through the network alone, at whichever batch is fastest,
-  those without a gradient through a network without an adapter.
+- the floor: as many latents as that round passed, through the network alone, at whichever batch is
+  fastest, those without a gradient through a network without an adapter.
 
 Then a round of eight images with `pairs=all` against the same round with every pair by itself and
 peft's layers, as commit 58e92b5 computed it, and the share of evaluation in a run of the preset
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
@@ -212,14 +213,23 @@ def passes(model: DiffusersModel, count: int, gradient: bool) -> None:
             output.square().mean().backward()
 
 
-def network_alone(repeats: int) -> tuple[float, float]:
-    """CPU seconds of a latent without and with a gradient, at the fastest batch."""
-    plain, trained = bare(), model_of(trainer("d3po", "quick", 1))
-    calls = {f"forward {n}": partial(passes, plain, n, False) for n in FORWARD}
-    calls |= {f"backward {n}": partial(passes, trained, n, True) for n in BACKWARD}
-    found = in_turn(calls, repeats).median
-    forward = min(found[f"forward {n}"] / n for n in FORWARD)
-    return forward, min(found[f"backward {n}"] / n for n in BACKWARD)
+class NetworkAlone:
+    """The network at the batches that are fastest here, without and with a gradient."""
+
+    def __init__(self, repeats: int) -> None:
+        """Try every batch."""
+        self.models = {False: bare(), True: model_of(trainer("d3po", "quick", 1))}
+        self.batch = {}
+        for gradient, batches in ((False, FORWARD), (True, BACKWARD)):
+            calls = {str(n): partial(passes, self.models[gradient], n, gradient) for n in batches}
+            found = in_turn(calls, repeats).median
+            self.batch[gradient] = min(batches, key=lambda n: found[str(n)] / n)
+
+    def compute(self, without: int, gradient: int) -> None:
+        """So many latents without and with a gradient; a last batch is smaller."""
+        for kind, count in ((False, without), (True, gradient)):
+            for n in range(0, count, self.batch[kind]):
+                passes(self.models[kind], min(self.batch[kind], count - n), kind)
 
 
 def told(name: str, value: float, bar: float, most: bool) -> None:
@@ -230,7 +240,7 @@ def told(name: str, value: float, bar: float, most: bool) -> None:
 
 
 def against_the_published(
-    method: str, preset: str, prompts: int, repeats: int, alone: tuple[float, float]
+    method: str, preset: str, prompts: int, repeats: int, alone: NetworkAlone
 ) -> None:
     """A method's round against its published loop and its floor."""
     ours = trainer(method, preset, prompts)
@@ -240,23 +250,21 @@ def against_the_published(
     plain = partial(ddpo_round, theirs.policy, theirs)
     if method == "d3po":
         plain = partial(published_round, theirs.policy, frozen, theirs)
-    spent: list[tuple[int, int]] = []
+    spent = [0, 0]
 
-    def our_round() -> None:
-        a_round(ours)
-        spent.append((ours.model.forwards, ours.model.backwards))
+    def floor() -> None:
+        """As many passes as in our round before."""
+        forwards, backwards = ours.model.forwards, ours.model.backwards
+        alone.compute(forwards - backwards - spent[0], backwards - spent[1])
+        spent[:] = forwards - backwards, backwards
 
-    found = in_turn({"ours": our_round, "published": plain}, repeats)
-    # Without the first, which warms up and has no reference to compute.
-    forwards, backwards = (
-        (last - first) / repeats for first, last in zip(spent[0], spent[-1], strict=True)
-    )
-    floor = (forwards - backwards) * alone[0] + backwards * alone[1]
+    found = in_turn({"ours": partial(a_round, ours), "published": plain, "floor": floor}, repeats)
     print(f"{method}, {preset}, {prompts} prompts, T = {config.sampling_steps}")
-    print(f"  ours {found.said('ours')}, published loop {found.said('published')}")
+    for name in ("ours", "published", "floor"):
+        print(f"  {name} {found.said(name)}")
     told("published / ours", found.median["published"] / found.median["ours"],
          3.4 if method == "d3po" else 2.8, False)  # fmt: skip
-    told(f"ours / floor of {floor:.2f} s", found.median["ours"] / floor, 1.05, True)
+    told("ours / floor", found.median["ours"] / found.median["floor"], 1.05, True)
 
 
 @dataclass(frozen=True)
@@ -310,11 +318,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     chosen = asked.parts or parts
     torch.set_num_threads(1)
-    alone = network_alone(asked.repeats) if {"d3po", "ddpo"} & {*chosen} else (0.0, 0.0)
-    for method in ("d3po", "ddpo"):
-        for preset in ("official_code", "quick"):
-            if method in chosen:
-                against_the_published(method, preset, asked.prompts, asked.repeats, alone)
+    if learned := [method for method in ("d3po", "ddpo") if method in chosen]:
+        alone = NetworkAlone(asked.repeats)
+        for method, preset in product(learned, ("official_code", "quick")):
+            against_the_published(method, preset, asked.prompts, asked.repeats, alone)
     if "all-pairs" in chosen:
         all_pairs_of_eight(max(1, asked.prompts // 5), asked.repeats)
     if "evaluation" in chosen:

@@ -63,6 +63,9 @@ def test_a_round_has_as_many_images_whatever_their_number_of_a_prompt() -> None:
     found = settings_of({"images_per_prompt": 2, "learning_rate": 0.00123456}, config)
     expected = {"images_per_prompt": "2", "prompts_per_round": "64", "learning_rate": "0.00123"}
     assert found == expected
+    for method, prompts in (("d3po_of_two", "16"), ("grpo", "4"), ("ddpo", "4")):
+        config = configs.make(method, "incompress", "quick", {})[0]
+        assert settings_of({}, config, images=32)["prompts_per_round"] == prompts
 
 
 class Made:
@@ -188,6 +191,8 @@ def test_another_search_in_the_folder_is_refused(
     search(request(made, tmp_path, trials=1, methods=["d3po"]))
     with pytest.raises(UserError, match=r"another search: its seeds differ for d3po\. Give anothe"):
         search(request(made, tmp_path, trials=1, methods=["d3po"], seeds=[901]))
+    with pytest.raises(UserError, match=r"its images differ for d3po"):
+        search(request(made, tmp_path, trials=1, methods=["d3po"], images=32))
     with pytest.raises(UserError, match=r"aesthetic is not incompress with the other sign"):
         search(request(made, tmp_path, against="aesthetic"))
 

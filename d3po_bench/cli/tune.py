@@ -99,6 +99,11 @@ def _protocol(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 @click.option(
     "--prompts", type=PROMPTS, shell_complete=completion.prompts, help="As in `d3po-bench run`."
 )
+@click.option(
+    "--images", type=click.IntRange(8, 10**6),
+    help="Images of a round, the same for every method, however many a prompt has; as the preset "
+    "if left out.",
+)  # fmt: skip
 @click.option("--preset", shell_complete=completion.preset, help="As in `d3po-bench run`.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", shell_complete=completion.setting,
@@ -119,8 +124,9 @@ def _protocol(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 def tune(
     methods: tuple[str, ...], objective: str, against: str | None, trials: int,
     seeds: Sequence[int], recognised: float | None, drift: float | None, model: str,
-    prompts: str | None, preset: str | None, settings: tuple[str, ...], sampler_seed: int,
-    device: str, jobs: int | None, where: str, asked: tuple[str, ...], out: Path, board: Board,
+    prompts: str | None, images: int | None, preset: str | None, settings: tuple[str, ...],
+    sampler_seed: int, device: str, jobs: int | None, where: str, asked: tuple[str, ...],
+    out: Path, board: Board,
 ) -> Result:  # fmt: skip
     """Search each METHOD's settings, with as many trials for each, on development seeds.
 
@@ -142,8 +148,8 @@ def tune(
     from eval.tools import TOOLS
 
     request = TuneRequest(
-        methods=methods, seeds=seeds, trials=trials, against=against, measure=ends,
-        rule=Rule(recognised, drift), sampler_seed=sampler_seed,
+        methods=methods, seeds=seeds, trials=trials, images=images or 0, against=against,
+        measure=ends, rule=Rule(recognised, drift), sampler_seed=sampler_seed,
         run=launch.RunRequest(
             method=methods[0], objective=objective, model=model, prompts=prompts,
             preset=preset, settings=pairs_of(settings), seeds=range(1), device=device, out=out,

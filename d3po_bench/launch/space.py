@@ -44,15 +44,16 @@ def space_of(config: RunConfig, given: Mapping[str, str]) -> Space:
     return {name: of for name, of in found.items() if name not in {*fixed, *given}}
 
 
-def settings_of(params: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+def settings_of(params: Mapping[str, Any], config: RunConfig, images: int = 0) -> dict[str, str]:
     """What a trial sets, as after --set.
 
     Args:
         params: setting -> value that was proposed; of a number, three digits count.
-        config: of a run of the method, which says how many images a round has.
+        config: of a run of the method.
+        images: of a round; 0: as many as the config has.
     """
     found = {k: float(f"{v:.3g}") if type(v) is float else v for k, v in params.items()}
-    if images := found.get("images_per_prompt"):
-        usual = config.images_per_prompt or method_of(config).images_per_prompt
-        found["prompts_per_round"] = max(1, config.prompts_per_round * usual // images)
+    usual = config.images_per_prompt or method_of(config).images_per_prompt
+    of_one = found.get("images_per_prompt", usual)
+    found["prompts_per_round"] = max(1, (images or config.prompts_per_round * usual) // of_one)
     return {name: as_set(value) for name, value in found.items()}

@@ -88,6 +88,8 @@ class TuneRequest:
     seeds: Sequence[int]
     """Of development: none that anything is reported on."""
     trials: int
+    images: int = 0
+    """Of a round, the same for every method; 0: as many as the preset has."""
     against: str | None = None
     """The objective of the other sign, if S is sought: half the difference of the two gains."""
     rule: Rule = Rule()
@@ -113,7 +115,8 @@ def require(request: TuneRequest) -> None:
     """Refuse a search that cannot be made.
 
     Raises:
-        UserError: a package is missing, or the two objectives are not one with two signs.
+        UserError: a package is missing, the two objectives are not one with two signs, or two
+            settings say how many images a round has.
     """
     try:
         import optuna
@@ -122,6 +125,8 @@ def require(request: TuneRequest) -> None:
             f"A search needs the extra `tune`. Install it: {install('tune')}."
         ) from problem
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if request.images and "prompts_per_round" in request.run.settings:
+        raise UserError("--images says how many prompts a round has. Leave out prompts_per_round.")
     if request.against:
         one, other = map(registry.objective, request.objectives)
         if one.scorer != other.scorer or one.sign == other.sign:
@@ -190,7 +195,7 @@ class Search:
         return {
             "objectives": list(request.objectives), "seeds": list(request.seeds),
             "run": short(config.to_json()), "space": space, "sampler seed": request.sampler_seed,
-            "rule": [request.rule.recognised, request.rule.drift],
+            "rule": [request.rule.recognised, request.rule.drift], "images": request.images,
         }  # fmt: skip
 
     def make(self, board: Board) -> None:
@@ -230,7 +235,8 @@ class Search:
         return self._live(method, asked.number, asked.params)
 
     def _live(self, method: str, number: int, params: Mapping[str, Any]) -> _Live:
-        return _Live(number, settings_of(params, self.configs[method]), [])
+        config, images = self.configs[method], self.request.images
+        return _Live(number, settings_of(params, config, images), [])
 
     def whole(self, method: str) -> list[FrozenTrial]:
         """The trials of a method that have ended, however they did."""
