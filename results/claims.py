@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from eval.analysis import measured, scored
-from eval.analysis.gains import RIVAL, Groups, against, contrast
+from eval.analysis.gains import Groups, against, contrast, rival_of
 from eval.analysis.pictures import CROSSED
 from eval.analysis.runs import Run
 from eval.analysis.scores import Score, score_of
@@ -29,34 +29,45 @@ Tests = Mapping[tuple[str, str], Difference]
 """Two names, such as objective and method -> a test."""
 
 
-def _bullets(lines: Iterable[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
+    """Sentences as a list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def gains(groups: Groups) -> str:
     """Which methods gain less or more than the rival, on each objective."""
-    tests = {
-        (objective, method): against(runs, groups[model, objective, RIVAL])
-        for (model, objective, method), runs in groups.items()
-        if method != RIVAL
-    }
+    rival = rival_of(groups)
     scores = {group[1]: score_of(runs[0].files) for group, runs in groups.items()}
-    return _bullets(_compared(tests, scores))
+    return bullets(_compared(differences(groups), scores, rival))
 
 
-def _compared(tests: Tests, scores: Mapping[str, Score]) -> Iterator[str]:
+def differences(groups: Groups) -> Tests:
+    """Objective and method -> the difference to the rival's score at the end."""
+    rival = rival_of(groups)
+    return {
+        (objective, method): against(runs, groups[model, objective, rival])
+        for (model, objective, method), runs in groups.items()
+        if method != rival
+    }
+
+
+def _compared(tests: Tests, scores: Mapping[str, Score], rival: str) -> Iterator[str]:
     p = adjusted(tests)
-    words = Words(f"Shown to gain more than {RIVAL}", f"Shown to gain less than {RIVAL}",
-                  f"No difference to {RIVAL} is shown")  # fmt: skip
     for objective in sorted(scores):
         own = {method: found for (name, method), found in tests.items() if name == objective}
         score = scores[objective]
         means = {m: (score.sign * found.mean, p[objective, m]) for m, found in own.items()}
         open_ = {m: found for m, found in own.items() if p[objective, m] >= LEVEL}
         yield " ".join(filter(None, [
-            f"**{objective}.**", said(means, words), power(open_, score.unit),
-            equivalent(open_, MARGINS[objective], score.unit, RIVAL) if open_ else "",
+            f"**{objective}.**", said(means, than(rival)), power(open_, score.unit),
+            equivalent(open_, MARGINS[objective], score.unit, rival) if open_ else "",
         ]))  # fmt: skip
+
+
+def than(rival: str) -> Words:
+    """How gains are compared with a rival's."""
+    return Words(f"Shown to gain more than {rival}", f"Shown to gain less than {rival}",
+                 f"No difference to {rival} is shown")  # fmt: skip
 
 
 def halves(groups: Groups) -> str:
@@ -68,21 +79,22 @@ def halves(groups: Groups) -> str:
     )
     drift = Words("Shown to drift to larger scores, D above 0", "To smaller ones, D below 0",
                   "D is not shown to differ from 0")  # fmt: skip
-    return _bullets([said(s, follow), said(d, drift)])
+    return bullets([said(s, follow), said(d, drift)])
 
 
 def diversity(groups: Groups) -> str:
     """Whose pictures of a prompt end more alike than the rival's."""
+    rival = rival_of(groups)
     ends = {(objective, method): _pictures(runs, "diversity")[1]
             for (_, objective, method), runs in groups.items()}  # fmt: skip
     tests = {
-        (objective, method): by_seed(own, ends[objective, RIVAL])
+        (objective, method): by_seed(own, ends[objective, rival])
         for (objective, method), own in ends.items()
-        if method != RIVAL
+        if method != rival
     }
     words = Words(
-        f"Shown to be more diverse than {RIVAL}", f"Shown to be less diverse than {RIVAL}",
-        f"No difference to {RIVAL} is shown",
+        f"Shown to be more diverse than {rival}", f"Shown to be less diverse than {rival}",
+        f"No difference to {rival} is shown",
     )  # fmt: skip
     return _by_first(tests, words)
 
@@ -110,7 +122,7 @@ def _pictures(runs: Sequence[Run], name: str) -> tuple[dict[int, float], dict[in
 def _by_first(tests: Tests, words: Words) -> str:
     """A line for each first part of the names of tests, p-values adjusted for all of them."""
     p = adjusted(tests)
-    return _bullets(
+    return bullets(
         f"**{first}.** "
         + said({b: (found.mean, p[a, b]) for (a, b), found in tests.items() if a == first}, words)
         for first in dict.fromkeys(first for first, _ in tests)
@@ -137,4 +149,4 @@ def feedback() -> str:
         )
         for (name, error), found in gained.items()
     }
-    return _bullets([said(named, words)])
+    return bullets([said(named, words)])

@@ -40,11 +40,12 @@ from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import plot
-from results import claims, coverage, feedback, gpu, memory, search
+from results import claims, coverage, feedback, gpu, memory, search, version2
 
 sys.path.pop(0)
 
 HOME = Path(__file__).resolve().parent
+V2 = HOME / "tiny2"
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf")
 SHEETS = "samples-*.png"
 """Sheets of samples, which need the pictures of the runs: measure.py publish draws them."""
@@ -62,11 +63,11 @@ def tiny() -> Groups:
 # ---- tables
 
 
-def front() -> Table:
+def front(groups: Groups) -> Table:
     """A line for each method: gain on every objective, and what a run of it cost."""
-    objectives = ("incompress", "compress", "aesthetic")
+    objectives = [name for name in UNITS if any(name == group[1] for group in groups)]
     found: dict[str, Record] = {}
-    for r in records(tiny()):
+    for r in records(groups):
         line = found.setdefault(r["method"], {"method": r["method"], **{k: [] for k in COSTS}})
         gain = {"gain": r["gain"], "gain_low": r["low"], "gain_high": r["high"]}
         line |= {k.replace("gain", r["objective"]): value for k, value in gain.items()}
@@ -102,7 +103,7 @@ def step_shares() -> Table:
 
 
 TABLES: Mapping[str, Callable[[], Any]] = {
-    "front": front,
+    "front": lambda: front(tiny()),
     "gains": lambda: gains(tiny()),
     "contrast": lambda: contrast(tiny()),
     "cost": lambda: cost(tiny()),
@@ -128,6 +129,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "gpu-checks": gpu.checks,
     "memory": memory.table,
     "memory-each": memory.each,
+    **version2.tables(V2, front),
 }
 """What stands between block markers."""
 
@@ -139,6 +141,7 @@ CLAIMS: Mapping[str, Callable[[], str]] = {
     "claims-crossed": lambda: claims.crossed(tiny()),
     "claims-table1": lambda: claims.alignment(HOME / "tiny" / "table1"),
     "claims-feedback": claims.feedback,
+    **version2.sentences(V2),
 }
 """Likewise, what comes as text: sentences that are made from tests, and Table 1, which has some."""
 
@@ -166,7 +169,7 @@ def block(name: str) -> str:
 
 # ---- numbers
 
-COUNTS = "pairs|images|unet_forwards|unet_backwards|seconds|seeds|rounds|steps"
+COUNTS = "pairs|images|unet_forwards|unet_backwards|seconds|seeds|rounds|steps|trials|kept"
 FORMS = (
     (rf".*\.({COUNTS}|budget_.*|.*_to_half)", ",.0f"),
     (r".*\.share_of_excess", "+.0%"),
@@ -185,6 +188,7 @@ NAMED = {
     "fidelity": "fidelity.{name}",
     "feedback": "feedback.{experiment}.{error:.0%}",
     "feedback-choices": "choices.{error:.0%}",
+    **version2.NAMED,
 }
 """Table -> how a number of it is called, before the name of its field."""
 
@@ -195,6 +199,7 @@ def numbers() -> dict[str, float]:
     found = {
         f"{where.format(**record)}.{field}": float(value)
         for name, where in NAMED.items()
+        if name in TABLES
         for table in tables(name)
         for record in table.records
         for field, value in record.items()

@@ -6,6 +6,7 @@
     python results/measure.py preference runs/table1 --seed 0
     python results/measure.py collect runs/feedback
     python results/measure.py publish runs/reproduce/tiny results/tiny
+    python results/measure.py publish runs/reproduce/tiny2 results/tiny2 --pack
 
 `step-shares`, `coverage`, `collect` and `publish` write into this folder, from which make.py then
 writes the documents. Every rater is SIMULATED.
@@ -42,6 +43,7 @@ from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import load
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from d3po_bench.runs.packed import PACKED, pack
 from d3po_bench.runs.run import RunFolder, find_runs
 from d3po_bench.setting import pairs_of
 from eval.analysis.runs import evaluated
@@ -303,19 +305,26 @@ def collect(runs: Path) -> None:
 @click.argument("runs", type=THERE)
 @click.argument("target", type=PATH)
 @click.option("--sheets/--no-sheets", default=True, help="Draw the sheets of samples, too.")
-def publish(runs: Path, target: Path, sheets: bool) -> None:
+@click.option(
+    "--pack", "packed", is_flag=True, help=f"As one file, {PACKED}: for hundreds of runs."
+)
+def publish(runs: Path, target: Path, sheets: bool, packed: bool) -> None:
     """Replace the runs in TARGET by the text files of those below RUNS.
 
     Weights and pictures stay behind, so the sheets of samples have to be drawn now.
     """
-    found = evaluated([runs])
-    for old in find_runs([target]):
-        shutil.rmtree(old.folder)
-    for run in found:
-        folder = target / run.folder.relative_to(runs)
-        folder.mkdir(parents=True)
-        for name in FILES:
-            shutil.copy2(run.folder / name, folder / name)
+    found, old = evaluated([runs]), find_runs([target])
+    files = {(run.place / name).relative_to(runs).as_posix(): run.folder / name
+             for run in found for name in FILES}  # fmt: skip
+    if packed:
+        pack(target / PACKED, files)
+    for run in old:
+        shutil.rmtree(run.folder)
+    if not packed:
+        (target / PACKED).unlink(missing_ok=True)
+        for name, path in files.items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target / name)
     if (runs / "diversity.csv").is_file():
         shutil.copy2(runs / "diversity.csv", target)
     if sheets:

@@ -177,11 +177,23 @@ def run(
 @RESUME
 @TRACK
 @click.option(
+    "--method", "methods", multiple=True, shell_complete=completion.of("method"),
+    help="Only this method of the grid; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--objective", "objectives", multiple=True, shell_complete=completion.of("objective"),
+    help="Only this objective of the grid; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--seeds", type=click.IntRange(1, MOST_SEEDS), help="Only so many seeds, the grid's first."
+)
+@click.option(
     "--status", is_flag=True, help="Say where each run is, by the folders alone, and run nothing."
 )
 def sweep(
     grid: Path, device: str, jobs: int | None, ranks: int, where: str, asked: tuple[str, ...],
-    out: Path, resume: bool, track: tuple[str, ...], status: bool, board: Board,
+    out: Path, resume: bool, track: tuple[str, ...], methods: tuple[str, ...],
+    objectives: tuple[str, ...], seeds: int | None, status: bool, board: Board,
 ) -> Result:  # fmt: skip
     """Run methods x objectives x seeds from the TOML file GRID.
 
@@ -201,6 +213,7 @@ def sweep(
         d3po-bench sweep grid.toml
         d3po-bench sweep results/tiny/grid.toml --out runs/grid --jobs 2
         d3po-bench sweep grid.toml --where slurm --ask timeout_min=120 --ask gpus_per_node=1
+        d3po-bench sweep grid.toml --objective incompress --seeds 5
         d3po-bench sweep grid.toml --status
     """  # noqa: D301
     from d3po_bench.launch import grid as sweeping
@@ -208,10 +221,11 @@ def sweep(
     from d3po_bench.setting import pairs_of
     from eval.tools import TOOLS
 
+    chosen = sweeping.part(sweeping.read(grid), methods, objectives, seeds)
     if status:
-        return _status(sweeping.states(grid, TOOLS, out))
+        return _status(sweeping.states(chosen, TOOLS, out))
     made = sweeping.run(
-        grid, TOOLS, out=out, jobs=jobs, ranks=ranks, device=device, resume=resume, track=track,
+        chosen, TOOLS, out=out, jobs=jobs, ranks=ranks, device=device, resume=resume, track=track,
         board=board, where=Where(where, pairs_of(asked, "--ask")),
     )  # fmt: skip
     return _ended(made, out)

@@ -170,14 +170,36 @@ def read(path: Path) -> Grid:
         raise UserError(f"{path} is not TOML: {problem}. Correct that place.") from problem
 
 
+def part(grid: Grid, methods: Sequence[str], objectives: Sequence[str], seeds: int | None) -> Grid:
+    """A part of a grid.
+
+    Args:
+        grid: all of it.
+        methods: of the grid; none for all.
+        objectives: likewise.
+        seeds: how many, its first ones; None for all.
+
+    Raises:
+        UserError: it has none of that name.
+    """
+    chosen: dict[str, Any] = {"seeds": grid.seeds[:seeds]}
+    for name, wanted in (("methods", methods), ("objectives", objectives)):
+        known: list[str] = getattr(grid, name)
+        for one in wanted:
+            if one not in known:
+                raise registry.unknown(f"{name[:-1]} of this grid", one, known)
+        chosen[name] = [one for one in known if one in (wanted or known)]
+    return grid.model_copy(update=chosen)
+
+
 # ---- its runs
 
 
 def run(
-    path: Path, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool,
+    grid: Grid, tools: Tools, *, out: Path, jobs: int | None, device: str, resume: bool,
     ranks: int = 1, track: Sequence[str] = (), board: Board | None = None, where: Where = HERE,
 ) -> list[Path]:  # fmt: skip
-    """Make every run of the grid at `path`; finished ones are skipped, failed ones stop no other.
+    """Make every run of a grid; finished ones are skipped, failed ones stop no other.
 
     Returns:
         The folder of each run.
@@ -186,7 +208,7 @@ def run(
         UserError: bad input, before anything runs.
         RunError: some runs failed, each named; the others have finished.
     """
-    found = _requests(read(path), tools, out, device, resume)
+    found = _requests(grid, tools, out, device, resume)
     requests = [replace(request, track=track, where=where) for request in found]
     launch.require_ranks(ranks, jobs, device, where)
     with _named(requests[0]):
@@ -209,13 +231,13 @@ def run(
     return [job.folder for job in work]
 
 
-def states(path: Path, tools: Tools, out: Path) -> list[State]:
-    """Where each run of the grid at `path` is, by the folders below `out` alone.
+def states(grid: Grid, tools: Tools, out: Path) -> list[State]:
+    """Where each run of a grid is, by the folders below `out` alone.
 
     Raises:
         UserError: bad input.
     """
-    return read_states({launch.run_folder(out, c): c for c in configs(read(path), tools)})
+    return read_states({launch.run_folder(out, c): c for c in configs(grid, tools)})
 
 
 def _planned(requests: Iterable[RunRequest]) -> list[Job]:

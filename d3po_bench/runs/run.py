@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from d3po_bench.config import RunConfig
 from d3po_bench.digests import files_below
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import Row, read_csv, readable
+from d3po_bench.runs.packed import PACKED, place_of, unpacked
 
 TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 """A run's text files but provenance.json, which holds their digests."""
@@ -54,6 +55,11 @@ class RunFolder:
     def __init__(self, folder: Path) -> None:
         """`folder`: with a config.json, once the run has begun."""
         self.folder = folder
+
+    @property
+    def place(self) -> Path:
+        """The folder, or where it would stand if it did not come from a `packed` file."""
+        return place_of(self.folder)
 
     @cached_property
     def facts(self) -> Row:
@@ -200,13 +206,25 @@ def require_inputs(
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
-    """The runs at or below `paths`, at any depth, each once, sorted by folder."""
-    files = (file for path in paths for file in files_below(path))
+    """The runs at or below `paths`, at any depth, packed ones too, each once, sorted by place.
+
+    Raises:
+        UserError: a packed file is damaged.
+    """
+    files = (file for path in paths for file in _files(path))
     folders = {f.parent.resolve(): f.parent for f in files if f.name == "config.json"}
     # A network that was trained has one, too, in the folder of its run.
     trained = {place / LORA for place in folders}
     own = {place: f for place, f in folders.items() if trained.isdisjoint(place.parents)}
-    return [RunFolder(folder) for folder in sorted(own.values())]
+    return sorted(map(RunFolder, own.values()), key=lambda run: run.place)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Every file below a folder, those in packed files too."""
+    for file in files_below(path):
+        yield file
+        if file.name == PACKED:
+            yield from files_below(unpacked(file))
 
 
 def content(run: Path, *more: str) -> dict[str, str]:

@@ -12,7 +12,13 @@ from d3po_bench.errors import UserError
 from eval.analysis.gains import both_ends, held_out, records
 from eval.analysis.runs import Run, read_groups, require_same_inputs
 from eval.analysis.scores import Score, score_of
-from eval.analysis.statistics import Difference, by_seed, difference, equivalence, smallest_shown
+from eval.analysis.statistics import (
+    Difference,
+    difference,
+    equivalence,
+    paired_difference,
+    smallest_shown,
+)
 from eval.analysis.tables import Record, finite
 from eval.analysis.worded import LEVEL
 
@@ -81,10 +87,8 @@ class Comparison:
     @property
     def difference(self) -> Difference:
         """Of the gains, in the score's own unit and sign."""
-        if not self.same_images:
-            return difference(self.ours.gains, self.theirs.gains)
-        sides = (self.ours, self.theirs)
-        return by_seed(*(dict(zip(side.seeds, side.gains, strict=True)) for side in sides))
+        test = paired_difference if self.paired else difference
+        return test(self.ours.gains, self.theirs.gains)
 
     @property
     def equivalence(self) -> float:

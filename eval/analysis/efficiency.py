@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.analysis.gains import RIVAL, Groups
+from eval.analysis.gains import Groups, rival_of
 from eval.analysis.heights import area_under_curve, images_to_threshold
 from eval.analysis.runs import Run, curves
 from eval.analysis.scores import score_of
@@ -37,20 +37,21 @@ def efficiency(groups: Groups) -> list[Table]:
     objectives: dict[str, dict[str, Sequence[Run]]] = {}
     for (_, objective, method), runs in groups.items():
         objectives.setdefault(objective, {})[method] = runs
-    return [_table(objective, methods) for objective, methods in objectives.items()]
+    rival = rival_of(groups)
+    return [_table(objective, methods, rival) for objective, methods in objectives.items()]
 
 
-def _table(objective: str, methods: Methods) -> Table:
+def _table(objective: str, methods: Methods, rival: str) -> Table:
     sign = score_of(next(iter(methods.values()))[0].files).sign
     budgets = {x: _least(methods, x) for x in BUDGETS}
-    records = [_record(objective, m, methods, budgets, sign) for m in methods]
+    records = [_record(objective, m, methods, rival, budgets, sign) for m in methods]
     columns = {
         "method": text("method"),
         **{f"gain after {budget:,.0f} {BUDGETS[x]}": spread(f"gain_at_{x}")
            for x, budget in budgets.items()},
         "mean gain over the images drawn": spread("mean_gain"),
-        f"images to half of {RIVAL}'s gain": _speed,
-        f"probability to end better than {RIVAL}": _chance,
+        f"images to half of {rival}'s gain": _speed,
+        f"probability to end better than {rival}": _chance,
     }  # fmt: skip
     return Table(records, columns, left=("method",), title=f"`{objective}`:")
 
@@ -74,6 +75,7 @@ def _record(
     objective: str,
     method: str,
     methods: Methods,
+    rival: str,
     budgets: Mapping[str, float],
     sign: int,
 ) -> Record:
@@ -83,13 +85,13 @@ def _record(
     for x, budget in budgets.items():
         found |= {f"budget_{x}": budget, **over_seeds(f"gain_at_{x}", _gains(runs, x, budget))}
     found |= over_seeds("mean_gain", area)
-    there = _images_to_half(runs, methods, sign)
+    there = _images_to_half(runs, methods.get(rival), sign)
     found["seeds_to_half"] = math.nan if there is None else int(np.isfinite(there).sum())
     # A mean without the seeds that never get there would leave out the slow ones.
     found["images_to_half"] = math.nan if there is None else float(np.mean(there))
     chance = (math.nan,) * 3
-    if RIVAL in methods and method != RIVAL:
-        chance = probability_of_improvement(sign * _at_end(runs), sign * _at_end(methods[RIVAL]))
+    if rival in methods and method != rival:
+        chance = probability_of_improvement(sign * _at_end(runs), sign * _at_end(methods[rival]))
     return found | dict(zip(("probability", *ends("probability")), chance, strict=True))
 
 
@@ -114,11 +116,11 @@ def _at_end(runs: Sequence[Run]) -> Any:
     return _gains(runs, "images", np.inf)
 
 
-def _images_to_half(runs: Sequence[Run], methods: Methods, sign: int) -> Any:
+def _images_to_half(runs: Sequence[Run], rivals: Sequence[Run] | None, sign: int) -> Any:
     """Images of each seed [S] until half of the rival's gain, NaN for never; None without one."""
-    if RIVAL not in methods:
+    if rivals is None:
         return None
-    half = _at_end(methods[RIVAL]).mean() / 2
+    half = _at_end(rivals).mean() / 2
     return np.array([
         float(images_to_threshold(at, score - score[0], half, sign))
         for at, score in _paths(runs, "images")

@@ -24,13 +24,13 @@ from eval.analysis.gap import gap
 from eval.analysis.runs import DRIFTS, Group, Run
 from eval.analysis.scores import score_of
 from eval.analysis.statistics import Difference, by_seed, from_zero, holm, interval, smallest_shown
-from eval.analysis.tables import Record, Table, change, number, over_seeds, spread, text
+from eval.analysis.tables import Cell, Record, Table, change, number, over_seeds, spread, text
 
 Groups = Mapping[Group, Sequence[Run]]
 """Model, objective and method -> the runs of each seed, as `read_groups` gives them."""
 
-RIVAL = "d3po"
-"""The method that the others are compared with."""
+RIVALS = ("d3po", "d3po_of_two")
+"""What the other methods are compared with: the first of these that there is."""
 
 SIDES = {"tiny": 32, "sd15": 512}
 """Pixels a side of the pictures of the models that we know."""
@@ -38,16 +38,20 @@ SIDES = {"tiny": 32, "sd15": 512}
 
 NAMES = {"objective": text("objective"), "method": text("method")}
 
-LEARNED = {
-    **NAMES, "seeds": text("seeds"),
-    "base": number("base", ".3f"), "end": number("end", ".3f"),
-    "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
-    "share of excess": number("share_of_excess", "+.0%"),
-    f"difference to {RIVAL} (95 % interval)": spread("difference"),
-    "p, Holm": number("p_holm", ".2g"),
-    "shown with 80 % power from": number("smallest", ".2g"),
-    "gain, eta 0": number("gain_eta0", "+.3f"),
-}  # fmt: skip
+
+def learned(rival: str) -> dict[str, Cell]:
+    """The columns of `gains`."""
+    return {
+        **NAMES, "seeds": text("seeds"),
+        "base": number("base", ".3f"), "end": number("end", ".3f"),
+        "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
+        "share of excess": number("share_of_excess", "+.0%"),
+        f"difference to {rival} (95 % interval)": spread("difference"),
+        "p, Holm": number("p_holm", ".2g"),
+        "shown with 80 % power from": number("smallest", ".2g"),
+        "gain, eta 0": number("gain_eta0", "+.3f"),
+    }  # fmt: skip
+
 
 PAID = {
     **NAMES, "recognised": change("recognised", ".2f"), "diversity": change("diversity", ".2f"),
@@ -68,13 +72,19 @@ BRIEF = (
 """Of both, what a command shows when its runs have ended."""
 
 
+def rival_of(groups: Groups) -> str:
+    """The method that the others of these groups are compared with."""
+    there = {method for _, _, method in groups}
+    return next((name for name in RIVALS if name in there), RIVALS[0])
+
+
 def gains(groups: Groups) -> Table:
     """A row for each objective and method: what was learned.
 
     Raises:
         UserError: methods were judged on different held-out images.
     """
-    return Table(records(groups), LEARNED, left=(*NAMES,))
+    return Table(records(groups), learned(rival_of(groups)), left=(*NAMES,))
 
 
 def cost(groups: Groups) -> Table:
@@ -92,7 +102,7 @@ def brief(groups: Groups) -> Table:
     Raises:
         UserError: methods were judged on different held-out images.
     """
-    every = LEARNED | PAID | {"unit": _unit}
+    every = learned(rival_of(groups)) | PAID | {"unit": _unit}
     return Table(records(groups), {name: every[name] for name in BRIEF}, left=(*NAMES, "unit"))
 
 
@@ -108,16 +118,11 @@ def contrast(groups: Groups) -> Table:
     training did whichever way the reward pointed, which is drift. Seeds are paired. P-values are
     adjusted for being two for each row.
     """
-    found = []
-    for (model, objective, method), runs in groups.items():
-        for (other_model, other, name), against in groups.items():
-            if (other_model, name) == (model, method) and _opposite(runs[0], against[0]):
-                up, down = ({run.seed: float(np.diff(both_ends(run))[0]) for run in part}
-                            for part in (runs, against))  # fmt: skip
-                seeds = sorted(up.keys() & down.keys())
-                pairs = np.array([(up[seed], down[seed]) for seed in seeds]).reshape(-1, 2)
-                found.append({"objectives": f"{objective}, {other}", "method": method,
-                              "seeds": len(seeds), **_halves(pairs)})  # fmt: skip
+    found: list[Record] = [
+        {"objectives": objectives, "method": method, "seeds": len(seeds),
+         **_halves(np.array([*seeds.values()]).reshape(-1, 2))}
+        for (objectives, method), seeds in both_signs(groups).items()
+    ]  # fmt: skip
     names = [(r, f"{half}_p") for r in found for half in ("s", "d")]
     for (record, name), p in zip(names, holm([r[name] for r, name in names]), strict=True):
         record[name] = p
@@ -127,6 +132,19 @@ def contrast(groups: Groups) -> Table:
         "D, by drift (95 % interval)": spread("d"), "p of D, Holm": number("d_p", ".2g"),
     }  # fmt: skip
     return Table(found, columns, left=("objectives", "method"))
+
+
+def both_signs(groups: Groups) -> dict[tuple[str, str], dict[int, tuple[float, float]]]:
+    """The two objectives and a method -> seed -> its gain up and down, of seeds that have both."""
+    found = {}
+    for (model, objective, method), runs in groups.items():
+        for (other_model, other, name), against in groups.items():
+            if (other_model, name) == (model, method) and _opposite(runs[0], against[0]):
+                up, down = ({run.seed: float(np.diff(both_ends(run))[0]) for run in part}
+                            for part in (runs, against))  # fmt: skip
+                seeds = sorted(up.keys() & down.keys())
+                found[f"{objective}, {other}", method] = {s: (up[s], down[s]) for s in seeds}
+    return found
 
 
 def _opposite(up: Run, down: Run) -> bool:
@@ -150,7 +168,8 @@ def records(groups: Groups) -> list[Record]:
 
     P-values of the differences are adjusted for being as many as there are in all records.
     """
-    found = [_record(g, runs, groups.get((*g[:2], RIVAL), ())) for g, runs in groups.items()]
+    rival = rival_of(groups)
+    found = [_record(g, runs, groups.get((*g[:2], rival), ())) for g, runs in groups.items()]
     for record, p in zip(found, holm([record["p"] for record in found]), strict=True):
         record["p_holm"] = p
     return found

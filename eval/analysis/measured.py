@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 def place(run: Run) -> Path | None:
     """Where the numbers of a run lie, or would; None for a run outside of its folders."""
-    folder, (_, *names) = run.folder.resolve(), run.group
+    folder, (_, *names) = run.files.place.resolve(), run.group
     own = folder.parts[-3:] == (*names, f"seed-{run.seed}")
     return folder.parents[2] / "diversity.csv" if own else None
 

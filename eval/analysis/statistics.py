@@ -131,14 +131,18 @@ def from_zero(values: Any, confidence: float = 0.95) -> Difference:
 
 
 def by_seed(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """Difference of two methods' means: paired where both have the same seeds, else Welch's.
+    """Difference of two methods' means: paired where one has all seeds of the other, else Welch's.
+
+    Further seeds of the one, which have no partner, do not count in a paired difference.
 
     Args:
         ours: seed -> number.
         theirs: likewise.
     """
-    a, b = ([runs[seed] for seed in sorted(runs)] for runs in (ours, theirs))
-    return (paired_difference if ours.keys() == theirs.keys() else difference)(a, b)
+    shared = sorted(ours.keys() & theirs.keys())
+    if len(shared) == min(len(ours), len(theirs)):
+        return paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
+    return difference([*ours.values()], [*theirs.values()])
 
 
 def _by_student(found: float, error: float, freedom: float, confidence: float) -> Difference:

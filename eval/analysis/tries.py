@@ -37,7 +37,7 @@ def table(folders: Sequence[Path]) -> Table:
         UserError: there is none, or one cannot be read.
     """
     found = [
-        record(run, run.folder.relative_to(folder).as_posix())
+        record(run, run.place.relative_to(folder).as_posix())
         for folder in folders
         for run in find_runs([folder])
         if run.metrics
@@ -101,7 +101,7 @@ def record(run: RunFolder, name: str) -> Record:
         "training_kl_last": last["kl"],
         "saturated_last": last["saturated"],
         **_end(run, len(rounds)),
-        "command": command(own, run.folder),
+        "command": command(own, run.place),
     }
 
 

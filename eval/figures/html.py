@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from d3po_bench import __version__
 from d3po_bench.errors import UserError
 from eval.analysis import tries
-from eval.analysis.gains import RIVAL
 from eval.analysis.leaderboard import Board, boards, provenance
 from eval.analysis.runs import DRIFTS, averages, curves, drift_of
 from eval.analysis.scores import Score, scores_of, shown_score
@@ -95,7 +94,7 @@ FACTS: Mapping[str, Cell] = {
     "Gain as a share of the size above a flat image's": number("share_of_excess", "+.0%"),
     "Diversity of a prompt's pictures": change("diversity", ".2f"),
     "Gain on the reward minus that on other scorers, in standard deviations": spread("gap"),
-    f"Gain minus {RIVAL}'s": spread("difference"),
+    "Gain minus D3PO's": spread("difference"),
     "p of that difference, adjusted for all methods and objectives (Holm)": number("p_holm", ".2g"),
 }
 

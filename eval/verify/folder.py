@@ -35,7 +35,7 @@ from eval.measure import OBJECTIVE, TRAINING
 from eval.tools import TOOLS
 
 MANIFEST = "manifest.json"
-GRID = "grid.toml"
+GRIDS = ("grid.toml", "further.toml")
 FILES = (*TEXT, "provenance.json")
 NUMBERS = ("round", *COUNTS, "score_mean", "score_std", "reward_mean", "loss", "grad_norm",
            "updates")  # fmt: skip
@@ -55,7 +55,7 @@ def verify(folder: Path) -> dict[str, list[str]]:
     runs = find_runs([folder])
     return {
         "manifest": list(check_manifest(folder)),
-        "runs": [f"{r.folder.relative_to(folder)}: {what}" for r in runs for what in check_run(r)],
+        "runs": [f"{r.place.relative_to(folder)}: {what}" for r in runs for what in check_run(r)],
         "sets": [*check_sets(runs, folder), *check_grids(runs, folder)],
         "tables": list(check_tables(folder)),
     }
@@ -212,14 +212,14 @@ def check_sets(runs: Sequence[RunFolder], folder: Path) -> Problems:
             config, own, shared = run.config, _own(run), _but_the_seed(run)
         except UserError:
             continue  # the check of runs has named it
-        cell = (*run.folder.relative_to(folder).parts[:-3], config.objective, config.method)
+        cell = (*run.place.relative_to(folder).parts[:-3], config.objective, config.method)
         first, theirs = firsts.setdefault(cell, (run, shared))
         if shared != theirs:
-            yield f"{run.folder} and {first.folder} differ in more than the seed"
+            yield f"{run.place} and {first.place} differ in more than the seed"
         for what, numbers in {"seed": (*cell, config.seed), **own}.items():
             other = seen.setdefault((what, numbers), run)
             if numbers and other is not run:
-                yield f"{run.folder} and {other.folder} have the same {what}"
+                yield f"{run.place} and {other.place} have the same {what}"
 
 
 def _own(run: RunFolder) -> dict[str, Hashable]:
@@ -239,25 +239,29 @@ def _but_the_seed(run: RunFolder) -> str:
 
 
 def check_grids(runs: Sequence[RunFolder], folder: Path) -> Problems:
-    """Beside a grid.toml lie the runs that it asks for, with the configs that it makes; no others.
+    """Beside grids lie the runs that they ask for, with the configs that they make; no others.
 
     A seed that was left out of tables and figures, too, is missing here.
     """
-    for path in sorted(folder.rglob(GRID)):
-        name, below = path.relative_to(folder), path.parent
-        asked: dict[tuple[str, ...], RunConfig] = {
-            (config.objective, config.method, f"seed-{config.seed}"): config
+    paths = sorted(path for path in folder.rglob("*.toml") if path.name in GRIDS)
+    for below in dict.fromkeys(path.parent for path in paths):
+        asked: dict[tuple[str, ...], tuple[RunConfig, Path]] = {
+            (config.objective, config.method, f"seed-{config.seed}"): (config, path)
+            for path in paths
+            if path.parent == below
             for config in grid.configs(grid.read(path), TOOLS)
         }
-        own = [run for run in runs if run.folder.is_relative_to(below)]
-        there = {run.folder.relative_to(below).parts: run for run in own}
-        for place in sorted(asked.keys() - there.keys()):
-            yield f"{name} asks for {'/'.join(place)}, which is missing"
+        there = {run.place.relative_to(below).parts: run
+                 for run in runs if run.place.is_relative_to(below)}  # fmt: skip
         for place in sorted(there.keys() - asked.keys()):
-            yield f"{name} does not ask for {'/'.join(place)}, which is there"
-        for place in sorted(asked.keys() & there.keys()):
+            yield f"no grid of {below.relative_to(folder)} asks for {'/'.join(place)}, which is there"
+        for place, (config, path) in sorted(asked.items(), key=lambda item: item[0]):
+            name = path.relative_to(folder)
+            if place not in there:
+                yield f"{name} asks for {'/'.join(place)}, which is missing"
+                continue
             with suppress(UserError):  # the check of runs has named it
-                found, made = vars(there[place].config), vars(asked[place])
+                found, made = vars(there[place].config), vars(config)
                 if other := sorted(k for k in made if found[k] != made[k]):
                     yield f"{'/'.join(place)} has another {', '.join(other)} than {name} makes"
 

@@ -108,7 +108,7 @@ def rerun(
     somewhere = nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="d3po-bench-")
     with somewhere as place, board or Board() as shown:
         for run in drawn(runs, count, seed):
-            name, config = str(run.folder.relative_to(folder)), run.config
+            name, config = str(run.place.relative_to(folder)), run.config
             job = Job(
                 config=config, execution=executions[run.folder], folder=Path(place, name),
                 tools=TOOLS,

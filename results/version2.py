@@ -1,0 +1,272 @@
+"""Tables and sentences of the comparison on version 2, as PROTOCOL.md asks for them.
+
+They are made from the runs and the search that are published in `tiny2/`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from d3po_bench.runs.files import read_csv
+from d3po_bench.runs.packed import PACKED
+from eval.analysis.efficiency import efficiency
+from eval.analysis.fronts import fronts
+from eval.analysis.gains import Groups, both_ends, both_signs, contrast, cost, gains, rival_of
+from eval.analysis.runs import read_groups
+from eval.analysis.scores import score_of
+from eval.analysis.settings import settings
+from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
+from eval.analysis.tables import Record, Table, number, spread, text
+from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said
+from results.claims import bullets, differences, than
+
+MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
+CONTROL = "d3po_random"
+MARGIN, UNIT = 0.05, "kB"
+"""A difference in S that would not matter."""
+
+TRIALS = "trials.csv"
+"""What `d3po-bench tune` wrote."""
+
+Seeds = Mapping[int, float]
+"""Seed -> number."""
+
+
+@cache
+def published(folder: Path) -> Groups:
+    """All of the runs."""
+    return read_groups([folder])
+
+
+def main_rows(groups: Groups) -> Groups:
+    """The paper's five methods."""
+    return {group: runs for group, runs in groups.items() if group[2] in MAIN}
+
+
+def further_rows(groups: Groups) -> Groups:
+    """The others, but for the control, and the rival that they are compared with."""
+    known = {*MAIN, CONTROL} - {rival_of(groups)}
+    return {group: runs for group, runs in groups.items() if group[2] not in known}
+
+
+def control(groups: Groups) -> Groups:
+    """What learned from preferences by a coin."""
+    return {group: runs for group, runs in groups.items() if group[2] == CONTROL}
+
+
+# ---- tables
+
+
+def tables(folder: Path, front: Callable[[Groups], Table]) -> dict[str, Callable[[], Any]]:
+    """What a folder has the files for: name -> what makes it.
+
+    Args:
+        folder: of the published runs.
+        front: a line for each method of groups.
+    """
+    made: dict[str, Callable[[], Any]] = {}
+    if (folder / TRIALS).is_file():
+        made["v2-tuning"] = partial(tuning, folder / TRIALS)
+    if (folder / PACKED).is_file():
+        shown: dict[str, tuple[Callable[[Groups], Any], Callable[[Groups], Groups]]] = {
+            "v2-front": (front, dict), "v2-cost": (cost, dict), "v2-drift": (fronts, dict),
+            "v2-settings": (settings, dict), "v2-control": (contrast, control),
+            "v2-gains": (gains, main_rows), "v2-further-gains": (gains, further_rows),
+            "v2-contrast": (halves, main_rows), "v2-further-contrast": (halves, further_rows),
+            "v2-efficiency": (efficiency, main_rows),
+        }  # fmt: skip
+        for name, (table, rows) in shown.items():
+            made[name] = lambda table=table, rows=rows: table(rows(published(folder)))
+    return made
+
+
+NAMED = {
+    "v2-gains": "v2.{objective}.{method}",
+    "v2-further-gains": "v2.further.{objective}.{method}",
+    "v2-contrast": "v2.contrast.{method}",
+    "v2-further-contrast": "v2.further.contrast.{method}",
+    "v2-control": "v2.contrast.{method}",
+    "v2-drift": "v2.drift.{objective}.{method}",
+    "v2-efficiency": "v2.efficiency.{objective}.{method}",
+    "v2-tuning": "v2.tuning.{method}",
+}
+"""Table -> how a number of it is called, before the name of its field."""
+
+
+def halves(groups: Groups) -> Table:
+    """S and D of each row, and how its S differs from the rival's, seed by seed."""
+    table, rival, tests = contrast(groups), rival_of(groups), of_rewards(groups)
+    p = adjusted(tests)
+    found = []
+    for record in table.records:
+        test = tests.get(record["method"], Difference.unsure(math.nan))
+        more = dict(zip(("difference", "difference_low", "difference_high"), test, strict=False))
+        holm, smallest = p.get(record["method"], math.nan), smallest_shown(test)
+        found.append({**record, **more, "difference_p": holm, "smallest": smallest})
+    columns = {
+        **table.columns, f"S minus that of {rival} (95 % interval)": spread("difference"),
+        "p of that, Holm": number("difference_p", ".2g"),
+        "shown with 80 % power from": number("smallest", ".2g"),
+    }  # fmt: skip
+    return Table(found, columns, left=table.left)
+
+
+def rewards(groups: Groups) -> dict[str, Seeds]:
+    """Method -> S of each seed, where it learned for both signs."""
+    return {
+        method: {seed: (up - down) / 2 for seed, (up, down) in seeds.items()}
+        for (_, method), seeds in both_signs(groups).items()
+    }
+
+
+def of_rewards(groups: Groups) -> dict[str, Difference]:
+    """Method -> how its S differs from the rival's."""
+    found, rival = rewards(groups), rival_of(groups)
+    return {m: by_seed(own, found[rival]) for m, own in found.items() if m != rival}
+
+
+def tuning(path: Path) -> Table:
+    """A row for each method of a search: its trials, and what was chosen of them."""
+    rows = read_csv(path)
+    columns = {
+        "method": text("method"), "trials": text("trials"), "kept the bounds": _kept,
+        "S": number("s", "+.3f"), "recognised": number("recognised", ".2f"),
+        "drift": number("drift", ".4f"), "chosen": text("settings"),
+    }  # fmt: skip
+    records = [
+        _tuned([row for row in rows if row["method"] == method])
+        for method in dict.fromkeys(row["method"] for row in rows)
+    ]
+    return Table(records, columns, left=("method", "kept the bounds", "chosen"))
+
+
+def _tuned(trials: list[Record]) -> Record:
+    """Of the trials of a method the chosen one, else the one that drifted least."""
+    chosen = next((row for row in trials if row["chosen"]), None)
+    ended = [row for row in trials if row["drift"]]
+    row = chosen or min(ended, key=lambda row: float(row["drift"]), default=trials[0])
+    seen = [float(v) for name, v in row.items() if name.startswith("gain, seed") and v]
+    names = [*row][[*row].index("drift") + 1 :]
+    return {
+        "method": row["method"], "trials": len(trials),
+        "kept": sum(bool(row["value"]) for row in trials),
+        "s": fmean(seen) if seen else math.nan,
+        "recognised": float(row["recognised"] or "nan"), "drift": float(row["drift"] or "nan"),
+        "settings": " ".join(f"{name}={row[name]}" for name in names if row[name]),
+    }  # fmt: skip
+
+
+def _kept(record: Record) -> str:
+    found = f"{record['kept']} of {record['trials']}"
+    return found if record["kept"] else f"{found}: the least drifting is taken"
+
+
+# ---- sentences
+
+
+def sentences(folder: Path) -> dict[str, Callable[[], str]]:
+    """What PROTOCOL.md says of results, of a folder that has them."""
+    if not (folder / PACKED).is_file():
+        return {}
+    return {
+        "v2-claims": lambda: claimed(published(folder), main_rows),
+        "v2-further-claims": lambda: claimed(published(folder), further_rows),
+    }
+
+
+def claimed(groups: Groups, rows: Callable[[Groups], Groups]) -> str:
+    """What is shown of some rows, and nothing if the control's S leaves 0 out.
+
+    Args:
+        groups: all of the runs.
+        rows: those that are spoken of.
+    """
+    coin = from_zero([*rewards(control(groups))[CONTROL].values()])
+    told = f"The control's S is {between(*coin[:3])} {UNIT}"
+    if not coin.low <= 0 <= coin.high:
+        return bullets(
+            [f"{told}, which leaves 0 out: the measure is at fault. Nothing is claimed."]
+        )
+    chosen = rows(groups)
+    return bullets([f"{told}, which holds 0.", *_follow(chosen), _by_s(chosen), *_by_gain(chosen)])
+
+
+def _follow(groups: Groups) -> Iterator[str]:
+    """By the intervals of S, as the protocol says."""
+    found = {method: from_zero([*seeds.values()]) for method, seeds in rewards(groups).items()}
+    up = [method for method, test in found.items() if test.low > 0]
+    down = [method for method, test in found.items() if test.high < 0]
+    open_ = {m: test for m, test in found.items() if m not in (*up, *down)}
+    if up:
+        yield f"Follow the reward, the interval of S being above 0: {', '.join(up)}."
+    if down:
+        yield f"Go against the reward, the interval of S being below 0: {', '.join(down)}."
+    for method, test in open_.items():
+        size = smallest_shown(test)
+        known = f": with its seeds, {size:.2g} {UNIT} would be with 80 % power" if size > 0 else ""
+        yield f"No effect of the reward on {method} is shown{known}."
+
+
+def _by_s(groups: Groups) -> str:
+    """Rows against the rival in S."""
+    tests = of_rewards(groups)
+    objectives = {name for names, _ in both_signs(groups) for name in names.split(", ")}
+    drifts = _drifts(groups, objectives)
+    return f"**S.** {_ordered(tests, adjusted(tests), drifts, rival_of(groups), UNIT, MARGIN)}"
+
+
+def _by_gain(groups: Groups) -> Iterator[str]:
+    """Rows against the rival on each objective."""
+    tests = differences(groups)
+    p = adjusted(tests)
+    scores = {objective: score_of(runs[0].files) for (_, objective, _), runs in groups.items()}
+    for objective, score in sorted(scores.items()):
+        own = {
+            m: test._replace(mean=score.sign * test.mean)
+            for (name, m), test in tests.items()
+            if name == objective
+        }
+        mine, drifts = {m: p[objective, m] for m in own}, _drifts(groups, {objective})
+        yield f"**{objective}.** {_ordered(own, mine, drifts, rival_of(groups), score.unit)}"
+
+
+def _drifts(groups: Groups, objectives: Collection[str]) -> dict[str, dict[int, float]]:
+    """Method -> seed -> drift at the end, of the run that went farther."""
+    found: dict[str, dict[int, float]] = {}
+    for (_, objective, method), runs in groups.items():
+        for run in runs if objective in objectives else ():
+            own, drift = found.setdefault(method, {}), both_ends(run, "drift")[1]
+            own[run.seed] = max(own.get(run.seed, drift), drift)
+    return found
+
+
+def _ordered(
+    tests: Mapping[str, Difference], p: Mapping[str, float], drifts: Mapping[str, Seeds],
+    rival: str, unit: str, margin: float = 0,
+) -> str:  # fmt: skip
+    """Who gains more, but where that is at a drift that the other does not reach.
+
+    Args:
+        tests: row -> how much more it gains than the rival.
+        p: row -> its p-value, by Holm.
+        drifts: of rows and the rival.
+        rival: its name.
+        unit: of the gains.
+        margin: a difference that would not matter; 0 for none that was stated.
+    """
+    ends = {m: (m, rival) if test.mean > 0 else (rival, m) for m, test in tests.items()}
+    far = [m for m, (more, less) in ends.items()
+           if p[m] < LEVEL
+           and fmean(drifts[more].values()) > max(drifts[less].values())]  # fmt: skip
+    open_ = {m: test for m, test in tests.items() if p[m] >= LEVEL}
+    return " ".join(filter(None, [
+        said({m: (test.mean, p[m]) for m, test in tests.items() if m not in far}, than(rival)),
+        f"No order to {rival} is claimed, since the one that gains more drifts farther than any "
+        f"run of the other (see the front): {', '.join(far)}." if far else "",
+        power(open_, unit), equivalent(open_, margin, unit, rival) if open_ and margin else "",
+    ]))  # fmt: skip
