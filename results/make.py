@@ -51,7 +51,7 @@ SHEETS = "samples-*.png"
 """Sheets of samples, which need the pictures of the runs: measure.py publish draws them."""
 
 AXES = {"pairs": "", "images": "images", "unet_forwards": "unet_forwards", "kl": "drift"}
-"""What curves are drawn over -> their folder below tiny/figures."""
+"""What curves are drawn over -> their folder below figures."""
 
 
 @cache
@@ -243,10 +243,11 @@ def drawn(place: Path) -> Iterator[tuple[Path, Path]]:
     Yields:
         What was published, and what was made.
     """
-    for x, folder in AXES.items():
-        for made in plot([HOME / "tiny"], place / x, x):
-            if made.suffix == ".png":  # what documents show
-                yield HOME / "tiny" / "figures" / folder / made.name, made
+    for home, runs, axes in ((HOME / "tiny", [HOME / "tiny"], AXES), version2.curves(V2)):
+        for x, folder in axes.items() if runs else ():
+            for made in plot(runs, place / home.name / x, x):
+                if made.suffix == ".png":  # what documents show
+                    yield home / "figures" / folder / made.name, made
     feedback.draw(place)
     for made in sorted(place.glob("*.png")):
         yield HOME / "tiny" / "feedback" / made.name, made

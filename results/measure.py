@@ -326,7 +326,7 @@ def publish(runs: Path, target: Path, sheets: bool, packed: bool) -> None:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, target / name)
     if (runs / "diversity.csv").is_file():
-        shutil.copy2(runs / "diversity.csv", target)
+        write_atomically(target / "diversity.csv", (runs / "diversity.csv").read_bytes())
     if sheets:
         plot([runs], target / "figures")
 

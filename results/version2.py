@@ -81,8 +81,22 @@ def tables(folder: Path, front: Callable[[Groups], Table]) -> dict[str, Callable
             "v2-efficiency": (efficiency, main_rows),
         }  # fmt: skip
         for name, (table, rows) in shown.items():
-            made[name] = lambda table=table, rows=rows: table(rows(published(folder)))
+            made[name] = partial(_made, table, rows, folder)
     return made
+
+
+def _made(table: Callable[[Groups], Any], rows: Callable[[Groups], Groups], folder: Path) -> Any:
+    return table(rows(published(folder)))
+
+
+AXES = {"images": "", "unet_forwards": "unet_forwards", "drift": "drift"}
+"""What the main rows' curves are drawn over -> their folder below figures."""
+
+
+def curves(folder: Path) -> tuple[Path, list[Path], dict[str, str]]:
+    """A folder, its main rows' runs if it has any, and what their curves are drawn over."""
+    groups = main_rows(published(folder)) if (folder / PACKED).is_file() else {}
+    return folder, [run.folder for runs in groups.values() for run in runs], AXES
 
 
 NAMED = {
@@ -184,7 +198,7 @@ def claimed(groups: Groups, rows: Callable[[Groups], Groups]) -> str:
 
     Args:
         groups: all of the runs.
-        rows: those that are spoken of.
+        rows: those that are spoken of, and the rival.
     """
     coin = from_zero([*rewards(control(groups))[CONTROL].values()])
     told = f"The control's S is {between(*coin[:3])} {UNIT}"
@@ -208,8 +222,8 @@ def _follow(groups: Groups) -> Iterator[str]:
         yield f"Go against the reward, the interval of S being below 0: {', '.join(down)}."
     for method, test in open_.items():
         size = smallest_shown(test)
-        known = f": with its seeds, {size:.2g} {UNIT} would be with 80 % power" if size > 0 else ""
-        yield f"No effect of the reward on {method} is shown{known}."
+        enough = f", and so many seeds would show {size:.2g} {UNIT} with 80 % power" * (size > 0)
+        yield f"No effect of the reward on {method} is shown{enough}."
 
 
 def _by_s(groups: Groups) -> str:

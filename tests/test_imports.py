@@ -107,7 +107,7 @@ LIGHT = (
     "d3po_bench", "d3po_bench.cli", "d3po_bench.config", "d3po_bench.digests",
     "d3po_bench.errors", "d3po_bench.models", "d3po_bench.objectives", "d3po_bench.presets",
     "d3po_bench.prompts", "d3po_bench.registry", "d3po_bench.runs.files", "d3po_bench.runs.holder",
-    "d3po_bench.runs.run",
+    "d3po_bench.runs.packed", "d3po_bench.runs.run",
     "d3po_bench.runs.sessions", "d3po_bench.text", "d3po_bench.types", "baselines", "eval",
     "eval.scorers", "d3po_bench.own", "d3po_bench.rewards", "d3po_bench.setting",
     "d3po_bench.contracts", "d3po_bench.variants",

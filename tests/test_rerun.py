@@ -21,6 +21,7 @@ from d3po_bench.runs.run import RunFolder, find_runs
 from eval.analysis.statistics import another_seed, same_seed
 from eval.verify import folder as verify
 from eval.verify import rerun
+from results import measure as measuring
 from tests.commands import run_of
 
 SEEDS = 5
@@ -68,6 +69,10 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def test_the_same_command_gives_the_same_bytes(results: Path, tmp_path: Path) -> None:
+    """Of runs that were published as one file."""
+    words = ["publish", str(results), str(results), "--no-sheets", "--pack"]
+    assert CliRunner().invoke(measuring.main, words).exit_code == 0
+    verify.record(results)
     before = {p: p.read_bytes() for p in results.rglob("*") if p.is_file()}
     kept = ("--out", str(tmp_path / "again"))
     done = CliRunner().invoke(cli, ["verify", str(results), "--rerun", "2", *kept])

@@ -91,6 +91,9 @@ def test_a_difference_is_scipys(ours: int, theirs: int) -> None:
 def test_the_same_seeds_are_paired_in_any_order_and_others_are_not() -> None:
     ours, theirs = {0: 1.0, 1: 1.5, 2: 2.0}, {2: 1.6, 0: 0.5, 1: 0.9}
     assert by_seed(ours, theirs) == paired_difference([1.0, 1.5, 2.0], [0.5, 0.9, 1.6])
+    more = theirs | {3: 9.0}  # has no partner
+    assert by_seed(ours, more) == by_seed(ours, theirs)
+    assert by_seed(more, ours) == by_seed(theirs, ours)
     others = {seed + 1: value for seed, value in theirs.items()}
     assert by_seed(ours, others) == difference([1.0, 1.5, 2.0], [0.5, 0.9, 1.6])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_all_cells_run_and_finished_ones_are_skipped(
     told = capsys.readouterr().err.splitlines()
     assert sum(re.fullmatch(r"\[[^;]*: finished before", t) is not None for t in told) == 4
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}
+
+
+@pytest.mark.parametrize(
+    ("part", "runs"),
+    [
+        (["--objective", "incompress", "--seeds", "1"],
+         ["d3po incompress seed 3", "reward_weighted incompress seed 3"]),
+        (["--method", "d3po", "--seeds", "9"],
+         [f"d3po {o} seed {n}" for n in (3, 1) for o in ("compress", "incompress")]),
+        (["--method", "ddpo"], "No method of this grid is called 'ddpo'. "),
+        (["--objective", "aesthetic"], "No objective of this grid is called 'aesthetic'. "),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_grid(
+    grid: Path, part: list[str], runs: list[str] | str, command: Command
+) -> None:
+    done = command("sweep", grid, "--status", "--json", *part)
+    if isinstance(runs, str):
+        refused(done, runs)
+    else:
+        assert [row["run"] for row in json.loads(done.out)["runs"]] == runs
 
 
 @pytest.mark.usefixtures("grid")

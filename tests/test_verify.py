@@ -18,8 +18,11 @@ from d3po_bench.cli import cli
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.prompts import digest
+from d3po_bench.runs.packed import PACKED
 from d3po_bench.runs.run import RunFolder, content, find_runs
 from eval.verify import folder as verify
+from eval.verify.folder import GRIDS
+from results import measure as measuring
 from tests.damage import listed
 
 ROOT = Path(__file__).parent.parent
@@ -79,9 +82,7 @@ def found(home: Path) -> dict[str, list[str]]:
     results = home / "results"
     runs = find_runs([results])
     checks = {
-        "runs": [
-            f"{r.folder.relative_to(results)}: {p}" for r in runs for p in verify.check_run(r)
-        ],
+        "runs": [f"{r.place.relative_to(results)}: {p}" for r in runs for p in verify.check_run(r)],
         "sets": [*verify.check_sets(runs, results), *verify.check_grids(runs, results)],
     }
     return {name: problems for name, problems in checks.items() if problems}
@@ -131,6 +132,25 @@ def test_an_untouched_copy_is_fine(home: Path) -> None:
         "tables: fine",
     ]
     assert done.exit_code == 0
+
+
+def test_packed_runs_are_checked_as_their_folders(home: Path) -> None:
+    """Against two grids, which share the seeds."""
+    tiny, before = home / "results" / "tiny", table_of(home)
+    words = ["publish", str(tiny), str(tiny), "--no-sheets", "--pack"]
+    assert CliRunner().invoke(measuring.main, words).exit_code == 0
+    (tiny / "grid.toml").write_text(GRID.replace("5", "[0, 1, 2]"))
+    (tiny / "further.toml").write_text(GRID.replace("5", "[3, 4]"))
+    assert [path.name for path in sorted(tiny.rglob("*.*"))] == [*sorted(GRIDS), PACKED]
+    assert (found(home), table_of(home)) == ({}, before)
+    (tiny / "further.toml").write_text(GRID.replace("5", "[3, 5]\n[set]\nrounds = 3"))
+    assert found(home) == {
+        "sets": [
+            "no grid of tiny asks for incompress/d3po/seed-4, which is there",
+            "incompress/d3po/seed-3 has another rounds than tiny/further.toml makes",
+            "tiny/further.toml asks for incompress/d3po/seed-5, which is missing",
+        ]
+    }
 
 
 def test_what_the_manifest_shows(home: Path) -> None:

@@ -68,7 +68,7 @@ def _unpacked(archive: Path, size: int, changed: int) -> Path:
     # Named as the archive, since errors name the files in it.
     folder = place / archive.parent.name / archive.name
     try:
-        with tarfile.open(fileobj=io.BytesIO(_decoded(archive.read_bytes()))) as tar:
+        with tarfile.open(fileobj=io.BytesIO(_decoded(archive.read_bytes())), mode="r:") as tar:
             if odd := [e.name for e in tar if not (e.isfile() or e.isdir())]:
                 raise ValueError(f"{odd[0][:80]!r} is no file")
             tar.extractall(folder, filter="data")

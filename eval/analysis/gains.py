@@ -32,7 +32,7 @@ Groups = Mapping[Group, Sequence[Run]]
 RIVALS = ("d3po", "d3po_of_two")
 """What the other methods are compared with: the first of these that there is."""
 
-SIDES = {"tiny": 32, "sd15": 512}
+SIDES = {"tiny": 32, "tiny2": 64, "sd15": 512}
 """Pixels a side of the pictures of the models that we know."""
 
 

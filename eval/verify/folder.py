@@ -253,8 +253,9 @@ def check_grids(runs: Sequence[RunFolder], folder: Path) -> Problems:
         }
         there = {run.place.relative_to(below).parts: run
                  for run in runs if run.place.is_relative_to(below)}  # fmt: skip
+        where = below.relative_to(folder)
         for place in sorted(there.keys() - asked.keys()):
-            yield f"no grid of {below.relative_to(folder)} asks for {'/'.join(place)}, which is there"
+            yield f"no grid of {where} asks for {'/'.join(place)}, which is there"
         for place, (config, path) in sorted(asked.items(), key=lambda item: item[0]):
             name = path.relative_to(folder)
             if place not in there:
