@@ -305,21 +305,20 @@ def collect(runs: Path) -> None:
 @click.argument("runs", type=THERE)
 @click.argument("target", type=PATH)
 @click.option("--sheets/--no-sheets", default=True, help="Draw the sheets of samples, too.")
-@click.option(
-    "--pack", "packed", is_flag=True, help=f"As one file, {PACKED}: for hundreds of runs."
-)
+@click.option("--pack", "packed", is_flag=True, help=f"As one file, {PACKED}.")
 def publish(runs: Path, target: Path, sheets: bool, packed: bool) -> None:
     """Replace the runs in TARGET by the text files of those below RUNS.
 
     Weights and pictures stay behind, so the sheets of samples have to be drawn now.
     """
-    found, old = evaluated([runs]), find_runs([target])
+    found, old = evaluated([runs]), [run.folder for run in find_runs([target])]
     files = {(run.place / name).relative_to(runs).as_posix(): run.folder / name
              for run in found for name in FILES}  # fmt: skip
     if packed:
         pack(target / PACKED, files)
-    for run in old:
-        shutil.rmtree(run.folder)
+    for folder in old:
+        if folder.is_relative_to(target):  # else it was unpacked
+            shutil.rmtree(folder)
     if not packed:
         (target / PACKED).unlink(missing_ok=True)
         for name, path in files.items():

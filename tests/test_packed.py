@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -77,11 +78,12 @@ def test_the_same_runs_give_the_same_bytes_there_and_back(
     runs: Path, published: Path, tmp_path: Path
 ) -> None:
     before = (published / PACKED).read_bytes()
-    publish(published, tmp_path / "folders")
+    shutil.copytree(published, tmp_path / "folders")
+    publish(tmp_path / "folders", tmp_path / "folders")  # in place
     assert not (tmp_path / "folders" / PACKED).exists()
     text = {name: data for name, data in contents(runs).items() if not name.endswith("weights")}
     assert contents(tmp_path / "folders") == text
-    publish(tmp_path / "folders", tmp_path / "folders", "--pack")  # in place
+    publish(tmp_path / "folders", tmp_path / "folders", "--pack")
     assert contents(tmp_path / "folders") == contents(published)
     assert (published / PACKED).read_bytes() == before
 
@@ -102,6 +104,7 @@ def entry(name: str, kind: bytes = tarfile.REGTYPE) -> Callable[[], bytes]:
     ("archive", "said"),
     [
         (entry("../../config.json"), "outside"),
+        (entry("a/" * 1500 + "config.json"), "recursion|too long"),
         (entry("a/config.json", tarfile.SYMTYPE), "'a/config.json' is no file"),
         (entry("a/config.json", tarfile.LNKTYPE), "'a/config.json' is no file"),
         (entry("a/config.json", tarfile.FIFOTYPE), "'a/config.json' is no file"),

@@ -68,11 +68,12 @@ def _unpacked(archive: Path, size: int, changed: int) -> Path:
     # Named as the archive, since errors name the files in it.
     folder = place / archive.parent.name / archive.name
     try:
-        with tarfile.open(fileobj=io.BytesIO(_decoded(archive.read_bytes())), mode="r:") as tar:
+        data = io.BytesIO(_decoded(archive.read_bytes()))
+        with tarfile.open(fileobj=data, mode="r:") as tar:
             if odd := [e.name for e in tar if not (e.isfile() or e.isdir())]:
                 raise ValueError(f"{odd[0][:80]!r} is no file")
             tar.extractall(folder, filter="data")
-    except (tarfile.TarError, lzma.LZMAError, OSError, ValueError) as problem:
+    except (tarfile.TarError, lzma.LZMAError, OSError, ValueError, RecursionError) as problem:
         raise UserError(
             f"{archive} cannot be unpacked: {str(problem)[:200]}. Restore that file, or leave its "
             "folder out."
