@@ -480,7 +480,7 @@ SETS: Mapping[str, tuple[Change, list[str]]] = {
     ),
     "a grid of less": (
         lambda run: edit(run.parents[2] / "grid.toml", "seeds = 5", "seeds = [0, 2, 3, 4]"),
-        ["tiny/grid.toml does not ask for incompress/d3po/seed-1, which is there"],
+        ["no grid of tiny asks for incompress/d3po/seed-1, which is there"],
     ),
     "another setting of all": (
         every_seed(learning_rate=1e-3),
