@@ -99,7 +99,7 @@ def reproduce(session: nox.Session) -> None:
     if session.posargs:
         session.run("d3po-bench", "report", "runs/reproduce/tiny2")
     else:
-        _publish(session, "tiny2", "--pack")
+        _publish(session, "tiny2", "--pack", "--no-sheets")
 
 
 @nox.session

@@ -41,7 +41,7 @@ def pack(archive: Path, files: Mapping[str, Path]) -> None:
         UserError: a file cannot be read, or the archive cannot be written.
     """
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:xz", preset=9) as tar:
+    with tarfile.open(fileobj=data, mode="w:xz") as tar:
         for name, path in sorted(files.items()):
             with readable(path):
                 content = path.read_bytes()
