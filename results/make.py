@@ -39,7 +39,7 @@ from eval.analysis.pictures import crossed
 from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
-from eval.figures.curves import plot
+from eval.figures.curves import draw_curves
 from results import claims, coverage, feedback, gpu, memory, search, version2
 
 sys.path.pop(0)
@@ -243,11 +243,11 @@ def drawn(place: Path) -> Iterator[tuple[Path, Path]]:
     Yields:
         What was published, and what was made.
     """
-    for home, runs, axes in ((HOME / "tiny", [HOME / "tiny"], AXES), version2.curves(V2)):
-        for x, folder in axes.items() if runs else ():
-            for made in plot(runs, place / home.name / x, x):
-                if made.suffix == ".png":  # what documents show
-                    yield home / "figures" / folder / made.name, made
+    of_v2 = version2.main_rows(version2.published(V2)) if version2.there(V2) else {}
+    for home, groups, axes in ((HOME / "tiny", tiny(), AXES), (V2, of_v2, version2.AXES)):
+        for x, folder in axes.items() if groups else ():
+            png, _ = draw_curves(groups, x, place / home.name / x)  # what documents show
+            yield home / "figures" / folder / png.name, png
     feedback.draw(place)
     for made in sorted(place.glob("*.png")):
         yield HOME / "tiny" / "feedback" / made.name, made

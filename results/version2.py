@@ -37,6 +37,11 @@ Seeds = Mapping[int, float]
 """Seed -> number."""
 
 
+def there(folder: Path) -> bool:
+    """Whether the runs have been published."""
+    return (folder / PACKED).is_file()
+
+
 @cache
 def published(folder: Path) -> Groups:
     """All of the runs."""
@@ -72,7 +77,7 @@ def tables(folder: Path, front: Callable[[Groups], Table]) -> dict[str, Callable
     made: dict[str, Callable[[], Any]] = {}
     if (folder / TRIALS).is_file():
         made["v2-tuning"] = partial(tuning, folder / TRIALS)
-    if (folder / PACKED).is_file():
+    if there(folder):
         shown: dict[str, tuple[Callable[[Groups], Any], Callable[[Groups], Groups]]] = {
             "v2-front": (front, dict), "v2-cost": (cost, dict), "v2-drift": (fronts, dict),
             "v2-settings": (settings, dict), "v2-control": (contrast, control),
@@ -91,12 +96,6 @@ def _made(table: Callable[[Groups], Any], rows: Callable[[Groups], Groups], fold
 
 AXES = {"images": "", "unet_forwards": "unet_forwards", "drift": "drift"}
 """What the main rows' curves are drawn over -> their folder below figures."""
-
-
-def curves(folder: Path) -> tuple[Path, list[Path], dict[str, str]]:
-    """A folder, its main rows' runs if it has any, and what their curves are drawn over."""
-    groups = main_rows(published(folder)) if (folder / PACKED).is_file() else {}
-    return folder, [run.folder for runs in groups.values() for run in runs], AXES
 
 
 NAMED = {
@@ -185,7 +184,7 @@ def _kept(record: Record) -> str:
 
 def sentences(folder: Path) -> dict[str, Callable[[], str]]:
     """What PROTOCOL.md says of results, of a folder that has them."""
-    if not (folder / PACKED).is_file():
+    if not there(folder):
         return {}
     return {
         "v2-claims": lambda: claimed(published(folder), main_rows),

@@ -169,8 +169,6 @@ def test_every_table_of_version_2_is_made(published: Path, tmp_path: Path) -> No
     assert len(heads["v2-drift"]) == 2
     assert [r["method"] for r in heads["v2-front"].records] == sorted(GAINS)
     assert version2.tables(tmp_path, make.front) == version2.sentences(tmp_path) == {}
-    assert version2.curves(tmp_path)[1] == []
-    assert len(version2.curves(published)[1]) == 12
 
 
 def test_what_is_said_of_version_2(published: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d3po_bench.errors import UserError
-from eval.analysis.gains import both_ends, held_out, records
+from eval.analysis.gains import both_ends, records
 from eval.analysis.runs import Run, read_groups, require_same_inputs
 from eval.analysis.scores import Score, score_of
 from eval.analysis.statistics import (
@@ -175,7 +175,7 @@ def compare(ours: Path, theirs: Path, margin: float | None = None) -> Comparison
             "objective."
         )
     require_same_inputs([run.files for run in every])
-    first, *rest = (held_out(run).index for run in every)
+    first, *rest = (run.held_out.index for run in every)
     names = [one.method, other.method] if one.method != other.method else [str(ours), str(theirs)]
     a, b = (Side(*side) for side in zip(names, (ours, theirs), sides, strict=True))
     return Comparison(a, b, same_images=all(index.equals(first) for index in rest), margin=margin)

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from d3po_bench import registry
 from d3po_bench.errors import UserError
@@ -278,7 +277,7 @@ def against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
         UserError: the held-out images are not the same.
     """
     every = [*runs, *rivals]
-    scores = [held_out(run) for run in every]
+    scores = [run.held_out for run in every]
     for run, found in zip(every, scores, strict=True):
         if not found.index.equals(scores[0].index):
             raise UserError(
@@ -293,11 +292,3 @@ def against(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
                      zip(rivals, ends[len(runs) :], strict=True))
     )  # fmt: skip
     return by_seed(ours, theirs)
-
-
-def held_out(run: Run) -> pd.Series:
-    """Scores of the last evaluation, training sampler, by (prompt, index)."""
-    rows = pd.DataFrame(run.files.evaluation)
-    rows = rows[(rows["sampler"] == "eta1") & rows["round"].isin(list(run.spent))]
-    last = rows[rows["round"] == rows["round"].max()]
-    return last.set_index(["prompt", "index"])["score"].sort_index()

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -83,6 +84,16 @@ class Run:
     def last(self) -> int:
         """The round of its last evaluation, training sampler."""
         return int(self.scores.loc["eta1"].index.max())
+
+    @cached_property
+    def held_out(self) -> pd.Series:
+        """Scores of the last evaluation, training sampler, by (prompt, index)."""
+        import pandas as pd
+
+        rows = pd.DataFrame(self.files.evaluation)
+        rows = rows[(rows["sampler"] == "eta1") & rows["round"].isin(list(self.spent))]
+        last = rows[rows["round"] == rows["round"].max()]
+        return last.set_index(["prompt", "index"])["score"].sort_index()
 
     @property
     def ended(self) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from eval.analysis.runs import Frame
+    from eval.analysis.runs import Frame, Group, Run
 
 
 X_LABELS = {
@@ -71,9 +71,7 @@ def plot(
         raise ValueError(f"x must be one of {', '.join(X_LABELS)}, got {x!r}")
     groups = read_groups(runs, unfinished=unfinished)
     out = out or runs[0] / "plots"
-    every = [run for members in groups.values() for run in members]
-    scores = scores_of(run.files for run in every)
-    files = _write_curves(curves(every, x), x, scores, out)
+    files = draw_curves(groups, x, out)
     for group, members in groups.items():
         sheet = samples_sheet(members)
         if sheet is not None:
@@ -81,9 +79,20 @@ def plot(
     return files
 
 
-def _write_curves(table: Frame, x: str, scores: Mapping[str, Score], out: Path) -> list[Path]:
+def draw_curves(groups: Mapping[Group, Sequence[Run]], x: str, out: Path) -> list[Path]:
+    """Write curves.png and curves.svg of runs that were read.
+
+    Args:
+        groups: of one base model.
+        x: a key of `X_LABELS`.
+        out: folder for the figures.
+
+    Raises:
+        UserError: a run does not know `x`, or `out` cannot be written.
+    """
+    every = [run for members in groups.values() for run in members]
     with own_style():
-        figure = curves_figure(table, x, scores)
+        figure = curves_figure(curves(every, x), x, scores_of(run.files for run in every))
         return [_write(out / f"curves.{kind}", rendered(figure, kind)) for kind in ("png", "svg")]
 
 
