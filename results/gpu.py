@@ -110,7 +110,8 @@ def hours() -> Table:
             row = {"card": report["card"], "grid": path.name, **peaks}
             runs = grid.configs(grid.read(path), TOOLS)
             row |= {"runs": len(runs), "images": sum(map(_images, runs)) / 1e3}
-            if measured := part(report, "bf16 round"):
+            measured = part(report, "bf16 round")
+            if "pairs" in measured:
                 each = [seconds(run, measured) / 3600 for run in runs]
                 row |= {"least": min(each), "most": max(each), "all": sum(each)}
             rows.append(row)
@@ -135,7 +136,7 @@ def seconds(run: RunConfig, measured: Mapping[str, Any]) -> float:
         update /= 2
     # The round that was measured is the first, in which the pretrained network has no pass.
     again = sample if method.reference == "pretrained" else 0
-    learned = (_images(run) - evaluated) * (sample + score + again + update)
+    learned: float = (_images(run) - evaluated) * (sample + score + again + update)
     # Half of the others are drawn by the sampler of training, whose drift is measured.
     return learned + evaluated * (1.5 * sample + score)
 

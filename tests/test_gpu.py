@@ -13,7 +13,8 @@ from results import gpu as tables
 from tests.commands import ROOT
 from tests.gpu import METHODS, Report, main
 
-NO_CARD: dict[str, Any] = {"card": "CPU", "dry": True, "steps": [2, 3], "parts": {}}
+NO_CARD: dict[str, Any] = {"card": "CPU", "dry": True, "steps": [2, 3],
+                           "parts": {"bf16 round": {"skipped": "no time"}}}  # fmt: skip
 
 CARD: dict[str, Any] = {
     "card": "Card A", "dry": False, "steps": [20, 50],
@@ -60,6 +61,7 @@ def test_tables_show_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(tables, "HERE", tmp_path)
     (tmp_path / "dry-run.json").write_text(json.dumps(NO_CARD))
     assert tables.rounds().cells()[1][0] == "CPU"
+    assert tables.hours().cells()[1][4:7] == ["-", "-", "-"]
     (tmp_path / "card-a.json").write_text(json.dumps(CARD))
     first, compiled, half = tables.speed().cells()[1:]
     assert first == ["Card A", "bf16", "20, 50", "8.00", "3.25", "51.3", "20.5", "-"]
