@@ -136,12 +136,13 @@ def seconds(run: RunConfig, measured: Mapping[str, Any]) -> float:
         update /= 2
     # The round that was measured is the first, in which the pretrained network has no pass.
     again = sample if method.reference == "pretrained" else 0
-    learned: float = (_images(run) - evaluated) * (sample + score + again + update)
+    learned = (_images(run) - evaluated) * (sample + score + again + update)
     # Half of the others are drawn by the sampler of training, whose drift is measured.
-    return learned + evaluated * (1.5 * sample + score)
+    found: float = learned + evaluated * (1.5 * sample + score)
+    return found
 
 
 def _images(run: RunConfig) -> float:
     """Drawn by a run, to learn from and to be evaluated."""
-    each = run.images_per_prompt or method_of(run).images_per_prompt
+    each: int = run.images_per_prompt or method_of(run).images_per_prompt
     return run.rounds * run.prompts_per_round * each + planned(run).left.get(IMAGE, 0)
