@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from d3po_bench.errors import UserError
 from d3po_bench.prompts import require_text
-from d3po_bench.prompts.tables import rows_of
+from d3po_bench.prompts.tables import rows_of, texts_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,6 +28,9 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 """What Hugging Face's image folders have beside the pictures: file_name, and text."""
+
+PROMPTS = "prompt.json"
+"""What the D3PO authors' code writes instead: a list of prompts, beside images/00000.png, ..."""
 
 TEXTS = ("text", "prompt", "caption")
 """The first of these that a table has is its pictures' text."""
@@ -93,6 +96,8 @@ def table_of(folder: Path) -> Path | None:
     found = [folder / name for name in TABLES if (folder / name).is_file()]
     if len(found) > 1:
         raise UserError(f"{folder} has both {' and '.join(TABLES)}. Remove one of them.")
+    if not found and (folder / PROMPTS).is_file() and (folder / "images").is_dir():
+        return folder / PROMPTS
     return found[0] if found else None
 
 
@@ -117,7 +122,7 @@ def read_pictures(folder: Path) -> list[tuple[str, str]]:
     """File names and texts of a folder of pictures, from the rows of its table.
 
     The layout of Hugging Face's image folders: metadata.csv or metadata.jsonl with file_name and
-    text (or prompt, or caption).
+    text (or prompt, or caption); or that of the D3PO authors' code, see `_numbered`.
 
     Raises:
         UserError: there is no table, it is malformed, or a row names no picture inside the
@@ -129,7 +134,7 @@ def read_pictures(folder: Path) -> list[tuple[str, str]]:
             without_table(folder)
             or f"{folder} has no metadata.csv and no pictures. Give a folder that has both."
         )
-    rows = rows_of(path)
+    rows = _numbered(path) if path.name == PROMPTS else rows_of(path)
     first = rows[0] if rows and isinstance(rows[0], dict) else {}
     column = next((name for name in TEXTS if name in first), TEXTS[0])
     pictures: dict[tuple[str, str], None] = {}
@@ -151,6 +156,24 @@ def read_pictures(folder: Path) -> list[tuple[str, str]]:
     if not pictures:
         raise UserError(f"{path} names no picture. Write a row for each.")
     return list(pictures)
+
+
+def _numbered(path: Path) -> list[dict[str, str]]:
+    """The rows that a table of pictures by number would have.
+
+    As many of each prompt, one prompt after the other: images/00000.png, images/00001.png, ...
+
+    Raises:
+        UserError: the prompts cannot be read, or have unequal numbers of pictures.
+    """
+    prompts, count = texts_of(path, ""), len([*(path.parent / "images").glob("*.png")])
+    if not prompts or count % len(prompts):
+        raise UserError(
+            f"{path} has {len(prompts)} prompts for the {count} pictures in images/, which is not "
+            "as many for each. Add what is missing, or write a metadata.csv."
+        )
+    each = count // len(prompts)
+    return [{"file_name": f"images/{n:05d}.png", "text": prompts[n // each]} for n in range(count)]
 
 
 def _require_inside(folder: Path, name: str, table: Path) -> None:

@@ -10,9 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from d3po_bench.config import RunConfig, method_of
+from d3po_bench.launch import grid
+from d3po_bench.runs.files import read_csv
+from d3po_bench.training.progress import IMAGE, planned
 from eval.analysis.tables import Cell, Record, Table, text
+from eval.tools import TOOLS
 
 HERE = Path(__file__).resolve().parent / "gpu"
+GRIDS = HERE.parent / "sd15"
+MEMORY = HERE.parent / "memory.csv"
 
 NOT_DONE = "-"
 
@@ -92,3 +99,50 @@ def checks() -> Table:
         **{f"methods in {kind}": text(kind) for kind in ("fp32", "bf16", "fp16")},
     }  # fmt: skip
     return Table(rows, columns, left=("card",))
+
+
+def hours() -> Table:
+    """What the grids of Stable Diffusion 1.5 should take: time by card, memory by its size."""
+    peaks = {r["card"]: int(r["peak"]) / 1e9 for r in read_csv(MEMORY) if r["model"] == "sd15"}
+    rows = []
+    for report in reports():
+        for path in sorted(GRIDS.glob("*.toml")):
+            row = {"card": report["card"], "grid": path.name, **peaks}
+            runs = grid.configs(grid.read(path), TOOLS)
+            row |= {"runs": len(runs), "images": sum(map(_images, runs)) / 1e3}
+            measured = part(report, "bf16 round")
+            if "pairs" in measured:
+                each = [seconds(run, measured) / 3600 for run in runs]
+                row |= {"least": min(each), "most": max(each), "all": sum(each)}
+            rows.append(row)
+    columns: dict[str, Callable[[Record], str]] = {"grid": text("grid"), "card": text("card")}
+    columns |= {"runs": text("runs"), "thousand images": shown("images", ",.0f")}
+    columns |= {"hours a run, least": shown("least"), "most": shown("most")}
+    columns |= {"hours of all": shown("all", ",.0f")}
+    columns |= {f"GB, card of {size}": shown(size) for size in peaks}
+    return Table(rows, columns, left=("grid", "card"))
+
+
+def seconds(run: RunConfig, measured: Mapping[str, Any]) -> float:
+    """What a run should take, by a round of D3PO in the same number of steps that was measured.
+
+    Every image counts as learned from, and as scored in no time beside that of its JPEG size.
+    """
+    sample, score, update = (
+        measured[f"{stage}_s"] / measured["pairs"] / 2 for stage in ("sample", "score", "update")
+    )
+    method, evaluated = method_of(run), planned(run).left.get(IMAGE, 0)
+    if not getattr(method, "guided", True):
+        update /= 2
+    # The round that was measured is the first, in which the pretrained network has no pass.
+    again = sample if method.reference == "pretrained" else 0
+    learned = (_images(run) - evaluated) * (sample + score + again + update)
+    # Half of the others are drawn by the sampler of training, whose drift is measured.
+    found: float = learned + evaluated * (1.5 * sample + score)
+    return found
+
+
+def _images(run: RunConfig) -> float:
+    """Drawn by a run, to learn from and to be evaluated."""
+    each: int = run.images_per_prompt or method_of(run).images_per_prompt
+    return run.rounds * run.prompts_per_round * each + planned(run).left.get(IMAGE, 0)

@@ -127,6 +127,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "gpu": gpu.speed,
     "gpu-round": gpu.rounds,
     "gpu-checks": gpu.checks,
+    "gpu-hours": gpu.hours,
     "memory": memory.table,
     "memory-each": memory.each,
     **version2.tables(V2, front),

@@ -23,7 +23,7 @@ PLACES = (
     "*.md",
     "docs/*.md",
     "docs/notes/*.md",
-    "results/*.md",
+    "results/**/*.md",
     "eval/**/*.md",
     "d3po_bench/**/*.md",
 )
@@ -73,12 +73,17 @@ def printed(document: Path) -> Iterator[list[str]]:
                     yield shlex.split(found[1], comments=True)
 
 
-@pytest.mark.parametrize("page", ["docs/several-gpus.md", "docs/clusters.md", "docs/own-model.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["docs/several-gpus.md", "docs/clusters.md", "docs/own-model.md", "results/sd15/README.md"],
+)
 def test_its_commands_have_options_that_exist(page: str) -> None:
     commands = [c for c in printed(ROOT / page) if not any("://" in word for word in c[:2])]
     assert len(commands) > 4
     for words in commands:
         name, command, rest = cli.resolve_command(click.Context(cli), words)
+        while isinstance(command, click.Group):
+            name, command, rest = command.resolve_command(click.Context(command), rest)
         assert command is not None
         with command.make_context(name, [*rest]) as context:
             assert context.params

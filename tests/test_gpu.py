@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from d3po_bench.config import make
 from results import gpu as tables
 from tests.commands import ROOT
 from tests.gpu import METHODS, Report, main
 
-NO_CARD: dict[str, Any] = {"card": "CPU", "dry": True, "steps": [2, 3], "parts": {}}
+NO_CARD: dict[str, Any] = {"card": "CPU", "dry": True, "steps": [2, 3],
+                           "parts": {"bf16 round": {"skipped": "no time"}}}  # fmt: skip
 
 CARD: dict[str, Any] = {
     "card": "Card A", "dry": False, "steps": [20, 50],
@@ -59,6 +61,7 @@ def test_tables_show_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(tables, "HERE", tmp_path)
     (tmp_path / "dry-run.json").write_text(json.dumps(NO_CARD))
     assert tables.rounds().cells()[1][0] == "CPU"
+    assert tables.hours().cells()[1][4:7] == ["-", "-", "-"]
     (tmp_path / "card-a.json").write_text(json.dumps(CARD))
     first, compiled, half = tables.speed().cells()[1:]
     assert first == ["Card A", "bf16", "20, 50", "8.00", "3.25", "51.3", "20.5", "-"]
@@ -67,6 +70,27 @@ def test_tables_show_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monke
     assert paper == ["Card A", "80", "100.0", "-", "-", "-", "60.0", "95.1%", "-", "-", "4.00"]
     (checked,) = tables.checks().cells()[1:]
     assert checked == ["Card A", "yes", "2 of 5", "0 of 5", "1 of 5"]
+
+
+def test_hours_by_hand() -> None:
+    # 0.1 s to draw an image, 0.05 s to score it, 0.4 s to learn from it
+    measured = {"pairs": 80, "sample_s": 16.0, "score_s": 8.0, "update_s": 64.0}
+    small = {"rounds": "2", "prompts_per_round": "5", "eval_every": "1", "eval_images": "1",
+             "eval_prompts": "5"}  # fmt: skip
+
+    def seconds(method: str) -> float:
+        return tables.seconds(make(method, "incompress", "paper", small)[0], measured)
+
+    # Three evaluations of ten images, half of them drawn a second time, are 6 s.
+    assert seconds("d3po") == pytest.approx(6 + 20 * (0.15 + 0.4 + 0.1))
+    assert seconds("ddpo") == pytest.approx(6 + 10 * (0.15 + 0.4))
+    assert seconds("reward_weighted") == pytest.approx(6 + 20 * (0.15 + 0.2))
+
+
+def test_every_cell_of_the_published_grids_can_be_run() -> None:
+    rows = tables.hours().cells()[1:]
+    runs = {("anchor.toml", "9"), ("paper.toml", "75")}  # 3 x 1 x 3, 5 x 3 x 5
+    assert {(grid, count) for grid, _, count, *_ in rows} == runs
 
 
 @pytest.mark.slow

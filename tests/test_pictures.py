@@ -131,6 +131,28 @@ def test_a_bad_table_is_one_line(text: str, said: str, tmp_path: Path) -> None:
     assert "\n" not in str(refusal.value)
 
 
+def test_pictures_as_the_authors_code_writes_them_are_scored(
+    command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "d3po"
+    (folder / "images").mkdir(parents=True)
+    (folder / "prompt.json").write_text('["a cat", "a dog"]')
+    for number in range(4):
+        RED.save(folder / "images" / f"{number:05d}.png")
+    assert command("evaluate", "d3po", "--scorers", "jpeg_size").code == 0
+    scored = (folder / "evaluation" / "rows.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0][-9:] for line in scored] == [f"0000{n}.png" for n in range(4)]
+    assert [line.split(",")[2] for line in scored] == ["a cat", "a cat", "a dog", "a dog"]
+    (folder / "images" / "00002.png").rename(folder / "images" / "00004.png")
+    with pytest.raises(UserError, match=r"names 'images/00002\.png', which is not a picture"):
+        read_pictures(folder)
+    (folder / "images" / "00004.png").unlink()
+    with pytest.raises(UserError, match="has 2 prompts for the 3 pictures in images/"):
+        read_pictures(folder)
+    (folder / "metadata.csv").write_text("file_name,text\nimages/00000.png,mine\n")
+    assert read_pictures(folder) == [("images/00000.png", "mine")]
+
+
 def test_two_tables_are_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "pictures")
     for name in ("metadata.csv", "metadata.jsonl"):
