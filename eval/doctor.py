@@ -69,6 +69,7 @@ def _devices() -> dict[str, str]:
 def checkable() -> list[str]:
     """Scorers by name and, where they have any, by weights."""
     from eval.scorers._clip import EMBEDDED, SHIPPED
+    from eval.scorers._features import SHIP_WITH_CLIP
 
     found = []
     for name in registry.names("scorer"):
@@ -80,7 +81,8 @@ def checkable() -> list[str]:
         elif usual in SHIPPED:  # it has no others
             found += [f"{name}:{which}" for which in SHIPPED]
         else:
-            there = [w for w, folder in SHIPPED.items() if (EMBEDDED / folder / name).is_dir()]
+            own = "clip" if name in SHIP_WITH_CLIP else name
+            there = [w for w, folder in SHIPPED.items() if (EMBEDDED / folder / own).is_dir()]
             found += [f"{name}:{which}" for which in (*there, "official")]
     return found
 

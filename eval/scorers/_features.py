@@ -14,6 +14,10 @@ Features = Callable[[Tensor], Tensor]
 """Pictures [N, 3, h, w] uint8 -> [N, F] of unit length, on the CPU."""
 
 
+SHIP_WITH_CLIP = ("diversity", "vendi")
+"""Scorers over these features: whatever ships a CLIP has theirs."""
+
+
 def load(device: torch.device, weights: str) -> tuple[Features, tuple[Path, ...]]:
     """Those of the embedded model's classifier before its last layer (tiny), or CLIP's embeddings.
 
