@@ -40,7 +40,7 @@ from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import draw_curves
-from results import claims, coverage, feedback, gpu, memory, search, version2
+from results import alignment, claims, coverage, feedback, gpu, memory, search, version2
 
 sys.path.pop(0)
 
@@ -131,6 +131,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "memory": memory.table,
     "memory-each": memory.each,
     **version2.tables(V2, front),
+    **alignment.tables(),
 }
 """What stands between block markers."""
 
@@ -143,6 +144,7 @@ CLAIMS: Mapping[str, Callable[[], str]] = {
     "claims-table1": lambda: claims.alignment(HOME / "tiny" / "table1"),
     "claims-feedback": claims.feedback,
     **version2.sentences(V2),
+    **alignment.sentences(),
 }
 """Likewise, what comes as text: sentences that are made from tests, and Table 1, which has some."""
 

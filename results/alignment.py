@@ -1,0 +1,219 @@
+"""GenEval's share right before and after training, as PROTOCOL.md asks under "Alignment".
+
+    python -m results.alignment runs/alignment
+
+draws `geneval-unseen` with the base model and with the LoRA of each run below that folder, which
+takes a minute each, and writes alignment/unseen.csv.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from d3po_bench.errors import said_in_one_line
+from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from d3po_bench.runs.packed import PACKED
+from eval.analysis.runs import Run, evaluated, read_groups
+from eval.analysis.statistics import Difference, from_zero
+from eval.analysis.tables import Record, Table, change, number, over_seeds, spread, text
+from eval.analysis.worded import Words, adjusted, said
+from results.claims import bullets
+
+HOME = Path(__file__).resolve().parent / "alignment"
+UNSEEN = HOME / "unseen.csv"
+SAMPLERS = {"eta1": "training, eta 1", "eta0": "deterministic, eta 0"}
+JUDGES = ("geneval", "geneval_second")
+KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+BASE = "no fine-tune"
+AT_FIRST = 6
+"""Rounds of which the mean training reward is compared with that of as many last ones."""
+
+
+def there() -> bool:
+    """Whether the runs have been published."""
+    return (HOME / PACKED).is_file()
+
+
+@cache
+def runs() -> Mapping[str, list[Run]]:
+    """Method -> its runs, by seed."""
+    return {method: found for (_, _, method), found in read_groups([HOME]).items()}
+
+
+# ---- measured
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+def measure(folder: Path) -> None:
+    """Write alignment/unseen.csv of the runs below FOLDER."""
+    rows = [*_drawn(BASE, "", Path("tiny2"), folder)]
+    for run in evaluated([folder]):
+        rows += _drawn(run.config.method, str(run.config.seed), run.folder, folder)
+    write_atomically(UNSEEN, csv_bytes(rows))
+
+
+def _drawn(method: str, seed: str, target: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """Means over two pictures of each caption, a row for each sampler."""
+    from eval.evaluate import plan, work
+
+    request = plan.EvaluateRequest(
+        target=target, scorers=(*JUDGES, "vendi"), model="tiny2", prompts="geneval-unseen",
+        count=None, images=2, steps=10, guidance=1.0, device="cpu", jobs=1,
+        out=folder / "unseen" / f"{method}{seed and '-'}{seed}",
+    )  # fmt: skip
+    found = read_csv(work.run(request) / "rows.csv")
+    for sampler in SAMPLERS:
+        own = [row for row in found if row["sampler"] == sampler]
+        means = {name: np.mean([float(r[name]) for r in own]) for name in (*JUDGES, "vendi")}
+        shown = {name: f"{mean:.6f}" for name, mean in means.items()}
+        yield {"method": method, "seed": seed, "sampler": sampler, **shown}
+
+
+# ---- tables
+
+
+def tables() -> dict[str, Callable[[], Table]]:
+    """Name -> what makes it, once there are runs."""
+    made = {"alignment": table, "alignment-kinds": kinds, "alignment-cost": cost}
+    return made if there() else {}
+
+
+def sentences() -> dict[str, Callable[[], str]]:
+    """Likewise."""
+    return {"claims-alignment": claims} if there() else {}
+
+
+def _held_out(run: Run, sampler: str, name: str) -> tuple[float, float]:
+    """A mean before and after training."""
+    of = run.scores.loc[sampler][name]
+    return float(of.loc[0]), float(of.loc[run.last])
+
+
+def _unseen(name: str, sampler: str) -> dict[tuple[str, str], float]:
+    """Method and seed -> a mean."""
+    rows = (row for row in read_csv(UNSEEN) if row["sampler"] == sampler)
+    return {(row["method"], row["seed"]): float(row[name]) for row in rows}
+
+
+def _both(captions: str, run: Run, sampler: str, name: str) -> tuple[float, float]:
+    if captions == "held out":
+        return _held_out(run, sampler, name)
+    found = _unseen(name, sampler)
+    return found[BASE, ""], found[run.config.method, str(run.seed)]
+
+
+def gained() -> dict[tuple[str, str], Difference]:
+    """Sampler and method -> the test of its gain on held-out captions."""
+    return {
+        (sampler, method): from_zero(
+            [np.diff(_held_out(run, sampler, "geneval"))[0] for run in found]
+        )
+        for sampler in SAMPLERS
+        for method, found in runs().items()
+    }
+
+
+def table() -> Table:
+    """A row for each list of captions, sampler and method."""
+    p = adjusted(gained())
+    found = [
+        {
+            "captions": captions, "sampler": words, "method": method, "seeds": len(own),
+            "p": p[sampler, method] if captions == "held out" else math.nan,
+            **_shares([[_both(captions, run, sampler, j) for j in JUDGES] for run in own]),
+        }
+        for captions in ("held out", "unseen")
+        for sampler, words in SAMPLERS.items()
+        for method, own in runs().items()
+    ]  # fmt: skip
+    columns = {
+        "captions": text("captions"), "sampler": text("sampler"), "method": text("method"),
+        "seeds": text("seeds"), "right": change("share", ".3f"),
+        "gain (95 % interval)": spread("gain"), "p, Holm": number("p", ".2g"),
+        "by the second judge (95 % interval)": spread("second"),
+    }  # fmt: skip
+    return Table(found, columns, left=("captions", "sampler", "method"))
+
+
+def _shares(seeds: list[list[tuple[float, float]]]) -> Record:
+    """Means and gains of [seeds, judges] pairs."""
+    ends = np.array(seeds)
+    first, second = (ends[:, judge, 1] - ends[:, judge, 0] for judge in range(len(JUDGES)))
+    before, after = ends[:, 0].mean(0)
+    return {"share_before": before, "share": after,
+            **over_seeds("gain", first), **over_seeds("second", second)}  # fmt: skip
+
+
+def kinds() -> Table:
+    """A row for each kind of caption and method, held-out captions, both samplers together."""
+    found = []
+    for kind in KINDS:
+        for method, own in runs().items():
+            ends = np.array([
+                [_held_out(run, sampler, f"geneval_{kind}") for sampler in SAMPLERS] for run in own
+            ]).mean(1)  # fmt: skip
+            found.append({
+                "kind": kind, "method": method, "share_before": float(ends[:, 0].mean()),
+                "share": float(ends[:, 1].mean()), **over_seeds("gain", ends[:, 1] - ends[:, 0]),
+            })  # fmt: skip
+    columns = {
+        "kind": text("kind"), "method": text("method"), "right": change("share", ".3f"),
+        "gain (95 % interval)": spread("gain"),
+    }  # fmt: skip
+    return Table(found, columns, left=("kind", "method"))
+
+
+def cost() -> Table:
+    """A row for each method: what the reward did in training, and what was lost on the way."""
+    found = [_costs(method, own) for method, own in runs().items()]
+    columns = {
+        "method": text("method"), "reward in training": change("reward", ".3f"),
+        "its rise (95 % interval)": spread("rise"), "least rise of a seed": number("least", "+.3f"),
+        "drift": number("drift", ".4f"), "recognised": change("animal", ".2f"),
+        "Vendi score, unseen": change("vendi", ".3f"), "images": number("images", ",.0f"),
+        "UNet passes": number("passes", ",.0f"), "CPU seconds": number("cpu", ",.0f"),
+    }  # fmt: skip
+    return Table(found, columns, left=("method",))
+
+
+def _costs(method: str, own: list[Run]) -> Record:
+    rewards = [[row["score_mean"] for row in run.files.metrics] for run in own]
+    before, after = (np.array([np.mean(r[part]) for r in rewards])
+                     for part in (slice(AT_FIRST), slice(-AT_FIRST, None)))  # fmt: skip
+    animal = np.array([_held_out(run, "eta1", "animal") for run in own]).mean(0)
+    vendi = _unseen("vendi", "eta1")
+    spent = [run.spent[run.last] for run in own]
+    return {
+        "method": method, "reward_before": float(before.mean()), "reward": float(after.mean()),
+        **over_seeds("rise", after - before), "least": float((after - before).min()),
+        "drift": float(np.mean([_held_out(run, "eta1", "drift")[1] for run in own])),
+        "animal_before": animal[0], "animal": animal[1], "vendi_before": vendi[BASE, ""],
+        "vendi": float(np.mean([vendi[method, str(run.seed)] for run in own])),
+        "images": spent[0]["images"], "passes": float(np.mean([s["unet_forwards"] for s in spent])),
+        "cpu": float(np.mean([s["cpu"] for s in spent])),
+    }  # fmt: skip
+
+
+def claims() -> str:
+    """What the tests of held-out captions show."""
+    tests, words = gained(), Words("Shown to gain", "Shown to lose", "Not shown to change")
+    p = adjusted(tests)
+    return bullets(
+        f"**{told}.** "
+        + said({m: (t.mean, p[s, m]) for (s, m), t in tests.items() if s == sampler}, words)
+        for sampler, told in SAMPLERS.items()
+    )
+
+
+if __name__ == "__main__":
+    with said_in_one_line():
+        measure(sys.argv[1:])

@@ -1,0 +1,65 @@
+"""What training did to GenEval's share right, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scipy.stats import ttest_1samp
+
+from results import alignment
+from tests.made_up import write_run
+
+GAINS = {"ddpo": (0.1, 0.2, 0.15), "d3po_best_of_k": (0.1, -0.1, 0.05)}
+UNSEEN = """\
+method,seed,sampler,geneval,geneval_second,vendi
+no fine-tune,,eta1,0.5,0.6,1.5
+no fine-tune,,eta0,0.4,0.5,1.4
+"""
+
+
+@pytest.fixture
+def _published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three seeds of two methods; with eta 0 twice the gain, by the second judge half of it."""
+    rows = []
+    for method, gains in GAINS.items():
+        for seed, gain in enumerate(gains):
+            folder = write_run(tmp_path, "geneval_soft", method, seed, model="tiny2")
+            lines = (folder / "eval.csv").read_text().splitlines()
+            text = [f"{lines[0]},geneval,geneval_second"]
+            for line in lines[1:]:
+                number, sampler, *_ = line.split(",")
+                share = 0.3 + gain * (number == "10") * (2 if sampler == "eta0" else 1)
+                text.append(f"{line},{share},{0.3 + (share - 0.3) / 2}")
+            (folder / "eval.csv").write_text("\n".join(text) + "\n")
+            rows += [
+                f"{method},{seed},eta1,{0.5 + gain},0.6,1.5",
+                f"{method},{seed},eta0,0.4,0.5,1",
+            ]
+    (tmp_path / "unseen.csv").write_text(UNSEEN + "\n".join(rows) + "\n")
+    monkeypatch.setattr(alignment, "HOME", tmp_path)
+    monkeypatch.setattr(alignment, "UNSEEN", tmp_path / "unseen.csv")
+    alignment.runs.cache_clear()
+    yield
+    alignment.runs.cache_clear()
+
+
+@pytest.mark.usefixtures("_published")
+def test_gains_by_hand() -> None:
+    table = alignment.table()
+    rows = [{name: show(r) for name, show in table.columns.items()} for r in table.records]
+    assert [(r["captions"], r["sampler"], r["method"]) for r in rows[:2]] == [
+        ("held out", "training, eta 1", "d3po_best_of_k"), ("held out", "training, eta 1", "ddpo"),
+    ]  # fmt: skip
+    assert rows[1]["right"] == "0.300 -> 0.450"
+    test = ttest_1samp(GAINS["ddpo"], 0)
+    low, high = test.confidence_interval()
+    assert rows[1]["gain (95 % interval)"] == f"+0.150 ({low:+.3f} to {high:+.3f})"
+    assert rows[1]["p, Holm"] == f"{4 * test.pvalue:.2g}"  # both samplers have this p
+    assert rows[3]["right"] == "0.300 -> 0.600"
+    assert rows[3]["by the second judge (95 % interval)"].startswith("+0.150 (")
+    assert (rows[5]["right"], rows[5]["p, Holm"]) == ("0.500 -> 0.650", "")
+    assert rows[7]["right"] == "0.400 -> 0.400"
+    said = alignment.claims().splitlines()
+    assert said[0].startswith("- **training, eta 1.** Not shown to change: d3po_best_of_k, ddpo (p")
