@@ -193,13 +193,16 @@ def sentences(folder: Path) -> dict[str, Callable[[], str]]:
 
 
 def claimed(groups: Groups, rows: Callable[[Groups], Groups]) -> str:
-    """What is shown of some rows, and nothing if the control's S leaves 0 out.
+    """What is shown of some rows; nothing without a control, or if its S leaves 0 out.
 
     Args:
         groups: all of the runs.
         rows: those that are spoken of, and the rival.
     """
-    coin = from_zero([*rewards(control(groups))[CONTROL].values()])
+    seeds = rewards(control(groups)).get(CONTROL)
+    if not seeds:
+        return bullets(["The control has not been run. Nothing is claimed."])
+    coin = from_zero([*seeds.values()])
     told = f"The control's S is {between(*coin[:3])} {UNIT}"
     if not coin.low <= 0 <= coin.high:
         return bullets(

@@ -197,6 +197,9 @@ def test_nothing_is_said_where_the_control_follows_its_coin(published: Path) -> 
         "- The control's S is +0.433 (+0.175 to +0.692) kB, which leaves 0 out: the measure is at "
         "fault. Nothing is claimed."
     )
+    without = {group: members for group, members in groups.items() if group[2] != "d3po_random"}
+    said = version2.claimed(without, version2.main_rows)
+    assert said == "- The control has not been run. Nothing is claimed."
 
 
 TRIALS = """\
