@@ -25,9 +25,10 @@ from d3po_bench.models import start
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import load, model_source
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.files import csv_bytes, write_atomically
+from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.training.tools import spread
 from d3po_bench.types import Rollout
+from eval.analysis.tables import Record, Table, number, text
 
 FILE = Path(__file__).resolve().parent / "gradients.csv"
 SCORERS = ("geneval_soft", "jpeg_size")
@@ -90,15 +91,27 @@ def _gradients(policy: Policy, drawn: Rollout, scores: Mapping[str, Tensor]) -> 
         advantages[name] = (own - own.mean(1, keepdim=True)) / (own.std(1, keepdim=True) + 1e-4)
     for part in torch.arange(PARTS * PROMPTS).split(PROMPTS):
         conditions = drawn.conditions.take(part.repeat_interleave(IMAGES))
-        for number in range(STEPS):
-            x, x_next = (drawn.latents[part, :, n].flatten(0, 1) for n in (number, number + 1))
-            step = policy.step(x, torch.full((len(x),), number), conditions)
+        for place in range(STEPS):
+            x, x_next = (drawn.latents[part, :, n].flatten(0, 1) for n in (place, place + 1))
+            step = policy.step(x, torch.full((len(x),), place), conditions)
             log_prob = step.log_prob(x_next)
             for name, gradients in found.items():
                 loss = (advantages[name][part].flatten() * log_prob).mean()
                 parts = torch.autograd.grad(loss, weights, retain_graph=True)
                 gradients.append(torch.cat([g.flatten() for g in parts]))
     return {name: torch.stack(g).view(PARTS, STEPS, -1) for name, g in found.items()}
+
+
+def table() -> Table:
+    """What `measure` found: a row for each choice of steps."""
+    found: dict[str, Record] = {}
+    for row in read_csv(FILE):
+        name = f"{row['scorer']}, guidance {float(row['guidance']):g}"
+        found.setdefault(row["steps"], {"steps": row["steps"]})[name] = float(row["agreement"])
+    records = [*found.values()]
+    names = [name for name in records[0] if name != "steps"]
+    columns = {"steps": text("steps"), **{name: number(name, ".3f") for name in names}}
+    return Table(records, columns, left=("steps",))
 
 
 if __name__ == "__main__":

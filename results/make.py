@@ -40,7 +40,7 @@ from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import draw_curves
-from results import alignment, claims, coverage, feedback, gpu, memory, search, version2
+from results import alignment, claims, coverage, feedback, gpu, gradients, memory, search, version2
 
 sys.path.pop(0)
 
@@ -132,6 +132,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "memory-each": memory.each,
     **version2.tables(V2, front),
     **alignment.tables(),
+    "gradients": gradients.table,
 }
 """What stands between block markers."""
 

@@ -1,4 +1,4 @@
-"""What training did to GenEval's share right, by hand."""
+"""What training did to GenEval's share right, and what a gradient's signal is, by hand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from scipy.stats import ttest_1samp
 
-from results import alignment
+from results import alignment, gradients
 from tests.made_up import write_run
 
 GAINS = {"ddpo": (0.1, 0.2, 0.15), "d3po_best_of_k": (0.1, -0.1, 0.05)}
@@ -50,7 +51,7 @@ def test_gains_by_hand() -> None:
     table = alignment.table()
     rows = [{name: show(r) for name, show in table.columns.items()} for r in table.records]
     assert [(r["captions"], r["sampler"], r["method"]) for r in rows[:2]] == [
-        ("held out", "training, eta 1", "d3po_best_of_k"), ("held out", "training, eta 1", "ddpo"),
+        ("held out", "eta 1", "d3po_best_of_k"), ("held out", "eta 1", "ddpo"),
     ]  # fmt: skip
     assert rows[1]["right"] == "0.300 -> 0.450"
     test = ttest_1samp(GAINS["ddpo"], 0)
@@ -62,4 +63,15 @@ def test_gains_by_hand() -> None:
     assert (rows[5]["right"], rows[5]["p, Holm"]) == ("0.500 -> 0.650", "")
     assert rows[7]["right"] == "0.400 -> 0.400"
     said = alignment.claims().splitlines()
-    assert said[0].startswith("- **training, eta 1.** Not shown to change: d3po_best_of_k, ddpo (p")
+    judged = "- **By the judge that gave the rewards, eta 1:** not shown to change: "
+    assert said[0].startswith(f"{judged}d3po_best_of_k, ddpo (p at least ")
+    assert said[3].startswith("- **By the second, eta 0:** not shown to change: d3po_best_of_k, dd")
+
+
+def test_how_far_gradients_agree_by_hand() -> None:
+    noise, signal = torch.eye(4), torch.ones(4, 1)
+    assert gradients.agreement(noise) == 0
+    assert gradients.agreement(signal) == 1
+    # A common part of length 1 and one of its own of length 1: half of the squared length.
+    assert gradients.agreement(torch.cat([noise, signal], 1)) == 0.5
+    assert gradients.agreement(torch.tensor([[1.0, 0], [-1, 0]])) == -1
