@@ -2,8 +2,9 @@
 
     python -m results.alignment runs/alignment
 
-draws `geneval-unseen` with the base model and with the LoRA of each run below that folder, which
-takes two minutes each, and writes alignment/unseen.csv.
+draws `geneval-unseen` with the base model and with the LoRA of each run below that folder, and what
+the base model would have drawn in the last rounds of each seed; half an hour of one core. It writes
+alignment/unseen.csv and alignment/rewards.csv.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import torch
 
+from d3po_bench.config import RunConfig
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.packed import PACKED
@@ -28,7 +32,7 @@ from eval.analysis.worded import Words, adjusted, said
 from results.claims import bullets
 
 HOME = Path(__file__).resolve().parent / "alignment"
-UNSEEN = HOME / "unseen.csv"
+UNSEEN, REWARDS = HOME / "unseen.csv", HOME / "rewards.csv"
 SAMPLERS = {"eta1": "eta 1", "eta0": "eta 0"}
 JUDGES = ("geneval", "geneval_second")
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -36,8 +40,9 @@ BASE = "no fine-tune"
 VARIED = 20
 """Captions whose pictures are compared with each other."""
 
-AT_FIRST = 6
-"""Rounds of which the mean training reward is compared with that of as many last ones."""
+LAST = 6
+"""Rounds whose rewards are compared with those that the base model gets of the same prompts and
+noise: prompts differ from round to round by more than training does."""
 
 
 def there() -> bool:
@@ -57,11 +62,33 @@ def runs() -> Mapping[str, list[Run]]:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 def measure(folder: Path) -> None:
-    """Write alignment/unseen.csv of the runs below FOLDER."""
+    """Write alignment/unseen.csv and alignment/rewards.csv of the runs below FOLDER."""
+    found = evaluated([folder])
     rows = [*_drawn(BASE, "", Path("tiny2"), folder)]
-    for run in evaluated([folder]):
+    for run in found:
         rows += _drawn(run.config.method, str(run.config.seed), run.folder, folder)
     write_atomically(UNSEEN, csv_bytes(rows))
+    # Both methods draw the same: the first run of a seed stands for all.
+    configs = {run.config.seed: run.config for run in reversed(found)}
+    rewards = [row for seed in sorted(configs) for row in _rewarded(configs[seed])]
+    write_atomically(REWARDS, csv_bytes(rewards))
+
+
+def _rewarded(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """The base model's mean reward of what the last rounds of a run ask for."""
+    from d3po_bench.config import Execution
+    from d3po_bench.models.sources import model_source
+    from d3po_bench.training.run import Job, on_policy
+    from d3po_bench.training.trainer import Trainer
+    from eval.tools import TOOLS
+
+    cpu = torch.device("cpu")
+    job = Job(config=config, execution=Execution(), folder=Path("unused"), tools=TOOLS)
+    experience = on_policy(job, cpu, model_source(config.model).scorers)
+    untrained = Trainer(config, job.execution, experience, cpu).policy
+    for done in range(config.rounds - LAST, config.rounds):
+        drawn = experience.collect(untrained, done, lambda name: nullcontext(), lambda share: None)
+        yield {"seed": config.seed, "round": done + 1, "base": f"{float(drawn.scores.mean()):.6f}"}
 
 
 def _drawn(method: str, seed: str, target: Path, folder: Path) -> Iterator[dict[str, Any]]:
@@ -154,7 +181,7 @@ def table() -> Table:
         "captions": text("captions"), "sampler": text("sampler"), "method": text("method"),
         "seeds": text("seeds"), "right": change("share", ".3f"),
         "gain (95 % interval)": spread("gain"), "p, Holm": number("p", ".2g"),
-        "by the second judge (95 % interval)": spread("second"),
+        "gain by the second judge (95 % interval)": spread("second"),
     }  # fmt: skip
     return Table(found, columns, left=("captions", "sampler", "method"))
 
@@ -201,15 +228,18 @@ def cost() -> Table:
 
 
 def _costs(method: str, own: list[Run]) -> Record:
-    rewards = [[row["score_mean"] for row in run.files.metrics] for run in own]
-    before, after = (np.array([np.mean(r[part]) for r in rewards])
-                     for part in (slice(AT_FIRST), slice(-AT_FIRST, None)))  # fmt: skip
+    base = {(row["seed"], row["round"]): float(row["base"]) for row in read_csv(REWARDS)}
+    ends = np.array([
+        [(base[str(run.seed), str(row["round"])], row["score_mean"])
+         for row in run.files.metrics[-LAST:]] for run in own
+    ]).mean(1)  # fmt: skip
+    rise = ends[:, 1] - ends[:, 0]
     animal = np.array([_held_out(run, "eta1", "animal") for run in own]).mean(0)
     vendi = _unseen("vendi", "eta1")
     spent = [run.spent[run.last] for run in own]
     return {
-        "method": method, "reward_before": float(before.mean()), "reward": float(after.mean()),
-        **over_seeds("rise", after - before), "least": float((after - before).min()),
+        "method": method, "reward_before": float(ends[:, 0].mean()),
+        "reward": float(ends[:, 1].mean()), **over_seeds("rise", rise), "least": float(rise.min()),
         "drift": float(np.mean([_held_out(run, "eta1", "drift")[1] for run in own])),
         "animal_before": animal[0], "animal": animal[1], "vendi_before": vendi[BASE, ""],
         "vendi": float(np.mean([vendi[method, str(run.seed)] for run in own])),
@@ -220,7 +250,7 @@ def _costs(method: str, own: list[Run]) -> Record:
 
 def claims() -> str:
     """What the tests of held-out captions show, by each judge."""
-    words = Words("shown to gain", "shown to lose", "not shown to change")
+    words = Words("Shown to gain", "Shown to lose", "Not shown to change")
     lines = []
     for judge, by in zip(
         JUDGES, ("By the judge that gave the rewards", "By the second"), strict=True

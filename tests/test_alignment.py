@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,18 @@ no fine-tune,,eta0,0.4,0.5,1.4
 """
 
 
+def add_rewards(folder: Path, reward: float) -> None:
+    """The same mean reward in every round, and what a round cost."""
+    for name, more in (
+        ("metrics", {"score_mean": reward, "scorer_calls": 64, "unet_forwards": 7,
+                     "unet_backwards": 3}),
+        ("timing", {"cpu": 2.0}),
+    ):  # fmt: skip
+        path = folder / f"{name}.jsonl"
+        rows = [json.loads(line) | more for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture
 def _published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three seeds of two methods; with eta 0 twice the gain, by the second judge half of it."""
@@ -28,16 +41,20 @@ def _published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         for seed, gain in enumerate(gains):
             folder = write_run(tmp_path, "geneval_soft", method, seed, model="tiny2")
             lines = (folder / "eval.csv").read_text().splitlines()
-            text = [f"{lines[0]},geneval,geneval_second"]
+            text = [f"{lines[0]},geneval,geneval_second,drift"]
             for line in lines[1:]:
                 number, sampler, *_ = line.split(",")
                 share = 0.3 + gain * (number == "10") * (2 if sampler == "eta0" else 1)
-                text.append(f"{line},{share},{0.3 + (share - 0.3) / 2}")
+                text.append(f"{line},{share},{0.3 + (share - 0.3) / 2},0.01")
             (folder / "eval.csv").write_text("\n".join(text) + "\n")
+            add_rewards(folder, 0.4 + gain)
             rows += [
                 f"{method},{seed},eta1,{0.5 + gain},0.6,1.5",
                 f"{method},{seed},eta0,0.4,0.5,1",
             ]
+    base = [f"{seed},{n},0.4" for seed in range(3) for n in range(5, 11)]
+    (tmp_path / "rewards.csv").write_text("\n".join(["seed,round,base", *base]) + "\n")
+    monkeypatch.setattr(alignment, "REWARDS", tmp_path / "rewards.csv")
     (tmp_path / "unseen.csv").write_text(UNSEEN + "\n".join(rows) + "\n")
     monkeypatch.setattr(alignment, "HOME", tmp_path)
     monkeypatch.setattr(alignment, "UNSEEN", tmp_path / "unseen.csv")
@@ -59,13 +76,18 @@ def test_gains_by_hand() -> None:
     assert rows[1]["gain (95 % interval)"] == f"+0.150 ({low:+.3f} to {high:+.3f})"
     assert rows[1]["p, Holm"] == f"{4 * test.pvalue:.2g}"  # both samplers have this p
     assert rows[3]["right"] == "0.300 -> 0.600"
-    assert rows[3]["by the second judge (95 % interval)"].startswith("+0.150 (")
+    assert rows[3]["gain by the second judge (95 % interval)"].startswith("+0.150 (")
     assert (rows[5]["right"], rows[5]["p, Holm"]) == ("0.500 -> 0.650", "")
     assert rows[7]["right"] == "0.400 -> 0.400"
     said = alignment.claims().splitlines()
-    judged = "- **By the judge that gave the rewards, eta 1:** not shown to change: "
+    judged = "- **By the judge that gave the rewards, eta 1:** Not shown to change: "
     assert said[0].startswith(f"{judged}d3po_best_of_k, ddpo (p at least ")
-    assert said[3].startswith("- **By the second, eta 0:** not shown to change: d3po_best_of_k, dd")
+    assert said[3].startswith("- **By the second, eta 0:** Not shown to change: d3po_best_of_k, dd")
+
+    (ours, theirs) = alignment.cost().records
+    assert ours["least"] == pytest.approx(-0.1)
+    assert (theirs["reward_before"], theirs["reward"]) == pytest.approx((0.4, 0.55))
+    assert (theirs["drift"], theirs["vendi_before"]) == (0.01, 1.5)
 
 
 def test_how_far_gradients_agree_by_hand() -> None:
