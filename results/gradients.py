@@ -103,9 +103,9 @@ def _gradients(policy: Policy, drawn: Rollout, scores: Mapping[str, Tensor]) -> 
 
 
 def table() -> Table:
-    """What `measure` found: a row for each choice of steps."""
+    """What `measure` found of several steps together; single ones cannot be told from noise."""
     found: dict[str, Record] = {}
-    for row in read_csv(FILE):
+    for row in (row for row in read_csv(FILE) if not row["steps"].isdigit()):
         name = f"{row['scorer']}, guidance {float(row['guidance']):g}"
         found.setdefault(row["steps"], {"steps": row["steps"]})[name] = float(row["agreement"])
     records = [*found.values()]
