@@ -87,10 +87,10 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Run the comparison on version 2 again: 540 runs, 15 CPU hours, 7.5 hours on two cores.
+    """Run the comparison on version 2 again, 540 runs; planned for 100 CPU seconds each.
 
-    An interrupted call resumes. `-- --objective incompress --seeds 5` makes a part, 60 runs in
-    under an hour, and prints its gains; all of it replaces what is published.
+    An interrupted call resumes. `-- --objective incompress --seeds 5` makes a part, 60 runs, and
+    prints its gains; all of it replaces what is published.
     """
     _install(session)
     for name in ("grid", "further"):

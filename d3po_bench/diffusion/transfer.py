@@ -20,11 +20,11 @@ HOST = torch.device("cpu")
 
 
 def sent(value: T, device: torch.device) -> T:
-    """Move a value to a device. From pinned memory a GPU copies it while Python goes on.
+    """Move a value to a device. The copy to a GPU does not make Python wait.
 
     Args:
         value: in host memory, or on the device already.
-        device: where it is computed with.
+        device: where it is needed.
     """
     if isinstance(value, Conditions):
         return Conditions({name: sent(tensor, device) for name, tensor in value.tensors.items()})
@@ -34,7 +34,7 @@ def sent(value: T, device: torch.device) -> T:
 
 
 def pinned(value: Tensor, device: torch.device) -> Tensor:
-    """Pin the memory of a value that goes to a GPU, which can then copy it by itself.
+    """Pin the memory of a value that goes to a GPU: only then can a copy run by itself.
 
     Args:
         value: in host memory.
