@@ -12,6 +12,7 @@ gradient that other prompts confirm. 0 is noise alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from d3po_bench import registry
+from d3po_bench.diffusion.advantages import advantages
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.models import start
@@ -77,18 +79,17 @@ def _measured(guidance: float) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
         for steps, parts in kinds.items():
             yield {"guidance": guidance, "scorer": scorer, "steps": steps,
-                   "agreement": f"{agreement(parts):.3f}",
-                   "length": f"{float(parts.norm(dim=1).mean()):.4f}"}  # fmt: skip
+                   "agreement": f"{agreement(parts):.3f}"}  # fmt: skip
 
 
 def _gradients(policy: Policy, drawn: Rollout, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """[parts, T, D] of each scorer: DDPO's gradient for LoRA's B, as A has none at the start."""
     weights = [w for name, w in policy.model.trainable().items() if "lora_B" in name]
     found: dict[str, list[Tensor]] = {name: [] for name in scores}
-    advantages = {}
-    for name, score in scores.items():
-        own = score.view(-1, IMAGES)
-        advantages[name] = (own - own.mean(1, keepdim=True)) / (own.std(1, keepdim=True) + 1e-4)
+    advantage = {
+        name: advantages(replace(drawn, scores=score.view(-1, IMAGES)), against="group")
+        for name, score in scores.items()
+    }
     for part in torch.arange(PARTS * PROMPTS).split(PROMPTS):
         conditions = drawn.conditions.take(part.repeat_interleave(IMAGES))
         for place in range(STEPS):
@@ -96,7 +97,7 @@ def _gradients(policy: Policy, drawn: Rollout, scores: Mapping[str, Tensor]) -> 
             step = policy.step(x, torch.full((len(x),), place), conditions)
             log_prob = step.log_prob(x_next)
             for name, gradients in found.items():
-                loss = (advantages[name][part].flatten() * log_prob).mean()
+                loss = (advantage[name][part].flatten() * log_prob).mean()
                 parts = torch.autograd.grad(loss, weights, retain_graph=True)
                 gradients.append(torch.cat([g.flatten() for g in parts]))
     return {name: torch.stack(g).view(PARTS, STEPS, -1) for name, g in found.items()}
