@@ -26,7 +26,7 @@ from d3po_bench.errors import said_in_one_line
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.packed import PACKED
 from eval.analysis.runs import Run, evaluated, read_groups
-from eval.analysis.statistics import Difference, from_zero
+from eval.analysis.statistics import Difference, from_zero, over_both
 from eval.analysis.tables import Record, Table, change, number, over_seeds, spread, text
 from eval.analysis.worded import Words, adjusted, said
 from results.claims import bullets
@@ -36,6 +36,9 @@ UNSEEN, REWARDS = HOME / "unseen.csv", HOME / "rewards.csv"
 SAMPLERS = {"eta1": "eta 1", "eta0": "eta 0"}
 JUDGES = ("geneval", "geneval_second")
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+FAMILIES = (("d3po_best_of_k", "ddpo"), ("d3po",))
+"""Methods whose tests are adjusted together: the grids of PROTOCOL.md, one after the other."""
+
 BASE = "no fine-tune"
 VARIED = 20
 """Captions whose pictures are compared with each other."""
@@ -155,22 +158,43 @@ def _both(captions: str, run: Run, sampler: str, name: str) -> tuple[float, floa
     return found[BASE, ""], found[run.config.method, str(run.seed)]
 
 
-def gained(judge: str = "geneval") -> dict[tuple[str, str], Difference]:
-    """Sampler and method -> the test of its gain on held-out captions."""
+def gained() -> dict[tuple[str, str], Difference]:
+    """Sampler and method -> the test of its gain on held-out captions, by the first judge."""
     return {
-        (sampler, method): from_zero([np.diff(_held_out(run, sampler, judge))[0] for run in found])
+        (sampler, method): from_zero(
+            [np.diff(_held_out(run, sampler, JUDGES[0]))[0] for run in found]
+        )
         for sampler in SAMPLERS
         for method, found in runs().items()
     }
 
 
+def tested() -> dict[tuple[str, str], float]:
+    """Sampler and method -> p-value of its gain by the first judge, as the protocol adjusts it."""
+    tests, found = gained(), dict[tuple[str, str], float]()
+    for family in FAMILIES:
+        found |= adjusted({key: test for key, test in tests.items() if key[1] in family})
+    return found
+
+
+def _by_caption(run: Run, sampler: str) -> list[float]:
+    """What the first judge says more of each held-out caption at the end than before training."""
+    gains = dict[str, float]()
+    for row in run.files.evaluation:
+        if row["sampler"] == sampler and row["round"] in (0, run.last):
+            signed = float(row[JUDGES[0]]) * (1 if row["round"] else -1)
+            gains[row["prompt"]] = gains.get(row["prompt"], 0.0) + signed
+    return [gain / run.config.eval_images for _, gain in sorted(gains.items())]
+
+
 def table() -> Table:
     """A row for each list of captions, sampler and method."""
-    p = adjusted(gained())
+    p = tested()
     found = [
         {
             "captions": captions, "sampler": words, "method": method, "seeds": len(own),
             "p": p[sampler, method] if captions == "held out" else math.nan,
+            **_elsewhere(own if captions == "held out" else [], sampler),
             **_shares([[_both(captions, run, sampler, j) for j in JUDGES] for run in own]),
         }
         for captions in ("held out", "unseen")
@@ -181,9 +205,18 @@ def table() -> Table:
         "captions": text("captions"), "sampler": text("sampler"), "method": text("method"),
         "seeds": text("seeds"), "right": change("share", ".3f"),
         "gain (95 % interval)": spread("gain"), "p, Holm": number("p", ".2g"),
+        "gain on other captions (95 % interval)": spread("elsewhere"),
         "gain by the second judge (95 % interval)": spread("second"),
+        "first judge minus second (95 % interval)": spread("judges"),
     }  # fmt: skip
     return Table(found, columns, left=("captions", "sampler", "method"))
+
+
+def _elsewhere(own: list[Run], sampler: str) -> Record:
+    """The gain with an interval that takes captions, too, for a sample of captions."""
+    nothing = Difference.unsure(math.nan)
+    test = over_both([_by_caption(run, sampler) for run in own]) if own else nothing
+    return dict(zip(("elsewhere", "elsewhere_low", "elsewhere_high"), test, strict=False))
 
 
 def _shares(seeds: list[list[tuple[float, float]]]) -> Record:
@@ -192,7 +225,8 @@ def _shares(seeds: list[list[tuple[float, float]]]) -> Record:
     first, second = (ends[:, judge, 1] - ends[:, judge, 0] for judge in range(len(JUDGES)))
     before, after = ends[:, 0].mean(0)
     return {"share_before": before, "share": after,
-            **over_seeds("gain", first), **over_seeds("second", second)}  # fmt: skip
+            **over_seeds("gain", first), **over_seeds("second", second),
+            **over_seeds("judges", first - second)}  # fmt: skip
 
 
 def kinds() -> Table:
@@ -249,20 +283,14 @@ def _costs(method: str, own: list[Run]) -> Record:
 
 
 def claims() -> str:
-    """What the tests of held-out captions show, by each judge."""
+    """What the tests of held-out captions show, by the judge that gave the rewards."""
     words = Words("Shown to gain", "Shown to lose", "Not shown to change")
-    lines = []
-    for judge, by in zip(
-        JUDGES, ("By the judge that gave the rewards", "By the second"), strict=True
-    ):
-        tests = gained(judge)
-        p = adjusted(tests)
-        lines += [
-            f"**{by}, {told}:** "
-            + said({m: (t.mean, p[s, m]) for (s, m), t in tests.items() if s == sampler}, words)
-            for sampler, told in SAMPLERS.items()
-        ]
-    return bullets(lines)
+    tests, p = gained(), tested()
+    return bullets(
+        f"**{told}:** "
+        + said({m: (t.mean, p[s, m]) for (s, m), t in tests.items() if s == sampler}, words)
+        for sampler, told in SAMPLERS.items()
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _compared(tests: Tests, scores: Mapping[str, Score], rival: str) -> Iterator
         means = {m: (score.sign * found.mean, p[objective, m]) for m, found in own.items()}
         open_ = {m: found for m, found in own.items() if p[objective, m] >= LEVEL}
         yield " ".join(filter(None, [
-            f"**{objective}.**", said(means, than(rival)), power(open_, score.unit),
+            f"**{objective}.**", said(means, than(rival)), power(open_, score.unit, len(tests)),
             equivalent(open_, MARGINS[objective], score.unit, rival) if open_ else "",
         ]))  # fmt: skip
 

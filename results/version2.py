@@ -22,7 +22,7 @@ from eval.analysis.scores import score_of
 from eval.analysis.settings import settings
 from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
 from eval.analysis.tables import Record, Table, number, spread, text
-from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said
+from eval.analysis.worded import LEVEL, Words, adjusted, equivalent, power, said
 from results.claims import bullets, differences, than
 
 MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
@@ -119,7 +119,7 @@ def halves(groups: Groups) -> Table:
     for record in table.records:
         test = tests.get(record["method"], Difference.unsure(math.nan))
         more = dict(zip(("difference", "difference_low", "difference_high"), test, strict=False))
-        holm, smallest = p.get(record["method"], math.nan), smallest_shown(test)
+        holm, smallest = p.get(record["method"], math.nan), smallest_shown(test, len(p))
         found.append({**record, **more, "difference_p": holm, "smallest": smallest})
     columns = {
         **table.columns, f"S minus that of {rival} (95 % interval)": spread("difference"),
@@ -213,17 +213,17 @@ def claimed(groups: Groups, rows: Callable[[Groups], Groups]) -> str:
 
 
 def _follow(groups: Groups) -> Iterator[str]:
-    """By the intervals of S, as the protocol says."""
+    """By the tests of S, as the protocol says."""
     found = {method: from_zero([*seeds.values()]) for method, seeds in rewards(groups).items()}
-    up = [method for method, test in found.items() if test.low > 0]
-    down = [method for method, test in found.items() if test.high < 0]
-    open_ = {m: test for m, test in found.items() if m not in (*up, *down)}
-    if up:
-        yield f"Follow the reward, the interval of S being above 0: {', '.join(up)}."
-    if down:
-        yield f"Go against the reward, the interval of S being below 0: {', '.join(down)}."
-    for method, test in open_.items():
-        size = smallest_shown(test)
+    p = adjusted(found)
+    words = Words("Follow the reward, S above 0", "Go against the reward, S below 0", "")
+    shown = {m: (test.mean, p[m]) for m, test in found.items() if p[m] < LEVEL}
+    if shown:
+        yield said(shown, words)
+    for method, test in found.items():
+        if method in shown:
+            continue
+        size = smallest_shown(test, len(found))
         enough = f", and so many seeds would show {size:.2g} {UNIT} with 80 % power" * (size > 0)
         yield f"No effect of the reward on {method} is shown{enough}."
 
@@ -233,7 +233,8 @@ def _by_s(groups: Groups) -> str:
     tests = of_rewards(groups)
     objectives = {name for names, _ in both_signs(groups) for name in names.split(", ")}
     drifts = _drifts(groups, objectives)
-    return f"**S.** {_ordered(tests, adjusted(tests), drifts, rival_of(groups), UNIT, MARGIN)}"
+    p = adjusted(tests)
+    return f"**S.** {_ordered(tests, p, drifts, rival_of(groups), UNIT, len(p), MARGIN)}"
 
 
 def _by_gain(groups: Groups) -> Iterator[str]:
@@ -248,7 +249,8 @@ def _by_gain(groups: Groups) -> Iterator[str]:
             if name == objective
         }
         mine, drifts = {m: p[objective, m] for m in own}, _drifts(groups, {objective})
-        yield f"**{objective}.** {_ordered(own, mine, drifts, rival_of(groups), score.unit)}"
+        told = _ordered(own, mine, drifts, rival_of(groups), score.unit, len(tests))
+        yield f"**{objective}.** {told}"
 
 
 def _drifts(groups: Groups, objectives: Collection[str]) -> dict[str, dict[int, float]]:
@@ -263,7 +265,7 @@ def _drifts(groups: Groups, objectives: Collection[str]) -> dict[str, dict[int, 
 
 def _ordered(
     tests: Mapping[str, Difference], p: Mapping[str, float], drifts: Mapping[str, Seeds],
-    rival: str, unit: str, margin: float = 0,
+    rival: str, unit: str, together: int, margin: float = 0,
 ) -> str:  # fmt: skip
     """Who gains more, but where that is at a drift that the other does not reach.
 
@@ -273,6 +275,7 @@ def _ordered(
         drifts: of rows and the rival.
         rival: its name.
         unit: of the gains.
+        together: tests that are adjusted together, these among them.
         margin: a difference that would not matter; 0 for none that was stated.
     """
     ends = {m: (m, rival) if test.mean > 0 else (rival, m) for m, test in tests.items()}
@@ -284,5 +287,6 @@ def _ordered(
         said({m: (test.mean, p[m]) for m, test in tests.items() if m not in far}, than(rival)),
         f"No order to {rival} is claimed, since the one that gains more drifts farther than any "
         f"run of the other (see the front): {', '.join(far)}." if far else "",
-        power(open_, unit), equivalent(open_, margin, unit, rival) if open_ and margin else "",
+        power(open_, unit, together),
+        equivalent(open_, margin, unit, rival) if open_ and margin else "",
     ]))  # fmt: skip

@@ -13,7 +13,9 @@ from scipy.stats import ttest_1samp
 from results import alignment, gradients
 from tests.made_up import write_run
 
-GAINS = {"ddpo": (0.1, 0.2, 0.15), "d3po_best_of_k": (0.1, -0.1, 0.05)}
+GAINS = {
+    "d3po": (0.1, 0.2, 0.15), "ddpo": (0.1, 0.2, 0.15), "d3po_best_of_k": (0.1, -0.1, 0.05),
+}  # fmt: skip
 UNSEEN = """\
 method,seed,sampler,geneval,geneval_second,vendi
 no fine-tune,,eta1,0.5,0.6,1.5
@@ -68,23 +70,27 @@ def test_gains_by_hand() -> None:
     table = alignment.table()
     rows = [{name: show(r) for name, show in table.columns.items()} for r in table.records]
     assert [(r["captions"], r["sampler"], r["method"]) for r in rows[:2]] == [
-        ("held out", "eta 1", "d3po_best_of_k"), ("held out", "eta 1", "ddpo"),
+        ("held out", "eta 1", "d3po"), ("held out", "eta 1", "d3po_best_of_k"),
     ]  # fmt: skip
-    assert rows[1]["right"] == "0.300 -> 0.450"
+    assert rows[2]["right"] == "0.300 -> 0.450"
     test = ttest_1samp(GAINS["ddpo"], 0)
     low, high = test.confidence_interval()
-    assert rows[1]["gain (95 % interval)"] == f"+0.150 ({low:+.3f} to {high:+.3f})"
-    assert rows[1]["p, Holm"] == f"{4 * test.pvalue:.2g}"  # both samplers have this p
-    assert rows[3]["right"] == "0.300 -> 0.600"
-    assert rows[3]["gain by the second judge (95 % interval)"].startswith("+0.150 (")
-    assert (rows[5]["right"], rows[5]["p, Holm"]) == ("0.500 -> 0.650", "")
-    assert rows[7]["right"] == "0.400 -> 0.400"
-    said = alignment.claims().splitlines()
-    judged = "- **By the judge that gave the rewards, eta 1:** Not shown to change: "
-    assert said[0].startswith(f"{judged}d3po_best_of_k, ddpo (p at least ")
-    assert said[3].startswith("- **By the second, eta 0:** Not shown to change: d3po_best_of_k, dd")
+    assert rows[2]["gain (95 % interval)"] == f"+0.150 ({low:+.3f} to {high:+.3f})"
+    # both samplers have this p, and of four tests and of two it is the smallest
+    assert [r["p, Holm"] for r in (rows[2], rows[0])] == [f"{n * test.pvalue:.2g}" for n in (4, 2)]
+    # both captions gain alike, so captions add nothing to the interval
+    assert rows[2]["gain on other captions (95 % interval)"] == rows[2]["gain (95 % interval)"]
+    assert rows[5]["right"] == "0.300 -> 0.600"
+    assert rows[5]["gain by the second judge (95 % interval)"].startswith("+0.150 (")
+    assert rows[5]["first judge minus second (95 % interval)"].startswith("+0.150 (")
+    assert (rows[8]["right"], rows[8]["p, Holm"]) == ("0.500 -> 0.650", "")
+    assert rows[8]["gain on other captions (95 % interval)"] == ""
+    assert rows[11]["right"] == "0.400 -> 0.400"
+    (eta1, eta0) = alignment.claims().splitlines()
+    assert eta1.startswith("- **eta 1:** Not shown to change: d3po, d3po_best_of_k, ddpo (p at ")
+    assert eta0.startswith("- **eta 0:** Not shown to change: d3po, d3po_best_of_k, ddpo (p at ")
 
-    (ours, theirs) = alignment.cost().records
+    (_, ours, theirs) = alignment.cost().records
     assert ours["least"] == pytest.approx(-0.1)
     assert (theirs["reward_before"], theirs["reward"]) == pytest.approx((0.4, 0.55))
     assert (theirs["drift"], theirs["vendi_before"]) == (0.01, 1.5)

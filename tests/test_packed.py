@@ -173,10 +173,11 @@ def test_every_table_of_version_2_is_made(published: Path, tmp_path: Path) -> No
 
 def test_what_is_said_of_version_2(published: Path) -> None:
     p = ttest_rel([0.35, 0.40, 0.55], [0.75, 0.85, 0.95]).pvalue
+    follow = ttest_rel([0.35, 0.40, 0.55], [0, 0, 0]).pvalue
     said = version2.sentences(published)["v2-claims"]().splitlines()
     assert said[:3] == [
         "- The control's S is +0.000 (-0.124 to +0.124) kB, which holds 0.",
-        "- Follow the reward, the interval of S being above 0: d3po_of_two, ddpo.",
+        f"- Follow the reward, S above 0: d3po_of_two, ddpo (p at most {follow:.2g}).",
         f"- **S.** Shown to gain less than d3po_of_two: ddpo (p = {p:.2g}).",
     ]
     assert said[3].startswith("- **compress.** No difference to d3po_of_two is shown: ddpo")

@@ -154,8 +154,10 @@ def test_sentences_of_power_and_equivalence() -> None:
     assert worded.equivalent(same, 0.1, "kB", "d3po") == "Shown to be within 0.1 kB of d3po: a."
     assert worded.equivalent(same, 0.01, "", "d3po") == "Shown to be within 0.01 of d3po: none."
     # the standard error is 0.01 / sqrt(3), and t(2) = 4.303 shows 5.65 of them
-    assert worded.power(same, "kB") == "A difference of 0.033 kB would be shown with 80 % power."
-    assert worded.power({"a": difference([1.0], [2.0])}, "kB") == ""
+    assert worded.power(same, "kB", 1) == "A difference of 0.033 kB would be shown with 80 % power."
+    # at 1 % for each of five tests: t(2) = 9.925
+    assert worded.power(same, "kB", 5) == "A difference of 0.073 kB would be shown with 80 % power."
+    assert worded.power({"a": difference([1.0], [2.0])}, "kB", 1) == ""
 
 
 def test_the_table_of_gains_says_what_would_be_shown(tmp_path: Path) -> None:

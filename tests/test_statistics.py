@@ -19,6 +19,7 @@ from eval.analysis.statistics import (
     from_zero,
     holm,
     interval,
+    over_both,
     paired_difference,
     probability_of_improvement,
     smallest_shown,
@@ -66,6 +67,25 @@ def test_paired_difference_by_hand() -> None:
     expected = (0.5, 0.25159, 0.74841, ttest_rel(ours, theirs).pvalue, 0.1 / 3**0.5, 2)
     assert found == pytest.approx(expected, rel=1e-4)
     assert from_zero(np.subtract(ours, theirs)) == pytest.approx(found)
+
+
+def test_seeds_and_pictures_both_drawn_by_hand() -> None:
+    # row means 1, 3 and column means 1, 3, 2 about 2; what is left is 1, -1, 0 and its negative
+    found = over_both([[1.0, 1.0, 1.0], [1.0, 5.0, 3.0]])
+    squares = np.array([6.0, 2.0, 2.0])  # 6 / 1, 4 / 2, 4 / 2
+    error, freedom = (6 / 6) ** 0.5, 36 / (squares**2 / (1, 2, 2)).sum()
+    expected = (2.0, error, freedom)
+    assert (found.mean, found.error, found.freedom) == pytest.approx(expected)
+    assert found.p == pytest.approx(2 * t.sf(2, freedom))
+
+
+def test_intervals_over_seeds_and_pictures_hold_the_truth() -> None:
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(1000):
+        seeds, pictures = rng.normal(0, 0.3, (5, 1)), rng.normal(0, 1, (1, 40))
+        found = over_both(seeds + pictures + rng.normal(0, 1, (5, 40)))
+        held += found.low < 0 < found.high
+    assert 0.935 <= held / 1000 <= 0.97
 
 
 @pytest.mark.parametrize(("apart", "p"), [(0.0, 1), (2.0, 0)])

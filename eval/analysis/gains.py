@@ -165,12 +165,14 @@ def _halves(pairs: Any) -> Record:
 def records(groups: Groups) -> list[Record]:
     """Everything that both tables show, a record for each objective and method.
 
-    P-values of the differences are adjusted for being as many as there are in all records.
+    P-values of the differences, and the smallest ones that would be shown, are adjusted for their
+    number in all records.
     """
     rival = rival_of(groups)
     found = [_record(g, runs, groups.get((*g[:2], rival), ())) for g, runs in groups.items()]
+    tests = sum(not math.isnan(record["p"]) for record in found)
     for record, p in zip(found, holm([record["p"] for record in found]), strict=True):
-        record["p_holm"] = p
+        record |= {"p_holm": p, "smallest": smallest_shown(record.pop("test"), tests)}
     return found
 
 
@@ -196,7 +198,7 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
         "worst": score.sign * float((score.sign * gain).min()),
         "share_of_excess": float(gain.mean() / _excess(model, score.scorer, base.mean())),
         **_named(("difference", "difference_low", "difference_high", "p"), other[:4]),
-        "smallest": smallest_shown(other),
+        "test": other,
         "gain_eta0": float((last - first).mean()),
         **_named(("recognised_before", "recognised"), known),
         **_named(("diversity_before", "diversity"), _of_pictures(runs, "diversity")),

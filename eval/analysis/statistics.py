@@ -130,6 +130,36 @@ def from_zero(values: Any, confidence: float = 0.95) -> Difference:
     return paired_difference(values, [0.0] * len(values), confidence)
 
 
+def over_both(values: Any, confidence: float = 0.95) -> Difference:
+    """The mean of numbers of seeds and pictures, tested against 0 as if both had been drawn.
+
+    It covers what other seeds would give on other pictures. With the mean squares of seeds, of
+    pictures and of what is left, its variance is (MS_s + MS_p - MS_left) / (S P), with
+    Satterthwaite's degrees of freedom: an analysis of variance of two crossed random factors.
+
+    Args:
+        values: [S, P] of S seeds and P pictures, two of each at least.
+        confidence: as in `interval`.
+
+    Returns:
+        The mean, in their unit, with its interval and p-value.
+    """
+    import numpy as np
+
+    found = finite_numbers(values)
+    seeds, pictures = found.shape
+    rows, columns, mean = found.mean(1, keepdims=True), found.mean(0), found.mean()
+    degrees = np.array([seeds - 1, pictures - 1, (seeds - 1) * (pictures - 1)])
+    squares = np.array([
+        pictures * ((rows - mean) ** 2).sum(), seeds * ((columns - mean) ** 2).sum(),
+        ((found - rows - columns + mean) ** 2).sum(),
+    ]) / degrees  # fmt: skip
+    # Chance can make what is left the largest: no less than what seeds or pictures give alone.
+    both = max(squares[0] + squares[1] - squares[2], *squares[:2])
+    freedom = both**2 / (squares**2 / degrees).sum() if both else 0.0
+    return _by_student(float(mean), float(np.sqrt(both / found.size)), float(freedom), confidence)
+
+
 def by_seed(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
     """Difference of two methods' means: paired where one has all seeds of the other, else Welch's.
 
@@ -182,15 +212,16 @@ def equivalence(found: Difference, margin: float) -> float:
     return float(t.sf(inside / found.error, found.freedom))
 
 
-def smallest_shown(found: Difference, power: float = 0.8, level: float = 0.05) -> float:
+def smallest_shown(found: Difference, tests: int = 1, power: float = 0.8) -> float:
     """The smallest true difference that as many seeds would show, if they spread as these do.
 
-    By the noncentral t distribution, as in Cohen's tables (Statistical Power Analysis, 1988).
+    By the noncentral t distribution, as in Cohen's tables (Statistical Power Analysis, 1988), at
+    5 % over the number of tests: what Holm asks of the first of them.
 
     Args:
         found: a difference, of which only the standard error and its freedom count.
+        tests: two-sided ones that are adjusted together.
         power: share of such experiments that would show it.
-        level: of the two-sided test.
 
     Returns:
         Above 0, in the unit of the difference; NaN where a method has one seed.
@@ -200,7 +231,7 @@ def smallest_shown(found: Difference, power: float = 0.8, level: float = 0.05) -
 
     if not found.error > 0:
         return found.error
-    edge = t.ppf(1 - level / 2, found.freedom)
+    edge = t.ppf(1 - 0.05 / tests / 2, found.freedom)
     # The other side's share is left out as tables do: at this power it is below 1e-4.
     return float(found.error * brentq(lambda d: nct.sf(edge, found.freedom, d) - power, 0, 100))
 

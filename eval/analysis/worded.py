@@ -60,9 +60,15 @@ def _p(values: Sequence[float], side: str) -> str:
     return f" (p {side} {known[0] if side == 'at least' else known[-1]})"
 
 
-def power(tests: Mapping[str, Difference], unit: str) -> str:
-    """How small a true difference the seeds would have shown, four times out of five."""
-    sizes = [size for found in tests.values() if (size := smallest_shown(found)) > 0]
+def power(tests: Mapping[str, Difference], unit: str, together: int) -> str:
+    """How small a true difference the seeds would have shown, four times out of five.
+
+    Args:
+        tests: name -> one of those that are spoken of.
+        unit: of the differences.
+        together: tests that are adjusted together, these among them.
+    """
+    sizes = [size for found in tests.values() if (size := smallest_shown(found, together)) > 0]
     if not sizes:
         return ""
     between = f"{min(sizes):.2g} to {max(sizes):.2g}" if len(sizes) > 1 else f"{sizes[0]:.2g}"
