@@ -192,7 +192,7 @@ def compare(a: Path, b: Path, required: str, margin: float | None, drawn: Path |
 @click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True, help="Processes."
 )
-@click.option("--out", type=PLACE, help="Default: beside the target.")
+@click.option("--out", type=PLACE, help="Default: in TARGET; evaluations/NAME of a model or LoRA.")
 @click.option("--save", is_flag=True, help="Keep the pictures, with a metadata.csv.")
 def evaluate(
     target: Path,
