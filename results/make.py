@@ -192,6 +192,7 @@ NAMED = {
     "fidelity": "fidelity.{name}",
     "feedback": "feedback.{experiment}.{error:.0%}",
     "feedback-choices": "choices.{error:.0%}",
+    "alignment": "alignment.{captions}.{sampler}.{method}",
     **version2.NAMED,
 }
 """Table -> how a number of it is called, before the name of its field."""
