@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from d3po_bench.diffusion.preferences import shuffled
 from d3po_bench.diffusion.sampling import Draws, sample
 from d3po_bench.errors import UserError
 from d3po_bench.experience.on_policy import OnPolicy
-from d3po_bench.training.evaluation import Evaluation
+from d3po_bench.runs.files import Row
+from d3po_bench.training.evaluation import BaseEvaluation, Evaluation
 from d3po_bench.training.run import Job, on_policy
 from d3po_bench.training.tools import EvaluationSet
 from d3po_bench.training.trainer import Trainer
@@ -87,6 +89,25 @@ def test_the_base_model_is_evaluated_once_for_all_seeds_of_equal_settings(
     run(3, "runs", eval_images=2)
     run(4, "runs", micro_batch=3)
     assert {(seed, 0, True) for seed in (2, 3, 4)} <= set(drawn)
+
+
+def test_two_runs_write_the_base_evaluation_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (BaseEvaluation(tmp_path / "d3po" / f"seed-{n}", {"of": "tiny"}) for n in (0, 1))
+    rows: list[Row] = [{"prompt": "cat"}]
+    fsync = os.fsync
+
+    def while_writing(number: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        other.write(rows, {})
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", while_writing)
+    one.write(rows, {})
+    assert one.path == other.path == tmp_path / one.own.name
+    assert one.read() == other.read() == (rows, {})
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [one.path]
 
 
 class Numbered:

@@ -20,7 +20,7 @@ from d3po_bench.errors import RunError, UserError
 from d3po_bench.experience import Experience
 from d3po_bench.models.sources import model_source
 from d3po_bench.prompts import read_prompts
-from d3po_bench.runs.files import Row, write_atomically
+from d3po_bench.runs.files import Row, write_atomically, writing
 from d3po_bench.runs.tensors import packed, read_tensors
 from d3po_bench.scoring import Sum
 from d3po_bench.training.listeners import Evaluated
@@ -156,12 +156,13 @@ class BaseEvaluation:
         """Name the file.
 
         Args:
-            folder: where it lies.
+            folder: of the run, two levels below the file.
             facts: all that the evaluation depends on.
         """
         self.facts: Row = json.loads(json.dumps(facts))
         name = short(json.dumps(self.facts, sort_keys=True))
-        self.path = folder / f"base-evaluation-{name}.safetensors"
+        self.own = folder / f"base-evaluation-{name}.safetensors"
+        self.path = folder.parents[1] / self.own.name
 
     def read(self) -> tuple[list[Row], dict[str, Tensor]] | None:
         """Rows and pictures as `tools.Tools.evaluate` gives them; None where there are none."""
@@ -172,6 +173,11 @@ class BaseEvaluation:
         return (known["rows"], pictures) if known["of"] == self.facts else None
 
     def write(self, rows: Sequence[Row], pictures: Mapping[str, Tensor]) -> None:
-        """Keep what was found, for the next run."""
+        """Keep what was found, for the next run.
+
+        Several runs may write it at the same time. Each does so in its own folder, which is locked.
+        """
         data = packed(pictures, {"of": self.facts, "rows": rows})
-        write_atomically(self.path, data)
+        write_atomically(self.own, data)
+        with writing(self.path):
+            self.own.replace(self.path)

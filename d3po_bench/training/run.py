@@ -163,7 +163,7 @@ def _evaluation(job: Job, trainer: Trainer, device: torch.device) -> Evaluation:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }  # fmt: skip
     del facts["started"]
-    found.kept = BaseEvaluation(job.folder.parents[1], facts)
+    found.kept = BaseEvaluation(job.folder, facts)
     return found
 
 
