@@ -3,8 +3,8 @@
     python -m results.alignment runs/alignment
 
 draws `geneval-unseen` with the base model and with the LoRA of each run below that folder, and what
-the base model would have drawn in the last rounds of each seed; half an hour of one core. It writes
-alignment/unseen.csv and alignment/rewards.csv.
+the base model would have drawn in the last rounds of each seed. That is about an hour of one core.
+It writes alignment/unseen.csv and alignment/rewards.csv.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from d3po_bench.config import RunConfig
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.packed import PACKED
+from eval.analysis.gains import both_ends
 from eval.analysis.runs import Run, evaluated, read_groups
 from eval.analysis.statistics import Difference, from_zero, over_both
 from eval.analysis.tables import Record, Table, change, number, over_seeds, spread, text
@@ -71,7 +72,7 @@ def measure(folder: Path) -> None:
     for run in found:
         rows += _drawn(run.config.method, str(run.config.seed), run.folder, folder)
     write_atomically(UNSEEN, csv_bytes(rows))
-    # Both methods draw the same: the first run of a seed stands for all.
+    # All methods draw the same: the first run of a seed stands for all.
     configs = {run.config.seed: run.config for run in reversed(found)}
     rewards = [row for seed in sorted(configs) for row in _rewarded(configs[seed])]
     write_atomically(REWARDS, csv_bytes(rewards))
@@ -139,12 +140,6 @@ def sentences() -> dict[str, Callable[[], str]]:
     return {"claims-alignment": claims} if there() else {}
 
 
-def _held_out(run: Run, sampler: str, name: str) -> tuple[float, float]:
-    """A mean before and after training."""
-    of = run.scores.loc[sampler][name]
-    return float(of.loc[0]), float(of.loc[run.last])
-
-
 def _unseen(name: str, sampler: str) -> dict[tuple[str, str], float]:
     """Method and seed -> a mean."""
     rows = (row for row in read_csv(UNSEEN) if row["sampler"] == sampler)
@@ -153,7 +148,7 @@ def _unseen(name: str, sampler: str) -> dict[tuple[str, str], float]:
 
 def _both(captions: str, run: Run, sampler: str, name: str) -> tuple[float, float]:
     if captions == "held out":
-        return _held_out(run, sampler, name)
+        return both_ends(run, name, sampler)
     found = _unseen(name, sampler)
     return found[BASE, ""], found[run.config.method, str(run.seed)]
 
@@ -162,7 +157,7 @@ def gained() -> dict[tuple[str, str], Difference]:
     """Sampler and method -> the test of its gain on held-out captions, by the first judge."""
     return {
         (sampler, method): from_zero(
-            [np.diff(_held_out(run, sampler, JUDGES[0]))[0] for run in found]
+            [np.diff(both_ends(run, JUDGES[0], sampler))[0] for run in found]
         )
         for sampler in SAMPLERS
         for method, found in runs().items()
@@ -179,12 +174,11 @@ def tested() -> dict[tuple[str, str], float]:
 
 def _by_caption(run: Run, sampler: str) -> list[float]:
     """What the first judge says more of each held-out caption at the end than before training."""
-    gains = dict[str, float]()
-    for row in run.files.evaluation:
-        if row["sampler"] == sampler and row["round"] in (0, run.last):
-            signed = float(row[JUDGES[0]]) * (1 if row["round"] else -1)
-            gains[row["prompt"]] = gains.get(row["prompt"], 0.0) + signed
-    return [gain / run.config.eval_images for _, gain in sorted(gains.items())]
+    import pandas as pd
+
+    rows = pd.DataFrame(run.files.evaluation)
+    means = rows[rows["sampler"] == sampler].groupby(["round", "prompt"])[JUDGES[0]].mean()
+    return list(means[run.last] - means[0])
 
 
 def table() -> Table:
@@ -235,7 +229,7 @@ def kinds() -> Table:
     for kind in KINDS:
         for method, own in runs().items():
             ends = np.array([
-                [_held_out(run, sampler, f"geneval_{kind}") for sampler in SAMPLERS] for run in own
+                [both_ends(run, f"geneval_{kind}", sampler) for sampler in SAMPLERS] for run in own
             ]).mean(1)  # fmt: skip
             found.append({
                 "kind": kind, "method": method, "share_before": float(ends[:, 0].mean()),
@@ -268,13 +262,13 @@ def _costs(method: str, own: list[Run]) -> Record:
          for row in run.files.metrics[-LAST:]] for run in own
     ]).mean(1)  # fmt: skip
     rise = ends[:, 1] - ends[:, 0]
-    animal = np.array([_held_out(run, "eta1", "animal") for run in own]).mean(0)
+    animal = np.array([both_ends(run, "animal", "eta1") for run in own]).mean(0)
     vendi = _unseen("vendi", "eta1")
     spent = [run.spent[run.last] for run in own]
     return {
         "method": method, "reward_before": float(ends[:, 0].mean()),
         "reward": float(ends[:, 1].mean()), **over_seeds("rise", rise), "least": float(rise.min()),
-        "drift": float(np.mean([_held_out(run, "eta1", "drift")[1] for run in own])),
+        "drift": float(np.mean([both_ends(run, "drift", "eta1")[1] for run in own])),
         "animal_before": animal[0], "animal": animal[1], "vendi_before": vendi[BASE, ""],
         "vendi": float(np.mean([vendi[method, str(run.seed)] for run in own])),
         "images": spent[0]["images"], "passes": float(np.mean([s["unet_forwards"] for s in spent])),

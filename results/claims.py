@@ -25,6 +25,11 @@ Of the published runs it was set after they had been made, so it says how much s
 and no more. Protocols of later runs state theirs before.
 """
 
+FOLLOW = Words(
+    "Follow the reward, S above 0", "Go against it", "S is not shown to differ from 0"
+)  # fmt: skip
+"""What is said of S."""
+
 Tests = Mapping[tuple[str, str], Difference]
 """Two names, such as objective and method -> a test."""
 
@@ -74,12 +79,9 @@ def halves(groups: Groups) -> str:
     """Which methods follow the reward, and which drift in the score whatever it is."""
     records = contrast(groups).records
     s, d = ({r["method"]: (r[half], r[f"{half}_p"]) for r in records} for half in ("s", "d"))
-    follow = Words(
-        "Follow the reward, S above 0", "Go against it", "S is not shown to differ from 0"
-    )
     drift = Words("Shown to drift to larger scores, D above 0", "To smaller ones, D below 0",
                   "D is not shown to differ from 0")  # fmt: skip
-    return bullets([said(s, follow), said(d, drift)])
+    return bullets([said(s, FOLLOW), said(d, drift)])
 
 
 def diversity(groups: Groups) -> str:

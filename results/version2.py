@@ -22,8 +22,8 @@ from eval.analysis.scores import score_of
 from eval.analysis.settings import settings
 from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
 from eval.analysis.tables import Record, Table, number, spread, text
-from eval.analysis.worded import LEVEL, Words, adjusted, equivalent, power, said
-from results.claims import bullets, differences, than
+from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said
+from results.claims import FOLLOW, bullets, differences, than
 
 MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
 CONTROL = "d3po_random"
@@ -209,23 +209,19 @@ def claimed(groups: Groups, rows: Callable[[Groups], Groups]) -> str:
             [f"{told}, which leaves 0 out: the measure is at fault. Nothing is claimed."]
         )
     chosen = rows(groups)
-    return bullets([f"{told}, which holds 0.", *_follow(chosen), _by_s(chosen), *_by_gain(chosen)])
+    return bullets([f"{told}, which holds 0.", _follow(chosen), _by_s(chosen), *_by_gain(chosen)])
 
 
-def _follow(groups: Groups) -> Iterator[str]:
-    """By the tests of S, as the protocol says."""
-    found = {method: from_zero([*seeds.values()]) for method, seeds in rewards(groups).items()}
-    p = adjusted(found)
-    words = Words("Follow the reward, S above 0", "Go against the reward, S below 0", "")
-    shown = {m: (test.mean, p[m]) for m, test in found.items() if p[m] < LEVEL}
-    if shown:
-        yield said(shown, words)
-    for method, test in found.items():
-        if method in shown:
-            continue
-        size = smallest_shown(test, len(found))
-        enough = f", and so many seeds would show {size:.2g} {UNIT} with 80 % power" * (size > 0)
-        yield f"No effect of the reward on {method} is shown{enough}."
+def _follow(groups: Groups) -> str:
+    """By the tests of S, as its table adjusts them."""
+    records = contrast(groups).records
+    s = {r["method"]: (r["s"], r["s_p"]) for r in records}
+    open_ = {
+        m: from_zero([*seeds.values()])
+        for m, seeds in rewards(groups).items()
+        if not s[m][1] < LEVEL
+    }
+    return f"{said(s, FOLLOW)} {power(open_, UNIT, 2 * len(records))}".rstrip()
 
 
 def _by_s(groups: Groups) -> str:

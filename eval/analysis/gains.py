@@ -169,22 +169,26 @@ def records(groups: Groups) -> list[Record]:
     number in all records.
     """
     rival = rival_of(groups)
-    found = [_record(g, runs, groups.get((*g[:2], rival), ())) for g, runs in groups.items()]
-    tests = sum(not math.isnan(record["p"]) for record in found)
-    for record, p in zip(found, holm([record["p"] for record in found]), strict=True):
-        record |= {"p_holm": p, "smallest": smallest_shown(record.pop("test"), tests)}
-    return found
+    tests = [_test(runs, groups.get((*g[:2], rival), ())) for g, runs in groups.items()]
+    p = holm([test.p for test in tests])
+    together = sum(not math.isnan(value) for value in p)
+    return [
+        _record(group, runs, test, together) | {"p_holm": value}
+        for (group, runs), test, value in zip(groups.items(), tests, p, strict=True)
+    ]
 
 
-def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
+def _test(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
+    """The difference to a rival, if there is another."""
+    return against(runs, rivals) if rivals and runs != rivals else Difference.unsure(math.nan)
+
+
+def _record(group: Group, runs: Sequence[Run], test: Difference, together: int) -> Record:
     model, objective, method = group
     base, end = np.array([both_ends(run) for run in runs]).T
     first, last = np.array([both_ends(run, sampler="eta0") for run in runs]).T
     gain, score = end - base, score_of(runs[0].files)
     known = np.mean([both_ends(run, "animal") for run in runs], axis=0)
-    other = Difference.unsure(math.nan)
-    if rivals and runs != rivals:
-        other = against(runs, rivals)
     return {
         "objective": objective,
         "method": method,
@@ -197,8 +201,8 @@ def _record(group: Group, runs: Sequence[Run], rivals: Sequence[Run]) -> Record:
         **_named(("low", "high"), interval(gain)),
         "worst": score.sign * float((score.sign * gain).min()),
         "share_of_excess": float(gain.mean() / _excess(model, score.scorer, base.mean())),
-        **_named(("difference", "difference_low", "difference_high", "p"), other[:4]),
-        "test": other,
+        **_named(("difference", "difference_low", "difference_high", "p"), test[:4]),
+        "smallest": smallest_shown(test, together),
         "gain_eta0": float((last - first).mean()),
         **_named(("recognised_before", "recognised"), known),
         **_named(("diversity_before", "diversity"), _of_pictures(runs, "diversity")),

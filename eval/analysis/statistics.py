@@ -130,7 +130,7 @@ def from_zero(values: Any, confidence: float = 0.95) -> Difference:
     return paired_difference(values, [0.0] * len(values), confidence)
 
 
-def over_both(values: Any, confidence: float = 0.95) -> Difference:
+def over_both(values: Any) -> Difference:
     """The mean of numbers of seeds and pictures, tested against 0 as if both had been drawn.
 
     It covers what other seeds would give on other pictures. With the mean squares of seeds, of
@@ -139,10 +139,9 @@ def over_both(values: Any, confidence: float = 0.95) -> Difference:
 
     Args:
         values: [S, P] of S seeds and P pictures, two of each at least.
-        confidence: as in `interval`.
 
     Returns:
-        The mean, in their unit, with its interval and p-value.
+        The mean, in their unit, with its 95 % interval and p-value.
     """
     import numpy as np
 
@@ -157,7 +156,7 @@ def over_both(values: Any, confidence: float = 0.95) -> Difference:
     # Chance can make what is left the largest: no less than what seeds or pictures give alone.
     both = max(squares[0] + squares[1] - squares[2], *squares[:2])
     freedom = both**2 / (squares**2 / degrees).sum() if both else 0.0
-    return _by_student(float(mean), float(np.sqrt(both / found.size)), float(freedom), confidence)
+    return _by_student(float(mean), float(np.sqrt(both / found.size)), float(freedom), 0.95)
 
 
 def by_seed(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
