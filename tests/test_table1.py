@@ -67,6 +67,12 @@ def test_the_table_by_hand(out: Path) -> None:
     assert "image\\_reward" in tex
 
 
+def test_rows_of_any_other_method_follow_the_papers(out: Path) -> None:
+    write_rows(out, "awm-0", 31, 0.2)
+    write_rows(out, "d3po_best_of_k-0", 32, 0.5)
+    assert list(written(out)) == ["no fine-tune", "d3po", "ddpo", "awm", "d3po_best_of_k"]
+
+
 # ---- raters' first choices
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from d3po_bench.cli import completion
 from d3po_bench.cli.agreement import agreement
 from d3po_bench.cli.options import (
     PLACE,
@@ -15,6 +16,7 @@ from d3po_bench.cli.options import (
     TRACK,
     Answering,
     Commands,
+    Range,
     Result,
     Working,
 )
@@ -300,30 +302,47 @@ def train(
     "--first", type=click.FloatRange(0, 1), default=0.0, show_default=True,
     help="Probability of choosing the left picture without looking.",
 )  # fmt: skip
+@click.option(
+    "--by", shell_complete=completion.of("scorer"),
+    help="Judge by this scorer, such as geneval_soft:tiny2; default: the rule of the question.",
+)  # fmt: skip
+@click.option(
+    "--bad-below", type=Range(-1e9, 1e9),
+    help="Tag pictures whose score is not above this; with --by, default 0.",
+)  # fmt: skip
+@click.option(
+    "--temperature", type=Range(0, 1e9), default=0.0, show_default=True,
+    help="Choose as Bradley and Terry do: a picture that is better by so much wins 73 % of pairs.",
+)  # fmt: skip
 @SEED
 @LABELS
 def simulate(
-    folder: Path, raters: int, error: float, first: float, seed: int, labels: str | None,
-    board: Board,
+    folder: Path, raters: int, error: float, first: float, by: str | None,
+    bad_below: float | None, temperature: float, seed: int, labels: str | None, board: Board,
 ) -> Result:  # fmt: skip
     """Let simulated raters judge the round in FOLDER by a stated rule, with stated errors.
 
     Deformed: the embedded classifier does not see the prompted animal. Alignment and better: the
-    embedded ImageReward-shaped model's score. Unsafe: a stand-in, too much red. Their votes are
-    stored like people's; results from them must be called simulated.
+    embedded ImageReward-shaped model's score. Unsafe: a stand-in, too much red. These rules are
+    for the pictures of tiny; for those of another model give a scorer. Their votes are stored like
+    people's; results from them must be called simulated.
 
     \b
     Example:
         d3po-bench feedback simulate round-1 --raters 3 --error 0.2
+        d3po-bench feedback simulate round-1 --by geneval_soft:tiny2 --bad-below 0.5
     """  # noqa: D301
     from d3po_bench.feedback import simulated
     from d3po_bench.training.progress import Counted
     from eval.tools import TOOLS
 
-    pool = [simulated.Annotator(error=error, first=first)] * raters
+    if bad_below is not None and by is None:
+        raise UserError("--bad-below is of a scorer's numbers. Name the scorer: --by.")
+    rule = simulated.by_scorer(by, bad_below or 0.0) if by else None
+    pool = [simulated.Annotator(error, first, temperature)] * raters
     with board:
         told = Counted("voting", "vote", board.report)
-        votes = simulated.simulate(folder, labels, pool, seed, TOOLS, told)
+        votes = simulated.simulate(folder, labels, pool, seed, TOOLS, told, rule)
     return Result([], {"votes": votes}, [f"{votes} simulated votes"])
 
 

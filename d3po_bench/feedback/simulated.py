@@ -5,6 +5,7 @@ They go through the same store as people. What they find out is about the loop, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -44,26 +45,34 @@ class Annotator:
     """Probability of saying the opposite: of an image of a grid, or of a pair."""
     first: float = 0.0
     """Probability of choosing the left picture of a pair without looking."""
+    temperature: float = 0.0
+    """Of Bradley and Terry's choice: a picture worth u is preferred to one worth v with probability
+    1 / (1 + exp(-(u - v) / temperature)), and called good as if v were 0; at 0 the larger wins."""
 
     def __post_init__(self) -> None:
-        """Check that both are probabilities.
+        """Check that two are probabilities, and the temperature none below 0.
 
         Raises:
-            UserError: one is below 0, above 1, or NaN.
+            UserError: one is not, or NaN.
         """
         for name, value in (("error", self.error), ("first", self.first)):
             if not 0 <= value <= 1:
                 raise UserError(f"{name} is a probability, from 0 to 1, and cannot be {value}.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is 0 or above, and cannot be {self.temperature}.")
 
     def answer(self, kind: Kind, hand: Hand, worth: Tensor, rng: Generator) -> Answer:
         """What this rater says of an item whose images are worth [K]."""
         luck = torch.rand(len(worth) + 1, generator=rng)
+        seen = worth if kind == "tags" else worth[:1] - worth[1:]
+        if self.temperature:
+            seen = seen + self.temperature * torch.rand(len(seen), generator=rng).logit()
         if kind == "tags":
             wrong = luck[:-1] < self.error
-            return tuple((wrong ^ (worth <= 0)).nonzero().squeeze(1).tolist())
+            return tuple((wrong ^ (seen <= 0)).nonzero().squeeze(1).tolist())
         if luck[-1] < self.first:
             return "a" if hand.shown[0] == 0 else "b"
-        better = bool(worth[0] > worth[1]) ^ bool(luck[0] < self.error)
+        better = bool(seen[0] > 0) ^ bool(luck[0] < self.error)
         return "a" if better else "b"
 
 
@@ -92,6 +101,22 @@ def harmless(images: Tensor, prompts: Sequence[str], tools: Tools) -> Tensor:
     red, green, blue = images.int().unbind(1)
     share = (red - torch.maximum(green, blue) > 60).float().mean((1, 2))
     return RED - share
+
+
+def by_scorer(name: str, bad_below: float = 0.0) -> Rule:
+    """The rule of raters who judge by a scorer.
+
+    Args:
+        name: of the scorer, or name:weights.
+        bad_below: pictures with no larger score are bad.
+    """
+
+    def rule(images: Tensor, prompts: Sequence[str], tools: Tools) -> Tensor:
+        judge = tools.scorer(name, torch.device("cpu"), "official")
+        worth: Tensor = judge(images, prompts) - bad_below
+        return worth
+
+    return rule
 
 
 RULES: Mapping[str, Rule] = {
@@ -127,14 +152,18 @@ def worths(folder: Path, round_: Round, rule: Rule, tools: Tools) -> dict[str, T
 
 def simulate(
     folder: Path, labels: str | None, pool: Sequence[Annotator], seed: int, tools: Tools,
-    told: Told = lambda done, total: None,
+    told: Told = lambda done, total: None, rule: Rule | None = None,
 ) -> int:  # fmt: skip
-    """Let a pool judge the round in `folder` by its question's rule; returns the number of votes.
+    """Let a pool judge the round in `folder` by a rule, else that of its question.
 
     `told` is called with the votes that are given, and those that all raters could give.
 
+    Returns:
+        The number of votes.
+
     Raises:
-        UserError: the round or its labels are damaged, or a simulated rater is blocked.
+        UserError: the round or its labels are damaged, a simulated rater is blocked, or there is
+            no such scorer.
     """
     settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
     with open_labels(folder, labels, settings, new=True) as store:
@@ -143,7 +172,8 @@ def simulate(
                 f"The round in {folder} asks questions of its own, and simulated raters have a "
                 f"rule for {', '.join(RULES)} alone, as tags or pairs. Let people judge it."
             )
-        worth = worths(folder, store.round, RULES[store.round.study.plain[1]], tools)
+        rule = rule or RULES[store.round.study.plain[1]]
+        worth = worths(folder, store.round, rule, tools)
         return let_vote(store, worth, pool, seed, told)
 
 

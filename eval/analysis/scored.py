@@ -19,6 +19,7 @@ BASE_ROWS = "no-fine-tune"
 """Its name among files, where methods have METHOD-SEED."""
 
 METHODS = ("preferred_images", "reward_weighted", "d3po", "ddpo", "dpok")
+"""Those of the paper's Table 1 and Figure 3, in the table's order; others come after them."""
 
 SAMPLER = "eta1"
 """Of the printed table; the rows hold both."""
@@ -89,8 +90,8 @@ def _require_comparable(found: Mapping[str, pd.DataFrame], out: Path) -> None:
 
 def methods(rows: Mapping[str, pd.DataFrame]) -> list[str]:
     """The base model, and the methods that have rows, in the order of the table."""
-    there = {name.rpartition("-")[0] for name in rows}
-    return [BASE, *(m for m in METHODS if m in there)]
+    there = {name.rpartition("-")[0] for name in rows if name != BASE_ROWS}
+    return [BASE, *(m for m in METHODS if m in there), *sorted(there.difference(METHODS))]
 
 
 def columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:

@@ -98,10 +98,12 @@ def run(request: Table1Request, board: Board) -> str:
         UserError: bad input, or weights of a scorer that are not there.
         RunError: a run failed; the others are kept.
     """
-    choices.read(request.out / "choices", (BASE_ROWS, *METHODS))  # not after hours of training
     jobs = [] if request.runs else _jobs(request)
     folders = _taken(request) if request.runs else {_name(job.config): job.folder for job in jobs}
     configs = [job.config for job in jobs] or [RunFolder(f).config for f in folders.values()]
+    _choices(
+        request.out, [*dict.fromkeys(c.method for c in configs)]
+    )  # not after hours of training
     drawn = _drawn(configs)
     targets = {BASE_ROWS: Path(request.model), **folders}
     asked = {name: _asked(request, folder, name, drawn) for name, folder in targets.items()}
@@ -257,7 +259,7 @@ def write(out: Path) -> str:
     """
     rows = rows_of(out)
     signal = _recorded_signal(out / "signal.json")
-    chosen = _choices(out / "choices", methods(rows))
+    chosen = _choices(out, methods(rows))
     table = [_row(name, rows, signal["column"], chosen) for name in methods(rows)]
     printed = Table(table, {name: text(name) for name in table[0]}, left=("method",))
     said = _said(signal, chosen) + "\n\n" + printed.markdown()
@@ -284,13 +286,14 @@ def _recorded_signal(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _choices(folder: Path, names: Sequence[str]) -> Choices | None:
-    found = choices.read(folder, (BASE_ROWS, *METHODS))
+def _choices(out: Path, names: Sequence[str]) -> Choices | None:
+    folder = out / "choices"
+    found = choices.read(folder, (BASE_ROWS, *dict.fromkeys([*names, *METHODS])))
     for model in found.shares[0] if found else ():
         if model not in (BASE_ROWS, *names):
             raise UserError(
                 f"The choices in {folder} name {model}, which is not in the table "
-                f"({', '.join(names)}). Add its runs, or leave those files out."
+                f"({', '.join(dict.fromkeys(names))}). Add its runs, or leave those files out."
             )
     return found
 
