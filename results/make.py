@@ -40,7 +40,18 @@ from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.figures.curves import draw_curves
-from results import alignment, claims, coverage, feedback, gpu, gradients, memory, search, version2
+from results import (
+    alignment,
+    claims,
+    coverage,
+    feedback,
+    gpu,
+    gradients,
+    memory,
+    search,
+    sizes,
+    version2,
+)
 
 sys.path.pop(0)
 
@@ -131,6 +142,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "memory": memory.table,
     "memory-each": memory.each,
     **version2.tables(V2, front),
+    **sizes.tables(),
     **alignment.tables(),
     "gradients": gradients.table,
 }

@@ -20,7 +20,7 @@ from d3po_bench.runs.run import find_runs
 from eval.analysis.report import report
 from eval.analysis.runs import read_groups
 from eval.analysis.tables import Table
-from results import make, version2
+from results import make, sizes, version2
 from results import measure as measuring
 from tests.commands import contents
 from tests.made_up import add_columns, write_run
@@ -131,6 +131,17 @@ def test_an_archive_that_nobody_packed_is_refused(
 
 
 # ---- version 2
+
+
+def test_methods_rank_alike_on_other_sizes(published: Path, tmp_path: Path) -> None:
+    tables = sizes.tables({"half": published, "double": published})
+    assert sizes.tables({"half": published, "double": tmp_path}) == {}
+    found = cells(tables["v2-sizes"]())
+    assert found["d3po_of_two"]["S, double (95 % interval)"] == "+0.850 (+0.602 to +1.098)"
+    assert [row["rank, half"] for row in found.values()] == ["1", "2"]
+    # The two methods differ by 0.417 (0.29 to 0.54): another order is all but ruled out.
+    (row,) = tables["v2-ranks"]().records
+    assert (row["sizes"], row["tau"]) == ("half, double", 1)
 
 
 def cells(table: Table) -> dict[str, dict[str, str]]:

@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import mannwhitneyu, t, ttest_ind, ttest_rel
 
 from eval.analysis.heights import area_under_curve, images_to_threshold
+from eval.analysis.ranks import rank_agreement
 from eval.analysis.statistics import (
     Difference,
     by_seed,
@@ -271,3 +272,34 @@ def test_one_seed_says_nothing_about_the_spread() -> None:
 def test_numbers_that_cannot_be_are_refused(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- ranks
+
+
+def test_equal_orders_agree_and_opposite_ones_do_not() -> None:
+    seeds = np.random.default_rng(0).normal(0, 0.01, (5, 4)) + np.arange(4)
+    assert rank_agreement(seeds, 10 * seeds) == (1, 1, 1)
+    assert rank_agreement(seeds, -seeds) == (-1, -1, -1)
+    swapped = seeds[:, [1, 0, 2, 3]]
+    assert rank_agreement(seeds, swapped)[0] == pytest.approx(4 / 6)  # 5 pairs of 6, less 1
+
+
+def test_ranks_of_noise_may_be_any() -> None:
+    rng = np.random.default_rng(0)
+    _, low, high = rank_agreement(rng.normal(size=(5, 4)), rng.normal(size=(20, 4)))
+    assert low < -0.5
+    assert high > 0.5
+
+
+def test_what_methods_share_by_seed_leaves_their_order_sure() -> None:
+    """A seed that is good for all of them moves no rank."""
+    shared = np.random.default_rng(0).normal(0, 10, (5, 1)) + np.arange(3)
+    assert rank_agreement(shared, shared + 1) == (1, 1, 1)
+
+
+def test_ranks_need_seeds_and_the_same_methods() -> None:
+    with pytest.raises(ValueError, match="at least two seeds"):
+        rank_agreement(np.ones((1, 3)), np.ones((5, 3)))
+    with pytest.raises(ValueError, match="the same methods"):
+        rank_agreement(np.ones((2, 3)), np.ones((2, 2)))

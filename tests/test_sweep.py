@@ -14,7 +14,7 @@ from d3po_bench.cli import main
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import job, local
-from d3po_bench.launch.grid import read
+from d3po_bench.launch.grid import other, read
 from d3po_bench.runs.run import RunFolder, find_runs
 from d3po_bench.training import trainer
 from d3po_bench.training.run import Job
@@ -140,6 +140,21 @@ def test_a_part_of_a_grid(
         refused(done, runs)
     else:
         assert [row["run"] for row in json.loads(done.out)["runs"]] == runs
+
+
+def test_a_grid_on_another_model_with_further_settings(grid: Path, command: Command) -> None:
+    """They win over those of the grid, of one of its cells, too."""
+    part = ("--method", "d3po", "--objective", "compress", "--seeds", 1, "--status", "--json")
+    sets = ("--set", "learning_rate=5e-3", "--set", "rounds=1")
+    done = command("sweep", grid, *part, "--model", "tiny", *sets)
+    assert [row["of"] for row in json.loads(done.out)["runs"]] == [1]
+    asked = other(read(grid), "tiny", {"learning_rate": "5e-3"})
+    own = asked.settings_of("d3po", "compress")
+    assert (asked.model, own["learning_rate"], own["skip_ties"]) == ("tiny", "5e-3", "true")
+    assert other(read(grid), None, {}).settings_of("d3po", "compress") == read(grid).settings_of(
+        "d3po", "compress"
+    )
+    refused(command("sweep", grid, *part, "--set", "rate=1"), "rate")
 
 
 @pytest.mark.usefixtures("grid")

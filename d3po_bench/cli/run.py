@@ -188,12 +188,20 @@ def run(
     "--seeds", type=click.IntRange(1, MOST_SEEDS), help="Only so many seeds, the grid's first."
 )
 @click.option(
+    "--model", shell_complete=completion.of("model"), help="Another model than the grid's."
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", shell_complete=completion.setting,
+    help="A setting of every run, which wins over the grid's; repeatable.",
+)  # fmt: skip
+@click.option(
     "--status", is_flag=True, help="Say where each run is, by the folders alone, and run nothing."
 )
 def sweep(
     grid: Path, device: str, jobs: int | None, ranks: int, where: str, asked: tuple[str, ...],
     out: Path, resume: bool, track: tuple[str, ...], methods: tuple[str, ...],
-    objectives: tuple[str, ...], seeds: int | None, status: bool, board: Board,
+    objectives: tuple[str, ...], seeds: int | None, model: str | None,
+    settings: tuple[str, ...], status: bool, board: Board,
 ) -> Result:  # fmt: skip
     """Run methods x objectives x seeds from the TOML file GRID.
 
@@ -213,7 +221,7 @@ def sweep(
         d3po-bench sweep grid.toml
         d3po-bench sweep results/tiny/grid.toml --out runs/grid --jobs 2
         d3po-bench sweep grid.toml --where slurm --ask timeout_min=120 --ask gpus_per_node=1
-        d3po-bench sweep grid.toml --objective incompress --seeds 5
+        d3po-bench sweep grid.toml --objective incompress --seeds 5 --model FOLDER
         d3po-bench sweep grid.toml --status
     """  # noqa: D301
     from d3po_bench.launch import grid as sweeping
@@ -222,6 +230,7 @@ def sweep(
     from eval.tools import TOOLS
 
     chosen = sweeping.part(sweeping.read(grid), methods, objectives, seeds)
+    chosen = sweeping.other(chosen, model, pairs_of(settings))
     if status:
         return _status(sweeping.states(chosen, TOOLS, out))
     made = sweeping.run(

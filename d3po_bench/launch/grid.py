@@ -192,6 +192,19 @@ def part(grid: Grid, methods: Sequence[str], objectives: Sequence[str], seeds: i
     return grid.model_copy(update=chosen)
 
 
+def other(grid: Grid, model: str | None, settings: Settings) -> Grid:
+    """A grid on another model.
+
+    Args:
+        grid: of which all else is kept.
+        model: None for the grid's own.
+        settings: of every run; they win over the grid's.
+    """
+    cells = [f"{m}.{o}" for m, o in product(grid.methods, grid.objectives)]
+    cell = {name: {**grid.cell.get(name, {}), **settings} for name in cells}
+    return grid.model_copy(update={"model": model or grid.model, "cell": cell})
+
+
 # ---- its runs
 
 
