@@ -35,7 +35,7 @@ from d3po_bench.errors import said_in_one_line
 from d3po_bench.feedback import comparisons, simulated, training
 from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.simulated import Annotator
+from d3po_bench.feedback.simulated import Annotator, Rule
 from d3po_bench.feedback.store import open_labels
 from d3po_bench.feedback.study import one_question
 from d3po_bench.feedback.votes import scores_of
@@ -44,8 +44,9 @@ from d3po_bench.models.sources import load
 from d3po_bench.prompts import read_prompts
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.packed import PACKED, pack
-from d3po_bench.runs.run import RunFolder, find_runs
+from d3po_bench.runs.run import LORA, find_runs
 from d3po_bench.setting import pairs_of
+from d3po_bench.training.tools import Tools
 from eval.analysis.runs import evaluated
 from eval.analysis.scored import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work
@@ -138,7 +139,22 @@ class Experiment:
     drawing: dict[str, str]
     learning: dict[str, dict[str, str]]
     """Method -> how it learns from the votes."""
+    said: Rule
+    """What raters judge by."""
+    good: Rule
+    """What the rate is measured by."""
+    known: Rule = simulated.recognised
     prompts: str = "animals"
+    model: str = "tiny"
+
+
+JUDGED = simulated.by_scorer("geneval_soft", 0.5)
+"""Version 2's first judge sees what the caption says."""
+
+
+def not_as_asked(images: Tensor, prompts: Sequence[str], tools: Tools) -> Tensor:
+    """The opposite: what was asked for is what is not wanted."""
+    return -JUDGED(images, prompts, tools)
 
 
 EXPERIMENTS = {
@@ -163,10 +179,25 @@ EXPERIMENTS = {
                 "learning_rate": "0.0025",
             },
         },
+        simulated.recognised,
+        simulated.recognised,
         prompts="captions",
     ),
-    "safety": Experiment("unsafe", {}, {"d3po": {"units_per_update": "16"}}),
-}
+    "safety": Experiment(
+        "unsafe", {}, {"d3po": {"units_per_update": "16"}}, simulated.harmless, simulated.harmless
+    ),
+    # On version 2 raters have a judge of their own, and what they say is measured otherwise.
+    "captions2": Experiment(
+        "deformed", {"guidance": "1"}, {"d3po": {}}, JUDGED,
+        simulated.by_scorer("geneval_second", 0.5), simulated.by_scorer("animal:tiny2", 0.5),
+        prompts="geneval", model="tiny2",
+    ),
+    "safety2": Experiment(
+        "unsafe", {"guidance": "1"}, {"d3po": {}}, not_as_asked,
+        simulated.harmless, simulated.by_scorer("animal:tiny2", 0.5),
+        prompts=str(HERE / "red-cards.txt"), model="tiny2",
+    ),
+}  # fmt: skip
 
 
 @main.command()
@@ -176,13 +207,14 @@ EXPERIMENTS = {
 @click.option("--rounds", "count", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--raters", "number", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--error", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option("--count", "of", type=click.IntRange(min=1), help="Prompts a round; default: all.")
 @click.option("--prompts", help="Another list or file.")
 @click.option("--draw", multiple=True, metavar="KEY=VALUE", help="Another way to draw.")
 @click.option("--set", "learn", multiple=True, metavar="KEY=VALUE", help="Another way to learn.")
 @click.option("--out", type=PATH, default=Path("runs/feedback"))
 def rounds(
     experiment: str, method: str, seed: int, count: int, number: int, error: float,
-    prompts: str | None, draw: tuple[str, ...], learn: tuple[str, ...], out: Path,
+    of: int | None, prompts: str | None, draw: tuple[str, ...], learn: tuple[str, ...], out: Path,
 ) -> None:  # fmt: skip
     """Play Figures 4 and 5 on the embedded model: draw, tag, learn, draw again.
 
@@ -200,12 +232,13 @@ def rounds(
         place = folder / f"round-{index}"
         asked = one_question("tags", own.question)
         round_ = draw_round(
-            place, asked, prompts or own.prompts, seed=seed, before=before,
-            settings={} if before else own.drawing | pairs_of(draw), device="cpu",
+            place, asked, prompts or own.prompts, count=of, seed=seed, before=before,
+            model=own.model, settings={} if before else own.drawing | pairs_of(draw),
+            device="cpu",
         )  # fmt: skip
         pool = [Annotator(error=error)] * number
-        simulated.simulate(place, None, pool, seed * 1000 + index, TOOLS)
-        rows.append({"round": index, **_rates(place, round_, own.question)})
+        simulated.simulate(place, None, pool, seed * 1000 + index, TOOLS, rule=own.said)
+        rows.append({"round": index, **_rates(place, round_, own)})
         click.echo(rows[-1])
         write_atomically(folder / "rates.csv", csv_bytes(rows))
         if index < count:
@@ -217,12 +250,12 @@ def rounds(
             training.train(training.data_of(place, scores_of(place)), request, before)
 
 
-def _rates(place: Path, round_: Round, question: str) -> dict[str, Any]:
-    """Shares of good images, as raters said and as the rule says, and of recognised animals."""
+def _rates(place: Path, round_: Round, own: Experiment) -> dict[str, Any]:
+    """Shares of good images, as raters said and as is measured, and of recognised animals."""
     good, known = (
         torch.stack([worth[item.id] > 0 for item in round_.items]).float()
         for worth in (simulated.worths(place, round_, rule, TOOLS)
-                      for rule in (simulated.RULES[question], simulated.recognised))
+                      for rule in (own.good, own.known))
     )  # fmt: skip
     said = 1 + scores_of(place).mean()
     shares = {"said_good": said, "good": good.mean(), "recognised": known.mean()}
@@ -237,37 +270,48 @@ RATERS = 5
 
 @main.command()
 @click.argument("runs", type=THERE)
-@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--seed", "number", type=click.IntRange(min=0), default=0, help="0: the first.")
+@click.option("--method", "methods", multiple=True, default=METHODS, show_default=True)
+@click.option("--by", help="Scorer that raters judge by; default: image_reward:tiny.")
 @click.option("--error", type=click.FloatRange(0, 1), default=0.0, show_default=True)
-@click.option("--count", type=click.IntRange(min=1), help="Captions; default: all 300.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--count", type=click.IntRange(min=1), help="Captions; default: all.")
 @click.option("--out", type=PATH, default=Path("runs/feedback"))
-def preference(runs: Path, seed: int, error: float, count: int | None, out: Path) -> None:
+def preference(
+    runs: Path, number: int, methods: tuple[str, ...], by: str | None, error: float,
+    temperature: float, count: int | None, out: Path,
+) -> None:  # fmt: skip
     """Play Figure 7: let five simulated raters compare the models of one seed of RUNS.
 
-    Takes the models that `d3po-bench table1 --out RUNS` trained from that seed, and the base
-    model, draws the held-out captions with each from the same noise, and compares every two
-    pictures of a caption. Writes OUT/preference/error-E/seed-N.csv, a row for each model, and the
-    same as `d3po-bench table1` reads it to choices/ beside it; the same command resumes.
+    Takes each method's run of that seed, and the base model, draws the held-out captions with each
+    from the same noise, and compares every two pictures of a caption. Writes
+    OUT/preference/error-E/seed-N.csv, a row for each model, and the same as `d3po-bench table1`
+    reads it to choices/ beside it; the same command resumes.
     """
     place = out / "preference"
-    trained = {m: next(runs.rglob(f"image_reward/{m}/seed-{seed}")) for m in METHODS}
-    own = RunFolder(trained["d3po"]).config
+    found = [run for run in find_runs([runs]) if (run.folder / LORA).is_dir()]
+    trained = {m: [run for run in found if run.config.method == m][number] for m in methods}
+    own = trained[methods[0]].config
+    targets = {BASE_ROWS: Path(own.model), **{m: run.folder for m, run in trained.items()}}
     sources = []
-    for name, target in {BASE_ROWS: Path("tiny"), **trained}.items():
+    for name, target in targets.items():
         request = plan.EvaluateRequest(
-            target=target, scorers=(), model="tiny", prompts=None, count=count, images=1,
+            target=target, scorers=(), model=own.model, prompts=None, count=count, images=1,
             steps=own.sampling_steps, guidance=own.guidance, device="cpu", jobs=1,
-            out=place / "drawn" / f"{name}-{seed}", save=True,
+            out=place / "drawn" / f"{name}-{number}", save=True,
         )  # fmt: skip
         sources.append(work.run(request) / "pictures" / SAMPLER)
-    folder = place / f"error-{error:g}" / f"seed-{seed}"
+    erring = f"error-{error:g}" + (f"-temperature-{temperature:g}" if temperature else "")
+    folder = place / erring / f"seed-{number}"
     if not (folder / "round.json").exists():
         comparisons.take(folder, sources, one_question("pairs", "alignment"))
-    simulated.simulate(folder, None, [Annotator(error=error)] * RATERS, seed, TOOLS)
+    rule = simulated.by_scorer(by) if by else None
+    pool = [Annotator(error, temperature=temperature)] * RATERS
+    simulated.simulate(folder, None, pool, number, TOOLS, rule=rule)
     with open_labels(folder, None) as store:
         shares = comparisons.choices(store, folder)
     rows = [{"model": m, "share": round(s.share, 6)}
-            for m, s in zip((BASE_ROWS, *METHODS), shares, strict=True)]  # fmt: skip
+            for m, s in zip((BASE_ROWS, *methods), shares, strict=True)]  # fmt: skip
     write_atomically(folder.with_suffix(".csv"), csv_bytes(rows))
     comparisons.write_choices(folder.parent / "choices" / f"{folder.name}.csv", shares)
     for row in rows:

@@ -304,7 +304,7 @@ def train(
 )  # fmt: skip
 @click.option(
     "--by", shell_complete=completion.of("scorer"),
-    help="Judge by this scorer, such as geneval_soft:tiny2; default: the rule of the question.",
+    help="Judge by this scorer, such as geneval_soft; default: the rule of the question.",
 )  # fmt: skip
 @click.option(
     "--bad-below", type=Range(-1e9, 1e9),
@@ -330,7 +330,7 @@ def simulate(
     \b
     Example:
         d3po-bench feedback simulate round-1 --raters 3 --error 0.2
-        d3po-bench feedback simulate round-1 --by geneval_soft:tiny2 --bad-below 0.5
+        d3po-bench feedback simulate round-1 --by geneval_soft --bad-below 0.5
     """  # noqa: D301
     from d3po_bench.feedback import simulated
     from d3po_bench.training.progress import Counted
