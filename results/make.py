@@ -50,6 +50,7 @@ from results import (
     memory,
     search,
     sizes,
+    steps,
     version2,
 )
 
@@ -143,6 +144,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "memory-each": memory.each,
     **version2.tables(V2, front),
     **sizes.tables(),
+    **steps.tables(),
     **alignment.tables(),
     "gradients": gradients.table,
 }

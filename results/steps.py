@@ -1,0 +1,106 @@
+"""Which denoising steps to learn from: the ablation of PROTOCOL.md, on development seeds.
+
+    python -m results.steps runs/steps
+
+makes the runs of steps.toml once for each way and rate below, resumes where it was
+interrupted, and writes steps.csv.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import click
+
+from d3po_bench.errors import said_in_one_line
+from d3po_bench.launch import grid
+from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
+from eval.analysis.gains import both_ends, both_signs
+from eval.analysis.runs import read_groups
+from eval.analysis.tables import Record, Table, number, text
+from eval.tools import TOOLS
+
+HERE = Path(__file__).resolve().parent
+GRID, FILE = HERE / "steps.toml", HERE / "steps.csv"
+
+WAYS = {
+    "all steps": {},
+    "first half": {"skip_steps": "5"},
+    "log-SNR": {"timestep_spacing": "log_snr"},
+    "weights 1/w": {"step_weight": "inverse"},
+    "windows of 3": {"window": "3"},
+}
+"""Which steps count for how much -> the settings for it. All but the first change one thing."""
+
+FACTORS = (0.5, 1, 2)
+"""Of the rate that the search has chosen: other steps may want another."""
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True)
+def measure(out: Path, jobs: int) -> None:
+    """Make the runs below OUT, and write steps.csv."""
+    asked, rows = grid.read(GRID), list[dict[str, Any]]()
+    for way, factor, method in product(WAYS, FACTORS, asked.methods):
+        rate = f"{factor * float(asked.method[method]['learning_rate']):.3g}"
+        part = grid.other(
+            grid.part(asked, [method], (), None), None, {**WAYS[way], "learning_rate": rate}
+        )
+        place = out / f"{way.replace(' ', '-').replace('/', '-')}-{factor:g}"
+        grid.run(part, TOOLS, out=place, jobs=jobs, device="cpu", resume=True)
+        rows += _rows(way, method, rate, place / asked.model)
+    write_atomically(FILE, csv_bytes(rows))
+
+
+def _rows(way: str, method: str, rate: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each seed: S and D, and of the worse of its two runs drift and recognised."""
+    groups = {group: runs for group, runs in read_groups([folder]).items() if group[2] == method}
+    ((_, seeds),) = both_signs(groups).items()
+    for seed, (up, down) in seeds.items():
+        runs = [run for found in groups.values() for run in found if run.seed == seed]
+        drift = max(both_ends(run, "drift")[1] for run in runs)
+        known = min(both_ends(run, "animal")[1] for run in runs)
+        numbers = {"s": (up - down) / 2, "d": (up + down) / 2, "drift": drift, "recognised": known}
+        yield {"steps": way, "method": method, "rate": rate, "seed": seed,
+               **{name: f"{value:.6f}" for name, value in numbers.items()}}  # fmt: skip
+
+
+def tables() -> dict[str, Callable[[], Table]]:
+    """Name -> what makes it, once it was measured."""
+    return {"v2-steps": table} if FILE.is_file() else {}
+
+
+def table() -> Table:
+    """A row for each method and way to weigh steps, at the rate with the largest S."""
+    cells: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    for row in read_csv(FILE):
+        cell = cells.setdefault((row["method"], row["steps"]), {})
+        cell.setdefault(row["rate"], []).append(row)
+    records = []
+    for (method, way), rates in sorted(cells.items()):
+        means = {rate: {name: fmean(float(row[name]) for row in rows) for name in NUMBERS}
+                 for rate, rows in rates.items()}  # fmt: skip
+        best = max(means, key=lambda rate: means[rate]["s"])
+        others = ", ".join(f"{means[rate]['s']:+.3f} ({rate})" for rate in means if rate != best)
+        records.append({"method": method, "steps": way, "rate": best, "others": others,
+                        "seeds": len(rates[best]), **means[best]})  # fmt: skip
+    columns = {
+        "method": text("method"), "steps": text("steps"), "seeds": text("seeds"),
+        "S": number("s", "+.3f"), "rate": text("rate"), "S at other rates": text("others"),
+        "D": number("d", "+.3f"), "drift": number("drift", ".4f"),
+        "recognised": number("recognised", ".2f"),
+    }  # fmt: skip
+    return Table(records, columns, left=("method", "steps", "S at other rates"))
+
+
+NUMBERS = ("s", "d", "drift", "recognised")
+
+if __name__ == "__main__":
+    with said_in_one_line():
+        measure(sys.argv[1:])
