@@ -16,7 +16,7 @@ from d3po_bench.errors import RunError, TryAgainError, UserError
 from d3po_bench.launch import launch, tune
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board, Level
-from d3po_bench.launch.space import Space, settings_of, space_of
+from d3po_bench.launch.space import SPREAD, Space, settings_of, space_of, spread
 from d3po_bench.launch.state import State
 from d3po_bench.launch.tune import Rule, Seen, TuneRequest
 from d3po_bench.training.progress import label
@@ -66,6 +66,20 @@ def test_a_round_has_as_many_images_whatever_their_number_of_a_prompt() -> None:
     for method, prompts in (("d3po_of_two", "16"), ("grpo", "4"), ("ddpo", "4")):
         config = configs.make(method, "incompress", "quick", {})[0]
         assert settings_of({}, config, images=32)["prompts_per_round"] == prompts
+
+
+def test_the_first_trials_cover_the_space_and_are_the_same_for_all_methods() -> None:
+    tried = [[spread(space(method), n, 0) for n in range(SPREAD)] for method in ("ddpo", "raft")]
+    for trials in tried:
+        places = [(math.log10(trial["learning_rate"]) + 4) / 2 * SPREAD for trial in trials]
+        assert sorted(map(int, places)) == [*range(SPREAD)]
+        updates = [trial["updates_per_round"] for trial in trials]
+        assert all(1 <= updates.count(choice) <= 2 for choice in (1, 2, 4, 8, 16))
+    shared = ("learning_rate", "updates_per_round")
+    assert all(one[name] == other[name] for one, other in zip(*tried, strict=True)
+               for name in shared)  # fmt: skip
+    assert {*tried[0][0]} == {*space("ddpo")}
+    assert spread(space("ddpo"), 0, 1) != tried[0][0]
 
 
 class Made:

@@ -131,7 +131,8 @@ def tune(
     """Search each METHOD's settings, with as many trials for each, on development seeds.
 
     Rate, optimizer steps, steps trained on, images of a prompt, shared noise and options of the
-    method are searched by Optuna. The best trial has the largest mean gain of those that keep to
+    method are searched. The first eight trials cover the space evenly, at the same rates for every
+    METHOD; Optuna's TPE proposes the others. The best trial has the largest mean gain of those that keep to
     --recognised and --drift with every seed. All trials are written to OUT/trials.csv. The same
     command resumes where it was interrupted; with more methods or trials, it adds them.
 

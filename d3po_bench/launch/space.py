@@ -44,6 +44,39 @@ def space_of(config: RunConfig, given: Mapping[str, str]) -> Space:
     return {name: of for name, of in found.items() if name not in {*fixed, *given}}
 
 
+SPREAD = 8
+"""So many first trials lie evenly in the space; a power of two."""
+
+AXES = 16
+"""Of the points that are spread; of methods with fewer, some are not used."""
+
+
+def spread(space: Space, number: int, seed: int) -> dict[str, Any]:
+    """A trial of a set that covers the space evenly: a point of Sobol's sequence, scrambled.
+
+    Every eighth of the rates' range has one of the `SPREAD` trials, and every choice of an option
+    about as many. What methods have in common is the same in all their trials of a number, so that
+    none is luckier with its rates than another.
+
+    Args:
+        space: of a method.
+        number: of the trial, from 0 to `SPREAD` - 1.
+        seed: of the scrambling.
+
+    Returns:
+        Setting -> value.
+    """
+    from scipy.stats.qmc import Sobol
+
+    names = [*COMMON, *(name for name in space if name not in COMMON)]
+    axes = max(AXES, len(names))
+    point = dict(zip(names, Sobol(axes, rng=seed).random(SPREAD)[number].tolist(), strict=False))
+    return {
+        name: of[0] * (of[1] / of[0]) ** point[name] if isinstance(of, tuple)
+        else of[int(point[name] * len(of))] for name, of in space.items()
+    }  # fmt: skip
+
+
 def settings_of(params: Mapping[str, Any], config: RunConfig, images: int = 0) -> dict[str, str]:
     """What a trial sets, as after --set.
 

@@ -1,9 +1,10 @@
 """`d3po-bench tune`: for every method as many trials, on development seeds, judged by one rule.
 
-A trial is a setting of a method's search space and its runs, a seed after the other. Optuna's TPE
-proposes it from the method's finished trials; all methods are asked for one at a time, so what is
-proposed does not depend on how many runs are made side by side, nor on a command that was killed
-and given again.
+A trial is a setting of a method's search space and its runs, a seed after the other. The first
+eight cover the space evenly, and at the same rates for every method; Optuna's TPE proposes further
+ones from the method's finished trials. All methods are asked for one at a time, so what is proposed
+does not depend on how many runs are made side by side, nor on a command that was killed and given
+again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from d3po_bench.errors import RunError, TryAgainError, UserError, install
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board
-from d3po_bench.launch.space import settings_of, space_of
+from d3po_bench.launch.space import SPREAD, settings_of, space_of, spread
 from d3po_bench.launch.state import read_state
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
 from d3po_bench.training.progress import label
@@ -196,6 +197,7 @@ class Search:
             "objectives": list(request.objectives), "seeds": list(request.seeds),
             "run": short(config.to_json()), "space": space, "sampler seed": request.sampler_seed,
             "rule": [request.rule.recognised, request.rule.drift], "images": request.images,
+            "first trials": f"{SPREAD} of Sobol",
         }  # fmt: skip
 
     def make(self, board: Board) -> None:
@@ -221,13 +223,15 @@ class Search:
                 return self._live(method, trial.number, trial.params)
             if trial.state == TrialState.RUNNING:  # killed while it was being written down
                 study.tell(trial.number, state=TrialState.FAIL)
-        if len(self.whole(method)) >= self.request.trials:
+        number, seed = len(self.whole(method)), self.request.sampler_seed
+        if number >= self.request.trials:
             return None
-        seed = (
-            int(short(f"{self.request.sampler_seed}/{method}/{len(self.whole(method))}"), 16)
-            % 2**32
+        study.sampler = TPESampler(
+            seed=int(short(f"{seed}/{method}/{number}"), 16) % 2**32, n_startup_trials=0
         )
-        study.sampler = TPESampler(seed=seed)
+        waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        if number < SPREAD and not waiting:  # none was killed before it was asked for
+            study.enqueue_trial(spread(space, number, seed))
         asked = study.ask({
             name: FloatDistribution(*of, log=True) if isinstance(of, tuple)
             else CategoricalDistribution(of) for name, of in space.items()
