@@ -132,9 +132,9 @@ def tune(
 
     Rate, optimizer steps, steps trained on, images of a prompt, shared noise and options of the
     method are searched. The first eight trials cover the space evenly, at the same rates for every
-    METHOD; Optuna's TPE proposes the others. The best trial has the largest mean gain of those that keep to
-    --recognised and --drift with every seed. All trials are written to OUT/trials.csv. The same
-    command resumes where it was interrupted; with more methods or trials, it adds them.
+    METHOD; Optuna's TPE proposes the others. The best trial has the largest mean gain of those
+    that keep to --recognised and --drift with every seed. All trials are written to OUT/trials.csv.
+    The same command resumes where it was interrupted; with more methods or trials, it adds them.
 
     \b
     Example:
