@@ -108,7 +108,7 @@ def reproduce_version1(session: nox.Session) -> None:
     _install(session)
     session.run("d3po-bench", "sweep", "results/tiny/grid.toml", "--out", "runs/reproduce")
     session.run("d3po-bench", "report", "runs/reproduce/tiny", "--measure")
-    _publish(session, "tiny")
+    _publish(session, "tiny", "--pack")
 
 
 def _publish(session: nox.Session, model: str, *how: str) -> None:

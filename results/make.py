@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,20 @@ UNITS = {"incompress": "kB", "compress": "kB", "aesthetic": "points"}
 COSTS = {"images": "images", "unet_forwards": "UNet passes", "seconds": "seconds a seed"}
 
 
-def made_table1() -> str:
+def made_table1(folder: Path) -> str:
     """Table 1 from its rows, with the sentence that says what it shows."""
     with tempfile.TemporaryDirectory() as place:
-        return table1.write(Path(shutil.copytree(HOME / "tiny" / "table1", Path(place, "copy"))))
+        return table1.write(Path(shutil.copytree(folder, Path(place, "copy"))))
+
+
+TABLE1 = {
+    name: folder
+    for name, folder in {
+        "table1": HOME / "tiny" / "table1", "v2-table1": HOME / "alignment" / "table1"
+    }.items()
+    if folder.is_dir()
+}  # fmt: skip
+"""Table 1 of each version -> its rows."""
 
 
 def step_shares() -> Table:
@@ -151,15 +161,15 @@ TABLES: Mapping[str, Callable[[], Any]] = {
 """What stands between block markers."""
 
 CLAIMS: Mapping[str, Callable[[], str]] = {
-    "table1": made_table1,
     "claims-gains": lambda: claims.gains(tiny()),
     "claims-contrast": lambda: claims.halves(tiny()),
     "claims-diversity": lambda: claims.diversity(tiny()),
     "claims-crossed": lambda: claims.crossed(tiny()),
-    "claims-table1": lambda: claims.alignment(HOME / "tiny" / "table1"),
     "claims-feedback": claims.feedback,
     **version2.sentences(V2),
     **alignment.sentences(),
+    **{name: partial(made_table1, folder) for name, folder in TABLE1.items()},
+    **{f"claims-{name}": partial(claims.alignment, folder) for name, folder in TABLE1.items()},
 }
 """Likewise, what comes as text: sentences that are made from tests, and Table 1, which has some."""
 
@@ -270,10 +280,11 @@ def drawn(place: Path) -> Iterator[tuple[Path, Path]]:
     feedback.draw(place)
     for made in sorted(place.glob("*.png")):
         yield HOME / "tiny" / "feedback" / made.name, made
-    copy = Path(shutil.copytree(HOME / "tiny" / "table1", place / "table1"))
-    table1.write(copy)
-    for made in sorted(copy.glob("table1.*")):
-        yield HOME / "tiny" / "table1" / made.name, made
+    for name, folder in TABLE1.items():
+        copy = Path(shutil.copytree(folder, place / name))
+        table1.write(copy)
+        for made in sorted(copy.glob("table1.*")):
+            yield folder / made.name, made
 
 
 def make(*, check: bool) -> Iterator[str]:

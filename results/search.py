@@ -238,7 +238,7 @@ def rerun_power() -> Table:
     which needs no training; the intervals of the same seed do, and are not used here. A run at a
     wrong rate is also compared with one of its own seed at the published rate, by its first round.
     """
-    places = sorted({path.parent.parent for path in TINY.rglob("config.json")})
+    places = sorted({run.folder.parent for run in find_runs([TINY])})
     cells = {(place.parent.name, place.name): _seeds(place) for place in places}
     own = [_outside(seed, [s for s in seeds if s is not seed])
            for seeds in cells.values() for seed in seeds]  # fmt: skip

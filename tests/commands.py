@@ -7,7 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from d3po_bench.runs.packed import PACKED, unpacked
+
 ROOT = Path(__file__).parent.parent
+TINY = unpacked(ROOT / "results" / "tiny" / PACKED)
+"""The published runs of version 1."""
+
+PUBLISHED = TINY / "incompress" / "d3po" / "seed-0"
+"""One of them."""
+
 SETTINGS = {
     "prompts_per_round": 2, "sampling_steps": 3, "units_per_update": 2, "learning_rate": 3e-3,
     "dtype": "fp32", "eval_every": 2, "eval_prompts": 2, "eval_images": 1, "threads": 1,

@@ -13,7 +13,7 @@ import pytest
 from d3po_bench.cli import cli
 from d3po_bench.cli.options import Answering, Result, Working
 from eval.analysis.report import report
-from tests.commands import ROOT, Command, run_of, seed_folder
+from tests.commands import PUBLISHED, TINY, Command, run_of, seed_folder
 from tests.made_up import add_columns, write_run
 
 SILENT = {"feedback serve"}
@@ -76,8 +76,7 @@ def test_what_is_known_of_things(command: Command) -> None:
     assert (
         "learning_rate=3e-05" in asked(command, "list", "--settings")["run (a preset changes some)"]
     )
-    published = ROOT / "results" / "tiny" / "incompress" / "d3po" / "seed-0"
-    assert asked(command, "show", published)["run"]["rounds"] == "12 of 12"
+    assert asked(command, "show", PUBLISHED)["run"]["rounds"] == "12 of 12"
     assert asked(command, "weights", "list")["clip"]["bytes"] > 10**9
 
 
@@ -95,7 +94,7 @@ def test_a_run_and_an_evaluation(command: Command, micro: Path, tmp_path: Path) 
 
 def test_a_damaged_result_fails_after_its_document(command: Command, tmp_path: Path) -> None:
     place = tmp_path / "results"
-    shutil.copytree(ROOT / "results" / "tiny" / "incompress" / "d3po", place / "d3po")
+    shutil.copytree(TINY / "incompress" / "d3po", place / "d3po")
     assert command("verify", place, "--record").code == 0
     next(place.rglob("metrics.jsonl")).unlink()
     checks = {check["check"]: check["verdict"] for check in asked(command, "verify", place, code=1)}

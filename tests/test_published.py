@@ -13,8 +13,8 @@ import pytest
 from d3po_bench.cli import main
 from d3po_bench.runs.run import RunFolder
 from eval.verify.rerun import judge
+from tests.commands import TINY
 
-TINY = Path(__file__).parent.parent / "results" / "tiny"
 METHODS = ("d3po", "ddpo", "dpok", "preferred_images", "reward_weighted")
 CELLS = [("incompress", m) for m in METHODS] + [("compress", "d3po"), ("aesthetic", "d3po")]
 

@@ -35,6 +35,7 @@ from eval.analysis.tables import Table
 from eval.verify.folder import FILES
 from results import make, search
 from results import measure as measuring
+from tests.commands import PUBLISHED, TINY
 from tests.made_up import add_columns, write_run
 
 ROOT = Path(__file__).parent.parent
@@ -218,7 +219,7 @@ def test_models_are_measured_once(prompts: int, tmp_path: Path) -> None:
     """With all prompts, the base model about as it was published, from half as many pictures."""
     run = tmp_path / "tiny" / "incompress" / "d3po" / "seed-0"
     published = ROOT / "results" / "tiny"
-    shutil.copytree(published / "incompress" / "d3po" / "seed-0", run)
+    shutil.copytree(PUBLISHED, run)
     edit(run / "config.json", '"eval_prompts": 45', f'"eval_prompts": {prompts}')
     runs = [Run(RunFolder(run), pd.DataFrame(), {})]
     with pytest.raises(UserError, match="does not say what lora was"):
@@ -534,7 +535,7 @@ def edit(path: Path, pattern: str, new: str) -> None:
 
 def test_new_runs_replace_published_ones(tmp_path: Path) -> None:
     """Their text alone."""
-    own = ROOT / "results" / "tiny" / "incompress" / "d3po"
+    own = TINY / "incompress" / "d3po"
     shutil.copytree(own / "seed-0", tmp_path / "runs" / "incompress" / "d3po" / "seed-0")
     (tmp_path / "runs" / "incompress" / "d3po" / "seed-0" / "weights").touch()
     shutil.copytree(own / "seed-1", tmp_path / "target" / "incompress" / "d3po" / "seed-1")

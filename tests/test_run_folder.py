@@ -12,9 +12,8 @@ import pytest
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.runs.run import RunFolder, find_runs
-from tests.commands import ROOT
+from tests.commands import PUBLISHED
 
-PUBLISHED = ROOT / "results" / "tiny" / "incompress" / "d3po" / "seed-0"
 HEAD = "round,sampler,prompt,index,score,animal\n"
 
 

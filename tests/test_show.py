@@ -11,9 +11,7 @@ import pytest
 
 from d3po_bench.cli.show import known
 from d3po_bench.errors import UserError
-
-ROOT = Path(__file__).parent.parent
-PUBLISHED = ROOT / "results" / "tiny" / "incompress" / "d3po" / "seed-0"
+from tests.commands import PUBLISHED
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from d3po_bench.runs.run import RunFolder, content, find_runs
 from eval.verify import folder as verify
 from eval.verify.folder import GRIDS
 from results import measure as measuring
+from tests.commands import TINY
 from tests.damage import listed
 
 ROOT = Path(__file__).parent.parent
@@ -53,8 +54,7 @@ path.write_text(text)
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with D3PO's runs on incompress alone, and a README that a make.py writes."""
     home = tmp_path_factory.mktemp("project")
-    published = ROOT / "results" / SEED.parent
-    shutil.copytree(published, home / "results" / SEED.parent)
+    shutil.copytree(TINY.joinpath(*SEED.parent.parts[1:]), home / "results" / SEED.parent)
     (home / "results" / "tiny" / "grid.toml").write_text(GRID)
     (home / "results" / "make.py").write_text(MAKE)
     (home / "results" / "statistics.py").write_text("raise SystemExit('a script of the folder')")

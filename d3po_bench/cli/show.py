@@ -222,6 +222,6 @@ def show(run: Path) -> Result:
     \b
     Example:
         d3po-bench show runs/tiny/incompress/d3po/seed-0
-        d3po-bench show results/tiny/compress/dpok/seed-3
+        d3po-bench show runs/tiny/compress/dpok/seed-3
     """  # noqa: D301
     return Result.of_sections(known(run))
