@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,26 @@ def test_a_round_has_as_many_images_whatever_their_number_of_a_prompt() -> None:
         assert settings_of({}, config, images=32)["prompts_per_round"] == prompts
 
 
-def test_the_first_trials_cover_the_space_and_are_the_same_for_all_methods() -> None:
-    tried = [[spread(space(method), n, 0) for n in range(SPREAD)] for method in ("ddpo", "raft")]
-    for trials in tried:
-        places = [(math.log10(trial["learning_rate"]) + 4) / 2 * SPREAD for trial in trials]
-        assert sorted(map(int, places)) == [*range(SPREAD)]
-        updates = [trial["updates_per_round"] for trial in trials]
-        assert all(1 <= updates.count(choice) <= 2 for choice in (1, 2, 4, 8, 16))
-    shared = ("learning_rate", "updates_per_round")
-    assert all(one[name] == other[name] for one, other in zip(*tried, strict=True)
-               for name in shared)  # fmt: skip
-    assert {*tried[0][0]} == {*space("ddpo")}
-    assert spread(space("ddpo"), 0, 1) != tried[0][0]
+def test_the_first_trials_cover_the_space_at_the_same_rates_for_all_methods() -> None:
+    for method in ("ddpo", "grpo", "reward_weighted_anchor", "raft"):
+        trials = [spread(space(method), n, 0) for n in range(SPREAD)]
+        rates = [10 ** (-4 + (place + 0.5) / 4) for place in range(SPREAD)]
+        assert sorted(trial["learning_rate"] for trial in trials) == pytest.approx(rates)
+        usual = [spread(space("ddpo"), n, 0) for n in range(SPREAD)]
+        assert all(trial[name] == other[name] for trial, other in zip(trials, usual, strict=True)
+                   for name in ("learning_rate", "updates_per_round"))  # fmt: skip
+    assert spread(space("ddpo"), 0, 1) != spread(space("ddpo"), 0, 0)
+
+
+@pytest.mark.parametrize("method", ["ddpo", "grpo", "reward_weighted_anchor", "d3po_of_two"])
+def test_no_option_goes_with_high_rates_or_with_low_ones(method: str) -> None:
+    trials = [spread(space(method), n, 0) for n in range(SPREAD)]
+    high = [trial["learning_rate"] > 1e-3 for trial in trials]
+    for name, of in space(method).items():
+        middle = math.sqrt(of[0] * of[1]) if isinstance(of, tuple) else of[len(of) // 2]
+        upper = [trial[name] >= middle for trial in trials]
+        if name != "learning_rate":
+            assert {*zip(high, upper, strict=True)} == {*product((False, True), repeat=2)}
 
 
 class Made:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache, partial
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from d3po_bench import registry
 from d3po_bench.config import RunConfig, method_of
@@ -45,36 +49,58 @@ def space_of(config: RunConfig, given: Mapping[str, str]) -> Space:
 
 
 SPREAD = 8
-"""So many first trials lie evenly in the space; a power of two."""
-
-AXES = 16
-"""Of the points that are spread; of methods with fewer, some are not used."""
+"""So many first trials lie evenly in the space."""
 
 
 def spread(space: Space, number: int, seed: int) -> dict[str, Any]:
-    """A trial of a set that covers the space evenly: a point of Sobol's sequence, scrambled.
+    """One of the `SPREAD` trials that cover a space evenly, a Latin hypercube.
 
-    Every eighth of the rates' range has one of the `SPREAD` trials, and every choice of an option
-    about as many. What methods have in common is the same in all their trials of a number, so that
-    none is luckier with its rates than another.
+    Each eighth of a range has one of them, in its middle, and each choice about as many. The rates
+    and what else all methods are free in are the same for every method, so that none is lucky.
 
     Args:
         space: of a method.
         number: of the trial, from 0 to `SPREAD` - 1.
-        seed: of the scrambling.
+        seed: of the hypercube.
 
     Returns:
         Setting -> value.
     """
-    from scipy.stats.qmc import Sobol
-
     names = [*COMMON, *(name for name in space if name not in COMMON)]
-    axes = max(AXES, len(names))
-    point = dict(zip(names, Sobol(axes, rng=seed).random(SPREAD)[number].tolist(), strict=False))
+    point = dict(zip(names, (_hypercube(len(names), seed)[:, number] + 0.5) / SPREAD, strict=True))
     return {
-        name: of[0] * (of[1] / of[0]) ** point[name] if isinstance(of, tuple)
+        name: float(of[0] * (of[1] / of[0]) ** point[name]) if isinstance(of, tuple)
         else of[int(point[name] * len(of))] for name, of in space.items()
     }  # fmt: skip
+
+
+TRIED = 2000
+"""Permutations for each axis, of 40,320."""
+
+
+@cache
+def _hypercube(axes: int, seed: int) -> NDArray[np.int64]:
+    """[axes, SPREAD] ranks from 0; of more axes, the first ones are the same.
+
+    Each axis takes, of many permutations, the one that depends least on those before: up to the
+    seventh, its upper half has half of each other upper half. Otherwise some option would always
+    be tried at high rates, or at low ones.
+    """
+    rng = np.random.default_rng(seed)
+    found = [rng.permutation(SPREAD)]
+    for _ in range(1, axes):
+        tried = (rng.permutation(SPREAD) for _ in range(TRIED))
+        found.append(min(tried, key=partial(_dependence, found)))
+    return np.array(found)
+
+
+def _dependence(others: list[NDArray[np.int64]], ranks: NDArray[np.int64]) -> tuple[float, float]:
+    """The largest correlation of an axis with others: of their halves, then of their ranks."""
+    whole = np.array([*others, ranks])
+    halves, all_ = (
+        np.atleast_2d(np.corrcoef(part))[-1, :-1] for part in (whole >= SPREAD // 2, whole)
+    )
+    return round(float(abs(halves).max()), 6), float(abs(all_).max())
 
 
 def settings_of(params: Mapping[str, Any], config: RunConfig, images: int = 0) -> dict[str, str]:

@@ -197,7 +197,7 @@ class Search:
             "objectives": list(request.objectives), "seeds": list(request.seeds),
             "run": short(config.to_json()), "space": space, "sampler seed": request.sampler_seed,
             "rule": [request.rule.recognised, request.rule.drift], "images": request.images,
-            "first trials": f"{SPREAD} of Sobol",
+            "first trials": f"Latin hypercube of {SPREAD}",
         }  # fmt: skip
 
     def make(self, board: Board) -> None:
@@ -230,7 +230,7 @@ class Search:
             seed=int(short(f"{seed}/{method}/{number}"), 16) % 2**32, n_startup_trials=0
         )
         waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-        if number < SPREAD and not waiting:  # none was killed before it was asked for
+        if number < SPREAD and not waiting:  # else a killed command left this one in the queue
             study.enqueue_trial(spread(space, number, seed))
         asked = study.ask({
             name: FloatDistribution(*of, log=True) if isinstance(of, tuple)
