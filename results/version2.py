@@ -27,8 +27,11 @@ from results.claims import FOLLOW, bullets, differences, than
 
 MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
 CONTROL = "d3po_random"
-MARGIN, UNIT = 0.05, "kB"
-"""A difference in S that would not matter."""
+UNIT = "kB"
+"""Of JPEG sizes."""
+
+MARGIN = 0.25
+"""A difference in S that would not matter, as a share of the rival's S in the search."""
 
 TRIALS = "trials.csv"
 """What `d3po-bench tune` wrote."""
@@ -187,17 +190,24 @@ def sentences(folder: Path) -> dict[str, Callable[[], str]]:
     if not there(folder):
         return {}
     return {
-        "v2-claims": lambda: claimed(published(folder), main_rows),
-        "v2-further-claims": lambda: claimed(published(folder), further_rows),
+        "v2-claims": lambda: claimed(published(folder), main_rows, margin_of(folder)),
+        "v2-further-claims": lambda: claimed(published(folder), further_rows, margin_of(folder)),
     }
 
 
-def claimed(groups: Groups, rows: Callable[[Groups], Groups]) -> str:
+def margin_of(folder: Path) -> float:
+    """A difference in S that would not matter, in kB; 0 where no search says how large S is."""
+    rows = read_csv(folder / TRIALS) if (folder / TRIALS).is_file() else []
+    return sum(MARGIN * float(r["value"]) for r in rows if r["chosen"] and r["method"] == MAIN[0])
+
+
+def claimed(groups: Groups, rows: Callable[[Groups], Groups], margin: float = 0) -> str:
     """What is shown of some rows; nothing without a control, or if its S leaves 0 out.
 
     Args:
         groups: all of the runs.
         rows: those that are spoken of, and the rival.
+        margin: a difference in S that would not matter, kB; 0 for none.
     """
     seeds = rewards(control(groups)).get(CONTROL)
     if not seeds:
@@ -209,7 +219,8 @@ def claimed(groups: Groups, rows: Callable[[Groups], Groups]) -> str:
             [f"{told}, which leaves 0 out: the measure is at fault. Nothing is claimed."]
         )
     chosen = rows(groups)
-    return bullets([f"{told}, which holds 0.", _follow(chosen), _by_s(chosen), *_by_gain(chosen)])
+    shown = [_follow(chosen), _by_s(chosen, margin), *_by_gain(chosen)]
+    return bullets([f"{told}, which holds 0.", *shown])
 
 
 def _follow(groups: Groups) -> str:
@@ -224,13 +235,13 @@ def _follow(groups: Groups) -> str:
     return f"{said(s, FOLLOW)} {power(open_, UNIT, 2 * len(records))}".rstrip()
 
 
-def _by_s(groups: Groups) -> str:
+def _by_s(groups: Groups, margin: float) -> str:
     """Rows against the rival in S."""
     tests = of_rewards(groups)
     objectives = {name for names, _ in both_signs(groups) for name in names.split(", ")}
     drifts = _drifts(groups, objectives)
     p = adjusted(tests)
-    return f"**S.** {_ordered(tests, p, drifts, rival_of(groups), UNIT, len(p), MARGIN)}"
+    return f"**S.** {_ordered(tests, p, drifts, rival_of(groups), UNIT, len(p), margin)}"
 
 
 def _by_gain(groups: Groups) -> Iterator[str]:

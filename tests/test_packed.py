@@ -205,6 +205,12 @@ def test_what_is_said_of_version_2(published: Path) -> None:
     assert "gain more" not in far
 
 
+def test_the_margin_is_a_quarter_of_the_rivals_reward_in_the_search(tmp_path: Path) -> None:
+    assert version2.margin_of(tmp_path) == 0
+    (tmp_path / version2.TRIALS).write_text(TRIALS.replace("ddpo", "d3po_of_two"))
+    assert version2.margin_of(tmp_path) == pytest.approx(0.2 / 4)
+
+
 def test_nothing_is_said_where_the_control_follows_its_coin(published: Path) -> None:
     groups = {
         (model, objective, {"ddpo": "d3po_random"}.get(method, method)): members
