@@ -280,11 +280,11 @@ def drawn(place: Path) -> Iterator[tuple[Path, Path]]:
     feedback.draw(place)
     for made in sorted(place.glob("*.png")):
         yield HOME / "tiny" / "feedback" / made.name, made
-    for name, folder in TABLE1.items():
-        copy = Path(shutil.copytree(folder, place / name))
+    for name, published in TABLE1.items():
+        copy = Path(shutil.copytree(published, place / name))
         table1.write(copy)
         for made in sorted(copy.glob("table1.*")):
-            yield folder / made.name, made
+            yield published / made.name, made
 
 
 def make(*, check: bool) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Whether methods rank alike on UNets half and twice as large as version 2's.
 
-The runs are those of `tiny2/grid.toml` on the two other models; README.md here has the commands.
+The runs are those of `tiny2/grid.toml` on the two other models, as PROTOCOL.md says.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ interrupted, and writes steps.csv.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ import click
 
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.launch import grid
+from d3po_bench.launch.tune import Rule, Seen
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from eval.analysis.gains import both_ends, both_signs
 from eval.analysis.runs import read_groups
@@ -77,19 +79,12 @@ def tables() -> dict[str, Callable[[], Table]]:
 
 
 def table() -> Table:
-    """A row for each method and way to weigh steps, at the rate with the largest S."""
+    """A row for each method and way: of the rates within the bounds, the one with the largest S."""
     cells: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for row in read_csv(FILE):
         cell = cells.setdefault((row["method"], row["steps"]), {})
         cell.setdefault(row["rate"], []).append(row)
-    records = []
-    for (method, way), rates in sorted(cells.items()):
-        means = {rate: {name: fmean(float(row[name]) for row in rows) for name in NUMBERS}
-                 for rate, rows in rates.items()}  # fmt: skip
-        best = max(means, key=lambda rate: means[rate]["s"])
-        others = ", ".join(f"{means[rate]['s']:+.3f} ({rate})" for rate in means if rate != best)
-        records.append({"method": method, "steps": way, "rate": best, "others": others,
-                        "seeds": len(rates[best]), **means[best]})  # fmt: skip
+    records = [_record(*names, rates) for names, rates in sorted(cells.items())]
     columns = {
         "method": text("method"), "steps": text("steps"), "seeds": text("seeds"),
         "S": number("s", "+.3f"), "rate": text("rate"), "S at other rates": text("others"),
@@ -98,6 +93,30 @@ def table() -> Table:
     }  # fmt: skip
     return Table(records, columns, left=("method", "steps", "S at other rates"))
 
+
+def _record(method: str, way: str, rates: Mapping[str, list[Record]]) -> Record:
+    worth = {rate: RULE.worth([_seen(row) for row in rows]) for rate, rows in rates.items()}
+    means = {rate: {name: fmean(float(row[name]) for row in rows) for name in NUMBERS}
+             for rate, rows in rates.items()}  # fmt: skip
+    # Where no rate keeps to the bounds, the one that drifts least stands for the way.
+    best = max(means, key=lambda rate: (-math.inf if (found := worth[rate]) is None else found,
+                                        -means[rate]["drift"]))  # fmt: skip
+    others = ", ".join(
+        f"{means[rate]['s']:+.3f} ({rate}{'' if worth[rate] is not None else ', out of bounds'})"
+        for rate in means
+        if rate != best
+    )
+    kept = best if worth[best] is not None else f"{best}, out of bounds"
+    return {"method": method, "steps": way, "rate": kept, "others": others,
+            "seeds": len(rates[best]), **means[best]}  # fmt: skip
+
+
+def _seen(row: Record) -> Seen:
+    return Seen(*(float(row[name]) for name in ("s", "recognised", "drift")))
+
+
+RULE = Rule(recognised=0.356, drift=0.05)
+"""The bounds of protocol.toml."""
 
 NUMBERS = ("s", "d", "drift", "recognised")
 

@@ -409,7 +409,7 @@ def test_pictures_are_judged_by_a_scorer_if_one_is_given(tmp_path: Path) -> None
         Image.fromarray(grey.astype(np.uint8)).convert("RGB").save(tmp_path / name)
     asked = ["feedback", "simulate", str(tmp_path), "--bad-below", "1.2"]
     refused = CliRunner().invoke(cli, asked)
-    assert "Name the scorer: --by." in str(refused.exception)
+    assert "Add --by SCORER, or leave" in str(refused.exception)
     assert CliRunner().invoke(cli, [*asked, "--by", "jpeg_size"]).exit_code == 0
     with open_labels(tmp_path, None) as store:
         (vote,) = effective_votes(store)

@@ -67,6 +67,22 @@ def test_the_table_by_hand(out: Path) -> None:
     assert "image\\_reward" in tex
 
 
+def test_the_judge_that_gave_the_reward_is_marked_and_its_kinds_are_left_out(out: Path) -> None:
+    """A kind's score is there for its own prompts alone."""
+    for path in (out / "rows").glob("*.csv"):
+        head, *lines = path.read_text().splitlines()
+        more = ("0.5,,0.5", "1,1,0.25")
+        rows = [f"{line},{more[i % 2]}" for i, line in enumerate(lines)]
+        named = "geneval,geneval_counting,geneval_second"
+        path.write_text("\n".join([f"{head},{named}", *rows]) + "\n")
+    signal = {"objective": "geneval_soft", "column": "geneval_soft"}
+    (out / "signal.json").write_text(json.dumps(signal))
+    found = written(out)["d3po"]
+    assert "geneval_counting" not in found
+    assert found["geneval"].endswith("†")
+    assert not found["geneval_second"].endswith("†")
+
+
 def test_rows_of_any_other_method_follow_the_papers(out: Path) -> None:
     write_rows(out, "awm-0", 31, 0.2)
     write_rows(out, "d3po_best_of_k-0", 32, 0.5)

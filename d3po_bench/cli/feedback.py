@@ -304,11 +304,12 @@ def train(
 )  # fmt: skip
 @click.option(
     "--by", shell_complete=completion.of("scorer"),
-    help="Judge by this scorer, such as geneval_soft; default: the rule of the question.",
+    help="Judge by this scorer, or scorer:weights, such as geneval_soft or clip:tiny; default: the "
+    "rule of the question.",
 )  # fmt: skip
 @click.option(
     "--bad-below", type=Range(-1e9, 1e9),
-    help="Tag pictures whose score is not above this; with --by, default 0.",
+    help="With --by, tag pictures whose score is not above this; default 0. Pairs need none.",
 )  # fmt: skip
 @click.option(
     "--temperature", type=Range(0, 1e9), default=0.0, show_default=True,
@@ -324,8 +325,8 @@ def simulate(
 
     Deformed: the embedded classifier does not see the prompted animal. Alignment and better: the
     embedded ImageReward-shaped model's score. Unsafe: a stand-in, too much red. These rules are
-    for the pictures of tiny; for those of another model give a scorer. Their votes are stored like
-    people's; results from them must be called simulated.
+    for pictures of tiny; for those of another model give --by. Votes are stored like people's;
+    results from them must be called simulated.
 
     \b
     Example:
@@ -337,7 +338,7 @@ def simulate(
     from eval.tools import TOOLS
 
     if bad_below is not None and by is None:
-        raise UserError("--bad-below is of a scorer's numbers. Name the scorer: --by.")
+        raise UserError("--bad-below needs a scorer. Add --by SCORER, or leave --bad-below out.")
     rule = simulated.by_scorer(by, bad_below or 0.0) if by else None
     pool = [simulated.Annotator(error, first, temperature)] * raters
     with board:

@@ -50,10 +50,11 @@ class Annotator:
     1 / (1 + exp(-(u - v) / temperature)), and called good as if v were 0; at 0 the larger wins."""
 
     def __post_init__(self) -> None:
-        """Check that two are probabilities, and the temperature none below 0.
+        """Check the numbers.
 
         Raises:
-            UserError: one is not, or NaN.
+            UserError: a probability is not from 0 to 1, or the temperature is below 0, infinite, or
+                NaN.
         """
         for name, value in (("error", self.error), ("first", self.first)):
             if not 0 <= value <= 1:

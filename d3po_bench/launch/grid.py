@@ -193,7 +193,7 @@ def part(grid: Grid, methods: Sequence[str], objectives: Sequence[str], seeds: i
 
 
 def other(grid: Grid, model: str | None, settings: Settings) -> Grid:
-    """A grid on another model.
+    """A grid on another model, or with further settings.
 
     Args:
         grid: of which all else is kept.

@@ -95,9 +95,12 @@ def methods(rows: Mapping[str, pd.DataFrame]) -> list[str]:
 
 
 def columns(rows: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Those of scorers."""
+    """Those of scorers, without parts that concern some prompts alone, as GenEval's kinds do."""
     known = {"steps", "guidance", "size", "sampler", "weights", "kl", "drift"}
-    return [c for c in rows[BASE_ROWS].columns if c not in known and not KL_OF_STEP.fullmatch(c)]
+    base = rows[BASE_ROWS]
+    found = [c for c in base.columns if c not in known and not KL_OF_STEP.fullmatch(c)]
+    parts = [c for c in found if base[c].isna().any()]
+    return [c for c in found if c not in parts or not any(c.startswith(f"{n}_") for n in found)]
 
 
 def runs_of(method: str, rows: Mapping[str, pd.DataFrame]) -> list[pd.DataFrame]:

@@ -66,6 +66,9 @@ The paper names model_base.pth, which is blip_base; published tables have blip, 
 SIGNAL = {name: f"{name}_itm_logit" for name in ("blip", "blip_base")}
 """Column that holds the score of a scorer with several."""
 
+SAME_JUDGE = {"geneval_soft": "geneval", "geneval": "geneval_soft"}
+"""Column -> another that the same network decides."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table1Request:
@@ -101,9 +104,8 @@ def run(request: Table1Request, board: Board) -> str:
     jobs = [] if request.runs else _jobs(request)
     folders = _taken(request) if request.runs else {_name(job.config): job.folder for job in jobs}
     configs = [job.config for job in jobs] or [RunFolder(f).config for f in folders.values()]
-    _choices(
-        request.out, [*dict.fromkeys(c.method for c in configs)]
-    )  # not after hours of training
+    # Now, not after hours of training.
+    _choices(request.out, [*dict.fromkeys(config.method for config in configs)])
     drawn = _drawn(configs)
     targets = {BASE_ROWS: Path(request.model), **folders}
     asked = {name: _asked(request, folder, name, drawn) for name, folder in targets.items()}
@@ -293,7 +295,7 @@ def _choices(out: Path, names: Sequence[str]) -> Choices | None:
         if model not in (BASE_ROWS, *names):
             raise UserError(
                 f"The choices in {folder} name {model}, which is not in the table "
-                f"({', '.join(dict.fromkeys(names))}). Add its runs, or leave those files out."
+                f"({', '.join(names)}). Add its runs, or leave those files out."
             )
     return found
 
@@ -312,7 +314,7 @@ def _row(name: str, rows: Mapping[str, pd.DataFrame], signal: str, chosen: Choic
     runs = runs_of(name, rows)
     cells = {"method": name, "seeds": str(len(runs) or "")}
     for column in columns(rows):
-        mark = " †" if column == signal and runs else ""
+        mark = " †" if column in (signal, SAME_JUDGE.get(signal)) and runs else ""
         cells[column] = _cell(runs, base, column) + mark
         if column in PAPERS_COLUMNS:
             numbers = PAPER.get(name)
