@@ -194,6 +194,39 @@ def test_a_killed_search_goes_on_to_the_same_table(
     assert [row["method"] for row in more] == ["grpo"]
 
 
+def test_a_kill_while_a_trial_is_asked_for_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(monkeypatch)
+    few: dict[str, Any] = {"methods": ["d3po"], "trials": 2}
+    search(request(made, tmp_path / "whole", **few))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("optuna.Study.ask", killed)  # what was to be asked for waits in the study
+        with pytest.raises(KeyboardInterrupt):
+            search(request(made, tmp_path / "killed", **few))
+    search(request(made, tmp_path / "killed", **few))
+    ours, theirs = (tmp_path / n / "trials.csv" for n in ("killed", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_after_the_first_trials_others_are_proposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Optuna, the same ones whether they were asked for at once or later."""
+    made = Made(monkeypatch)
+    rows = search(request(made, tmp_path / "once", methods=["d3po"], trials=10))
+    rates = [row["learning_rate"] for row in rows]
+    early, late = {*rates[:SPREAD]}, {*rates[SPREAD:]}
+    assert early.isdisjoint(late)
+    assert len(late) == 2
+    assert search(request(made, tmp_path / "later", methods=["d3po"])) != rows
+    assert search(request(made, tmp_path / "later", methods=["d3po"], trials=10)) == rows
+
+
 def test_against_the_other_sign_drift_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
