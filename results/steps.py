@@ -31,13 +31,13 @@ HERE = Path(__file__).resolve().parent
 GRID, FILE = HERE / "steps.toml", HERE / "steps.csv"
 
 WAYS = {
-    "all steps": {},
+    "all steps": {"skip_steps": "0"},
     "first half": {"skip_steps": "5"},
-    "log-SNR": {"timestep_spacing": "log_snr"},
-    "weights 1/w": {"step_weight": "inverse"},
-    "windows of 3": {"window": "3"},
+    "log-SNR": {"skip_steps": "0", "timestep_spacing": "log_snr"},
+    "weights 1/w": {"skip_steps": "0", "step_weight": "inverse"},
+    "windows of 3": {"skip_steps": "0", "window": "3"},
 }
-"""Which steps count for how much -> the settings for it. All but the first change one thing."""
+"""Which steps count for how much -> the settings for it, whatever the search has chosen."""
 
 FACTORS = (0.5, 1, 2)
 """Of the rate that the search has chosen: other steps may want another."""
@@ -48,7 +48,7 @@ FACTORS = (0.5, 1, 2)
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True)
 def measure(out: Path, jobs: int) -> None:
     """Make the runs below OUT, and write steps.csv."""
-    asked, rows = grid.read(GRID), list[dict[str, Any]]()
+    asked, cells = grid.read(GRID), list[tuple[str, str, str, Path]]()
     for way, factor, method in product(WAYS, FACTORS, asked.methods):
         rate = f"{factor * float(asked.method[method]['learning_rate']):.3g}"
         part = grid.other(
@@ -56,7 +56,9 @@ def measure(out: Path, jobs: int) -> None:
         )
         place = out / f"{way.replace(' ', '-').replace('/', '-')}-{factor:g}"
         grid.run(part, TOOLS, out=place, jobs=jobs, device="cpu", resume=True)
-        rows += _rows(way, method, rate, place / asked.model)
+        cells.append((way, method, rate, place / asked.model))
+    # Only now: before, a place may hold runs of another method that were interrupted.
+    rows = [row for cell in cells for row in _rows(*cell)]
     write_atomically(FILE, csv_bytes(rows))
 
 
