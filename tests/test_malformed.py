@@ -30,12 +30,11 @@ from eval.analysis import table1
 from eval.analysis.runs import read_run
 from eval.verify import folder as verify
 from tests import malformed
-from tests.commands import ROOT, Command, Outcome, contents, run_of, seed_folder
+from tests.commands import PUBLISHED, Command, Outcome, contents, run_of, seed_folder
 from tests.conftest import CPU
 from tests.feedback_round import new_round
 from tests.malformed import BROKEN, Base, Change, cut, edited, gone, holds
 
-PUBLISHED = ROOT / "results" / malformed.RUN
 RUN = f"runs/{malformed.RUN}"
 AGAIN = "again"
 """Stands for the command that the base `half` was made with."""
