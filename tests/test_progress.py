@@ -200,6 +200,23 @@ def test_a_run_tells_what_it_does_and_what_it_took(command: Command, micro: Path
     assert "\ndone in 0:00:" in done.err
 
 
+def test_what_was_kept_or_has_just_begun_tells_nothing_of_the_time_left(
+    command: Command, micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second seed finds the base evaluation of the first, and has no round behind it yet."""
+    told: list[Progress] = []
+    monkeypatch.setattr(Board, "report", lambda self, progress: told.append(progress))
+    assert command(*run_of(micro, "--seeds", "2", "--jobs", "1")).code == 0
+    second = [p for p in told if p.run.endswith("seed 1")]
+    first_round = [p for p in second if p.text.startswith("round 1/2") and p.done[ROUND] < 1]
+    assert first_round[0].done[ROUND] == 0
+    assert not {ROUND, IMAGE} & first_round[0].seconds.keys()
+    # Half of a round in no time would be a round in no time.
+    assert all(p.seconds[ROUND] > 0.01 for p in first_round if p.done[ROUND] > 0)
+    assert IMAGE not in first_round[-1].seconds
+    assert second[-1].seconds[IMAGE] > 0
+
+
 def test_a_quiet_run_prints_its_result_alone(command: Command, micro: Path) -> None:
     done = command(*run_of(micro, "-q", rounds=1))
     assert done.err == ""

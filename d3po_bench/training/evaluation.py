@@ -129,11 +129,12 @@ class Evaluation:
         untrained = round_ == 0 and self.from_base
         kept = self.kept if untrained else None
         found = parallel.tell(kept.read) if kept else None
+        drawn = found is None
         if found is None:
             found = self._drawn(model, round_, replace(self.what, untrained=untrained), working)
             if kept:
                 parallel.lead(partial(kept.write, *found))
-        return Evaluated(*found, self.what.prompts, self.what.images)
+        return Evaluated(*found, self.what.prompts, self.what.images, drawn)
 
     def _drawn(
         self, model: Model, round_: int, what: EvaluationSet, working: Callable[[float], None]

@@ -43,6 +43,8 @@ class Evaluated:
     prompts: Sequence[str]
     images: int
     """Of each prompt."""
+    drawn: bool = True
+    """False if it was kept by another run, so that it took no time."""
 
     @property
     def mean(self) -> float:
@@ -198,7 +200,7 @@ class ProgressListener(Listener):
         """The gain so far."""
         self.held_out.append(found.mean)
         self.due = 0.0
-        seconds = self.watch.stop(self.images)
+        seconds = self.watch.stop(self.images, counts=found.drawn)
         self._tell(
             f"round {round_}/{self.config.rounds}",
             detail=f"evaluated after round {round_} in {seconds:.1f} s",

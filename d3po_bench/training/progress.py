@@ -98,10 +98,14 @@ class Stopwatch:
         if self.kind != kind:
             self.kind, self.since = kind, time.monotonic()
 
-    def stop(self, units: float) -> float:
-        """So many units of the work that began last are done now: the seconds of all."""
+    def stop(self, units: float, *, counts: bool = True) -> float:
+        """So many units of the work that began last are done now: the seconds of all.
+
+        `counts`: whether they tell what others will take.
+        """
         seconds = time.monotonic() - self.since
-        self.taken.setdefault(self.kind, []).append(seconds / units)
+        if counts:
+            self.taken.setdefault(self.kind, []).append(seconds / units)
         self.kind = ""
         return seconds
 

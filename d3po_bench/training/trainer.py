@@ -168,6 +168,7 @@ class Trainer:
                     for listener in listeners:
                         listener.working(done, share)
 
+                working(0)  # from now on it takes time
                 try:
                     metrics, timing = self.train_round(working)
                 except RunError as problem:
