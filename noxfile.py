@@ -87,7 +87,7 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Run the comparison on version 2 again, 540 runs of about 170 CPU seconds.
+    """Run the comparison on version 2 again, 540 runs; planned for 170 CPU seconds each.
 
     An interrupted call resumes. `-- --objective incompress --seeds 5` makes a part, 60 runs, and
     prints its gains; all of it replaces what is published.

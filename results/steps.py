@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -117,8 +118,9 @@ def _seen(row: Record) -> Seen:
     return Seen(*(float(row[name]) for name in ("s", "recognised", "drift")))
 
 
-RULE = Rule(recognised=0.356, drift=0.05)
-"""The bounds of protocol.toml."""
+_SEARCH = tomllib.loads((HERE / "protocol.toml").read_text(encoding="utf-8"))["tune"]
+RULE = Rule(recognised=_SEARCH["recognised"], drift=_SEARCH["drift"])
+"""The bounds of the search."""
 
 NUMBERS = ("s", "d", "drift", "recognised")
 
