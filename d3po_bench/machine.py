@@ -51,6 +51,8 @@ def determine(device: torch.device, wanted: str) -> bool:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = on
     torch.backends.cudnn.benchmark = False
+    # What was sampled and what is learned would differ by more than rounding.
+    torch.backends.cudnn.allow_tf32 = False
     return on
 
 

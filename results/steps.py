@@ -21,7 +21,7 @@ import click
 
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.launch import grid
-from d3po_bench.launch.tune import Rule, Seen
+from d3po_bench.launch.rule import Rule, Seen
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from eval.analysis.gains import both_ends, both_signs
 from eval.analysis.runs import read_groups

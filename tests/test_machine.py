@@ -31,9 +31,11 @@ def test_kernels_are_deterministic_by_default_on_a_cpu(
     device: str, wanted: str, on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.backends.cudnn.allow_tf32 = True
     assert machine.determine(torch.device(device), wanted) is on
     assert torch.are_deterministic_algorithms_enabled() is on
     assert torch.backends.cudnn.deterministic is on
+    assert torch.backends.cudnn.allow_tf32 is False
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is (on and device == "cuda")
 
 

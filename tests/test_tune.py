@@ -17,10 +17,18 @@ from d3po_bench.errors import RunError, TryAgainError, UserError
 from d3po_bench.launch import launch, tune
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board, Level
-from d3po_bench.launch.space import SPREAD, Space, settings_of, space_of, spread
+from d3po_bench.launch.rule import Rule, Seen
+from d3po_bench.launch.space import (
+    REFINED,
+    SPREAD,
+    Space,
+    rescaled,
+    settings_of,
+    space_of,
+    spread,
+)
 from d3po_bench.launch.state import State
-from d3po_bench.launch.tune import Rule, Seen, TuneRequest
-from d3po_bench.training.progress import label
+from d3po_bench.launch.tune import TuneRequest
 from d3po_bench.training.run import Job
 from eval.tools import TOOLS
 from tests.commands import Command, refused
@@ -109,7 +117,7 @@ class Made:
         self.done |= {job.folder: job for job in jobs}
         hot = [job for job in jobs if job.config.learning_rate > 5e-3]
         self.failed |= {job.folder for job in hot}
-        return {label(job.config): RunError("The update is not finite.") for job in hot}
+        return {job.called: RunError("The update is not finite.") for job in hot}
 
     def state(self, folder: Path, config: Any) -> State:
         if folder in self.failed:
@@ -174,9 +182,9 @@ def test_a_killed_search_goes_on_to_the_same_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Made(monkeypatch)
-    small: dict[str, Any] = {"methods": ["d3po"], "trials": 4}
+    small: dict[str, Any] = {"methods": ["d3po"], "trials": 12}
     search(request(made, tmp_path / "whole", **small))
-    for made.stop_at in (2, 3, 1):  # among them a kill before anything new
+    for made.stop_at in (2, 3, 1):  # among the first eight, the next four, before anything new
         made.calls = 0
         with pytest.raises(KeyboardInterrupt):
             search(request(made, tmp_path / "killed", **small))
@@ -216,15 +224,40 @@ def test_a_kill_while_a_trial_is_asked_for_changes_nothing(
 def test_after_the_first_trials_others_are_proposed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Optuna, the same ones whether they were asked for at once or later."""
+    """Other rates of one, then Optuna's: the same, asked for at once or later."""
     made = Made(monkeypatch)
-    rows = search(request(made, tmp_path / "once", methods=["d3po"], trials=10))
-    rates = [row["learning_rate"] for row in rows]
-    early, late = {*rates[:SPREAD]}, {*rates[SPREAD:]}
-    assert early.isdisjoint(late)
-    assert len(late) == 2
-    assert search(request(made, tmp_path / "later", methods=["d3po"])) != rows
-    assert search(request(made, tmp_path / "later", methods=["d3po"], trials=10)) == rows
+    rows = search(request(made, tmp_path / "once", methods=["d3po"], trials=14))
+    assert len({row["learning_rate"] for row in rows}) == 14
+    best = max((row for row in rows[:SPREAD]), key=lambda row: key(row["value"]))
+    rates = [float(row["learning_rate"]) for row in rows[SPREAD:12]]
+    factors = [rate / float(best["learning_rate"]) for rate in rates]
+    assert factors == pytest.approx([2 ** (n / 2) for n in (1, 2, 3, 4)], rel=0.01)
+    assert {row["updates_per_round"] for row in rows[SPREAD:12]} == {best["updates_per_round"]}
+    for trials in (8, 10, 13):
+        assert search(request(made, tmp_path / "later", methods=["d3po"], trials=trials)) != rows
+    assert search(request(made, tmp_path / "later", methods=["d3po"], trials=14)) == rows
+
+
+def test_the_most_promising_trial_is_within_reach_of_the_bounds() -> None:
+    rule = Rule(recognised=0.4, drift=0.05)
+    far = [Seen(gain=0.9, recognised=0.19, drift=0.01)]  # less than half of what is asked
+    near = [Seen(gain=0.5, recognised=0.3, drift=0.09)]
+    good = [Seen(gain=0.3, recognised=0.4, drift=0.05)]
+    assert rule.promising([far, good, near, []]) == (2, True)
+    assert rule.promising([far, good, []]) == (1, False)
+    assert rule.promising([[], far]) == (1, True)
+    assert rule.misses(Seen(gain=math.nan, recognised=0.9, drift=0.0)) == math.inf
+    assert rule.misses(Seen(gain=0.5, recognised=math.nan, drift=0.0)) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("rate", "lower", "ratio"), [(2e-4, True, 2**-0.25), (1e-3, False, 2**0.5)]
+)
+def test_other_rates_stay_in_the_range(rate: float, lower: bool, ratio: float) -> None:
+    whole: Space = {"learning_rate": (1e-4, 1e-2)}
+    found = [rescaled(whole, {"learning_rate": rate}, n, lower=lower) for n in range(REFINED)]
+    expected = [rate * ratio ** (n + 1) for n in range(REFINED)]
+    assert [point["learning_rate"] for point in found] == pytest.approx(expected)
 
 
 def test_against_the_other_sign_drift_does_not_count(
@@ -259,13 +292,13 @@ def test_what_is_no_fault_of_a_trial_ends_the_search(
     made = Made(monkeypatch)
 
     def stopped(jobs: Sequence[Job], *_: Any, **__: Any) -> dict[str, UserError]:
-        return {label(jobs[0].config): TryAgainError("Stopped after round 3.")}
+        return {jobs[0].called: TryAgainError("Stopped after round 3.")}
 
     monkeypatch.setattr(launch, "execute", stopped)
     with pytest.raises(TryAgainError, match=r"trial 0 of d3po incompress seed 901: Stopped after"):
         search(request(made, tmp_path, methods=["d3po"]))
     made = Made(monkeypatch)
-    assert len(search(request(made, tmp_path, methods=["d3po"], trials=1))) == 1
+    assert len(search(request(made, tmp_path, methods=["d3po"]))) == 8
 
 
 def test_a_protocol_file_and_its_faults(tmp_path: Path, command: Command) -> None:

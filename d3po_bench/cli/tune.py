@@ -132,7 +132,8 @@ def tune(
 
     Rate, optimizer steps, steps trained on, images of a prompt, shared noise and options of the
     method are searched. The first eight trials cover the space evenly, at the same rates for every
-    METHOD; Optuna's TPE proposes the others. The best trial has the largest mean gain of those
+    METHOD; the next four repeat the most promising one at other rates; Optuna's TPE proposes the
+    others. The best trial has the largest mean gain of those
     that keep to --recognised and --drift with every seed. All trials are written to OUT/trials.csv.
     The same command resumes where it was interrupted; with more methods or trials, it adds them.
 
@@ -143,7 +144,8 @@ def tune(
         d3po-bench tune --method awm --objective aesthetic --seeds 901 --recognised 0.85 --jobs 2
     """  # noqa: D301
     from d3po_bench.launch import launch
-    from d3po_bench.launch.tune import Rule, TuneRequest, run
+    from d3po_bench.launch.rule import Rule
+    from d3po_bench.launch.tune import TuneRequest, run
     from d3po_bench.setting import pairs_of
     from eval.analysis.tries import ends
     from eval.tools import TOOLS

@@ -22,7 +22,7 @@ from d3po_bench.errors import (
     of_system,
 )
 from d3po_bench.runs.run import RunFolder
-from d3po_bench.training.progress import Report, label, planned
+from d3po_bench.training.progress import Progress, Report, planned
 from d3po_bench.training.run import Job, run_seed
 
 
@@ -60,12 +60,15 @@ def make_run(job: Job, report: Report) -> End:
     A batch that was chosen and turns out too large in the first round is halved, once.
     """
 
+    def told(progress: Progress) -> None:
+        report(replace(progress, run=job.called))
+
     def work() -> None:
-        smaller = _tried(job, report)
+        smaller = _tried(job, told)
         if smaller is not None:
             gc.collect()  # the model of the first try
             torch.cuda.empty_cache()
-            run_seed(smaller, report)
+            run_seed(smaller, told)
 
     return attempt(work, SMALLER)
 
@@ -82,7 +85,7 @@ def _tried(job: Job, report: Report) -> Job | None:
         left = getattr(job.execution, name) == 0 and size > 1 and parallel.world() == 1
         if not left or RunFolder(job.folder).metrics:
             raise
-        note = f"{label(job.config)}: out of memory with {name}={size}: trying {size // 2}"
+        note = f"{job.called}: out of memory with {name}={size}: trying {size // 2}"
         report(replace(planned(job.config), note=note))
         half: dict[str, Any] = {name: size // 2}
         return replace(job, execution=replace(job.execution, **half))

@@ -134,7 +134,7 @@ def execute(
     jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board,
     processes: int = 1, where: Where = HERE,
 ) -> dict[str, UserError]:  # fmt: skip
-    """Make the runs, side by side where there is room; what failed, by its label.
+    """Make the runs, side by side where there is room; what failed, by what it is called.
 
     A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
     is printed on stderr.
@@ -142,7 +142,7 @@ def execute(
     Args:
         jobs: the runs.
         count: how many side by side; None for as many as the model and machine allow.
-        names: label of a run -> what to call it in the progress.
+        names: what a run is called -> what to call it in the progress, if not that.
         board: shows how far they are.
         processes: to start for each run; then runs are made one after the other, as they are
             where this process is a rank itself.
@@ -152,7 +152,7 @@ def execute(
     printed = {""}
 
     def ended(job: Job, end: End) -> bool:
-        name = label(job.config)
+        name = job.called
         if end.problem is not None:
             failed[name] = end.problem
             board.failed(name)
@@ -165,7 +165,8 @@ def execute(
         return not end.trace
 
     def begin(count: int) -> None:
-        board.expect([before_run(job.config) for job in jobs], count, names)
+        work = [replace(before_run(job.config), run=job.called) for job in jobs]
+        board.expect(work, count, names)
 
     if where.place != "local":
         for job in jobs:
@@ -176,8 +177,7 @@ def execute(
             begin=begin, asked=where.asked,
         )
     )  # fmt: skip
-    labels = [label(job.config) for job in jobs]
-    return {name: failed[name] for name in labels if name in failed}
+    return {job.called: failed[job.called] for job in jobs if job.called in failed}
 
 
 def require_ranks(count: int, jobs: int | None, device: str, where: Where) -> None:

@@ -132,7 +132,8 @@ def follow(work: Work, most: int, submit: Callable[[Sequence[Task]], Sequence[Po
                     mirror.pull()
                 work.ended(job, _seen(job, end))
             if end is not None or (look and not mirror):
-                work.report(read_state(job.folder, job.config).progress)
+                seen = read_state(job.folder, job.config).progress
+                work.report(replace(seen, run=job.called))
 
 
 def _seen(job: Job, end: End) -> End:

@@ -17,8 +17,10 @@ from d3po_bench.launch.grid import as_set
 Space = Mapping[str, tuple[float, float] | list[Any]]
 """Setting -> from and to, on a logarithmic scale, or what is chosen from."""
 
+RATE = "learning_rate"
+
 COMMON: Space = {
-    "learning_rate": (1e-4, 1e-2),
+    RATE: (1e-4, 1e-2),
     "updates_per_round": [1, 2, 4, 8, 16],
     "images_per_prompt": [2, 4, 8],
 }
@@ -72,6 +74,31 @@ def spread(space: Space, number: int, seed: int) -> dict[str, Any]:
         name: float(of[0] * (of[1] / of[0]) ** point[name]) if isinstance(of, tuple)
         else of[int(point[name] * len(of))] for name, of in space.items()
     }  # fmt: skip
+
+
+REFINED = 4
+"""So many trials then repeat one of the first at other rates."""
+
+
+def rescaled(space: Space, point: Mapping[str, Any], number: int, *, lower: bool) -> dict[str, Any]:
+    """A point of a space with another rate, each a factor of 1.41 from the one before.
+
+    Where the range ends within a factor of 4, they lie closer, up to its end.
+
+    Args:
+        space: of a method.
+        point: setting -> value.
+        number: of the new point, from 0 to `REFINED` - 1.
+        lower: whether the rate is to fall.
+
+    Returns:
+        Setting -> value.
+    """
+    least, most = space[RATE]
+    rate = point[RATE]
+    whole = max(least / rate, 1 / 4) if lower else min(most / rate, 4.0)
+    other = rate * whole ** ((number + 1) / REFINED)
+    return {**point, RATE: float(min(max(other, least), most))}
 
 
 TRIED = 2000

@@ -1,17 +1,16 @@
 """`d3po-bench tune`: for every method as many trials, on development seeds, judged by one rule.
 
 A trial is a setting of a method's search space and its runs, a seed after the other. The first
-eight cover the space evenly, and at the same rates for every method; Optuna's TPE proposes further
-ones from the method's finished trials. All methods are asked for one at a time, so what is proposed
-does not depend on how many runs are made side by side, nor on a command that was killed and given
-again.
+eight cover the space evenly, and at the same rates for every method. The next four repeat the most
+promising of them at other rates. Optuna's TPE proposes further ones, one at a time, from the
+method's finished trials. So what is proposed does not depend on how many runs are made side by
+side, nor on a command that was killed and given again.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,9 @@ from d3po_bench.errors import RunError, TryAgainError, UserError, install
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board
-from d3po_bench.launch.space import SPREAD, settings_of, space_of, spread
-from d3po_bench.launch.state import read_state
+from d3po_bench.launch.rule import Rule, Seen
+from d3po_bench.launch.space import RATE, REFINED, SPREAD, rescaled, settings_of, space_of, spread
+from d3po_bench.launch.state import State, read_state
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
 from d3po_bench.training.progress import label
 
@@ -35,45 +35,6 @@ if TYPE_CHECKING:
 
 JOURNAL, TABLE = "trials.log", "trials.csv"
 """What Optuna remembers a search by, and what is published of it."""
-
-# ---- the rule
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the runs of one seed showed at their end, on held-out noise."""
-
-    gain: float
-    """Of the objective, positive where it went the right way; S where there are two."""
-    recognised: float
-    """Probability of the prompted animal, of the worse run; NaN where nothing measured it."""
-    drift: float
-    """As evaluations measure it, of the run that went farther."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which trial is best: the largest mean gain over the seeds, none of which breaks a bound."""
-
-    recognised: float | None = None
-    """The least."""
-    drift: float | None = None
-    """The most."""
-
-    def broken(self, seen: Seen) -> str:
-        """Which bound a seed breaks, with its number; "" for none. NaN breaks each."""
-        if self.recognised is not None and not seen.recognised >= self.recognised:
-            return f"recognised {seen.recognised:.3f}, below {self.recognised:g}"
-        if self.drift is not None and not seen.drift <= self.drift:
-            return f"drift {seen.drift:.3f}, above {self.drift:g}"
-        return "" if math.isfinite(seen.gain) else "no gain was measured"
-
-    def worth(self, seeds: Sequence[Seen]) -> float | None:
-        """Mean gain, or None where a seed breaks a bound."""
-        if any(self.broken(seen) for seen in seeds):
-            return None
-        return sum(seen.gain for seen in seeds) / len(seeds)
-
 
 # ---- what is asked for
 
@@ -93,7 +54,7 @@ class TuneRequest:
     """Of a round, the same for every method; 0: as many as the preset has."""
     against: str | None = None
     """The objective of the other sign, if S is sought: half the difference of the two gains."""
-    rule: Rule = Rule()
+    rule: Rule = field(default_factory=Rule)
     sampler_seed: int = 0
     measure: Callable[[Path], Mapping[str, float]]
     """gain, recognised and drift of a run folder."""
@@ -144,6 +105,7 @@ def require(request: TuneRequest) -> None:
 class _Live:
     """A trial whose runs are being made."""
 
+    method: str
     number: int
     settings: dict[str, str]
     seen: list[Seen]
@@ -197,7 +159,7 @@ class Search:
             "objectives": list(request.objectives), "seeds": list(request.seeds),
             "run": short(config.to_json()), "space": space, "sampler seed": request.sampler_seed,
             "rule": [request.rule.recognised, request.rule.drift], "images": request.images,
-            "first trials": f"Latin hypercube of {SPREAD}",
+            "first trials": f"Latin hypercube of {SPREAD}, then {REFINED} rates of one of them",
         }  # fmt: skip
 
     def make(self, board: Board) -> None:
@@ -208,96 +170,122 @@ class Search:
             TryAgainError: it was asked to stop; the same command resumes.
         """
         with board as shown:
-            while live := {m: trial for m in self.studies if (trial := self._next(m))}:
+            while live := [trial for method in self.studies for trial in self._next(method)]:
                 self._try(live, shown)
 
-    def _next(self, method: str) -> _Live | None:
-        """The trial that was under way, or a new one; None when there are enough."""
+    def _next(self, method: str) -> list[_Live]:
+        """The trials that can be made side by side: those under way, and those not yet asked for.
+
+        All of the first ones are fixed before any result, and the next four by those; of further
+        ones there is one at a time.
+        """
+        from optuna.trial import TrialState
+
+        study, space = self.studies[method], self.spaces[method]
+        live = []
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if trial.params.keys() == space.keys():
+                live.append(self._live(method, trial.number, trial.params))
+            else:  # killed while it was being written down
+                study.tell(trial.number, state=TrialState.FAIL)
+        number = len(self.whole(method)) + len(live)
+        ends = (SPREAD, SPREAD + REFINED) if RATE in space else (SPREAD,)
+        further = number + (0 if live else 1)
+        until = next((end for end in ends if len(self.whole(method)) < end), further)
+        while number < min(until, self.request.trials):
+            live.append(self._ask(method, number))
+            number += 1
+        return live
+
+    def _ask(self, method: str, number: int) -> _Live:
+        """Begin a trial of a method."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution
         from optuna.samplers import TPESampler
         from optuna.trial import TrialState
 
         study, space = self.studies[method], self.spaces[method]
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state == TrialState.RUNNING and trial.params.keys() == space.keys():
-                return self._live(method, trial.number, trial.params)
-            if trial.state == TrialState.RUNNING:  # killed while it was being written down
-                study.tell(trial.number, state=TrialState.FAIL)
-        number, seed = len(self.whole(method)), self.request.sampler_seed
-        if number >= self.request.trials:
-            return None
+        seed = self.request.sampler_seed
         study.sampler = TPESampler(
             seed=int(short(f"{seed}/{method}/{number}"), 16) % 2**32, n_startup_trials=0
         )
-        waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-        if number < SPREAD and not waiting:  # else a killed command left this one in the queue
-            study.enqueue_trial(spread(space, number, seed))
+        if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+            # else a killed command left this one in the queue
+            if number < SPREAD:
+                study.enqueue_trial(spread(space, number, seed))
+            elif number < SPREAD + REFINED and RATE in space:
+                study.enqueue_trial(self._refined(method, number - SPREAD))
         asked = study.ask({
             name: FloatDistribution(*of, log=True) if isinstance(of, tuple)
             else CategoricalDistribution(of) for name, of in space.items()
         })  # fmt: skip
         return self._live(method, asked.number, asked.params)
 
+    def _refined(self, method: str, number: int) -> dict[str, Any]:
+        """The most promising of the first trials, at another rate."""
+        first = self.whole(method)[:SPREAD]
+        made = [self._live(method, trial.number, trial.params) for trial in first]
+        best, broken = self.request.rule.promising([[*self.shown(t).values()] for t in made])
+        return rescaled(self.spaces[method], first[best].params, number, lower=broken)
+
     def _live(self, method: str, number: int, params: Mapping[str, Any]) -> _Live:
         config, images = self.configs[method], self.request.images
-        return _Live(number, settings_of(params, config, images), [])
+        return _Live(method, number, settings_of(params, config, images), [])
 
     def whole(self, method: str) -> list[FrozenTrial]:
         """The trials of a method that have ended, however they did."""
         space, found = self.spaces[method], self.studies[method].get_trials(deepcopy=False)
         return [t for t in found if t.state.is_finished() and t.params.keys() == space.keys()]
 
-    def _try(self, live: dict[str, _Live], board: Board) -> None:
-        """Make one trial of each method, a seed after the other while it breaks no bound."""
+    def _try(self, live: Sequence[_Live], board: Board) -> None:
+        """Make trials, a seed after the other while they break no bound."""
         from optuna.trial import TrialState
 
         for seed in self.request.seeds:
-            if not live:
-                return
-            failed = self._made(live, seed, board)
-            for method, trial in [*live.items()]:
-                study = self.studies[method]
-                if method not in failed:
-                    trial.seen.append(self.seen(method, trial, seed))
+            failed = self._made(live, seed, board) if live else []
+            going = []
+            for trial in live:
+                if trial not in failed:
+                    trial.seen.append(self.seen(trial, seed))
                     if not self.request.rule.broken(trial.seen[-1]):
+                        going.append(trial)
                         continue
-                state = TrialState.FAIL if method in failed else TrialState.PRUNED
-                study.tell(trial.number, state=state)
-                del live[method]
-        for method, trial in live.items():
-            self.studies[method].tell(trial.number, self.request.rule.worth(trial.seen))
+                state = TrialState.FAIL if trial in failed else TrialState.PRUNED
+                self.studies[trial.method].tell(trial.number, state=state)
+            live = going
+        for trial in live:
+            self.studies[trial.method].tell(trial.number, self.request.rule.worth(trial.seen))
 
-    def _made(self, live: Mapping[str, _Live], seed: int, board: Board) -> set[str]:
-        """Make the runs of a seed; the methods of which one has failed.
+    def _made(self, live: Sequence[_Live], seed: int, board: Board) -> list[_Live]:
+        """Make the runs of a seed; the trials of which one has failed.
 
         Raises:
             UserError: it is not the trial that is to blame.
         """
-        jobs, names, of = [], {}, {}
-        for method, trial in live.items():
-            for one in self.request.of(method, trial.number, seed, trial.settings):
+        jobs, of = [], dict[str, _Live]()
+        for trial in live:
+            for one in self.request.of(trial.method, trial.number, seed, trial.settings):
                 (job,) = launch.planned(one)
-                jobs.append(job)
-                name = label(job.config)
-                of[name], names[name] = method, f"trial {trial.number} of {name}"
+                name = f"trial {trial.number} of {label(job.config)}"
+                jobs.append(replace(job, name=name))
+                of[name] = trial
         run = self.request.run
-        problems = launch.execute(jobs, run.jobs, names, board, where=run.where)
+        problems = launch.execute(jobs, run.jobs, {}, board, where=run.where)
         for name, problem in problems.items():
             if not isinstance(problem, RunError) or isinstance(problem, TryAgainError):
-                launch.require_all({names[name]: problem})
-        return {of[name] for name in problems}
+                launch.require_all({name: problem})
+        return [of[name] for name in problems]
 
     # ---- what came of it
 
-    def folders(self, method: str, trial: _Live, seed: int) -> dict[Path, RunConfig]:
+    def folders(self, trial: _Live, seed: int) -> dict[Path, RunConfig]:
         """The run folders of a trial with a seed, one for each objective."""
-        requests = self.request.of(method, trial.number, seed, trial.settings)
+        requests = self.request.of(trial.method, trial.number, seed, trial.settings)
         configs = [(one.out, launch.configured(one)[0]) for one in requests]
         return {launch.run_folder(out, config): config for out, config in configs}
 
-    def seen(self, method: str, trial: _Live, seed: int) -> Seen:
+    def seen(self, trial: _Live, seed: int) -> Seen:
         """What the finished runs of a trial with a seed showed."""
-        found = [self.request.measure(folder) for folder in self.folders(method, trial, seed)]
+        found = [self.request.measure(folder) for folder in self.folders(trial, seed)]
         signs = [registry.objective(name).sign for name in self.request.objectives]
         gains = [sign * one["gain"] for sign, one in zip(signs, found, strict=True)]
         return Seen(
@@ -305,6 +293,20 @@ class Search:
             recognised=float(np.min([one["recognised"] for one in found])),  # NaN if any is
             drift=float(np.max([one["drift"] for one in found])),
         )
+
+    def states(self, trial: _Live) -> dict[int, list[State]]:
+        """Seed -> where its runs are."""
+        return {
+            seed: [read_state(*run) for run in self.folders(trial, seed).items()]
+            for seed in self.request.seeds
+        }
+
+    def shown(self, trial: _Live) -> dict[int, Seen]:
+        """Seed -> what it showed, of those whose runs have all finished."""
+        return {
+            seed: self.seen(trial, seed) for seed, states in self.states(trial).items()
+            if all(state.name == "finished" for state in states)
+        }  # fmt: skip
 
     def best(self, method: str) -> FrozenTrial | None:
         """The trial of a method that the rule chooses; None where all have broken or failed."""
@@ -321,19 +323,16 @@ class Search:
         ]
 
     def _row(self, method: str, trial: FrozenTrial, *, chosen: bool) -> dict[str, Any]:
-        own, seeds = self._live(method, trial.number, trial.params), dict[int, Seen]()
-        why = ""
-        for seed in self.request.seeds:
-            states = [read_state(*run) for run in self.folders(method, own, seed).items()]
-            why = why or next((state.why for state in states if state.why), "")
-            if all(state.name == "finished" for state in states):
-                seeds[seed] = self.seen(method, own, seed)
-                why = why or self.request.rule.broken(seeds[seed])
+        own = self._live(method, trial.number, trial.params)
+        seeds = self.shown(own)
+        said = [state.why for states in self.states(own).values() for state in states]
+        said += map(self.request.rule.broken, seeds.values())
         last = [*seeds.values()]
         return {
             "method": method, "trial": trial.number, "state": trial.state.name.lower(),
             "chosen": "yes" if chosen else "", "value": "" if trial.value is None else trial.value,
-            "why": why, **{f"gain, seed {seed}": found.gain for seed, found in seeds.items()},
+            "why": next(filter(None, said), ""),
+            **{f"gain, seed {seed}": found.gain for seed, found in seeds.items()},
             "recognised": min((found.recognised for found in last), default=""),
             "drift": max((found.drift for found in last), default=""), "settings": own.settings,
         }  # fmt: skip

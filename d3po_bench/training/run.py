@@ -65,6 +65,13 @@ class Job:
     """To keep in provenance.json."""
     objects: Mapping[str, Any] = field(default_factory=dict)
     """What the config names that a Python caller gave as an object."""
+    name: str = ""
+    """What it is called among others that are made with it; "" for its label."""
+
+    @property
+    def called(self) -> str:
+        """Its name where several are shown."""
+        return self.name or label(self.config)
 
 
 def run_seed(job: Job, report: Report = lambda progress: None) -> None:
@@ -124,8 +131,7 @@ def _begun(
     """Record how the run begins or resumes; who hears of it from now on."""
     if store.damaged:
         progress.note(
-            f"{label(job.config)}: the newest checkpoint is damaged: resuming from round "
-            f"{trainer.round}"
+            f"{job.called}: the newest checkpoint is damaged: resuming from round {trainer.round}"
         )
     evaluation.try_out(trainer.model)
     scorers = {n: job.tools.fingerprint(s) for n, s in evaluation.named.items()}
@@ -238,7 +244,7 @@ def _trackers(
     found: list[Tracker] = [registry.part("tracker", name)(run) for name in job.trackers]
     for tracker in found:
         if tracker.where:
-            progress.note(f"{label(config)}: {tracker.where}")
+            progress.note(f"{job.called}: {tracker.where}")
     return found
 
 
