@@ -6,7 +6,7 @@ They are made from the runs and the search that are published in `tiny2/`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -161,19 +161,24 @@ def tuning(path: Path) -> Table:
     return Table(records, columns, left=("method", "kept the bounds", "chosen"))
 
 
-def _tuned(trials: list[Record]) -> Record:
-    """Of the trials of a method the chosen one, else the one that drifted least."""
+def chosen_of(trials: Sequence[Record]) -> tuple[Record, dict[str, str]]:
+    """Of the trials of a method the chosen one, else the one that drifted least; its settings."""
     chosen = next((row for row in trials if row["chosen"]), None)
     ended = [row for row in trials if row["drift"]]
     row = chosen or min(ended, key=lambda row: float(row["drift"]), default=trials[0])
-    seen = [float(v) for name, v in row.items() if name.startswith("gain, seed") and v]
     names = [*row][[*row].index("drift") + 1 :]
+    return row, {name: row[name] for name in names if row[name]}
+
+
+def _tuned(trials: list[Record]) -> Record:
+    row, settings = chosen_of(trials)
+    seen = [float(v) for name, v in row.items() if name.startswith("gain, seed") and v]
     return {
         "method": row["method"], "trials": len(trials),
         "kept": sum(bool(row["value"]) for row in trials),
         "s": fmean(seen) if seen else math.nan,
         "recognised": float(row["recognised"] or "nan"), "drift": float(row["drift"] or "nan"),
-        "settings": " ".join(f"{name}={row[name]}" for name in names if row[name]),
+        "settings": " ".join(f"{name}={value}" for name, value in settings.items()),
     }  # fmt: skip
 
 

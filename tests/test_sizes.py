@@ -325,7 +325,9 @@ def test_on_a_card_sizes_follow_its_free_memory_and_convolutions_are_channels_la
     monkeypatch.setattr(sizes, "free", lambda *_: 4 * 10**6)
     notes = list[str]()
     found = sizes.settled(Execution(), config, model, {}, notes.append)
-    assert found.channels_last
+    assert not found.channels_last  # fp32 does without tensor cores
+    half = replace(config, dtype="bf16")
+    assert sizes.settled(Execution(), half, model, {}, print).channels_last
     assert 1 <= found.micro_batch < BATCHES["micro_batch"]
     assert not notes
     monkeypatch.setattr(sizes, "free", lambda *_: 10**5)

@@ -321,6 +321,28 @@ def test_a_protocol_file_and_its_faults(tmp_path: Path, command: Command) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_line_adds_to_a_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    asked = list[TuneRequest]()
+
+    def kept(request: TuneRequest, board: Board) -> tuple[Path, list[dict[str, Any]]]:
+        asked.append(request)
+        return tmp_path, []
+
+    monkeypatch.setattr(tune, "run", kept)
+    path = tmp_path / "protocol.toml"
+    path.write_text(
+        "[tune]\nmethods = ['d3po', 'ddpo']\nobjective = 'incompress'\nseeds = [901]\n"
+        "settings = ['rounds=16', 'guidance=1']"
+    )
+    said = ["tune", "--protocol", str(path), "--method", "ddpo"]
+    found = command(*said, "--set", "micro_batch=8", "--set", "rounds=2")
+    assert found.code == 0, found.err
+    assert asked[0].methods == ("ddpo",)
+    assert asked[0].run.settings == {"rounds": "2", "guidance": "1", "micro_batch": "8"}
+
+
 @pytest.mark.slow
 def test_two_trials_of_two_methods(tmp_path: Path, command: Command) -> None:
     small = ("rounds=1", "sampling_steps=6", "prompts_per_round=2", "eval_prompts=3")

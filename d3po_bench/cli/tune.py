@@ -57,7 +57,24 @@ def _protocol(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
     for name in found:
         if name not in known:
             raise unknown(f"key of [tune] in {path}", name, known)
+    ctx.meta[SETTINGS] = found.pop("settings", [])
     ctx.default_map = found
+
+
+SETTINGS = "settings of the protocol"
+
+
+def _with_protocol(
+    ctx: click.Context, param: click.Parameter, given: tuple[str, ...]
+) -> dict[str, str]:
+    """The protocol's settings, and those of the command line, which come before them.
+
+    Raises:
+        UserError: one is no KEY=VALUE, or is there twice.
+    """
+    from d3po_bench.setting import pairs_of
+
+    return pairs_of(ctx.meta.get(SETTINGS, [])) | pairs_of(given)
 
 
 @click.command(cls=Working)
@@ -107,7 +124,8 @@ def _protocol(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 @click.option("--preset", shell_complete=completion.preset, help="As in `d3po-bench run`.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", shell_complete=completion.setting,
-    help="A setting of all runs, which is then not searched; repeatable.",
+    callback=_with_protocol,
+    help="A setting of all runs, not searched then; repeatable. The protocol's others stay.",
 )  # fmt: skip
 @click.option(
     "--sampler-seed", type=click.IntRange(0, MOST_SEEDS), default=0, show_default=True,
@@ -124,7 +142,7 @@ def _protocol(ctx: click.Context, param: click.Parameter, path: Path | None) -> 
 def tune(
     methods: tuple[str, ...], objective: str, against: str | None, trials: int,
     seeds: Sequence[int], recognised: float | None, drift: float | None, model: str,
-    prompts: str | None, images: int | None, preset: str | None, settings: tuple[str, ...],
+    prompts: str | None, images: int | None, preset: str | None, settings: dict[str, str],
     sampler_seed: int, device: str, jobs: int | None, where: str, asked: tuple[str, ...],
     out: Path, board: Board,
 ) -> Result:  # fmt: skip
@@ -155,7 +173,7 @@ def tune(
         measure=ends, rule=Rule(recognised, drift), sampler_seed=sampler_seed,
         run=launch.RunRequest(
             method=methods[0], objective=objective, model=model, prompts=prompts,
-            preset=preset, settings=pairs_of(settings), seeds=range(1), device=device, out=out,
+            preset=preset, settings=settings, seeds=range(1), device=device, out=out,
             tools=TOOLS, jobs=jobs, where=launch.Where(where, pairs_of(asked, "--ask")),
         ),
     )  # fmt: skip

@@ -45,7 +45,9 @@ def settled(
     """
     began = {n: recorded[n] for n in KEPT if n in recorded}
     wanted = {n: getattr(asked, n) or value for n, value in began.items()}
-    faster = model.device.type == "cuda" and isinstance(model, DiffusersModel)
+    # Tensor cores take channels last; fp32 does without them.
+    faster = model.device.type == "cuda" and config.dtype != "fp32"
+    faster &= isinstance(model, DiffusersModel)
     known = replace(asked, channels_last=asked.channels_last or faster, **wanted)
     counted = asked.memory > 0 or model.device.type == "cuda"
     if model_source(config.model).small or not isinstance(model, DiffusersModel) or not counted:
