@@ -348,3 +348,6 @@ def test_errors_of_several_seeds_become_one_line() -> None:
         launch.require_all(failed)
     with pytest.raises(UserError, match=r"^two\.$"):
         launch.require_all({"": two})
+    many = {f"seed {n}": RunError("Stopped.") for n in range(99)}
+    with pytest.raises(RunError, match=r"^seed 0, seed 1, seed 2, seed 3 and 95 others: Stop"):
+        launch.require_all(many)

@@ -237,9 +237,9 @@ def run(
             click.echo(f"{name}: {said}", err=True)
         if failed:
             raise RunError(
-                f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}. Give the same "
-                "command again to repeat those; the others are kept. Where a setting was wrong, "
-                "correct the grid and remove the folders of those runs."
+                f"{len(failed)} of {len(work)} runs failed: {launch.listed([*failed])}. Give the "
+                "same command again to repeat those; the others are kept. Where a setting was "
+                "wrong, correct the grid and remove the folders of those runs."
             )
     return [job.folder for job in work]
 

@@ -195,6 +195,16 @@ def require_ranks(count: int, jobs: int | None, device: str, where: Where) -> No
         )
 
 
+LISTED = 4
+"""As many names as a line has."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of runs, of many the first ones."""
+    more = len(names) - LISTED
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:LISTED])} and {more} others"
+
+
 def require_all(failed: Mapping[str, UserError]) -> None:
     """Raise what went wrong, if anything did; errors that are alike are said once.
 
@@ -208,7 +218,7 @@ def require_all(failed: Mapping[str, UserError]) -> None:
         said: dict[str, list[str]] = {}
         for name, problem in failed.items():
             said.setdefault(str(problem), []).append(name)
-        parts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
+        parts = [f"{listed(names)}: {text}" for text, names in said.items()]
         kinds = [type(problem) for problem in failed.values() if type(problem) is not TryAgainError]
         kind = kinds[0] if kinds else TryAgainError
         raise kind(" ".join(parts).removeprefix(": "))
