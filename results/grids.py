@@ -12,7 +12,9 @@ from pathlib import Path
 
 import click
 
+from d3po_bench import registry
 from d3po_bench.errors import said_in_one_line
+from d3po_bench.launch.grid import as_set
 from d3po_bench.runs.files import read_csv, write_atomically
 from results.version2 import CONTROL, MAIN, chosen_of
 
@@ -46,7 +48,8 @@ def main(trials: Path, target: Path) -> None:
     methods = [*dict.fromkeys(row["method"] for row in rows)]
     found = {m: chosen_of([row for row in rows if row["method"] == m])[1] for m in methods}
     further = {m: of for m, of in found.items() if m not in MAIN}
-    first = {m: found[m] for m in MAIN} | {CONTROL: found[MAIN[0]]}
+    rival = {name: as_set(value) for name, value in registry.variant(MAIN[0])[1].items()}
+    first = {m: found[m] for m in MAIN} | {CONTROL: rival | found[MAIN[0]]}
     target.mkdir(parents=True, exist_ok=True)
     _write(target / "grid.toml", "Main rows and control", first, range(1000, 1020), 8)
     if further:

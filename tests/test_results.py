@@ -22,8 +22,9 @@ from scipy.stats import ttest_rel
 
 from d3po_bench import config
 from d3po_bench.cli import cli
-from d3po_bench.config import RunConfig
+from d3po_bench.config import RunConfig, method_of
 from d3po_bench.errors import UserError
+from d3po_bench.launch import grid
 from d3po_bench.runs.run import RunFolder
 from eval.analysis import documents, tries
 from eval.analysis.gains import contrast, cost, flat_size, gains
@@ -32,6 +33,7 @@ from eval.analysis.report import report
 from eval.analysis.runs import Run, read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Table
+from eval.tools import TOOLS
 from eval.verify.folder import FILES
 from results import make, search
 from results import measure as measuring
@@ -546,3 +548,11 @@ def test_new_runs_replace_published_ones(tmp_path: Path) -> None:
     assert sorted(str(path) for path in files) == ["diversity.csv"] + [
         f"incompress/d3po/seed-0/{name}" for name in sorted(FILES)
     ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "tiny2").glob("*.toml")))
+def test_all_rows_of_the_comparison_have_one_budget(path: Path) -> None:
+    configs = grid.configs(grid.read(path), TOOLS)
+    images = {c.prompts_per_round * (c.images_per_prompt or method_of(c).images_per_prompt)
+              for c in configs}  # fmt: skip
+    assert (images, {config.rounds for config in configs}) == ({32}, {16})
