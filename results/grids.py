@@ -48,10 +48,11 @@ def main(trials: Path, target: Path) -> None:
     methods = [*dict.fromkeys(row["method"] for row in rows)]
     found = {m: chosen_of([row for row in rows if row["method"] == m])[1] for m in methods}
     further = {m: of for m, of in found.items() if m not in MAIN}
-    rival = {name: as_set(value) for name, value in registry.variant(MAIN[0])[1].items()}
-    first = {m: found[m] for m in MAIN} | {CONTROL: rival | found[MAIN[0]]}
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / "grid.toml", "Main rows and control", first, range(1000, 1020), 8)
+    if len(further) < len(found):
+        rival = {name: as_set(value) for name, value in registry.variant(MAIN[0])[1].items()}
+        first = {m: found[m] for m in MAIN} | {CONTROL: rival | found[MAIN[0]]}
+        _write(target / "grid.toml", "Main rows and control", first, range(1000, 1020), 8)
     if further:
         _write(target / "further.toml", "Further rows", further, range(1000, 1010), 16)
 

@@ -6,12 +6,15 @@ They are made from the runs and the search that are published in `tiny2/`.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from d3po_bench.errors import UserError
 from d3po_bench.runs.files import read_csv
 from d3po_bench.runs.packed import PACKED
 from eval.analysis.efficiency import efficiency
@@ -162,10 +165,16 @@ def tuning(path: Path) -> Table:
 
 
 def chosen_of(trials: Sequence[Record]) -> tuple[Record, dict[str, str]]:
-    """Of the trials of a method the chosen one, else the one that drifted least; its settings."""
+    """Of the trials of a method the chosen one, else the one that drifted least; its settings.
+
+    Raises:
+        UserError: none has ended.
+    """
     chosen = next((row for row in trials if row["chosen"]), None)
-    ended = [row for row in trials if row["drift"]]
-    row = chosen or min(ended, key=lambda row: float(row["drift"]), default=trials[0])
+    ended = [row for row in trials if math.isfinite(float(row["drift"] or "nan"))]
+    if not chosen and not ended:
+        raise UserError(f"No trial of {trials[0]['method']} has ended. Search it again.")
+    row = chosen or min(ended, key=lambda row: float(row["drift"]))
     names = [*row][[*row].index("drift") + 1 :]
     return row, {name: row[name] for name in names if row[name]}
 
@@ -194,10 +203,34 @@ def sentences(folder: Path) -> dict[str, Callable[[], str]]:
     """What PROTOCOL.md says of results, of a folder that has them."""
     if not there(folder):
         return {}
-    return {
-        "v2-claims": lambda: claimed(published(folder), main_rows, margin_of(folder)),
-        "v2-further-claims": lambda: claimed(published(folder), further_rows, margin_of(folder)),
+    parts = {
+        "v2-claims": ("grid.toml", main_rows),
+        "v2-further-claims": ("further.toml", further_rows),
     }
+    return {
+        name: partial(_once_whole, folder, grid, rows)
+        for name, (grid, rows) in parts.items() if (folder / grid).is_file()
+    }  # fmt: skip
+
+
+def _once_whole(folder: Path, grid: str, rows: Callable[[Groups], Groups]) -> str:
+    groups = published(folder)
+    left = missing(groups, folder / grid)
+    return bullets([left]) if left else claimed(groups, rows, margin_of(folder))
+
+
+def missing(groups: Groups, grid: Path) -> str:
+    """How many runs of a grid are not there, in a sentence; "" for none."""
+    asked = tomllib.loads(grid.read_text(encoding="utf-8"))
+    cells = [*product([asked["model"]], asked["objectives"], asked["methods"])]
+    there = sum(
+        len({run.seed for run in groups.get(cell, ())} & {*asked["seeds"]}) for cell in cells
+    )
+    whole = len(cells) * len(asked["seeds"])
+    return "" if there == whole else (
+        f"{there} of the {whole} runs that the protocol asks for have been made. Nothing is "
+        "claimed before all are there."
+    )  # fmt: skip
 
 
 def margin_of(folder: Path) -> float:

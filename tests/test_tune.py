@@ -282,6 +282,8 @@ def test_another_search_in_the_folder_is_refused(
         search(request(made, tmp_path, trials=1, methods=["d3po"], seeds=[901]))
     with pytest.raises(UserError, match=r"its images differ for d3po"):
         search(request(made, tmp_path, trials=1, methods=["d3po"], images=32))
+    with pytest.raises(UserError, match=r"--images is 20\. Give a multiple of 8, the most images"):
+        search(request(made, tmp_path, images=20))
     with pytest.raises(UserError, match=r"aesthetic is not incompress with the other sign"):
         search(request(made, tmp_path, against="aesthetic"))
 
@@ -341,6 +343,14 @@ def test_the_command_line_adds_to_a_protocol(
     assert found.code == 0, found.err
     assert asked[0].methods == ("ddpo",)
     assert asked[0].run.settings == {"rounds": "2", "guidance": "1", "micro_batch": "8"}
+
+
+def test_trials_whose_runs_are_gone_are_no_base_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search(request(Made(monkeypatch), tmp_path, methods=["d3po"]))
+    with pytest.raises(UserError, match=r"has a trial 0 of d3po, but .* has no runs of it"):
+        search(request(Made(monkeypatch), tmp_path, methods=["d3po"], trials=12))
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def spread(space: Space, number: int, seed: int) -> dict[str, Any]:
     """One of the `SPREAD` trials that cover a space evenly, a Latin hypercube.
 
     Each eighth of a range has one of them, in its middle, and each choice about as many. The rates
-    and what else all methods are free in are the same for every method, so that none is lucky.
+    and numbers of updates are the same for every method, so that none is lucky. Choices of two are
+    tried as often at high rates as at low ones; with more, some are tried at one end alone.
 
     Args:
         space: of a method.
@@ -110,8 +111,8 @@ def _hypercube(axes: int, seed: int) -> NDArray[np.int64]:
     """[axes, SPREAD] ranks from 0; of more axes, the first ones are the same.
 
     Each axis takes, of many permutations, the one that depends least on those before: up to the
-    seventh, its upper half has half of each other upper half. Otherwise some option would always
-    be tried at high rates, or at low ones.
+    seventh, its upper half has half of each other upper half. Otherwise one of two choices would
+    be tried at high rates alone.
     """
     rng = np.random.default_rng(seed)
     found = [rng.permutation(SPREAD)]

@@ -24,7 +24,16 @@ from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board
 from d3po_bench.launch.rule import Rule, Seen
-from d3po_bench.launch.space import RATE, REFINED, SPREAD, rescaled, settings_of, space_of, spread
+from d3po_bench.launch.space import (
+    COMMON,
+    RATE,
+    REFINED,
+    SPREAD,
+    rescaled,
+    settings_of,
+    space_of,
+    spread,
+)
 from d3po_bench.launch.state import State, read_state
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
 from d3po_bench.training.progress import label
@@ -87,6 +96,11 @@ def require(request: TuneRequest) -> None:
             f"A search needs the extra `tune`. Install it: {install('tune')}."
         ) from problem
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    most = max(COMMON["images_per_prompt"])
+    if request.images % most:
+        raise UserError(
+            f"--images is {request.images}. Give a multiple of {most}, the most images of a prompt."
+        )
     if request.images and "prompts_per_round" in request.run.settings:
         raise UserError("--images says how many prompts a round has. Leave out prompts_per_round.")
     if request.against:
@@ -223,8 +237,8 @@ class Search:
     def _refined(self, method: str, number: int) -> dict[str, Any]:
         """The most promising of the first trials, at another rate."""
         first = self.whole(method)[:SPREAD]
-        made = [self._live(method, trial.number, trial.params) for trial in first]
-        best, broken = self.request.rule.promising([[*self.shown(t).values()] for t in made])
+        made = [[*self.shown(method, trial).values()] for trial in first]
+        best, broken = self.request.rule.promising(made)
         return rescaled(self.spaces[method], first[best].params, number, lower=broken)
 
     def _live(self, method: str, number: int, params: Mapping[str, Any]) -> _Live:
@@ -301,12 +315,24 @@ class Search:
             for seed in self.request.seeds
         }
 
-    def shown(self, trial: _Live) -> dict[int, Seen]:
-        """Seed -> what it showed, of those whose runs have all finished."""
-        return {
-            seed: self.seen(trial, seed) for seed, states in self.states(trial).items()
-            if all(state.name == "finished" for state in states)
+    def shown(self, method: str, trial: FrozenTrial) -> dict[int, Seen]:
+        """Seed -> what it showed, of those whose runs have all finished.
+
+        Raises:
+            UserError: the runs of a trial that did not fail are gone.
+        """
+        live = self._live(method, trial.number, trial.params)
+        found = {
+            seed: self.seen(live, seed) for seed, of in self.states(live).items()
+            if all(state.name == "finished" for state in of)
         }  # fmt: skip
+        if not found and trial.state.name != "FAIL":
+            out = self.request.run.out
+            raise UserError(
+                f"{out / JOURNAL} has a trial {trial.number} of {method}, but {out} has no runs of "
+                "it. Restore them, or give another --out."
+            )
+        return found
 
     def best(self, method: str) -> FrozenTrial | None:
         """The trial of a method that the rule chooses; None where all have broken or failed."""
@@ -324,7 +350,7 @@ class Search:
 
     def _row(self, method: str, trial: FrozenTrial, *, chosen: bool) -> dict[str, Any]:
         own = self._live(method, trial.number, trial.params)
-        seeds = self.shown(own)
+        seeds = self.shown(method, trial)
         said = [state.why for states in self.states(own).values() for state in states]
         said += map(self.request.rule.broken, seeds.values())
         last = [*seeds.values()]
