@@ -190,8 +190,7 @@ class Search:
     def _next(self, method: str) -> list[_Live]:
         """The trials that can be made side by side: those under way, and those not yet asked for.
 
-        All of the first ones are fixed before any result, and the next four by those; of further
-        ones there is one at a time.
+        The first ones are fixed before any result, the next four by those; others come one by one.
         """
         from optuna.trial import TrialState
 
