@@ -2,12 +2,13 @@
 
     python -m results.grids runs/tune2/trials.csv results/tiny2
 
-writes grid.toml, of the main rows and the control, and further.toml into the second folder.
+writes grid.toml, of the main rows and the control, further.toml, and steps.toml, of the ablation,
+into the second folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -21,10 +22,10 @@ from results.version2 import CONTROL, MAIN, chosen_of
 PATH = click.Path(path_type=Path)
 
 HEAD = """\
-# {title} of PROTOCOL.md, by `python -m results.grids` from trials.csv:
-# `d3po-bench sweep results/tiny2/{name} --out runs/version2`.
+# {title}, of PROTOCOL.md. Written by `python -m results.grids` from trials.csv, for
+# `{command}`.
 methods = [{methods}]
-objectives = ["incompress", "compress", "aesthetic"]
+objectives = [{objectives}]
 seeds = [{seeds}]
 model = "tiny2"
 preset = "quick"
@@ -34,9 +35,13 @@ prompts = "geneval"
 rounds = 16
 guidance = 1
 eval_every = {every}
-eval_list = "geneval-held-out"
-eval_noise = 1
+eval_list = "{captions}"
+eval_noise = {noise}
 """
+
+SWEEP = "d3po-bench sweep results/tiny2/{name} --out runs/version2"
+STEPS = ("ddpo", "d3po_of_two")
+"""Rows of the ablation of steps."""
 
 
 @click.command()
@@ -53,19 +58,31 @@ def main(trials: Path, target: Path) -> None:
         rival = {name: as_set(value) for name, value in registry.variant(MAIN[0])[1].items()}
         first = {m: found[m] for m in MAIN} | {CONTROL: rival | found[MAIN[0]]}
         _write(target / "grid.toml", "Main rows and control", first, range(1000, 1020), 8)
+        steps = {m: found[m] for m in STEPS}
+        command = "python -m results.steps runs/steps"
+        _write(target / "steps.toml", "Which steps to learn from", steps, (902, 903), 16, command)
     if further:
         _write(target / "further.toml", "Further rows", further, range(1000, 1010), 16)
 
 
 def _write(
-    path: Path, title: str, found: Mapping[str, Mapping[str, str]], seeds: Sequence[int], every: int
-) -> None:
+    path: Path, title: str, found: Mapping[str, Mapping[str, str]], seeds: Sequence[int],
+    every: int, command: str = SWEEP,
+) -> None:  # fmt: skip
+    """Write a grid; seeds of development are evaluated as the search was, on both signs alone."""
+    test = min(seeds) >= 1000
+    objectives = ("incompress", "compress", "aesthetic") if test else ("incompress", "compress")
     head = HEAD.format(
-        title=title, name=path.name, methods=", ".join(f'"{name}"' for name in found),
-        seeds=", ".join(map(str, seeds)), every=every,
+        title=title, command=command.format(name=path.name), methods=_listed(found),
+        objectives=_listed(objectives), seeds=", ".join(map(str, seeds)), every=every,
+        captions="geneval-held-out" if test else "geneval-dev", noise=int(test),
     )  # fmt: skip
     lines = [line for name, settings in found.items() for line in _table(name, settings)]
     write_atomically(path, (head + "\n".join(lines) + "\n").encode())
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 def _table(method: str, settings: Mapping[str, str]) -> Iterator[str]:

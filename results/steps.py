@@ -2,7 +2,7 @@
 
     python -m results.steps runs/steps
 
-makes the runs of steps.toml once for each way and rate below, resumes where it was
+makes the runs of tiny2/steps.toml once for each way and rate below, resumes where it was
 interrupted, and writes steps.csv.
 """
 
@@ -29,7 +29,7 @@ from eval.analysis.tables import Record, Table, number, text
 from eval.tools import TOOLS
 
 HERE = Path(__file__).resolve().parent
-GRID, FILE = HERE / "steps.toml", HERE / "steps.csv"
+GRID, FILE = HERE / "tiny2" / "steps.toml", HERE / "steps.csv"
 
 WAYS = {
     "all steps": {"skip_steps": "0"},

@@ -35,7 +35,7 @@ from eval.analysis.settings import settings
 from eval.analysis.tables import Table
 from eval.tools import TOOLS
 from eval.verify.folder import FILES
-from results import make, search
+from results import grids, make, search
 from results import measure as measuring
 from tests.commands import PUBLISHED, TINY
 from tests.made_up import add_columns, write_run
@@ -556,3 +556,11 @@ def test_all_rows_of_the_comparison_have_one_budget(path: Path) -> None:
     images = {c.prompts_per_round * (c.images_per_prompt or method_of(c).images_per_prompt)
               for c in configs}  # fmt: skip
     assert (images, {config.rounds for config in configs}) == ({32}, {16})
+
+
+def test_the_grids_are_what_the_rule_makes_of_the_search(tmp_path: Path) -> None:
+    published = ROOT / "results" / "tiny2"
+    said = CliRunner().invoke(grids.main, [str(published / "trials.csv"), str(tmp_path)])
+    assert said.exit_code == 0, said.output
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert made == {path.name: path.read_text() for path in published.glob("*.toml")}
