@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,7 +18,7 @@ from d3po_bench import registry
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.launch.grid import as_set
 from d3po_bench.runs.files import read_csv, write_atomically
-from results.version2 import CONTROL, MAIN, chosen_of
+from results.version2 import CONTROL, MAIN, OBJECTIVES, SEEDS, chosen_of
 
 PATH = click.Path(path_type=Path)
 
@@ -39,7 +40,15 @@ eval_list = "{captions}"
 eval_noise = {noise}
 """
 
-SWEEP = "d3po-bench sweep results/tiny2/{name} --out runs/version2"
+TEST = {
+    "command": "d3po-bench sweep results/tiny2/{name} --out runs/version2",
+    "captions": "geneval-held-out", "noise": 1,
+}  # fmt: skip
+ABLATION = {
+    "command": "python -m results.steps runs/steps", "objectives": '"incompress", "compress"',
+    "captions": "geneval-dev", "noise": 0, "every": 16,
+}  # fmt: skip
+
 STEPS = ("ddpo", "d3po_of_two")
 """Rows of the ablation of steps."""
 
@@ -47,36 +56,40 @@ STEPS = ("ddpo", "d3po_of_two")
 @click.command()
 @click.argument("trials", type=click.Path(path_type=Path, exists=True))
 @click.argument("target", type=PATH)
-def main(trials: Path, target: Path) -> None:
+@click.option("--seeds", type=click.IntRange(1), help="Of the test runs, the first ones alone.")
+@click.option(
+    "--objective", "objectives", multiple=True, type=click.Choice(OBJECTIVES), default=OBJECTIVES
+)
+def main(trials: Path, target: Path, seeds: int | None, objectives: tuple[str, ...]) -> None:
     """Write the grids for the settings that a search has chosen, into TARGET."""
     rows = read_csv(trials)
     methods = [*dict.fromkeys(row["method"] for row in rows)]
     found = {m: chosen_of([row for row in rows if row["method"] == m])[1] for m in methods}
     further = {m: of for m, of in found.items() if m not in MAIN}
     target.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, title: str, found: Mapping[str, Mapping[str, str]], every: int) -> None:
+        part = {"objectives": _listed(objectives), "every": every, **TEST}
+        _write(target / name, title, found, SEEDS[name][:seeds], **part)
+
     if len(further) < len(found):
         rival = {name: as_set(value) for name, value in registry.variant(MAIN[0])[1].items()}
         first = {m: found[m] for m in MAIN} | {CONTROL: rival | found[MAIN[0]]}
-        _write(target / "grid.toml", "Main rows and control", first, range(1000, 1020), 8)
+        write("grid.toml", "Main rows and control", first, 8)
         steps = {m: found[m] for m in STEPS}
-        command = "python -m results.steps runs/steps"
-        _write(target / "steps.toml", "Which steps to learn from", steps, (902, 903), 16, command)
+        _write(target / "steps.toml", "Which steps to learn from", steps, (902, 903), **ABLATION)
     if further:
-        _write(target / "further.toml", "Further rows", further, range(1000, 1010), 16)
+        write("further.toml", "Further rows", further, 16)
 
 
 def _write(
     path: Path, title: str, found: Mapping[str, Mapping[str, str]], seeds: Sequence[int],
-    every: int, command: str = SWEEP,
+    **part: Any,
 ) -> None:  # fmt: skip
-    """Write a grid; seeds of development are evaluated as the search was, on both signs alone."""
-    test = min(seeds) >= 1000
-    objectives = ("incompress", "compress", "aesthetic") if test else ("incompress", "compress")
+    part["command"] = part["command"].format(name=path.name)
     head = HEAD.format(
-        title=title, command=command.format(name=path.name), methods=_listed(found),
-        objectives=_listed(objectives), seeds=", ".join(map(str, seeds)), every=every,
-        captions="geneval-held-out" if test else "geneval-dev", noise=int(test),
-    )  # fmt: skip
+        title=title, methods=_listed(found), seeds=", ".join(map(str, seeds)), **part
+    )
     lines = [line for name, settings in found.items() for line in _table(name, settings)]
     write_atomically(path, (head + "\n".join(lines) + "\n").encode())
 

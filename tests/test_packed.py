@@ -181,12 +181,15 @@ def test_every_table_of_version_2_is_made(published: Path, tmp_path: Path) -> No
     assert version2.tables(tmp_path, make.front) == version2.sentences(tmp_path) == {}
 
 
-def test_what_is_said_of_version_2(published: Path) -> None:
+def test_what_is_said_of_version_2(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = ttest_rel([0.35, 0.40, 0.55], [0.75, 0.85, 0.95]).pvalue
     # the two smallest of four, S and D of both
     first = 4 * ttest_rel([0.75, 0.85, 0.95], [0, 0, 0]).pvalue
     second = 3 * ttest_rel([0.35, 0.40, 0.55], [0, 0, 0]).pvalue
     write_grids(published)
+    monkeypatch.setattr(version2, "OBJECTIVES", ("incompress", "compress"))
+    seeds = {"grid.toml": range(1000, 1003), "further.toml": range(1000, 1002)}
+    monkeypatch.setattr(version2, "SEEDS", seeds)
     said = version2.sentences(published)["v2-claims"]().splitlines()
     follow = (
         f"- Follow the reward, S above 0: d3po_of_two (p = {first:.2g}). S is not shown to differ "
@@ -205,23 +208,17 @@ def test_what_is_said_of_version_2(published: Path) -> None:
     assert "gain more" not in far
 
 
-def write_grids(folder: Path, seeds: int = 3) -> None:
-    for name, methods, count in (
-        ("grid", ["d3po_of_two", "ddpo", "d3po_random"], seeds), ("further", ["grpo"], 2)
-    ):  # fmt: skip
-        (folder / f"{name}.toml").write_text(
-            f"methods = {methods}\nobjectives = ['incompress', 'compress']\nmodel = 'tiny'\n"
-            f"seeds = {[*range(1000, 1000 + count)]}"
-        )
+def write_grids(folder: Path) -> None:
+    for name, methods in (("grid", ["d3po_of_two", "ddpo", "d3po_random"]), ("further", ["grpo"])):
+        (folder / f"{name}.toml").write_text(f"methods = {methods}\nmodel = 'tiny'")
 
 
 def test_nothing_is_said_of_half_a_table(published: Path) -> None:
-    write_grids(published, seeds=20)
+    write_grids(published)
     assert version2.sentences(published)["v2-claims"]() == (
-        "- 18 of the 120 runs that the protocol asks for have been made. Nothing is claimed before "
+        "- 18 of the 180 runs that the protocol asks for have been made. Nothing is claimed before "
         "all are there."
     )
-    assert "Nothing is claimed" not in version2.sentences(published)["v2-further-claims"]()
 
 
 def test_the_margin_is_a_quarter_of_the_rivals_reward_in_the_search(tmp_path: Path) -> None:

@@ -560,7 +560,9 @@ def test_all_rows_of_the_comparison_have_one_budget(path: Path) -> None:
 
 def test_the_grids_are_what_the_rule_makes_of_the_search(tmp_path: Path) -> None:
     published = ROOT / "results" / "tiny2"
-    said = CliRunner().invoke(grids.main, [str(published / "trials.csv"), str(tmp_path)])
+    of = grid.read(published / "grid.toml")
+    part = ["--seeds", str(len(of.seeds)), *(p for o in of.objectives for p in ("--objective", o))]
+    said = CliRunner().invoke(grids.main, [str(published / "trials.csv"), str(tmp_path), *part])
     assert said.exit_code == 0, said.output
     made = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert made == {path.name: path.read_text() for path in published.glob("*.toml")}
