@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu, t, ttest_ind, ttest_rel
+from scipy.stats import mannwhitneyu, norm, t, ttest_ind, ttest_rel
 
 from eval.analysis.heights import area_under_curve, images_to_threshold
 from eval.analysis.ranks import rank_agreement
@@ -243,6 +243,14 @@ def test_the_order_of_seeds_changes_no_comparison(function: Callable[..., Any]) 
     ours, theirs = RNG.normal(size=6), RNG.normal(size=5)
     found = function(shuffled(ours), shuffled(theirs))
     assert function(ours, theirs) == pytest.approx(found, rel=1e-12)
+
+
+def test_two_seeds_show_large_differences_alone() -> None:
+    """With one degree of freedom, the edge is divided by a normal number's absolute value."""
+    two = from_zero([1.0, 2.0])
+    edge = t.ppf(1 - 0.05 / 20 / 2, 1)
+    expected = 0.5 * edge * norm.ppf(0.9)
+    assert smallest_shown(two, 20) == pytest.approx(expected, rel=0.01)
 
 
 def test_one_seed_says_nothing_about_the_spread() -> None:

@@ -232,7 +232,8 @@ def smallest_shown(found: Difference, tests: int = 1, power: float = 0.8) -> flo
         return found.error
     edge = t.ppf(1 - 0.05 / tests / 2, found.freedom)
     # The other side's share is left out as tables do: at this power it is below 1e-4.
-    return float(found.error * brentq(lambda d: nct.sf(edge, found.freedom, d) - power, 0, 100))
+    far = 10 * edge + 10  # of two seeds, twenty tests ask for 300 standard errors
+    return float(found.error * brentq(lambda d: nct.sf(edge, found.freedom, d) - power, 0, far))
 
 
 def holm(values: Sequence[float]) -> list[float]:
