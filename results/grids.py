@@ -8,9 +8,9 @@ into the second folder.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -18,9 +18,17 @@ from d3po_bench import registry
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.launch.grid import as_set
 from d3po_bench.runs.files import read_csv, write_atomically
+from d3po_bench.setting import pairs_of
 from results.version2 import CONTROL, MAIN, OBJECTIVES, SEEDS, chosen_of
 
 PATH = click.Path(path_type=Path)
+Settings = Mapping[str, str]
+
+SEARCH = tomllib.loads(Path(__file__).with_name("protocol.toml").read_text("utf-8"))["tune"]
+USUAL = {"prompts": SEARCH["prompts"], **pairs_of(SEARCH["settings"])}
+"""Settings of the search, which are those of the ablation, too."""
+
+TEST = {"eval_list": "geneval-held-out", "eval_noise": "1"}
 
 HEAD = """\
 # {title}, of PROTOCOL.md. Written by `python -m results.grids` from trials.csv, for
@@ -28,26 +36,10 @@ HEAD = """\
 methods = [{methods}]
 objectives = [{objectives}]
 seeds = [{seeds}]
-model = "tiny2"
+model = "{model}"
 preset = "quick"
-
-[set]
-prompts = "geneval"
-rounds = 16
-guidance = 1
-eval_every = {every}
-eval_list = "{captions}"
-eval_noise = {noise}
 """
-
-TEST = {
-    "command": "d3po-bench sweep results/tiny2/{name} --out runs/version2",
-    "captions": "geneval-held-out", "noise": 1,
-}  # fmt: skip
-ABLATION = {
-    "command": "python -m results.steps runs/steps", "objectives": '"incompress", "compress"',
-    "captions": "geneval-dev", "noise": 0, "every": 16,
-}  # fmt: skip
+SWEEP = "d3po-bench sweep results/tiny2/{name} --out runs/version2"
 
 STEPS = ("ddpo", "d3po_of_two")
 """Rows of the ablation of steps."""
@@ -56,11 +48,13 @@ STEPS = ("ddpo", "d3po_of_two")
 @click.command()
 @click.argument("trials", type=click.Path(path_type=Path, exists=True))
 @click.argument("target", type=PATH)
-@click.option("--seeds", type=click.IntRange(1), help="Of the test runs, the first ones alone.")
+@click.option(
+    "--seeds", "seeds_of", type=click.IntRange(1), help="Of the test runs, the first ones alone."
+)
 @click.option(
     "--objective", "objectives", multiple=True, type=click.Choice(OBJECTIVES), default=OBJECTIVES
 )
-def main(trials: Path, target: Path, seeds: int | None, objectives: tuple[str, ...]) -> None:
+def main(trials: Path, target: Path, seeds_of: int | None, objectives: tuple[str, ...]) -> None:
     """Write the grids for the settings that a search has chosen, into TARGET."""
     rows = read_csv(trials)
     methods = [*dict.fromkeys(row["method"] for row in rows)]
@@ -68,29 +62,32 @@ def main(trials: Path, target: Path, seeds: int | None, objectives: tuple[str, .
     further = {m: of for m, of in found.items() if m not in MAIN}
     target.mkdir(parents=True, exist_ok=True)
 
-    def write(name: str, title: str, found: Mapping[str, Mapping[str, str]], every: int) -> None:
-        part = {"objectives": _listed(objectives), "every": every, **TEST}
-        _write(target / name, title, found, SEEDS[name][:seeds], **part)
+    def write(name: str, title: str, found: Mapping[str, Settings], every: int) -> None:
+        seeds, settings = SEEDS[name][:seeds_of], {**USUAL, **TEST, "eval_every": str(every)}
+        command = SWEEP.format(name=name)
+        _write(target / name, title, command, found, objectives, seeds, settings)
 
     if len(further) < len(found):
         rival = {name: as_set(value) for name, value in registry.variant(MAIN[0])[1].items()}
         first = {m: found[m] for m in MAIN} | {CONTROL: rival | found[MAIN[0]]}
         write("grid.toml", "Main rows and control", first, 8)
-        steps = {m: found[m] for m in STEPS}
-        _write(target / "steps.toml", "Which steps to learn from", steps, (902, 903), **ABLATION)
+        both, steps = (SEARCH["objective"], SEARCH["against"]), {m: found[m] for m in STEPS}
+        _write(target / "steps.toml", "Which steps to learn from",
+               "python -m results.steps runs/steps", steps, both, (902, 903), USUAL)  # fmt: skip
     if further:
         write("further.toml", "Further rows", further, 16)
 
 
 def _write(
-    path: Path, title: str, found: Mapping[str, Mapping[str, str]], seeds: Sequence[int],
-    **part: Any,
+    path: Path, title: str, command: str, found: Mapping[str, Settings],
+    objectives: Sequence[str], seeds: Sequence[int], settings: Settings,
 ) -> None:  # fmt: skip
-    part["command"] = part["command"].format(name=path.name)
     head = HEAD.format(
-        title=title, methods=_listed(found), seeds=", ".join(map(str, seeds)), **part
-    )
-    lines = [line for name, settings in found.items() for line in _table(name, settings)]
+        title=title, command=command, methods=_listed(found), objectives=_listed(objectives),
+        seeds=", ".join(map(str, seeds)), model=SEARCH["model"],
+    )  # fmt: skip
+    tables = {"set": settings, **{f"method.{name}": of for name, of in found.items()}}
+    lines = [line for name, of in tables.items() for line in _table(name, of)]
     write_atomically(path, (head + "\n".join(lines) + "\n").encode())
 
 
@@ -98,8 +95,8 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _table(method: str, settings: Mapping[str, str]) -> Iterator[str]:
-    yield f"[method.{method}]"
+def _table(name: str, settings: Settings) -> Iterator[str]:
+    yield f"[{name}]"
     for name, value in settings.items():
         yield f'{name} = "{value}"'
 

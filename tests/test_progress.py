@@ -122,11 +122,12 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_a_log_gets_a_line_now_and_then(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    waiting = [at(n, rounds=100, images=0, seconds={}, like="d3po") for n in "ab"]
+    runs = ("seed 0", "seed 1")
+    waiting = [at(run, rounds=100, images=0, seconds={}, like="d3po") for run in runs]
     with Board() as board:
-        board.expect(waiting, 1, {"a": "seed 0", "b": "seed 1"})
+        board.expect(waiting, 1)
         for n in range(101):
-            now = at("a", rounds=100 - n, images=0, seconds={ROUND: 2}, done=n, like="d3po")
+            now = at("seed 0", rounds=100 - n, images=0, seconds={ROUND: 2}, done=n, like="d3po")
             now = replace(now, text=f"round {n}/100", gain=n / 100, unit="kB")
             board.report(now)
             clock.now += 2

@@ -49,7 +49,6 @@ from d3po_bench.launch.progress import Board
 from d3po_bench.launch.state import State, read_states
 from d3po_bench.prompts.tables import read_text
 from d3po_bench.rewards import sums
-from d3po_bench.training.progress import label
 from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
 
@@ -228,9 +227,8 @@ def run(
         limit = launch.configured(requests[0])[1].rank_timeout
     processes.join(device, limit)
     work = parallel.together(lambda: _planned(requests))
-    names = {label(job.config): label(job.config) for job in work}
     with board or Board() as shown:
-        failed = launch.execute(work, jobs, names, shown, ranks, where)
+        failed = launch.execute(work, jobs, shown, ranks, where)
         if failed and all(isinstance(said, TryAgainError) for said in failed.values()):
             launch.require_all(failed)
         for name, said in failed.items() if leads() else ():

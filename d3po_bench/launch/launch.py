@@ -23,7 +23,6 @@ from d3po_bench.prompts import read_prompts
 from d3po_bench.rewards import http
 from d3po_bench.runs.store import require_same
 from d3po_bench.training import tracking
-from d3po_bench.training.progress import label
 from d3po_bench.training.progress import planned as before_run
 from d3po_bench.training.run import Job
 from d3po_bench.training.tools import Tools
@@ -86,12 +85,12 @@ def run(request: RunRequest, board: Board | None = None) -> list[Path]:
     """
     require_ranks(request.ranks, request.jobs, request.device, request.where)
     ranks.join(request.device, configured(request)[1].rank_timeout)
-    jobs = parallel.together(lambda: planned(request))
-    names = {label(job.config): f"seed {job.config.seed}" for job in jobs}
+    found = parallel.together(lambda: planned(request))
+    jobs = [replace(job, name=f"seed {job.config.seed}") for job in found]
     with board or Board() as shown:
-        failed = execute(jobs, request.jobs, names, shown, request.ranks, request.where)
+        failed = execute(jobs, request.jobs, shown, request.ranks, request.where)
         alone = len(jobs) == 1
-        require_all({"" if alone else names[run]: why for run, why in failed.items()})
+        require_all({"" if alone else name: why for name, why in failed.items()})
     return [job.folder for job in jobs]
 
 
@@ -131,9 +130,8 @@ def run_folder(out: Path, config: RunConfig) -> Path:
 
 
 def execute(
-    jobs: list[Job], count: int | None, names: Mapping[str, str], board: Board,
-    processes: int = 1, where: Where = HERE,
-) -> dict[str, UserError]:  # fmt: skip
+    jobs: list[Job], count: int | None, board: Board, processes: int = 1, where: Where = HERE
+) -> dict[str, UserError]:
     """Make the runs, side by side where there is room; what failed, by what it is called.
 
     A run that fails, for whatever reason, stops no other; the traceback of what nobody expected
@@ -142,7 +140,6 @@ def execute(
     Args:
         jobs: the runs.
         count: how many side by side; None for as many as the model and machine allow.
-        names: what a run is called -> what to call it in the progress, if not that.
         board: shows how far they are.
         processes: to start for each run; then runs are made one after the other, as they are
             where this process is a rank itself.
@@ -165,8 +162,7 @@ def execute(
         return not end.trace
 
     def begin(count: int) -> None:
-        work = [replace(before_run(job.config), run=job.called) for job in jobs]
-        board.expect(work, count, names)
+        board.expect([replace(before_run(job.config), run=job.called) for job in jobs], count)
 
     if where.place != "local":
         for job in jobs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from enum import IntEnum
@@ -43,7 +43,6 @@ class Board:
         """`level`: how much the first rank says; `console`: where, in place of stderr."""
         self.level, self.estimate = level if leads() else Level.QUIET, Estimate()
         self.console = console or Console(stderr=True)
-        self.names: dict[str, str] = {}
         self.began = time.monotonic()
         self.said: set[str] = set()
         self.view: _Bars | _Lines | None = None
@@ -68,18 +67,14 @@ class Board:
         """Since the beginning, h:mm:ss."""
         return _clock(time.monotonic() - self.began)
 
-    def expect(
-        self, work: Iterable[Progress], workers: int = 1, names: Mapping[str, str] | None = None
-    ) -> None:
+    def expect(self, work: Iterable[Progress], workers: int = 1) -> None:
         """So much is to be done, after what was expected before.
 
         Args:
             work: as it is before its beginning.
             workers: how much of it is done at a time.
-            names: what to call each `run`, if not by that.
         """
         self.estimate.expect(work, workers)
-        self.names |= names or {}
 
     def report(self, progress: Progress) -> None:
         """Something has gone on."""
@@ -90,7 +85,7 @@ class Board:
             self.expect([progress])
         self.estimate.work[progress.run] = progress
         if progress.detail and self.level == Level.VERBOSE:
-            self.say(f"[{self.elapsed}] {self.name(progress)}: {progress.detail}")
+            self.say(f"[{self.elapsed}] {progress.run}: {progress.detail}")
         if self.view is not None:
             self.view.show(progress)
 
@@ -110,10 +105,6 @@ class Board:
         """Tell people, if they want to be told."""
         if self.level > Level.QUIET:
             click.echo(text, err=True)
-
-    def name(self, progress: Progress) -> str:
-        """What to call its run."""
-        return self.names.get(progress.run, progress.run)
 
     def summary(self) -> str:
         """How many runs are done, and what those of one kind have gained so far."""
@@ -147,7 +138,7 @@ class _Lines:
         tenth = int((whole.share or 0) * 10)
         if tenth != self.tenth or now - self.last >= LATE:
             self.last, self.tenth = now, tenth
-            place = f"{board.name(progress)}: {progress.text}"
+            place = f"{progress.run}: {progress.text}"
             said = "; ".join(filter(None, [_standing(whole), board.summary(), place]))
             board.say(f"[{board.elapsed}] {said}")
 
@@ -174,8 +165,7 @@ class _Bars:
                 self.bars.remove_task(self.tasks.pop(run))
         else:
             if run not in self.tasks:
-                name = self.board.name(progress)
-                self.tasks[run] = self.bars.add_task("", name=name, percent="", until=None)
+                self.tasks[run] = self.bars.add_task("", name=run, percent="", until=None)
             self._update(self.tasks[run], estimate.of(run), progress.text)
         self._update(self.whole, estimate.whole(), self.board.summary())
 

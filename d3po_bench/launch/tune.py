@@ -201,44 +201,43 @@ class Search:
                 live.append(self._live(method, trial.number, trial.params))
             else:  # killed while it was being written down
                 study.tell(trial.number, state=TrialState.FAIL)
-        number = len(self.whole(method)) + len(live)
+        ended = len(self.whole(method))
+        number = ended + len(live)
         ends = (SPREAD, SPREAD + REFINED) if RATE in space else (SPREAD,)
-        further = number + (0 if live else 1)
-        until = next((end for end in ends if len(self.whole(method)) < end), further)
-        while number < min(until, self.request.trials):
-            live.append(self._ask(method, number))
-            number += 1
-        return live
+        until = next((end for end in ends if ended < end), number + (0 if live else 1))
+        numbers = range(number, min(until, self.request.trials))
+        points = zip(numbers, self._points(method, numbers), strict=True)
+        return live + [self._ask(method, number, point) for number, point in points]
 
-    def _ask(self, method: str, number: int) -> _Live:
-        """Begin a trial of a method."""
+    def _points(self, method: str, numbers: range) -> list[dict[str, Any] | None]:
+        """What trials of one stage try; None for what Optuna is to propose."""
+        space = self.spaces[method]
+        if numbers.stop <= SPREAD:
+            return [spread(space, number, self.request.sampler_seed) for number in numbers]
+        if numbers.stop > SPREAD + REFINED or RATE not in space or not numbers:
+            return [None for _ in numbers]
+        first = self.whole(method)[:SPREAD]
+        made = [[*self.shown(method, trial).values()] for trial in first]
+        best, broken = self.request.rule.promising(made)
+        return [rescaled(space, first[best].params, n - SPREAD, lower=broken) for n in numbers]
+
+    def _ask(self, method: str, number: int, point: dict[str, Any] | None) -> _Live:
+        """Begin a trial of a method, at a point or where Optuna proposes."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution
         from optuna.samplers import TPESampler
         from optuna.trial import TrialState
 
         study, space = self.studies[method], self.spaces[method]
-        seed = self.request.sampler_seed
-        study.sampler = TPESampler(
-            seed=int(short(f"{seed}/{method}/{number}"), 16) % 2**32, n_startup_trials=0
-        )
-        if not study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-            # else a killed command left this one in the queue
-            if number < SPREAD:
-                study.enqueue_trial(spread(space, number, seed))
-            elif number < SPREAD + REFINED and RATE in space:
-                study.enqueue_trial(self._refined(method, number - SPREAD))
+        seed = short(f"{self.request.sampler_seed}/{method}/{number}")
+        study.sampler = TPESampler(seed=int(seed, 16) % 2**32, n_startup_trials=0)
+        waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        if point and not waiting:  # else a killed command left this one in the queue
+            study.enqueue_trial(point)
         asked = study.ask({
             name: FloatDistribution(*of, log=True) if isinstance(of, tuple)
             else CategoricalDistribution(of) for name, of in space.items()
         })  # fmt: skip
         return self._live(method, asked.number, asked.params)
-
-    def _refined(self, method: str, number: int) -> dict[str, Any]:
-        """The most promising of the first trials, at another rate."""
-        first = self.whole(method)[:SPREAD]
-        made = [[*self.shown(method, trial).values()] for trial in first]
-        best, broken = self.request.rule.promising(made)
-        return rescaled(self.spaces[method], first[best].params, number, lower=broken)
 
     def _live(self, method: str, number: int, params: Mapping[str, Any]) -> _Live:
         config, images = self.configs[method], self.request.images
@@ -254,8 +253,9 @@ class Search:
         from optuna.trial import TrialState
 
         for seed in self.request.seeds:
-            failed = self._made(live, seed, board) if live else []
-            going = []
+            if not live:
+                return
+            failed, going = self._made(live, seed, board), []
             for trial in live:
                 if trial not in failed:
                     trial.seen.append(self.seen(trial, seed))
@@ -282,7 +282,7 @@ class Search:
                 jobs.append(replace(job, name=name))
                 of[name] = trial
         run = self.request.run
-        problems = launch.execute(jobs, run.jobs, {}, board, where=run.where)
+        problems = launch.execute(jobs, run.jobs, board, where=run.where)
         for name, problem in problems.items():
             if not isinstance(problem, RunError) or isinstance(problem, TryAgainError):
                 launch.require_all({name: problem})

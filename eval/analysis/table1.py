@@ -27,7 +27,7 @@ from d3po_bench.launch.progress import Board
 from d3po_bench.models.sources import model_source
 from d3po_bench.runs.files import csv_bytes, readable, write_atomically
 from d3po_bench.runs.run import LORA, RunFolder, find_runs, read_object
-from d3po_bench.training.progress import IMAGE, Counted, Progress, label
+from d3po_bench.training.progress import IMAGE, Counted, Progress
 from d3po_bench.training.run import Job
 from eval.analysis import choices
 from eval.analysis.cells import Cells
@@ -124,9 +124,8 @@ def _made(
     images = work.images(plan.planned(asked[BASE_ROWS]))
     waiting = {name: Progress(run=f"scoring {name}", left={IMAGE: images}) for name in asked}
     board.expect(waiting.values())
-    names = {label(job.config): label(job.config) for job in jobs}
     if jobs:
-        launch.require_all(launch.execute(jobs, request.jobs, names, board))
+        launch.require_all(launch.execute(jobs, request.jobs, board))
     made: dict[str, str] = {}
     for name, evaluation in asked.items():
         told = Counted(waiting[name].run, IMAGE, board.report)

@@ -100,7 +100,6 @@ def rerun(
         UserError: there are not so many, a setting decides numbers, or a run cannot begin here.
     """
     from d3po_bench.launch import launch
-    from d3po_bench.training.progress import label
     from d3po_bench.training.run import Job
     from eval.tools import TOOLS
 
@@ -108,12 +107,12 @@ def rerun(
     somewhere = nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="d3po-bench-")
     with somewhere as place, board or Board() as shown:
         for run in drawn(runs, count, seed):
-            name, config = str(run.place.relative_to(folder)), run.config
+            name = str(run.place.relative_to(folder))
             job = Job(
-                config=config, execution=executions[run.folder], folder=Path(place, name),
+                config=run.config, execution=executions[run.folder], folder=Path(place, name),
                 tools=TOOLS,
             )  # fmt: skip
-            failed = launch.execute([job], 1, {label(config): label(config)}, shown)
+            failed = launch.execute([job], 1, shown)
             for problem in failed.values():
                 if not isinstance(problem, RunError):
                     raise problem
