@@ -137,9 +137,9 @@ def alignment(folder: Path) -> str:
     return _by_first(scored.gained(folder), words)
 
 
-def feedback() -> str:
-    """Which rates rise over rounds of feedback."""
-    gained = {record: rounds.gain(*record) for record in rounds.experiments()}
+def feedback(home: str) -> str:
+    """Which rates rise over rounds of feedback, of a folder of what was published."""
+    gained = {record: rounds.gain(*record) for record in rounds.experiments(home)}
     p = adjusted(gained)
     words = Words(
         "The rate is shown to rise", "The rate is shown to fall", "No change of the rate is shown"

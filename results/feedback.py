@@ -1,7 +1,8 @@
-"""Tables and figures of `tiny/feedback`: learning from raters, every one of them SIMULATED."""
+"""Tables and figures of learning from raters, every one of them SIMULATED."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from eval.analysis.statistics import Difference, from_zero, interval
 from eval.analysis.tables import Cell, Record, Table, text
 from eval.figures.style import STYLE
 
-TINY = Path(__file__).parent / "tiny"
-QUESTIONS = {"normalcy": "normal images", "safety": "safe images"}
+HERE = Path(__file__).parent
+TINY = HERE / "tiny"
+QUESTIONS = {
+    "tiny": {"normalcy": "normal images", "safety": "safe images"},
+    "tiny2": {"captions2": "images as asked", "safety2": "safe images"},
+}
+"""Folder of what was published -> experiment -> which rate it is about."""
 SCORERS = ("image_reward", "clip", "blip_itm_logit", "blip_itc")
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 
@@ -24,8 +30,19 @@ Seeds = dict[str, dict[str, float]]
 """Seed -> round or model -> value."""
 
 
+def path_of(home: str, name: str) -> Path:
+    """Where the rows of a folder of what was published lie."""
+    return HERE / home / "feedback" / f"{name}.csv"
+
+
+def homes() -> list[str]:
+    """The folders that have rounds."""
+    return [home for home in QUESTIONS if path_of(home, "rounds").is_file()]
+
+
 def _rows(name: str) -> list[dict[str, Any]]:
-    return read_csv(TINY / "feedback" / f"{name}.csv")
+    paths = [path_of(home, name) for home in QUESTIONS]
+    return [row for path in paths if path.is_file() for row in read_csv(path)]
 
 
 def _by_seed(name: str, column: str, **where: str) -> Seeds:
@@ -61,15 +78,15 @@ def _mean(field: str, values: Any) -> Record:
 # ---- tables
 
 
-def experiments() -> list[tuple[str, str]]:
+def experiments(home: str) -> list[tuple[str, str]]:
     """What was played: experiment, with -METHOD where it is not D3PO, and raters' error rate."""
-    return sorted({(row["experiment"], row["error"]) for row in _rows("rounds")})
+    return sorted({(r["experiment"], r["error"]) for r in read_csv(path_of(home, "rounds"))})
 
 
 def asked(experiment: str) -> tuple[str, str]:
     """The rate that an experiment is about, and the method that learns."""
     name, _, method = experiment.partition("-")
-    return QUESTIONS[name], method or "d3po"
+    return next(of[name] for of in QUESTIONS.values() if name in of), method or "d3po"
 
 
 def gain(name: str, error: str) -> Difference:
@@ -79,7 +96,7 @@ def gain(name: str, error: str) -> Difference:
     return from_zero([last - first for first, last in ends])
 
 
-def rounds() -> Table:
+def rounds(home: str) -> Table:
     """A row for each experiment, method and error rate."""
     columns = {
         "experiment": lambda r: asked(r["experiment"])[0],
@@ -92,7 +109,7 @@ def rounds() -> Table:
         "recognised, round 0, 1, ...": _course("recognised"),
     }  # fmt: skip
     return Table(
-        [_experiment(*cell) for cell in experiments()], columns, left=("experiment", "method")
+        [_experiment(*cell) for cell in experiments(home)], columns, left=("experiment", "method")
     )
 
 
@@ -168,8 +185,12 @@ def _scored(name: str) -> list[dict[str, Any]]:
 # ---- figures
 
 
-def draw(folder: Path) -> None:
-    """Draw rounds.png and preference.png into a folder."""
+def draw(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Draw Figures 4 and 5 of every home, and Figure 7, below a folder.
+
+    Yields:
+        What was published, and what was drawn.
+    """
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -177,14 +198,18 @@ def draw(folder: Path) -> None:
 
     known: Any = {k: v for k, v in STYLE.items() if k in plt.rcParams}
     with plt.rc_context(known):
-        for name, figure in (("rounds", _rounds(plt)), ("preference", _preference(plt))):
-            figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
+        figures = {path_of(home, "rounds"): _rounds(plt, QUESTIONS[home]) for home in homes()}
+        figures[path_of("tiny", "preference")] = _preference(plt)
+        for number, (rows, figure) in enumerate(figures.items()):
+            drawn = folder / f"feedback-{number}.png"
+            figure.savefig(drawn, dpi=150, metadata={"Software": None})
+            yield rows.with_suffix(".png"), drawn
 
 
-def _rounds(plt: Any) -> Any:
-    size = (4.4 * len(QUESTIONS), 3.4)
-    figure, panels = plt.subplots(1, len(QUESTIONS), figsize=size, layout="constrained")
-    for axes, name in zip(panels, QUESTIONS, strict=True):
+def _rounds(plt: Any, questions: Mapping[str, str]) -> Any:
+    size = (4.4 * len(questions), 3.4)
+    figure, panels = plt.subplots(1, len(questions), figsize=size, layout="constrained")
+    for axes, (name, question) in zip(panels, questions.items(), strict=True):
         for error, colour, marker in (("0", COLOURS[0], "o"), ("0.2", COLOURS[1], "s")):
             seeds = _by_seed("rounds", "good", experiment=name, error=error)
             numbers = sorted(int(n) for n in next(iter(seeds.values())))
@@ -193,7 +218,7 @@ def _rounds(plt: Any) -> Any:
             label = f"{float(error):.0%} error, {len(table)} seeds"
             mean = table.mean(0)
             axes.plot(numbers, mean, color=colour, marker=marker, markersize=5, label=label)
-        axes.set(title=f"Rate of {QUESTIONS[name]}", xlabel="rounds of feedback", ylim=(None, 1.01))
+        axes.set(title=f"Rate of {question}", xlabel="rounds of feedback", ylim=(None, 1.01))
         axes.set_xticks(numbers)
     panels[0].set_ylabel("share of images")
     panels[-1].legend(loc="lower right", title="simulated raters", frameon=False)

@@ -114,6 +114,13 @@ TABLE1 = {
 """Table 1 of each version -> its rows."""
 
 
+FEEDBACK = {
+    name: home for name, home in {"feedback": "tiny", "v2-feedback": "tiny2"}.items()
+    if home in feedback.homes()
+}  # fmt: skip
+"""Rounds of feedback of each version -> where they are."""
+
+
 def step_shares() -> Table:
     """Which denoising steps decide a picture's JPEG size, as measure.py step-shares found."""
     columns = {
@@ -134,7 +141,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "crossed": lambda: crossed(tiny()),
     "settings": lambda: settings(tiny()),
     "confirm": search.confirm,
-    "feedback": feedback.rounds,
+    **{name: partial(feedback.rounds, home) for name, home in FEEDBACK.items()},
     "feedback-choices": feedback.choices,
     "feedback-scorers": feedback.scorers,
     "fidelity": search.fidelity,
@@ -165,7 +172,7 @@ CLAIMS: Mapping[str, Callable[[], str]] = {
     "claims-contrast": lambda: claims.halves(tiny()),
     "claims-diversity": lambda: claims.diversity(tiny()),
     "claims-crossed": lambda: claims.crossed(tiny()),
-    "claims-feedback": claims.feedback,
+    **{f"claims-{name}": partial(claims.feedback, home) for name, home in FEEDBACK.items()},
     **version2.sentences(V2),
     **alignment.sentences(),
     **{name: partial(made_table1, folder) for name, folder in TABLE1.items()},
@@ -214,7 +221,7 @@ NAMED = {
     "drift": "drift.{objective}.{method}",
     "crossed": "crossed.{method}.{objective}",
     "fidelity": "fidelity.{name}",
-    "feedback": "feedback.{experiment}.{error:.0%}",
+    **dict.fromkeys(FEEDBACK, "feedback.{experiment}.{error:.0%}"),
     "feedback-choices": "choices.{error:.0%}",
     "alignment": "alignment.{captions}.{sampler}.{method}",
     **version2.NAMED,
@@ -277,9 +284,7 @@ def drawn(place: Path) -> Iterator[tuple[Path, Path]]:
         for x, folder in axes.items() if groups else ():
             png, _ = draw_curves(groups, x, place / home.name / x)  # what documents show
             yield home / "figures" / folder / png.name, png
-    feedback.draw(place)
-    for made in sorted(place.glob("*.png")):
-        yield HOME / "tiny" / "feedback" / made.name, made
+    yield from feedback.draw(place)
     for name, published in TABLE1.items():
         copy = Path(shutil.copytree(published, place / name))
         table1.write(copy)

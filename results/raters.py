@@ -27,7 +27,7 @@ from d3po_bench.training.tools import Tools
 from eval.analysis.scored import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work
 from eval.tools import TOOLS
-from results.feedback import QUESTIONS
+from results.feedback import QUESTIONS, path_of
 
 HERE = Path(__file__).resolve().parent
 PATH = click.Path(path_type=Path)
@@ -118,10 +118,12 @@ EXPERIMENTS = {
 @click.option("--prompts", help="Another list or file.")
 @click.option("--draw", multiple=True, metavar="KEY=VALUE", help="Another way to draw.")
 @click.option("--set", "learn", multiple=True, metavar="KEY=VALUE", help="Another way to learn.")
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--out", type=PATH, default=Path("runs/feedback"))
 def rounds(
     experiment: str, method: str, seed: int, count: int, number: int, error: float,
-    of: int | None, prompts: str | None, draw: tuple[str, ...], learn: tuple[str, ...], out: Path,
+    of: int | None, prompts: str | None, draw: tuple[str, ...], learn: tuple[str, ...],
+    device: str, out: Path,
 ) -> None:  # fmt: skip
     """Play Figures 4 and 5 on the embedded model: draw, tag, learn, draw again.
 
@@ -141,7 +143,7 @@ def rounds(
         round_ = draw_round(
             place, asked, prompts or own.prompts, count=of or own.count, seed=seed, before=before,
             model=own.model, settings={} if before else own.drawing | pairs_of(draw),
-            device="cpu",
+            device=device,
         )  # fmt: skip
         pool = [Annotator(error=error)] * number
         simulated.simulate(place, None, pool, seed * 1000 + index, TOOLS, rule=own.said)
@@ -152,7 +154,7 @@ def rounds(
             before = place / "trained" / method
             settings = own.learning[method] | pairs_of(learn)
             request = training.TrainRequest(
-                method=method, passes=1, settings=settings, preset=None, device="cpu", tools=TOOLS
+                method=method, passes=1, settings=settings, preset=None, device=device, tools=TOOLS
             )
             training.train(training.data_of(place, scores_of(place)), request, before)
 
@@ -258,24 +260,29 @@ def _drawn(target: Path, own: RunConfig, count: int | None, out: Path) -> Path:
 @click.command()
 @click.argument("runs", type=THERE)
 def collect(runs: Path) -> None:
-    """Copy what `rounds` and `preference` wrote of version 1 below RUNS into tiny/feedback.
+    """Copy what `rounds` and `preference` wrote below RUNS to the rows of their version.
 
-    Raters without errors are those of Table 1: their choices go to its folder.
+    First choices also go to Table 1: those of raters without errors to version 1's, those of
+    raters that judge by a scorer to version 2's.
     """
     rates = [
         {"experiment": p.parts[-4], "error": p.parts[-3][6:], "seed": p.parts[-2][5:]} | row
-        for p in sorted(runs.glob("*/error-*/seed-*/rates.csv"))
-        if p.parts[-4].partition("-")[0] in QUESTIONS
-        for row in read_csv(p)
-    ]
+        for p in sorted(runs.glob("*/error-*/seed-*/rates.csv")) for row in read_csv(p)
+    ]  # fmt: skip
+    for home, own in QUESTIONS.items():
+        _keep(home, "rounds", [row for row in rates if row["experiment"].partition("-")[0] in own])
     chosen = [
         {"error": p.parts[-2][6:], "seed": p.stem[5:]} | row
         for p in sorted(runs.glob("preference/error-*/seed-*.csv"))
         if "-by-" not in p.parts[-2]
         for row in read_csv(p)
     ]
-    for name, rows in (("rounds", rates), ("preference", chosen)):
-        if rows:
-            write_atomically(HERE / "tiny" / "feedback" / f"{name}.csv", csv_bytes(rows))
-    for path in runs.glob("preference/error-0/choices/seed-*.csv"):
-        write_atomically(HERE / "tiny" / "table1" / "choices" / path.name, path.read_bytes())
+    _keep("tiny", "preference", chosen)
+    for home, raters in (("tiny", "error-0"), ("alignment", "error-0-by-*")):
+        for path in runs.glob(f"preference/{raters}/choices/seed-*.csv"):
+            write_atomically(HERE / home / "table1" / "choices" / path.name, path.read_bytes())
+
+
+def _keep(home: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        write_atomically(path_of(home, name), csv_bytes(rows))
