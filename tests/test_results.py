@@ -564,5 +564,5 @@ def test_the_grids_are_what_the_rule_makes_of_the_search(tmp_path: Path) -> None
     part = ["--seeds", str(len(of.seeds)), *(p for o in of.objectives for p in ("--objective", o))]
     said = CliRunner().invoke(grids.main, [str(published / "trials.csv"), str(tmp_path), *part])
     assert said.exit_code == 0, said.output
-    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert made == {path.name: path.read_text() for path in published.glob("*.toml")}
+    grids_there = {path.name: path.read_text() for path in published.glob("*.toml")}
+    assert {name: (tmp_path / name).read_text() for name in grids_there} == grids_there
