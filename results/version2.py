@@ -19,12 +19,21 @@ from d3po_bench.runs.files import read_csv
 from d3po_bench.runs.packed import PACKED
 from eval.analysis.efficiency import efficiency
 from eval.analysis.fronts import fronts
-from eval.analysis.gains import Groups, both_ends, both_signs, contrast, cost, gains, rival_of
+from eval.analysis.gains import (
+    Groups,
+    both_ends,
+    both_signs,
+    contrast,
+    cost,
+    gained,
+    gains,
+    rival_of,
+)
 from eval.analysis.runs import read_groups
 from eval.analysis.scores import score_of
 from eval.analysis.settings import settings
 from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
-from eval.analysis.tables import Record, Table, number, spread, text
+from eval.analysis.tables import Record, Table, number, over_seeds, spread, text
 from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said
 from results.claims import FOLLOW, bullets, differences, than
 
@@ -37,8 +46,14 @@ OBJECTIVES = ("incompress", "compress", "aesthetic")
 SEEDS = {"grid.toml": range(1000, 1020), "further.toml": range(1000, 1010)}
 """Of the test runs, by their grid."""
 
+VARIED = range(1000, 1005)
+"""Seeds whose models were measured for how varied they draw."""
+
 MARGIN = 0.25
 """A difference in S that would not matter, as a share of the rival's S in the search."""
+
+CARD = "tiny2-h100"
+"""Folder of test runs that were made on a card, too."""
 
 TRIALS = "trials.csv"
 """What `d3po-bench tune` wrote."""
@@ -93,10 +108,12 @@ def tables(folder: Path, front: Callable[[Groups], Table]) -> dict[str, Callable
             "v2-settings": (settings, dict), "v2-control": (contrast, control),
             "v2-gains": (gains, main_rows), "v2-further-gains": (gains, further_rows),
             "v2-contrast": (halves, main_rows), "v2-further-contrast": (halves, further_rows),
-            "v2-efficiency": (efficiency, main_rows),
+            "v2-efficiency": (efficiency, main_rows), "v2-varied": (varied, dict),
         }  # fmt: skip
         for name, (table, rows) in shown.items():
             made[name] = partial(_made, table, rows, folder)
+    if there(card := folder.parent / CARD):
+        made["v2-devices"] = lambda: devices(published(folder), published(card))
     return made
 
 
@@ -151,6 +168,35 @@ def of_rewards(groups: Groups) -> dict[str, Difference]:
     """Method -> how its S differs from the rival's."""
     found, rival = rewards(groups), rival_of(groups)
     return {m: by_seed(own, found[rival]) for m, own in found.items() if m != rival}
+
+
+def varied(groups: Groups) -> Table:
+    """A row for each objective and method: how varied its pictures are, in the seeds measured."""
+    part = {group: [r for r in runs if r.seed in VARIED] for group, runs in groups.items()}
+    table = cost({group: runs for group, runs in part.items() if runs})
+    shown = ("objective", "method", "Vendi score", "base model covered")
+    return Table(table.records, {name: table.columns[name] for name in shown}, left=table.left)
+
+
+def devices(cpu: Groups, card: Groups) -> Table:
+    """A row for each objective and method: what a card changes, seed by seed."""
+    found: list[Record] = []
+    for (model, objective, method), runs in card.items():
+        ours, theirs = gained(cpu.get((model, objective, method), ())), gained(runs)
+        test = by_seed(theirs, {seed: ours.get(seed, math.nan) for seed in theirs})
+        found.append({
+            "objective": objective, "method": method, "seeds": len(theirs),
+            **over_seeds("cpu", [ours.get(seed, math.nan) for seed in theirs]),
+            **over_seeds("card", [*theirs.values()]),
+            "difference": test.mean, "difference_low": test.low, "difference_high": test.high,
+        })  # fmt: skip
+    columns = {
+        "objective": text("objective"), "method": text("method"), "seeds": text("seeds"),
+        "gain on a CPU (95 % interval)": spread("cpu"),
+        "gain on an H100 (95 % interval)": spread("card"),
+        "difference, seed by seed (95 % interval)": spread("difference"),
+    }  # fmt: skip
+    return Table(found, columns, left=("objective", "method"))
 
 
 def tuning(path: Path) -> Table:

@@ -139,11 +139,15 @@ def both_signs(groups: Groups) -> dict[tuple[str, str], dict[int, tuple[float, f
     for (model, objective, method), runs in groups.items():
         for (other_model, other, name), against in groups.items():
             if (other_model, name) == (model, method) and _opposite(runs[0], against[0]):
-                up, down = ({run.seed: float(np.diff(both_ends(run))[0]) for run in part}
-                            for part in (runs, against))  # fmt: skip
+                up, down = gained(runs), gained(against)
                 seeds = sorted(up.keys() & down.keys())
                 found[f"{objective}, {other}", method] = {s: (up[s], down[s]) for s in seeds}
     return found
+
+
+def gained(runs: Sequence[Run]) -> dict[int, float]:
+    """Seed -> how much the held-out score has changed."""
+    return {run.seed: float(np.diff(both_ends(run))[0]) for run in runs}
 
 
 def _opposite(up: Run, down: Run) -> bool:
