@@ -49,11 +49,12 @@ STEPS = ("ddpo", "d3po_of_two")
 @click.argument("trials", type=click.Path(path_type=Path, exists=True))
 @click.argument("target", type=PATH)
 @click.option(
-    "--seeds", "seeds_of", type=click.IntRange(1), help="Of the test runs, the first ones alone."
+    "--seeds", "seeds_of", type=click.IntRange(1), help="In grid.toml, the first ones alone."
 )
 @click.option(
-    "--objective", "objectives", multiple=True, type=click.Choice(OBJECTIVES), default=OBJECTIVES
-)
+    "--objective", "objectives", multiple=True, type=click.Choice(OBJECTIVES), default=OBJECTIVES,
+    help="In grid.toml, these alone.",
+)  # fmt: skip
 def main(trials: Path, target: Path, seeds_of: int | None, objectives: tuple[str, ...]) -> None:
     """Write the grids for the settings that a search has chosen, into TARGET."""
     rows = read_csv(trials)
@@ -62,7 +63,10 @@ def main(trials: Path, target: Path, seeds_of: int | None, objectives: tuple[str
     further = {m: of for m, of in found.items() if m not in MAIN}
     target.mkdir(parents=True, exist_ok=True)
 
-    def write(name: str, title: str, found: Mapping[str, Settings], every: int) -> None:
+    def write(
+        name: str, title: str, found: Mapping[str, Settings], every: int,
+        objectives: Sequence[str] = OBJECTIVES, seeds_of: int | None = None,
+    ) -> None:  # fmt: skip
         seeds, settings = SEEDS[name][:seeds_of], {**USUAL, **TEST, "eval_every": str(every)}
         command = SWEEP.format(name=name)
         _write(target / name, title, command, found, objectives, seeds, settings)
@@ -70,7 +74,7 @@ def main(trials: Path, target: Path, seeds_of: int | None, objectives: tuple[str
     if len(further) < len(found):
         rival = {name: as_set(value) for name, value in registry.variant(MAIN[0])[1].items()}
         first = {m: found[m] for m in MAIN} | {CONTROL: rival | found[MAIN[0]]}
-        write("grid.toml", "Main rows and control", first, 8)
+        write("grid.toml", "Main rows and control", first, 8, objectives, seeds_of)
         both, steps = (SEARCH["objective"], SEARCH["against"]), {m: found[m] for m in STEPS}
         _write(target / "steps.toml", "Which steps to learn from",
                "python -m results.steps runs/steps", steps, both, (902, 903), USUAL)  # fmt: skip

@@ -15,27 +15,20 @@ from statistics import fmean
 from typing import Any
 
 from d3po_bench.errors import UserError
+from d3po_bench.launch.rule import Seen
 from d3po_bench.runs.files import read_csv
 from d3po_bench.runs.packed import PACKED
 from eval.analysis.efficiency import efficiency
 from eval.analysis.fronts import fronts
-from eval.analysis.gains import (
-    Groups,
-    both_ends,
-    both_signs,
-    contrast,
-    cost,
-    gained,
-    gains,
-    rival_of,
-)
+from eval.analysis.gains import Groups, both_ends, both_signs, contrast, cost, gains, rival_of
 from eval.analysis.runs import read_groups
 from eval.analysis.scores import score_of
 from eval.analysis.settings import settings
 from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
-from eval.analysis.tables import Record, Table, number, over_seeds, spread, text
+from eval.analysis.tables import Record, Table, number, spread, text
 from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said
 from results.claims import FOLLOW, bullets, differences, than
+from results.steps import RULE
 
 MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
 CONTROL = "d3po_random"
@@ -43,6 +36,9 @@ UNIT = "kB"
 """Of JPEG sizes."""
 
 OBJECTIVES = ("incompress", "compress", "aesthetic")
+SIGNS = OBJECTIVES[:2]
+"""The same score with both signs, for S and D."""
+
 SEEDS = {"grid.toml": range(1000, 1020), "further.toml": range(1000, 1010)}
 """Of the test runs, by their grid."""
 
@@ -51,9 +47,6 @@ VARIED = range(1000, 1005)
 
 MARGIN = 0.25
 """A difference in S that would not matter, as a share of the rival's S in the search."""
-
-CARD = "tiny2-h100"
-"""Folder of test runs that were made on a card, too."""
 
 TRIALS = "trials.csv"
 """What `d3po-bench tune` wrote."""
@@ -112,8 +105,6 @@ def tables(folder: Path, front: Callable[[Groups], Table]) -> dict[str, Callable
         }  # fmt: skip
         for name, (table, rows) in shown.items():
             made[name] = partial(_made, table, rows, folder)
-    if there(card := folder.parent / CARD):
-        made["v2-devices"] = lambda: devices(published(folder), published(card))
     return made
 
 
@@ -139,21 +130,44 @@ NAMED = {
 
 
 def halves(groups: Groups) -> Table:
-    """S and D of each row, and how its S differs from the rival's, seed by seed."""
+    """S and D of each row, how its S differs from the rival's, and what its runs kept to."""
     table, rival, tests = contrast(groups), rival_of(groups), of_rewards(groups)
-    p = adjusted(tests)
+    p, seen = adjusted(tests), worst(groups)
     found = []
     for record in table.records:
         test = tests.get(record["method"], Difference.unsure(math.nan))
         more = dict(zip(("difference", "difference_low", "difference_high"), test, strict=False))
         holm, smallest = p.get(record["method"], math.nan), smallest_shown(test, len(p))
-        found.append({**record, **more, "difference_p": holm, "smallest": smallest})
+        seeds = seen[record["method"]]
+        kept = sum(not RULE.broken(one) for one in seeds)
+        found.append({
+            **record, **more, "difference_p": holm, "smallest": smallest,
+            "recognised": fmean(one.recognised for one in seeds),
+            "drift": fmean(one.drift for one in seeds), "kept": f"{kept} of {len(seeds)}",
+        })  # fmt: skip
     columns = {
         **table.columns, f"S minus that of {rival} (95 % interval)": spread("difference"),
         "p of that, Holm": number("difference_p", ".2g"),
         "shown with 80 % power from": number("smallest", ".2g"),
+        "recognised": number("recognised", ".2f"), "drift": number("drift", ".4f"),
+        "seeds within the search's bounds": text("kept"),
     }  # fmt: skip
     return Table(found, columns, left=table.left)
+
+
+def worst(groups: Groups) -> dict[str, list[Seen]]:
+    """Method -> of each seed S, and of its runs the fewest recognised and the largest drift."""
+    found = {}
+    for method, seeds in rewards(groups).items():
+        runs = [r for (_, objective, name), of in groups.items() for r in of
+                if name == method and objective in SIGNS]  # fmt: skip
+        found[method] = [
+            Seen(
+                s, min(both_ends(r, "animal")[1] for r in runs if r.seed == seed),
+                max(both_ends(r, "drift")[1] for r in runs if r.seed == seed),
+            ) for seed, s in seeds.items()
+        ]  # fmt: skip
+    return found
 
 
 def rewards(groups: Groups) -> dict[str, Seeds]:
@@ -176,27 +190,6 @@ def varied(groups: Groups) -> Table:
     table = cost({group: runs for group, runs in part.items() if runs})
     shown = ("objective", "method", "Vendi score", "base model covered")
     return Table(table.records, {name: table.columns[name] for name in shown}, left=table.left)
-
-
-def devices(cpu: Groups, card: Groups) -> Table:
-    """A row for each objective and method: what a card changes, seed by seed."""
-    found: list[Record] = []
-    for (model, objective, method), runs in card.items():
-        ours, theirs = gained(cpu.get((model, objective, method), ())), gained(runs)
-        test = by_seed(theirs, {seed: ours.get(seed, math.nan) for seed in theirs})
-        found.append({
-            "objective": objective, "method": method, "seeds": len(theirs),
-            **over_seeds("cpu", [ours.get(seed, math.nan) for seed in theirs]),
-            **over_seeds("card", [*theirs.values()]),
-            "difference": test.mean, "difference_low": test.low, "difference_high": test.high,
-        })  # fmt: skip
-    columns = {
-        "objective": text("objective"), "method": text("method"), "seeds": text("seeds"),
-        "gain on a CPU (95 % interval)": spread("cpu"),
-        "gain on an H100 (95 % interval)": spread("card"),
-        "difference, seed by seed (95 % interval)": spread("difference"),
-    }  # fmt: skip
-    return Table(found, columns, left=("objective", "method"))
 
 
 def tuning(path: Path) -> Table:
@@ -264,26 +257,30 @@ def sentences(folder: Path) -> dict[str, Callable[[], str]]:
 
 
 def _once_whole(folder: Path, grid: str, rows: Callable[[Groups], Groups]) -> str:
-    groups = published(folder)
-    left = missing(groups, folder / grid)
-    return bullets([left]) if left else claimed(groups, rows, margin_of(folder))
+    """What tests say of S once both its objectives are whole, and of gains once all are."""
+    groups, margin = published(folder), margin_of(folder)
+    if left := missing(groups, folder / grid, SIGNS):
+        return bullets([left])
+    left = missing(groups, folder / grid, OBJECTIVES)
+    return claimed(groups, rows, margin, [f"**Gains.** {left}"] if left else None)
 
 
-def missing(groups: Groups, grid: Path) -> str:
+def missing(groups: Groups, grid: Path, objectives: Sequence[str]) -> str:
     """How many runs the protocol asks for are not there, in a sentence; "" for none.
 
     Args:
         groups: the published runs.
         grid: names the methods.
+        objectives: that are to be whole.
     """
     asked = tomllib.loads(grid.read_text(encoding="utf-8"))
-    cells = [*product([asked["model"]], OBJECTIVES, asked["methods"])]
+    cells = [*product([asked["model"]], objectives, asked["methods"])]
     seeds = SEEDS[grid.name]
     there = sum(len({run.seed for run in groups.get(cell, ())} & {*seeds}) for cell in cells)
     whole = len(cells) * len(seeds)
     return "" if there == whole else (
-        f"{there} of the {whole} runs that the protocol asks for have been made. Nothing is "
-        "claimed before all are there."
+        f"{there} of the {whole} runs that the protocol asks for, of these rows on "
+        f"{', '.join(objectives)}, have been made. Nothing is claimed before all are there."
     )  # fmt: skip
 
 
@@ -293,13 +290,17 @@ def margin_of(folder: Path) -> float:
     return sum(MARGIN * float(r["value"]) for r in rows if r["chosen"] and r["method"] == MAIN[0])
 
 
-def claimed(groups: Groups, rows: Callable[[Groups], Groups], margin: float = 0) -> str:
+def claimed(
+    groups: Groups, rows: Callable[[Groups], Groups], margin: float = 0,
+    gains: Sequence[str] | None = None,
+) -> str:  # fmt: skip
     """What is shown of some rows; nothing without a control, or if its S leaves 0 out.
 
     Args:
         groups: all of the runs.
         rows: those that are spoken of, and the rival.
         margin: a difference in S that would not matter, kB; 0 for none.
+        gains: what is said of the gains on each objective; None for what their tests show.
     """
     seeds = rewards(control(groups)).get(CONTROL)
     if not seeds:
@@ -307,12 +308,11 @@ def claimed(groups: Groups, rows: Callable[[Groups], Groups], margin: float = 0)
     coin = from_zero([*seeds.values()])
     told = f"The control's S is {between(*coin[:3])} {UNIT}"
     if not coin.low <= 0 <= coin.high:
-        return bullets(
-            [f"{told}, which leaves 0 out: the measure is at fault. Nothing is claimed."]
-        )
+        return bullets([f"{told}, which excludes 0: the measure is at fault. Nothing is claimed."])
     chosen = rows(groups)
-    shown = [_follow(chosen), _by_s(chosen, margin), *_by_gain(chosen)]
-    return bullets([f"{told}, which holds 0.", *shown])
+    shown = [_follow(chosen), _by_s(chosen, margin)]
+    shown += _by_gain(chosen) if gains is None else gains
+    return bullets([f"{told}, which includes 0.", *shown])
 
 
 def _follow(groups: Groups) -> str:

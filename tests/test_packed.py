@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import math
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -16,11 +17,11 @@ from scipy.stats import ttest_rel
 from d3po_bench.errors import UserError
 from d3po_bench.runs import packed
 from d3po_bench.runs.packed import PACKED
-from d3po_bench.runs.run import find_runs
+from d3po_bench.runs.run import RunFolder, find_runs
 from eval.analysis.report import report
 from eval.analysis.runs import read_groups
 from eval.analysis.tables import Table
-from results import make, sizes, version2
+from results import devices, make, sizes, version2
 from results import measure as measuring
 from tests.commands import contents
 from tests.made_up import add_columns, write_run
@@ -31,7 +32,7 @@ GAINS = {
 }  # fmt: skip
 """Method -> what each seed gains on incompress, in kB, and what all gain on compress."""
 
-DRIFTS = {"grpo": "0.3", "d3po_of_two": "0.1"}
+DRIFTS = {"grpo": "0.3", "d3po_of_two": "0.04"}
 """At the end; 0.2 of all others."""
 
 
@@ -154,6 +155,8 @@ def test_rewards_of_version_2_by_hand(published: Path) -> None:
     found = cells(tables["v2-contrast"]())
     assert [*found] == ["d3po_of_two", "ddpo"]
     assert found["d3po_of_two"]["S, by the reward (95 % interval)"] == "+0.850 (+0.602 to +1.098)"
+    within = {method: row["seeds within the search's bounds"] for method, row in found.items()}
+    assert within == {"d3po_of_two": "3 of 3", "ddpo": "0 of 3"}  # drift of at most 0.05
     test = ttest_rel([0.35, 0.40, 0.55], [0.75, 0.85, 0.95])
     low, high = test.confidence_interval()
     ddpo = found["ddpo"]
@@ -167,6 +170,26 @@ def test_rewards_of_version_2_by_hand(published: Path) -> None:
     test = ttest_rel([1.75, 1.8505], [0.75, 0.85])
     assert more["grpo"]["p of that, Holm"] == f"{test.pvalue:.2g}"
     assert cells(tables["v2-control"]())["d3po_random"]["seeds"] == "3"
+
+
+def test_what_another_device_changes_by_hand(published: Path, tmp_path: Path) -> None:
+    for objective, gain in (("incompress", 0.03), ("compress", -0.01)):
+        run = write_run(tmp_path / "cpu", objective, "ddpo", 901, gain=gain)
+        rate = RunFolder(run).config.learning_rate
+        add_columns(run, {}, drift="0.06")
+    (tmp_path / "trials.csv").write_text(TRIALS.replace("0.01,0.001,", f"0.01,{rate},"))
+    (row,) = devices.trials(tmp_path / "cpu", tmp_path / "trials.csv").records
+    assert (row["trial"], row["s_card"], row["s_cpu"]) == ("0", 0.1, pytest.approx(0.2))
+    assert (row["kept_card"], row["kept_cpu"]) == ("yes", "no")
+
+    here = read_groups([published])
+    group = ("tiny", "incompress", "ddpo")
+    first = {group: [run for run in here[group] if run.seed > 1000]}
+    (test,) = devices.tests(here, first).records
+    assert (test["seeds"], test["cpu"], test["difference"]) == (2, pytest.approx(0.45), 0)
+    (alone,) = devices.tests({}, first).records
+    assert math.isnan(alone["cpu"])
+    assert math.isnan(alone["difference"])
 
 
 def test_every_table_of_version_2_is_made(published: Path, tmp_path: Path) -> None:
@@ -196,7 +219,7 @@ def test_what_is_said_of_version_2(published: Path, monkeypatch: pytest.MonkeyPa
         f"from 0: ddpo (p = {second:.2g}). A difference of 0.68 kB would be shown with 80 % power."
     )
     assert said[:3] == [
-        "- The control's S is +0.000 (-0.124 to +0.124) kB, which holds 0.",
+        "- The control's S is +0.000 (-0.124 to +0.124) kB, which includes 0.",
         follow,
         f"- **S.** Shown to gain less than d3po_of_two: ddpo (p = {p:.2g}).",
     ]
@@ -216,9 +239,19 @@ def write_grids(folder: Path) -> None:
 def test_nothing_is_said_of_half_a_table(published: Path) -> None:
     write_grids(published)
     assert version2.sentences(published)["v2-claims"]() == (
-        "- 18 of the 180 runs that the protocol asks for have been made. Nothing is claimed before "
-        "all are there."
+        "- 18 of the 120 runs that the protocol asks for, of these rows on incompress, compress, "
+        "have been made. Nothing is claimed before all are there."
     )
+
+
+def test_of_a_table_without_an_objective_s_alone_is_spoken_of(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_grids(published)
+    monkeypatch.setattr(version2, "SEEDS", {"grid.toml": range(1000, 1003)})
+    said = version2.sentences(published)["v2-claims"]().splitlines()
+    assert [line.split()[1] for line in said] == ["The", "Follow", "**S.**", "**Gains.**"]
+    assert "18 of the 27 runs" in said[-1]
 
 
 def test_the_margin_is_a_quarter_of_the_rivals_reward_in_the_search(tmp_path: Path) -> None:
@@ -234,7 +267,7 @@ def test_nothing_is_said_where_the_control_follows_its_coin(published: Path) -> 
         if method != "d3po_random"
     }
     assert version2.claimed(groups, version2.main_rows) == (
-        "- The control's S is +0.433 (+0.175 to +0.692) kB, which leaves 0 out: the measure is at "
+        "- The control's S is +0.433 (+0.175 to +0.692) kB, which excludes 0: the measure is at "
         "fault. Nothing is claimed."
     )
     without = {group: members for group, members in groups.items() if group[2] != "d3po_random"}

@@ -25,7 +25,8 @@ from d3po_bench.cli import cli
 from d3po_bench.config import RunConfig, method_of
 from d3po_bench.errors import UserError
 from d3po_bench.launch import grid
-from d3po_bench.runs.run import RunFolder
+from d3po_bench.runs.files import read_csv
+from d3po_bench.runs.run import RunFolder, find_runs
 from eval.analysis import documents, tries
 from eval.analysis.gains import contrast, cost, flat_size, gains
 from eval.analysis.pictures import crossed, measure
@@ -566,3 +567,24 @@ def test_the_grids_are_what_the_rule_makes_of_the_search(tmp_path: Path) -> None
     assert said.exit_code == 0, said.output
     grids_there = {path.name: path.read_text() for path in published.glob("*.toml")}
     assert {name: (tmp_path / name).read_text() for name in grids_there} == grids_there
+
+
+def test_the_table_of_the_search_says_what_its_trials_showed() -> None:
+    """Of the further rows, whose trials are published."""
+    seen: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in find_runs([ROOT / "results" / "search2" / "trials"]):
+        trial = str(int(run.place.parts[-5].removeprefix("trial-")))
+        own = seen.setdefault((run.config.method, trial), {"rate": run.config.learning_rate})
+        own[run.config.objective] = tries.ends(run.folder)
+    table = read_csv(ROOT / "results" / "tiny2" / "trials.csv")
+    rows = [row for row in table if (row["method"], row["trial"]) in seen]
+    assert len(rows) == len(seen) == 6 * 12
+    for row in rows:
+        own = seen[row["method"], row["trial"]]
+        up, down = own["incompress"], own["compress"]
+        found = (
+            own["rate"], (up["gain"] - down["gain"]) / 2,
+            min(up["recognised"], down["recognised"]), max(up["drift"], down["drift"]),
+        )  # fmt: skip
+        names = ("learning_rate", "gain, seed 901", "recognised", "drift")
+        assert found == pytest.approx([float(row[name]) for name in names])

@@ -143,6 +143,10 @@ def test_packed_runs_are_checked_as_their_folders(home: Path) -> None:
     (tiny / "further.toml").write_text(GRID.replace("5", "[3, 4]"))
     assert [path.name for path in sorted(tiny.rglob("*.*"))] == [*sorted(GRIDS), PACKED]
     assert (found(home), table_of(home)) == ({}, before)
+    (tiny / "grid.toml").write_text(GRID)
+    (tiny / "further.toml").write_text(GRID.replace("5", "[7, 8]"))  # a plan
+    assert found(home) == {}
+    (tiny / "grid.toml").write_text(GRID.replace("5", "[0, 1, 2]"))
     (tiny / "further.toml").write_text(GRID.replace("5", "[3, 5]\n[set]\nrounds = 3"))
     assert found(home) == {
         "sets": [

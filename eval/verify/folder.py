@@ -241,18 +241,21 @@ def _but_the_seed(run: RunFolder) -> str:
 def check_grids(runs: Sequence[RunFolder], folder: Path) -> Problems:
     """Beside grids lie the runs that they ask for, with the configs that they make; no others.
 
-    A seed that was left out of tables and figures, too, is missing here.
+    A seed that was left out of tables and figures, too, is missing here. A grid of which no run is
+    there is a plan.
     """
     paths = sorted(path for path in folder.rglob("*.toml") if path.name in GRIDS)
     for below in dict.fromkeys(path.parent for path in paths):
-        asked: dict[tuple[str, ...], tuple[RunConfig, Path]] = {
-            (config.objective, config.method, f"seed-{config.seed}"): (config, path)
-            for path in paths
-            if path.parent == below
-            for config in grid.configs(grid.read(path), TOOLS)
-        }
         there = {run.place.relative_to(below).parts: run
                  for run in runs if run.place.is_relative_to(below)}  # fmt: skip
+        asked: dict[tuple[str, ...], tuple[RunConfig, Path]] = {}
+        for path in (path for path in paths if path.parent == below):
+            own: dict[tuple[str, ...], tuple[RunConfig, Path]] = {
+                (c.objective, c.method, f"seed-{c.seed}"): (c, path)
+                for c in grid.configs(grid.read(path), TOOLS)
+            }
+            if own.keys() & there.keys():
+                asked.update(own)
         where = below.relative_to(folder)
         for place in sorted(there.keys() - asked.keys()):
             yield f"no grid of {where} asks for {'/'.join(place)}, which is there"
