@@ -186,10 +186,13 @@ def _draw_legend(figure: Figure, table: Frame, looks: Looks) -> None:
         handles.append(
             Patch(color=MUTED, alpha=0.25, linewidth=0, label="95 % interval over seeds")
         )
-    widest = 4 if figure.get_figwidth() > 8 else 3
-    # Full rows: six in two rows of three, seven in four and three.
-    columns = -(-len(handles) // -(-len(handles) // widest))
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+    for widest in range(4, 0, -1):
+        # Full rows: six in two rows of three, seven in four and three.
+        columns = -(-len(handles) // -(-len(handles) // widest))
+        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
 
 
 def seeds_label(table: Frame, method: str) -> str:
