@@ -99,6 +99,8 @@ def reproduce(session: nox.Session) -> None:
     if session.posargs:
         session.run("d3po-bench", "report", "runs/reproduce/tiny2")
     else:
+        varied = sorted(Path("runs/reproduce/tiny2").glob("*/*/seed-100[0-4]"))
+        session.run("d3po-bench", "report", *varied, "--measure")
         _publish(session, "tiny2", "--pack", "--no-sheets")
 
 

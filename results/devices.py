@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from d3po_bench.launch.rule import Seen
+from d3po_bench.launch.rule import Seen, seen_of
 from d3po_bench.runs.files import read_csv
 from d3po_bench.runs.run import find_runs
 from eval.analysis.gains import Groups, gained
@@ -15,7 +15,7 @@ from eval.analysis.statistics import Difference, by_seed
 from eval.analysis.tables import Record, Table, number, over_seeds, spread, text
 from eval.analysis.tries import ends
 from results.steps import RULE
-from results.version2 import TRIALS, published, there
+from results.version2 import SIGNS, TRIALS, published, there
 
 HOME = Path(__file__).resolve().parent
 V2 = HOME / "tiny2"
@@ -24,7 +24,6 @@ CARD = HOME / "tiny2-h100"
 
 AGAIN = HOME / "search2" / "again"
 """Trials of a card that were made again on a CPU."""
-
 
 UNKNOWN = dict.fromkeys(("cpu", "cpu_low", "cpu_high"), math.nan)
 
@@ -88,14 +87,10 @@ def trials(cpu: Path, table: Path) -> Table:
 
 
 def _trial(row: Record, runs: Mapping[str, Mapping[str, float]]) -> Record:
-    up, down = runs["incompress"], runs["compress"]
     seen = {
         "card": Seen(float(row["gain, seed 901"]), float(row["recognised"]), float(row["drift"])),
-        "cpu": Seen(
-            (up["gain"] - down["gain"]) / 2, min(up["recognised"], down["recognised"]),
-            max(up["drift"], down["drift"]),
-        ),
-    }  # fmt: skip
+        "cpu": seen_of([runs[name] for name in SIGNS], (1, -1)),
+    }
     found = {name: row[name] for name in ("method", "trial", "learning_rate")}
     for place, one in seen.items():
         found |= {

@@ -8,7 +8,6 @@ into the second folder.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,12 +18,12 @@ from d3po_bench.errors import said_in_one_line
 from d3po_bench.launch.grid import as_set
 from d3po_bench.runs.files import read_csv, write_atomically
 from d3po_bench.setting import pairs_of
+from results.steps import SEARCH
 from results.version2 import CONTROL, MAIN, OBJECTIVES, SEEDS, chosen_of
 
 PATH = click.Path(path_type=Path)
 Settings = Mapping[str, str]
 
-SEARCH = tomllib.loads(Path(__file__).with_name("protocol.toml").read_text("utf-8"))["tune"]
 USUAL = {"prompts": SEARCH["prompts"], **pairs_of(SEARCH["settings"])}
 """Settings of the search, which are those of the ablation, too."""
 

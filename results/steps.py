@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -21,15 +21,20 @@ import click
 
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.launch import grid
-from d3po_bench.launch.rule import Rule, Seen
+from d3po_bench.launch.rule import Rule, Seen, seen_of
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
-from eval.analysis.gains import both_ends, both_signs
-from eval.analysis.runs import read_groups
+from eval.analysis.gains import Groups, both_ends, both_signs, gained
+from eval.analysis.runs import Run, read_groups
+from eval.analysis.scores import score_of
 from eval.analysis.tables import Record, Table, number, text
 from eval.tools import TOOLS
 
 HERE = Path(__file__).resolve().parent
 GRID, FILE = HERE / "tiny2" / "steps.toml", HERE / "steps.csv"
+
+SEARCH = tomllib.loads((HERE / "protocol.toml").read_text(encoding="utf-8"))["tune"]
+RULE = Rule(recognised=SEARCH["recognised"], drift=SEARCH["drift"])
+"""The search, and its bounds."""
 
 WAYS = {
     "all steps": {"skip_steps": "0"},
@@ -67,13 +72,28 @@ def _rows(way: str, method: str, rate: str, folder: Path) -> Iterator[dict[str, 
     """A row for each seed: S and D, and of the worse of its two runs drift and recognised."""
     groups = {group: runs for group, runs in read_groups([folder]).items() if group[2] == method}
     ((_, seeds),) = both_signs(groups).items()
-    for seed, (up, down) in seeds.items():
-        runs = [run for found in groups.values() for run in found if run.seed == seed]
-        drift = max(both_ends(run, "drift")[1] for run in runs)
-        known = min(both_ends(run, "animal")[1] for run in runs)
-        numbers = {"s": (up - down) / 2, "d": (up + down) / 2, "drift": drift, "recognised": known}
+    for seed, seen in worst(groups)[method].items():
+        numbers = {"s": seen.gain, "d": fmean(seeds[seed]), "drift": seen.drift,
+                   "recognised": seen.recognised}  # fmt: skip
         yield {"steps": way, "method": method, "rate": rate, "seed": seed,
                **{name: f"{value:.6f}" for name, value in numbers.items()}}  # fmt: skip
+
+
+def worst(groups: Groups) -> dict[str, dict[int, Seen]]:
+    """Method -> seed -> S, and of its runs for both signs the least recognised, the most drift."""
+    found = {}
+    for (objectives, method), seeds in both_signs(groups).items():
+        runs = [run for (_, objective, name), of in groups.items() for run in of
+                if name == method and objective in objectives.split(", ")]  # fmt: skip
+        found[method] = {seed: _seen_of([r for r in runs if r.seed == seed]) for seed in seeds}
+    return found
+
+
+def _seen_of(runs: Sequence[Run]) -> Seen:
+    """What the runs of one seed showed, one for each sign."""
+    ends = [{"gain": gained([run])[run.seed], "recognised": both_ends(run, "animal")[1],
+             "drift": both_ends(run, "drift")[1]} for run in runs]  # fmt: skip
+    return seen_of(ends, [score_of(run.files).sign for run in runs])
 
 
 def tables() -> dict[str, Callable[[], Table]]:
@@ -117,10 +137,6 @@ def _record(method: str, way: str, rates: Mapping[str, list[Record]]) -> Record:
 def _seen(row: Record) -> Seen:
     return Seen(*(float(row[name]) for name in ("s", "recognised", "drift")))
 
-
-_SEARCH = tomllib.loads((HERE / "protocol.toml").read_text(encoding="utf-8"))["tune"]
-RULE = Rule(recognised=_SEARCH["recognised"], drift=_SEARCH["drift"])
-"""The bounds of the search."""
 
 NUMBERS = ("s", "d", "drift", "recognised")
 

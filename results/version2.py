@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 from d3po_bench.errors import UserError
-from d3po_bench.launch.rule import Seen
 from d3po_bench.runs.files import read_csv
 from d3po_bench.runs.packed import PACKED
 from eval.analysis.efficiency import efficiency
@@ -28,7 +27,7 @@ from eval.analysis.statistics import Difference, between, by_seed, from_zero, sm
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said
 from results.claims import FOLLOW, bullets, differences, than
-from results.steps import RULE
+from results.steps import RULE, worst
 
 MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
 CONTROL = "d3po_random"
@@ -138,7 +137,7 @@ def halves(groups: Groups) -> Table:
         test = tests.get(record["method"], Difference.unsure(math.nan))
         more = dict(zip(("difference", "difference_low", "difference_high"), test, strict=False))
         holm, smallest = p.get(record["method"], math.nan), smallest_shown(test, len(p))
-        seeds = seen[record["method"]]
+        seeds = [*seen[record["method"]].values()]
         kept = sum(not RULE.broken(one) for one in seeds)
         found.append({
             **record, **more, "difference_p": holm, "smallest": smallest,
@@ -153,21 +152,6 @@ def halves(groups: Groups) -> Table:
         "seeds within the search's bounds": text("kept"),
     }  # fmt: skip
     return Table(found, columns, left=table.left)
-
-
-def worst(groups: Groups) -> dict[str, list[Seen]]:
-    """Method -> of each seed S, and of its runs the fewest recognised and the largest drift."""
-    found = {}
-    for method, seeds in rewards(groups).items():
-        runs = [r for (_, objective, name), of in groups.items() for r in of
-                if name == method and objective in SIGNS]  # fmt: skip
-        found[method] = [
-            Seen(
-                s, min(both_ends(r, "animal")[1] for r in runs if r.seed == seed),
-                max(both_ends(r, "drift")[1] for r in runs if r.seed == seed),
-            ) for seed, s in seeds.items()
-        ]  # fmt: skip
-    return found
 
 
 def rewards(groups: Groups) -> dict[str, Seeds]:

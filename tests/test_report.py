@@ -81,6 +81,15 @@ def test_files_written(runs: Path) -> None:
     assert sorted(path.name for path in (runs / "plots").iterdir()) == sorted(names)
 
 
+def test_a_legend_of_many_methods_stays_in_its_figure(tmp_path: Path) -> None:
+    for objective in ("compress", "incompress"):
+        for n, seed in itertools.product(range(5), (0, 1)):
+            write_run(tmp_path, objective, f"preferred_images_{n}", seed)
+    figure = drawn(tmp_path)
+    (legend,) = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width
+
+
 def test_same_runs_same_bytes(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for seed in (0, 1):

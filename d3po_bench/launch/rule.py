@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 NEAR = 2.0
 """A trial that is beyond its bounds by at most this factor may be promising at another rate."""
@@ -20,6 +22,21 @@ class Seen:
     """Probability of the prompted animal, of the worse run; NaN where nothing measured it."""
     drift: float
     """As evaluations measure it, of the run that went farther."""
+
+
+def seen_of(ends: Sequence[Mapping[str, float]], signs: Sequence[int]) -> Seen:
+    """What the runs of one seed showed: one for each objective.
+
+    Args:
+        ends: gain, recognised and drift of each run; NaN where not measured.
+        signs: of each objective.
+    """
+    gains = [sign * one["gain"] for sign, one in zip(signs, ends, strict=True)]
+    return Seen(
+        gain=sum(gains) / len(gains),  # (grown + shrunk) / 2, where there are two signs
+        recognised=float(np.min([one["recognised"] for one in ends])),  # NaN if any is
+        drift=float(np.max([one["drift"] for one in ends])),
+    )
 
 
 @dataclass(frozen=True)

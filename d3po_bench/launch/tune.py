@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from d3po_bench import registry
 from d3po_bench.config import RunConfig
 from d3po_bench.digests import short
@@ -23,7 +21,7 @@ from d3po_bench.errors import RunError, TryAgainError, UserError, install
 from d3po_bench.launch import launch
 from d3po_bench.launch.launch import RunRequest
 from d3po_bench.launch.progress import Board
-from d3po_bench.launch.rule import Rule, Seen
+from d3po_bench.launch.rule import Rule, Seen, seen_of
 from d3po_bench.launch.space import (
     COMMON,
     RATE,
@@ -300,12 +298,7 @@ class Search:
         """What the finished runs of a trial with a seed showed."""
         found = [self.request.measure(folder) for folder in self.folders(trial, seed)]
         signs = [registry.objective(name).sign for name in self.request.objectives]
-        gains = [sign * one["gain"] for sign, one in zip(signs, found, strict=True)]
-        return Seen(
-            gain=sum(gains) / len(gains),  # (grown + shrunk) / 2, where there are two signs
-            recognised=float(np.min([one["recognised"] for one in found])),  # NaN if any is
-            drift=float(np.max([one["drift"] for one in found])),
-        )
+        return seen_of(found, signs)
 
     def states(self, trial: _Live) -> dict[int, list[State]]:
         """Seed -> where its runs are."""
