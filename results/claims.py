@@ -6,15 +6,13 @@ when a difference counts as shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from eval.analysis import measured, scored
+from eval.analysis import scored
 from eval.analysis.gains import Groups, against, contrast, rival_of
-from eval.analysis.pictures import CROSSED
-from eval.analysis.runs import Run
 from eval.analysis.scores import Score, score_of
-from eval.analysis.statistics import Difference, by_seed
+from eval.analysis.statistics import Difference
 from eval.analysis.worded import LEVEL, Words, adjusted, equivalent, power, said
 from results import feedback as rounds
 
@@ -82,43 +80,6 @@ def halves(groups: Groups) -> str:
     drift = Words("Shown to drift to larger scores, D above 0", "To smaller ones, D below 0",
                   "D is not shown to differ from 0")  # fmt: skip
     return bullets([said(s, FOLLOW), said(d, drift)])
-
-
-def diversity(groups: Groups) -> str:
-    """Whose pictures of a prompt end more alike than the rival's."""
-    rival = rival_of(groups)
-    ends = {(objective, method): _pictures(runs, "diversity")[1]
-            for (_, objective, method), runs in groups.items()}  # fmt: skip
-    tests = {
-        (objective, method): by_seed(own, ends[objective, rival])
-        for (objective, method), own in ends.items()
-        if method != rival
-    }
-    words = Words(
-        f"Shown to be more diverse than {rival}", f"Shown to be less diverse than {rival}",
-        f"No difference to {rival} is shown",
-    )  # fmt: skip
-    return _by_first(tests, words)
-
-
-def crossed(groups: Groups) -> str:
-    """What training on one objective is shown to do to the score of another."""
-    tests = {}
-    for (_, objective, method), runs in groups.items():
-        for name in CROSSED:
-            if name != score_of(runs[0].files).scorer:
-                before, after = _pictures(runs, name)
-                tests[f"{name}, trained on {objective}", method] = by_seed(after, before)
-    words = Words("Shown to be raised by", "Shown to be lowered by", "Not shown to be changed by")
-    return _by_first(tests, words)
-
-
-def _pictures(runs: Sequence[Run], name: str) -> tuple[dict[int, float], dict[int, float]]:
-    """Seed -> what `report --measure` found of the base model's pictures, and of the run's."""
-    found = {run.seed: measured.numbers(run) for run in runs}
-    before, after = ({seed: measured.number(pair[side], name) for seed, pair in found.items()}
-                     for side in (0, 1))  # fmt: skip
-    return before, after
 
 
 def _by_first(tests: Tests, words: Words) -> str:

@@ -32,10 +32,7 @@ from d3po_bench import registry
 from d3po_bench.errors import RunError, UserError, said_in_one_line
 from d3po_bench.runs.files import read_csv
 from eval.analysis import documents, table1
-from eval.analysis.efficiency import efficiency
-from eval.analysis.fronts import fronts
 from eval.analysis.gains import Groups, contrast, cost, gains, records
-from eval.analysis.pictures import crossed
 from eval.analysis.runs import read_groups
 from eval.analysis.settings import settings
 from eval.analysis.tables import Record, Table, number, spread, text
@@ -63,8 +60,8 @@ PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf")
 SHEETS = "samples-*.png"
 """Sheets of samples, which need the pictures of the runs: measure.py publish draws them."""
 
-AXES = {"pairs": "", "images": "images", "unet_forwards": "unet_forwards", "kl": "drift"}
-"""What curves are drawn over -> their folder below figures."""
+AXES = {"images": ""}
+"""What curves of version 1 are drawn over -> their folder below figures."""
 
 
 @cache
@@ -133,13 +130,9 @@ def step_shares() -> Table:
 
 
 TABLES: Mapping[str, Callable[[], Any]] = {
-    "front": lambda: front(tiny()),
     "gains": lambda: gains(tiny()),
     "contrast": lambda: contrast(tiny()),
     "cost": lambda: cost(tiny()),
-    "efficiency": lambda: efficiency(tiny()),
-    "drift": lambda: fronts(tiny()),
-    "crossed": lambda: crossed(tiny()),
     "settings": lambda: settings(tiny()),
     "confirm": search.confirm,
     **{name: partial(feedback.rounds, home) for name, home in FEEDBACK.items()},
@@ -172,8 +165,6 @@ TABLES: Mapping[str, Callable[[], Any]] = {
 CLAIMS: Mapping[str, Callable[[], str]] = {
     "claims-gains": lambda: claims.gains(tiny()),
     "claims-contrast": lambda: claims.halves(tiny()),
-    "claims-diversity": lambda: claims.diversity(tiny()),
-    "claims-crossed": lambda: claims.crossed(tiny()),
     **{f"claims-{name}": partial(claims.feedback, home) for name, home in FEEDBACK.items()},
     **version2.sentences(V2),
     **alignment.sentences(),
@@ -219,9 +210,6 @@ FORMS = (
 NAMED = {
     "gains": "{objective}.{method}",
     "contrast": "contrast.{method}",
-    "efficiency": "efficiency.{objective}.{method}",
-    "drift": "drift.{objective}.{method}",
-    "crossed": "crossed.{method}.{objective}",
     "fidelity": "fidelity.{name}",
     **dict.fromkeys(FEEDBACK, "feedback.{experiment}.{error:.0%}"),
     "feedback-choices": "choices.{error:.0%}",

@@ -31,7 +31,7 @@ def write(source: Path, site: Path) -> None:
     names = [name for name in registry.names("method") if not registry.variant(name)[1]]
     texts = {f"methods/{name}.md": method(name) for name in names}
     texts["api.md"] = api()
-    texts["leaderboard.md"] = leaderboard(source / "results" / "tiny", site / made.name)
+    texts["leaderboard.md"] = leaderboard(source / "results" / "tiny2", site / made.name)
     for name, text in texts.items():
         (made / name).write_text(text, encoding="utf-8")
 
