@@ -52,7 +52,7 @@ def run(
         method: what learns: a name or a file, a method's class, or one with its options.
         scorers: what else judges at every evaluation, in place of the preset's.
         seeds: how many, from 0, or which, such as `range(5, 10)`.
-        model: tiny, sd15, a diffusers folder, a hub id, or a file with a model family.
+        model: tiny, tiny2, sd15, a diffusers folder, a hub id, or a file with a model family.
         prompts: a list or a file; None for the objective's own.
         preset: settings to start from; None for the one made for the model.
         settings: what `--set` takes, such as `{"learning_rate": 1e-3}`.

@@ -28,6 +28,12 @@ FOLLOW = Words(
 )  # fmt: skip
 """What is said of S."""
 
+DRIFT = Words(
+    "Shown to drift to larger scores, D above 0", "Shown to drift to smaller scores, D below 0",
+    "D is not shown to differ from 0",
+)  # fmt: skip
+"""What is said of D."""
+
 Tests = Mapping[tuple[str, str], Difference]
 """Two names, such as objective and method -> a test."""
 
@@ -75,11 +81,14 @@ def than(rival: str) -> Words:
 
 def halves(groups: Groups) -> str:
     """Which methods follow the reward, and which drift in the score whatever it is."""
+    s, d = shown_halves(groups)
+    return bullets([said(s, FOLLOW), said(d, DRIFT)])
+
+
+def shown_halves(groups: Groups) -> Iterator[dict[str, tuple[float, float]]]:
+    """Of S, then of D: method -> the mean over seeds and its p-value, by Holm over both halves."""
     records = contrast(groups).records
-    s, d = ({r["method"]: (r[half], r[f"{half}_p"]) for r in records} for half in ("s", "d"))
-    drift = Words("Shown to drift to larger scores, D above 0", "To smaller ones, D below 0",
-                  "D is not shown to differ from 0")  # fmt: skip
-    return bullets([said(s, FOLLOW), said(d, drift)])
+    return ({r["method"]: (r[half], r[f"{half}_p"]) for r in records} for half in ("s", "d"))
 
 
 def _by_first(tests: Tests, words: Words) -> str:

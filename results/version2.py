@@ -26,7 +26,7 @@ from eval.analysis.settings import settings
 from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said
-from results.claims import FOLLOW, bullets, differences, than
+from results.claims import DRIFT, FOLLOW, bullets, differences, shown_halves, than
 from results.steps import RULE, worst
 
 MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
@@ -294,21 +294,21 @@ def claimed(
     if not coin.low <= 0 <= coin.high:
         return bullets([f"{told}, which excludes 0: the measure is at fault. Nothing is claimed."])
     chosen = rows(groups)
-    shown = [_follow(chosen), _by_s(chosen, margin)]
+    shown = [*_follow(chosen), _by_s(chosen, margin)]
     shown += _by_gain(chosen) if gains is None else gains
     return bullets([f"{told}, which includes 0.", *shown])
 
 
-def _follow(groups: Groups) -> str:
-    """By the tests of S, as its table adjusts them."""
-    records = contrast(groups).records
-    s = {r["method"]: (r["s"], r["s_p"]) for r in records}
+def _follow(groups: Groups) -> Iterator[str]:
+    """By the tests of S and D, as their table adjusts them."""
+    s, d = shown_halves(groups)
     open_ = {
         m: from_zero([*seeds.values()])
         for m, seeds in rewards(groups).items()
         if not s[m][1] < LEVEL
     }
-    return f"{said(s, FOLLOW)} {power(open_, UNIT, 2 * len(records))}".rstrip()
+    yield f"{said(s, FOLLOW)} {power(open_, UNIT, len(s) + len(d))}".rstrip()
+    yield said(d, DRIFT)
 
 
 def _by_s(groups: Groups, margin: float) -> str:
@@ -369,7 +369,7 @@ def _ordered(
     return " ".join(filter(None, [
         said({m: (test.mean, p[m]) for m, test in tests.items() if m not in far}, than(rival)),
         f"No order to {rival} is claimed, since the one that gains more drifts farther than any "
-        f"run of the other (see the front): {', '.join(far)}." if far else "",
+        f"run of the other: {', '.join(far)}." if far else "",
         power(open_, unit, together),
         equivalent(open_, margin, unit, rival) if open_ and margin else "",
     ]))  # fmt: skip

@@ -23,7 +23,7 @@ DEVICE = click.option(
 )
 JOBS = click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS),
-    help="Runs side by side; default: one per GPU, or one per core for tiny on a CPU, else 1.",
+    help="Runs side by side; default: one per GPU, or one per core for tiny and tiny2 on a CPU, else 1.",
 )  # fmt: skip
 RANKS = click.option(
     "--ranks", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True,
@@ -76,7 +76,7 @@ RESUME = click.option(
     default="tiny",
     show_default=True,
     shell_complete=completion.of("model"),
-    help="tiny, sd15, a diffusers folder, a hub id, or a FILE.py with a model family.",
+    help="tiny, tiny2, sd15, a diffusers folder, a hub id, or a FILE.py with a model family.",
 )
 @click.option(
     "--prompts",

@@ -40,7 +40,7 @@ class Choices:
         who = "people" if self.raters == "people" else "simulated raters, not people,"
         return (
             f"First choices: how often {who} preferred a model's picture to those of the others "
-            f"compared; mean and 95 % interval over seeds ({len(self.shares)})."
+            f"compared; mean and 95 % interval over {len(self.shares)} seeds."
         )
 
     def cell(self, model: str) -> str:
