@@ -69,7 +69,9 @@ VOTES = click.option(
     "--pictures", multiple=True, type=PLACE,
     help="Instead of drawing, a folder with metadata.csv or .jsonl (file_name, text); repeatable.",
 )  # fmt: skip
-@click.option("--model", default="tiny", show_default=True, help="tiny, tiny2, sd15, a folder, a hub id.")
+@click.option(
+    "--model", default="tiny", show_default=True, help="tiny, tiny2, sd15, a folder, a hub id."
+)
 @PRESET
 @SEED
 @SETTINGS

@@ -244,7 +244,9 @@ def evaluate(
 
 @click.command(cls=Working)
 @click.argument("runs", nargs=-1, type=RUNS)
-@click.option("--model", default="tiny", show_default=True, help="tiny, tiny2, sd15, a folder, a hub id.")
+@click.option(
+    "--model", default="tiny", show_default=True, help="tiny, tiny2, sd15, a folder, a hub id."
+)
 @click.option(
     "--objective", default="image_reward", show_default=True,
     shell_complete=completion.of("objective"), help="The signal that trains.",

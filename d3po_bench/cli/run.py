@@ -23,7 +23,7 @@ DEVICE = click.option(
 )
 JOBS = click.option(
     "--jobs", type=click.IntRange(1, MOST_JOBS),
-    help="Runs side by side; default: one per GPU, or one per core for tiny and tiny2 on a CPU, else 1.",
+    help="Runs side by side; default: one per GPU, one per core for tiny, tiny2 on a CPU, else 1.",
 )  # fmt: skip
 RANKS = click.option(
     "--ranks", type=click.IntRange(1, MOST_JOBS), default=1, show_default=True,
