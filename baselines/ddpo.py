@@ -14,7 +14,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Generator, Tensor
 
-from d3po_bench.diffusion.advantages import Against, ComparesScores, advantages, ppo_loss
+from d3po_bench.diffusion.advantages import (
+    Against,
+    ComparesScores,
+    advantages,
+    known_statistics,
+    ppo_loss,
+)
 from d3po_bench.errors import UserError
 from d3po_bench.types import ImageRows, Method, Metrics, Policy, Reference, Rollout
 
@@ -55,12 +61,13 @@ class DDPO(ComparesScores):
         Raises:
             UserError: naming them.
         """
-        known = 0 < self.clip_range < 1 and self.advantage_clip > 0 and self.minimum >= 0
-        if not (known and 0 <= self.buffer <= 64):
+        known = 0 < self.clip_range < 1 and self.advantage_clip > 0
+        if not (known and known_statistics(self.buffer, self.minimum)):
             raise UserError(
                 "DDPO needs clip_range between 0 and 1, advantage_clip above 0, minimum at least 0 "
-                f"and buffer from 0 to 64; these are {self.clip_range}, {self.advantage_clip}, "
-                f"{self.minimum} and {self.buffer}. Change them with --set."
+                "and buffer 0 or from minimum to 64; these are "
+                f"{self.clip_range}, {self.advantage_clip}, {self.minimum} "
+                f"and {self.buffer}. Change them with --set."
             )
 
     @property

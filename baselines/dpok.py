@@ -19,7 +19,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from d3po_bench.diffusion.advantages import Against, ComparesScores, advantages, ppo_loss, ratio_of
+from d3po_bench.diffusion.advantages import (
+    Against,
+    ComparesScores,
+    advantages,
+    known_statistics,
+    ppo_loss,
+    ratio_of,
+)
 from d3po_bench.errors import UserError
 from d3po_bench.types import ImageRows, Method, Metrics, Policy, Reference, Rollout, Step
 
@@ -74,13 +81,13 @@ class DPOK(ComparesScores):
         """
         known = 0 < self.clip_range < 1 and self.kl_weight >= 0 and self.advantage_clip > 0
         learns = self.value_rate > 0 and 1 <= self.value_steps <= 10**4
-        if not (known and learns and self.minimum >= 0 and 0 <= self.buffer <= 64):
+        if not (known and learns and known_statistics(self.buffer, self.minimum)):
             raise UserError(
                 "DPOK needs clip_range between 0 and 1, kl_weight and minimum of at least 0, "
-                "advantage_clip and value_rate above 0, buffer from 0 to 64 and value_steps from 1 "
-                f"to 10000; these are {self.clip_range}, {self.kl_weight}, {self.minimum}, "
-                f"{self.advantage_clip}, {self.value_rate}, {self.buffer} and {self.value_steps}. "
-                "Change them with --set."
+                "advantage_clip and value_rate above 0, buffer 0 or from minimum to 64 and "
+                f"value_steps from 1 to 10000; these are {self.clip_range}, {self.kl_weight}, "
+                f"{self.minimum}, {self.advantage_clip}, {self.value_rate}, {self.buffer} "
+                f"and {self.value_steps}. Change them with --set."
             )
 
     @property

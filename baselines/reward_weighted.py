@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from d3po_bench.diffusion.advantages import Against, ComparesScores, advantages
+from d3po_bench.diffusion.advantages import Against, ComparesScores, advantages, known_statistics
 from d3po_bench.errors import UserError
 from d3po_bench.types import Method, Metrics, NoisedRows, Policy, Reference, Rollout
 
@@ -90,11 +90,11 @@ class RewardWeighted(ComparesScores):
         Raises:
             UserError: naming them.
         """
-        known = self.largest_weight > 0 and self.anchor >= 0 and self.minimum >= 0
-        if not (known and 0 <= self.quantile < 1 and 0 <= self.buffer <= 64):
+        known = self.largest_weight > 0 and self.anchor >= 0 and 0 <= self.quantile < 1
+        if not (known and known_statistics(self.buffer, self.minimum)):
             raise UserError(
                 "Reward Weighted needs largest_weight above 0, anchor and minimum of at least 0, "
-                "quantile from 0 to 1, buffer from 0 to 64; these are "
+                "quantile from 0 to 1, buffer 0 or from minimum to 64; these are "
                 f"{self.largest_weight}, {self.anchor}, {self.minimum}, {self.quantile} and "
                 f"{self.buffer}. Change them with --set."
             )

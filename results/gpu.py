@@ -91,11 +91,15 @@ def checks() -> Table:
             kind: f"{sum(name.endswith(kind) for name in learned)} of 5"
             for kind in ("fp32", "bf16", "fp16")
         }
-        equal = part(report, "equal bytes twice").get("equal")
-        said = {None: NOT_DONE, True: "yes", False: "no"}[equal]
-        rows.append({"card": report["card"], "equal": said, **counts})
+        said = {None: NOT_DONE, True: "yes", False: "no"}
+        equal = {
+            name: said[part(report, f"equal bytes {name}").get("equal")]
+            for name in ("twice", "resumed")
+        }
+        rows.append({"card": report["card"], **equal, **counts})
     columns = {
-        "card": text("card"), "equal bytes twice": text("equal"),
+        "card": text("card"), "equal bytes twice": text("twice"),
+        "equal bytes resumed": text("resumed"),
         **{f"methods in {kind}": text(kind) for kind in ("fp32", "bf16", "fp16")},
     }  # fmt: skip
     return Table(rows, columns, left=("card",))

@@ -272,30 +272,50 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
 
-def twice(plan: Plan, folder: Path) -> Found:
-    """Two processes make the same run with deterministic kernels: are the bytes the same?"""
+def begin(plan: Plan, out: Path, rounds: int = 2) -> subprocess.Popen[str]:
+    """Make a small run with deterministic kernels, in a process of its own."""
     small = {"prompts_per_round": 2, "sampling_steps": plan.steps[0] // 5 + 2, "eval_every": 0,
              "eval_scorers": "", "dtype": "bf16", "micro_batch": 4, "sample_batch": 4,
              "reference_batch": 4, "decode_batch": 4, "threads": 1}  # fmt: skip
     command = [sys.executable, "-m", "d3po_bench", "run", "--method", "d3po", "--objective",
-               "incompress", "--preset", "paper", "--model", plan.model, "--rounds", "2",
-               "--deterministic", "--device", str(plan.device),
-               *(part for k, v in small.items() for part in ("--set", f"{k}={v}"))]  # fmt: skip
-    outs = [folder / name for name in ("one", "two")]
-    begun = [
-        subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
-        for out in outs
-    ]
+               "incompress", "--preset", "paper", "--model", plan.model,
+               "--rounds", str(rounds), "--deterministic", "--device", str(plan.device),
+               *(part for k, v in small.items() for part in ("--set", f"{k}={v}")),
+               "--out", str(out)]  # fmt: skip
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def end(plan: Plan, *begun: subprocess.Popen[str]) -> None:
+    """Wait for them."""
     for process in begun:
         _, said = process.communicate(timeout=plan.seconds)
         if process.returncode:
             raise RuntimeError(said.strip().splitlines()[-1])
+
+
+def equal(one: Path, other: Path) -> Found:
+    """Whether two runs have written the same metrics and weights."""
     written = [
         {path.name: path.read_bytes() for path in out.rglob("*")
          if path.name in ("metrics.jsonl", "pytorch_lora_weights.safetensors")}
-        for out in outs
+        for out in (one, other)
     ]  # fmt: skip
     return {"equal": written[0] == written[1] and len(written[0]) == 2}
+
+
+def twice(plan: Plan, folder: Path) -> Found:
+    """Two processes make the same run: are the bytes the same?"""
+    outs = [folder / name for name in ("one", "two")]
+    end(plan, *(begin(plan, out) for out in outs))
+    return equal(*outs)
+
+
+def resumed(plan: Plan, folder: Path) -> Found:
+    """A run of one round goes on from its checkpoint: are its bytes those of one of two rounds?"""
+    whole, parts = folder / "whole", folder / "parts"
+    end(plan, begin(plan, whole), begin(plan, parts, rounds=1))
+    end(plan, begin(plan, parts))
+    return equal(whole, parts)
 
 
 def methods(plan: Plan, folder: Path) -> Found:
@@ -340,6 +360,7 @@ def measure(plan: Plan, report: Report, folder: Path) -> None:
     report.part("fp16 update", 50, lambda: subject("fp16").learning())
     report.part("methods", 60, lambda: methods(plan, folder / "methods"))
     report.part("equal bytes twice", 60, lambda: twice(plan, folder))
+    report.part("equal bytes resumed", 90, lambda: resumed(plan, folder))
     if plan.compiled:
         report.part("bf16 compiled sampling", 90, lambda: subject(compile=True).sampling())
         report.part("bf16 compiled update", 90, lambda: subject(compile=True).learning())

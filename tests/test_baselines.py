@@ -324,7 +324,8 @@ def test_a_round_of_ties_changes_nothing(policy: Policy, method: Method[Any]) ->
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(DDPO, {"clip_range": 0}), (DDPO, {"buffer": 65}), (DPOK, {"kl_weight": -1}),
+    [(DDPO, {"clip_range": 0}), (DDPO, {"buffer": 65}), (DDPO, {"buffer": 8}),
+     (RewardWeighted, {"minimum": 32}), (DPOK, {"kl_weight": -1}),
      (DPOK, {"clip_range": 1}), (RewardWeighted, {"quantile": 1}),
      (RewardWeighted, {"anchor": -1})],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -140,7 +141,10 @@ def test_lora_targets_and_rank(micro: Path, micro_model: StableDiffusion) -> Non
         model_of(micro, lora_targets=("nothing",))
 
 
-def one_update(model: StableDiffusion, scaler: torch.amp.GradScaler | None = None) -> float:
+def one_update(
+    model: StableDiffusion, scaler: torch.amp.GradScaler | None = None, units: int = 2
+) -> dict[str, float]:
+    """A round of two pairs."""
     policy, method = Policy(model, steps=4), D3PO()
     draws = Draws(seed=0, round=0)
     rollout = sample(policy, PROMPTS, draws, images_per_prompt=2, shared_noise=True)
@@ -148,15 +152,14 @@ def one_update(model: StableDiffusion, scaler: torch.amp.GradScaler | None = Non
     rollout = with_reference(policy, rollout, method, untrained=True, batch=8)
     optimizer = torch.optim.AdamW(list(model.trainable().values()), 1e-3)
     rows = method.rows(rollout, stream(0, "rows"))
-    metrics = update(
-        policy, method, rows, optimizer, Updates(units=2), stream(0, "shuffle"), scaler
-    )
-    return metrics["grad_norm"]
+    updates = Updates(units=units, step_gradients=True)
+    return update(policy, method, rows, optimizer, updates, stream(0, "shuffle"), scaler)
 
 
 def test_gradient_checkpointing_changes_nothing(micro: Path, micro_model: StableDiffusion) -> None:
     saved = model_of(micro, gradient_checkpointing=True)
-    assert one_update(micro_model) == pytest.approx(one_update(saved), rel=1e-4)
+    norm = one_update(micro_model)["grad_norm"]
+    assert norm == pytest.approx(one_update(saved)["grad_norm"], rel=1e-4)
     for name, weight in micro_model.trainable().items():
         torch.testing.assert_close(weight, saved.trainable()[name])
 
@@ -168,9 +171,24 @@ def test_half_precision_keeps_the_adapter_and_the_steps_in_fp32(
     model = model_of(micro, dtype=dtype)
     assert {w.dtype for w in model.trainable().values()} == {torch.float32}
     scaler = torch.amp.GradScaler("cpu") if dtype == "fp16" else None
-    norm = one_update(model, scaler)
-    assert norm == pytest.approx(one_update(micro_model), rel=0.3)
+    norm = one_update(model, scaler)["grad_norm"]
+    assert norm == pytest.approx(one_update(micro_model)["grad_norm"], rel=0.3)
     assert norm > 0
+
+
+def test_a_step_whose_gradient_overflows_is_counted_and_is_not_in_the_mean(
+    micro_model: StableDiffusion,
+) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-36)
+    found = one_update(micro_model, scaler, units=1)
+    assert (found["updates"], found["skipped"]) == (2, 1)
+    assert 0 < found["grad_norm"] < math.inf
+    assert all(map(math.isfinite, found.values()))
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=0.9)
+    found = one_update(micro_model, scaler, units=1)
+    assert (found["updates"], found["skipped"]) == (2, 2)
+    assert not any(name.startswith("grad_norm") for name in found)
 
 
 def test_offline_hub_id_says_what_to_do() -> None:

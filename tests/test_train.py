@@ -52,6 +52,18 @@ def test_every_round_draws_from_its_own_seed_and_round(
     assert seen == [Draws(seed=3, round=0), Draws(seed=3, round=1)]
 
 
+def test_only_what_learns_from_steps_needs_noise_in_them(micro: Path) -> None:
+    changes = {"prompts_per_round": "2", "dtype": "fp32", "eta": "0.001"}
+    for method in ("preferred_images", "d3po"):
+        config, execution = make(method, "incompress", "paper", changes, model=str(micro))
+        experience = experience_of(config, execution)
+        if method == "preferred_images":
+            assert Trainer(config, execution, experience, CPU).policy.table.std.min() < 1e-4
+        else:
+            with pytest.raises(UserError, match="adds no noise"):
+                Trainer(config, execution, experience, CPU)
+
+
 def test_a_run_can_do_without_a_card_whose_weights_are_absent(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

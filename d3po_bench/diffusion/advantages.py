@@ -24,6 +24,15 @@ class ComparesScores:
         return 2 if self.advantage == "group" else 1
 
 
+MOST_KEPT = 64
+"""Scores of a prompt that a run remembers."""
+
+
+def known_statistics(buffer: int, minimum: int) -> bool:
+    """Whether a prompt can ever have as many scores as its own statistics need."""
+    return minimum >= 0 and (buffer == 0 or minimum <= buffer <= MOST_KEPT)
+
+
 LARGEST = 20.0
 """Log-ratios are cut here: exp of more than 88 has a gradient of 0 * inf behind the clip."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,8 @@ def update(
 
     Weights are constant within an optimizer step, so all its timesteps are merged and run in
     micro-batches: the gradient is that of one timestep at a time. Without rows nothing changes.
+    With loss scaling, `skipped` counts the steps that it passes over, whose gradient overflowed;
+    `grad_norm` is a mean of the others, and absent where there are none.
 
     Raises:
         RunError: a loss or gradient is not finite, and the weights are those before that step; or
@@ -86,7 +89,7 @@ def update(
         )
     groups = [g for _ in range(updates.passes) for g in _groups(rows, updates, rng)]
     parameters = list(policy.model.trainable().values())
-    totals: dict[str, float] = {}
+    found: list[Metrics] = []
     by_step: dict[str, float] = {}
     if scaler is not None:  # a rank without a micro-batch of its own has to have a scale, too
         scaler.scale(torch.zeros((), device=policy.model.device))
@@ -98,11 +101,21 @@ def update(
         metrics["grad_norm"] = _clip(parameters, optimizer, updates.max_grad_norm, scaler)
         _require_finite(metrics, scaler, policy.model.trainable())
         _apply(optimizer, scaler)
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value) / len(groups)
+        found.append(metrics)
         progress((number + 1) / len(groups))
     require_finite_weights(policy.model.trainable())  # no loss is computed with the last ones
-    return {**totals, **by_step, "updates": len(groups)}
+    return {**_means(found, scaler), **by_step, "updates": len(groups)}
+
+
+def _means(found: Sequence[Metrics], scaler: torch.amp.GradScaler | None) -> dict[str, float]:
+    """Over optimizer steps; the gradient norm over those alone that a scaler did not skip."""
+    norms = [float(metrics.pop("grad_norm")) for metrics in found]
+    taken = [norm for norm in norms if math.isfinite(norm)]
+    names = dict.fromkeys(name for metrics in found for name in metrics)
+    means = {n: sum(float(m[n]) / len(found) for m in found if n in m) for n in names}
+    if taken:
+        means["grad_norm"] = sum(norm / len(taken) for norm in taken)
+    return means if scaler is None else {**means, "skipped": len(found) - len(taken)}
 
 
 def _by_step(
@@ -114,7 +127,8 @@ def _by_step(
 ) -> dict[str, float]:
     """Gradient norm of the mean loss over the items of each denoising step; nothing is learned.
 
-    Named grad_norm/0 for the first step, and so on. Its passes do not count as the run's.
+    Named grad_norm/0 for the first step, and so on; none where it overflows. Its passes do not
+    count as the run's.
     """
     spent, found = (policy.model.forwards, policy.model.backwards), {}
     parameters = list(policy.model.trainable().values())
@@ -123,7 +137,8 @@ def _by_step(
         own = step == number
         accumulate(unit[own], step[own])
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        found[f"grad_norm/{number}"] = float(norm) / scale
+        if norm.isfinite():
+            found[f"grad_norm/{number}"] = float(norm) / scale
         _set_gradients(parameters, [None] * len(parameters))
     policy.model.forwards, policy.model.backwards = spent
     return found
@@ -267,7 +282,7 @@ def _backward(
 ) -> Metrics:
     """Add to the gradients those of some items, of whose mean loss they are a share."""
     loss, metrics = method.loss(policy, items)
-    require_own_names(type(method).__name__, metrics, ("loss", "grad_norm", "updates"))
+    require_own_names(type(method).__name__, metrics, ("loss", "grad_norm", "updates", "skipped"))
     scaled = loss * share if scaler is None else scaler.scale(loss * share)
     if not scaled.requires_grad:
         raise RunError(

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from d3po_bench.config import Execution, RunConfig, method_of
 from d3po_bench.diffusion import parallel
+from d3po_bench.diffusion.advantages import MOST_KEPT
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.diffusion.policy import Policy
 from d3po_bench.diffusion.preferences import shuffled
-from d3po_bench.diffusion.sampling import images_used, with_reference
+from d3po_bench.diffusion.sampling import images_used, needs_chain, with_reference
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.update import Updates, require_own_names, update
 from d3po_bench.errors import RunError
@@ -35,9 +36,6 @@ from d3po_bench.types import Model, Rollout
 
 TRIED_TOGETHER = 1024
 """Prompts that are encoded at a time before the first round: data sets have a hundred thousand."""
-
-HISTORY = 64
-"""Rewards of each prompt that are kept from round to round."""
 
 
 def training_of(config: RunConfig, execution: Execution) -> Training:
@@ -110,7 +108,8 @@ class Trainer:
         )
         self.trained = range(config.sampling_steps - config.skip_steps)
         """The steps that are trained on, in this round."""
-        self.policy.require_noise(len(self.trained))
+        if needs_chain(self.method):
+            self.policy.require_noise(len(self.trained))
         self.optimizer = self._optimizer()
         scaled = config.dtype == "fp16"
         self.scaler = torch.amp.GradScaler(device.type) if scaled else None
@@ -237,7 +236,7 @@ class Trainer:
         self.round += 1
         metrics = {"round": self.round, **self._spent(), **measured}
         require_own_names(self.config.method, learned, metrics)
-        seconds["cpu"] = time.process_time() - began
+        seconds["cpu"] = sum(parallel.gather(time.process_time() - began))
         timing = {"round": self.round, **{k: round(v, 3) for k, v in seconds.items()}}
         return {**metrics, **learned}, timing
 
@@ -266,7 +265,7 @@ class Trainer:
         rows = self.method.rows(rollout, stream(c.seed, "rows", self.round))
         self.pairs += len(rows)
         for prompt, rewards in zip(rollout.prompts, scores, strict=True):
-            self.history[prompt] = (self.history.get(prompt, []) + rewards)[-HISTORY:]
+            self.history[prompt] = (self.history.get(prompt, []) + rewards)[-MOST_KEPT:]
         updates = Updates(
             units=c.units_per_update,
             timestep_fraction=c.timestep_fraction,
@@ -348,11 +347,12 @@ class Trainer:
         self.model.load_trainable(parts.pop("weight"))
         self.memory = parts.pop("memory", {})
         self.history = facts["history"]
-        for name, p in self.model.trainable().items():
-            kept = {k: v[name] for k, v in parts.items() if name in v}
-            if kept:
-                moved = {k: v if k == "step" else v.to(p.device) for k, v in kept.items()}
-                self.optimizer.state[p] = moved
+        names = enumerate(self.model.trainable())
+        state = {i: {k: v[name] for k, v in parts.items() if name in v} for i, name in names}
+        # It knows which of these belong on the device: a fused optimizer counts its steps there.
+        self.optimizer.load_state_dict({
+            **self.optimizer.state_dict(), "state": {i: kept for i, kept in state.items() if kept}
+        })  # fmt: skip
         self.round = facts["round"]
         self.pairs = facts["pairs"]
         for name in self.experience.counts:

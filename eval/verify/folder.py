@@ -154,7 +154,10 @@ def _check_record(run: RunFolder) -> Problems:
 
 
 def _check_metrics(metrics: Sequence[Mapping[str, Any]]) -> Problems:
-    lacking = [k for k in NUMBERS if not all(k in m for m in metrics)]
+    # Nothing was learned in a round of ties alone, or whose gradients all overflowed.
+    learned = [m for m in metrics if m.get("updates") != m.get("skipped", 0)]
+    of = {"loss": learned, "grad_norm": learned}
+    lacking = [k for k in NUMBERS if not all(k in m for m in of.get(k, metrics))]
     if lacking:
         yield f"its metrics.jsonl has no {', '.join(lacking)}"
     for m in metrics:
