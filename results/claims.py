@@ -13,7 +13,7 @@ from eval.analysis import scored
 from eval.analysis.gains import Groups, against, contrast, rival_of
 from eval.analysis.scores import Score, score_of
 from eval.analysis.statistics import Difference
-from eval.analysis.worded import LEVEL, Words, adjusted, equivalent, power, said
+from eval.analysis.worded import LEVEL, Words, adjusted, equivalent, power, said, within
 from results import feedback as rounds
 
 MARGINS = {"aesthetic": 0.2, "compress": 0.05, "incompress": 0.05}
@@ -62,6 +62,7 @@ def differences(groups: Groups) -> Tests:
 
 def _compared(tests: Tests, scores: Mapping[str, Score], rival: str) -> Iterator[str]:
     p = adjusted(tests)
+    same = within({key: (found, MARGINS[key[0]]) for key, found in tests.items()})
     for objective in sorted(scores):
         own = {method: found for (name, method), found in tests.items() if name == objective}
         score = scores[objective]
@@ -69,7 +70,9 @@ def _compared(tests: Tests, scores: Mapping[str, Score], rival: str) -> Iterator
         open_ = {m: found for m, found in own.items() if p[objective, m] >= LEVEL}
         yield " ".join(filter(None, [
             f"**{objective}.**", said(means, than(rival)), power(open_, score.unit, len(tests)),
-            equivalent(open_, MARGINS[objective], score.unit, rival) if open_ else "",
+            equivalent(
+                {m: same[objective, m] for m in open_}, MARGINS[objective], score.unit, rival
+            ) if open_ else "",
         ]))  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from eval.analysis.scores import score_of
 from eval.analysis.settings import settings
 from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
 from eval.analysis.tables import Record, Table, number, spread, text
-from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said
+from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said, within
 from results.claims import DRIFT, FOLLOW, bullets, differences, shown_halves, than
 from results.steps import RULE, worst
 
@@ -366,10 +366,11 @@ def _ordered(
            if p[m] < LEVEL
            and fmean(drifts[more].values()) > max(drifts[less].values())]  # fmt: skip
     open_ = {m: test for m, test in tests.items() if p[m] >= LEVEL}
+    same = within({m: (test, margin) for m, test in tests.items()})
     return " ".join(filter(None, [
         said({m: (test.mean, p[m]) for m, test in tests.items() if m not in far}, than(rival)),
         f"No order to {rival} is claimed, since the one that gains more drifts farther than any "
         f"run of the other: {', '.join(far)}." if far else "",
         power(open_, unit, together),
-        equivalent(open_, margin, unit, rival) if open_ and margin else "",
+        equivalent({m: same[m] for m in open_}, margin, unit, rival) if open_ and margin else "",
     ]))  # fmt: skip

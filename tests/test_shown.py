@@ -151,8 +151,15 @@ def test_sentences_follow_the_tests(means: dict[str, tuple[float, float]], said:
 
 def test_sentences_of_power_and_equivalence() -> None:
     same = {"a": paired_difference([1.0, 1.01, 0.99], [1.0, 1.0, 1.0])}
-    assert worded.equivalent(same, 0.1, "kB", "d3po") == "Shown to be within 0.1 kB of d3po: a."
-    assert worded.equivalent(same, 0.01, "", "d3po") == "Shown to be within 0.01 of d3po: none."
+    p = worded.within({"a": (same["a"], 0.1)})
+    assert worded.equivalent(p, 0.1, "kB", "d3po") == "Shown to be within 0.1 kB of d3po: a."
+    # a, which alone would be shown, is adjusted for b, which is not spoken of
+    apart = paired_difference([2.0, 2.1, 1.9], [1.0, 1.0, 1.0])
+    few = worded.within({"a": (same["a"], 0.02), "b": (apart, 0.02)})
+    assert few["a"] == pytest.approx(2 * worded.within({"a": (same["a"], 0.02)})["a"])
+    assert few["a"] / 2 < worded.LEVEL < few["a"]
+    said = worded.equivalent({"a": few["a"]}, 0.02, "", "d3po")
+    assert said == "Shown to be within 0.02 of d3po: none."
     # the standard error is 0.01 / sqrt(3), and t(2) = 4.303 shows 5.65 of them
     assert worded.power(same, "kB", 1) == "A difference of 0.033 kB would be shown with 80 % power."
     # at 1 % for each of five tests: t(2) = 9.925

@@ -75,9 +75,28 @@ def power(tests: Mapping[str, Difference], unit: str, together: int) -> str:
     return f"A difference of {between} {unit}".rstrip() + " would be shown with 80 % power."
 
 
-def equivalent(tests: Mapping[str, Difference], margin: float, unit: str, rival: str) -> str:
-    """Which methods are shown to be as good as the rival, within the margin."""
-    p = holm([equivalence(found, margin) for found in tests.values()])
-    names = [name for name, value in zip(tests, p, strict=True) if value < LEVEL]
+def within(tests: Mapping[K, tuple[Difference, float]]) -> dict[K, float]:
+    """Holm's p-values of being within a margin.
+
+    All tests of a table belong among them. Those that show no difference are a choice by the same
+    seeds, and adjusting for them alone would not keep the level.
+
+    Args:
+        tests: name -> a difference and its margin.
+    """
+    p = holm([equivalence(found, margin) for found, margin in tests.values()])
+    return dict(zip(tests, p, strict=True))
+
+
+def equivalent(p: Mapping[str, float], margin: float, unit: str, rival: str) -> str:
+    """Which methods are shown to be as good as the rival, within the margin.
+
+    Args:
+        p: method -> its p-value, from `within`.
+        margin: of all of these.
+        unit: of the margin.
+        rival: its name.
+    """
+    names = [name for name, value in p.items() if value < LEVEL]
     size = f"{margin:g} {unit}".rstrip()
     return f"Shown to be within {size} of {rival}: {', '.join(names) or 'none'}."
