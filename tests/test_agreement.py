@@ -14,7 +14,7 @@ import pytest
 from d3po_bench.feedback import agreement
 from d3po_bench.feedback.agreement import Share
 from d3po_bench.feedback.questions import Answer, Kind
-from d3po_bench.feedback.rounds import Item, Round, Vote
+from d3po_bench.feedback.rounds import Item, Part, Round, Vote
 from d3po_bench.feedback.study import one_question
 
 
@@ -153,6 +153,19 @@ def test_scores_of_pairs_are_shares_and_equal_is_a_tie() -> None:
     assert scores[:3].tolist() == [[0.5, 0.0], [0.25, 0.5], [0.5, 0.5]]
     assert np.isnan(scores[3]).all()
     assert agreement.preferences(scores).tolist() == [[0, 0, 1], [1, 1, 0]]
+
+
+def test_images_of_several_pairs_have_scores_once_all_their_pairs_are_answered() -> None:
+    shown = [("0.png", "1.png"), ("0.png", "2.png"), ("1.png", "2.png")]
+    items = [Item(str(n), "cat", names, group="cats") for n, names in enumerate(shown)]
+    part = Part(one_question("pairs").question[0], tuple(items))
+    votes = [vote("x", 0, "a"), vote("y", 0, "a"), vote("z", 0, "b"), vote("x", 1, "b")]
+    (some,) = agreement.scores(part, votes)  # nobody has seen 1 and 2 side by side
+    assert some[0] == (2 / 3 + 0) / 2
+    assert np.isnan(some[1:]).all()
+    # each pair counts once, however many have judged it
+    (whole,) = agreement.scores(part, [*votes, vote("x", 2, "a")])
+    assert whole.tolist() == [(2 / 3 + 0) / 2, (1 / 3 + 1) / 2, (1 + 0) / 2]
 
 
 def test_no_scores_give_no_pairs() -> None:

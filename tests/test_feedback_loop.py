@@ -206,6 +206,19 @@ def test_d3po_learns_from_judged_prompts_alone(drawn: Path, trained: Path) -> No
     assert (trained / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_prompts_that_were_judged_in_part_are_left_out_and_counted(drawn: Path) -> None:
+    scores, told = np.zeros((4, 7)), list[str]()
+    training.data_of(drawn, scores, say=told.append)
+    assert told == []
+    scores[1, 2] = scores[3] = np.nan
+    scores[3, 0] = 1
+    training.data_of(drawn, scores, say=told.append)
+    assert told == ["2 prompts are left out: not all images have been judged."]
+    scores[:, 0] = np.nan
+    with pytest.raises(UserError, match=r"Of no prompt .* have all images been judged"):
+        training.data_of(drawn, scores)
+
+
 def test_the_reference_costs_no_pass_of_the_network(trained: Path) -> None:
     """Every forward is one of the update: two images, two guidance halves, three steps a pair."""
     last = RunStore(trained).metrics[-1]

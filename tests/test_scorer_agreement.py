@@ -65,7 +65,7 @@ def votes(path: Path, *items: tuple[str, str, str]) -> Path:
     """A file as the page exports it: prompt, pictures and answers of Ann, Bob and Cy, by item."""
     rows = [
         {"prompt": prompt, "rater": rater, "item": item, "repeat": 0, "answer": answer,
-         "images": pictures}
+         "images": pictures, "group": prompt}
         for item, (prompt, pictures, answers) in enumerate(items)
         for rater, answer in zip(("Ann", "Bob", "Cy"), answers.split(), strict=False)
     ]  # fmt: skip

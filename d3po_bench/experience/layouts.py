@@ -190,8 +190,10 @@ def _our_page(row: Row) -> Marks:
     prompt = _text(row, "prompt")
     if prompt[0] == "'" and prompt[1:].lstrip().startswith(("=", "+", "-", "@")):
         prompt = prompt[1:]  # which keeps spreadsheets from computing it
+    # Two pairs of a prompt do not say which picture of one is better than one of the other.
+    alone = answer in ("a", "b", "tie", "bad")
+    group = str(row["item"] if alone else row.get("group") or row["item"])
     for picture, score in zip(pictures, scores, strict=True):
-        group = str(row.get("group") or row["item"])
         yield Mark(group, prompt, picture, score, str(row.get("rater", "")))
 
 

@@ -234,11 +234,12 @@ def _with_others(counts: NDArray[np.int64], mine: Floats) -> Floats:
 def scores(part: Part, votes: Sequence[Vote]) -> Floats:
     """What raters think of each image of each prompt, [P, K]; larger is better.
 
-    The mean over raters of what their answers say of it. Tags: 0 for untouched and -1 for tagged,
-    as the published code averages its label files. Pairs: 1 for the chosen one; those who said tie
-    or bad chose neither. Scales: steps above the middle. Rankings: images it is better than. NaN
-    for the images that nobody judged: no comparison with NaN holds, so they give ties. Repeats are
-    left out: one rater, one vote.
+    The mean over raters of what their answers say of it, then over the items that show it. Tags: 0
+    for untouched and -1 for tagged, as the published code averages its label files. Pairs: 1 for
+    the chosen one; those who said tie or bad chose neither. Scales: steps above the middle.
+    Rankings: images it is better than. NaN until all items that show an image have been answered:
+    of some of its pairs alone, chance would say how good it is. No comparison with NaN holds, so
+    they give ties. Repeats are left out: one rater, one vote.
     """
     items = [item for item in part.items if item.use == "main"]
     place: dict[str, dict[str, int]] = {}
@@ -254,14 +255,18 @@ def scores(part: Part, votes: Sequence[Vote]) -> Floats:
         )
         for item in items
     }
-    total = np.zeros((len(place), max(map(len, place.values()))))
-    raters = np.zeros_like(total)
+    answers: dict[str, list[Floats]] = {name: [] for name in where}
     for vote in votes:
         if vote.repeat == 0 and vote.item in where:
-            row, columns_ = where[vote.item]
-            total[row, columns_] += part.question.scores(len(columns_), vote.answer)
-            raters[row, columns_] += 1
-    return np.divide(total, raters, out=np.full_like(total, np.nan), where=raters > 0)
+            said = part.question.scores(len(where[vote.item][1]), vote.answer)
+            answers[vote.item].append(np.array(said))
+    total = np.zeros((len(place), max(map(len, place.values()))))
+    shown = np.zeros_like(total)
+    for name, (row, columns_) in where.items():
+        # Of none the mean is NaN, and so is what it is added to.
+        total[row, columns_] += sum(answers[name]) / len(answers[name]) if answers[name] else np.nan
+        shown[row, columns_] += 1
+    return np.divide(total, shown, out=np.full_like(total, np.nan), where=shown > 0)
 
 
 def preferences(scores: Floats) -> NDArray[np.int64]:

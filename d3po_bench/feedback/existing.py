@@ -92,7 +92,7 @@ def learnable(
         request: whose method decides which rows there are.
         labels: URL of a round's votes; None for those in its folder.
         label_files: folder of the published code's label files, in place of votes.
-        say: hears of rows of label files that are left out.
+        say: hears of rows of label files, and of prompts, that are left out.
 
     Raises:
         UserError: it is none of them, or the method cannot learn from it.
@@ -107,7 +107,7 @@ def learnable(
     asked = request.question
     scores = read_label_files(label_files, say) if label_files else scores_of(place, labels, asked)
     if (place / SAMPLING).exists() or not (place / FILE).exists():
-        return data_of(place, scores, asked)
+        return data_of(place, scores, asked, say)
     round_ = Round.read(place)
     judged = round_.part(asked).question.judged
     groups = _judged(place, round_, scores, judged)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,17 +118,23 @@ class Data:
         }
 
 
-def data_of(folder: Path, scores: Floats, question: str | None = None) -> Data:
+def data_of(
+    folder: Path,
+    scores: Floats,
+    question: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Data:
     """A round and what people said of it, after checking that its files are as they were drawn.
 
     Args:
         folder: of the round.
         scores: [N, K] of the first N prompts, larger is better, NaN where nobody judged.
         question: what was asked; None where there is one question.
+        say: hears how many prompts are left out, since they were not judged whole.
 
     Raises:
-        UserError: a file is missing or altered, the scores are of another round, or there are
-            none.
+        UserError: a file is missing or altered, the scores are of another round, or no prompt was
+            judged whole.
     """
     sampling = Sampling.read(folder)
     require_files(folder)
@@ -141,11 +147,19 @@ def data_of(folder: Path, scores: Floats, question: str | None = None) -> Data:
             f"These labels are of {scores.shape[0]} x {scores.shape[1]} images; the round in "
             f"{folder} has {number} x {images}. Give those of this round."
         )
-    if not np.isfinite(scores).all(1).any():
+    known = np.isfinite(scores)
+    begun = int((known.any(1) & ~known.all(1)).sum())
+    if not known.all(1).any():
+        found = f"Of no prompt of the round in {folder} have all images been judged" if begun else (
+            f"Nobody has voted on the round in {folder}"
+        )  # fmt: skip
         raise UserError(
-            f"Nobody has voted on the round in {folder}. Ask for votes with `d3po-bench feedback "
-            "serve`, or give the --labels they are in."
+            f"{found}. Ask for votes with `d3po-bench feedback serve`, or give the --labels they "
+            "are in."
         )
+    if begun:
+        said = "1 prompt is" if begun == 1 else f"{begun} prompts are"
+        say(f"{said} left out: not all images have been judged.")
     whole = torch.full((number, images), float("nan"))
     whole[: len(scores)] = torch.from_numpy(scores).float()
     round_ = Round.read(folder)
