@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from d3po_bench.launch.rule import Seen, seen_of
 from d3po_bench.runs.files import read_csv
 from d3po_bench.runs.run import find_runs
 from eval.analysis.gains import Groups, gained
-from eval.analysis.statistics import Difference, by_seed
+from eval.analysis.statistics import by_seed
 from eval.analysis.tables import Record, Table, number, over_seeds, spread, text
 from eval.analysis.tries import ends
 from results.steps import RULE
@@ -24,8 +23,6 @@ CARD = HOME / "tiny2-h100"
 
 AGAIN = HOME / "search2" / "again"
 """Trials of a card that were made again on a CPU."""
-
-UNKNOWN = dict.fromkeys(("cpu", "cpu_low", "cpu_high"), math.nan)
 
 
 def tables() -> dict[str, Callable[[], Table]]:
@@ -42,13 +39,13 @@ def tests(cpu: Groups, card: Groups) -> Table:
     """A row for each objective and method: what the card changes, seed by seed."""
     found: list[Record] = []
     for (model, objective, method), runs in card.items():
-        here, theirs = gained(cpu.get((model, objective, method), ())), gained(runs)
-        ours = {seed: here[seed] for seed in theirs if seed in here}
-        test = by_seed(theirs, ours) if ours else Difference.unsure(math.nan)
+        here, theirs = gained(cpu[model, objective, method]), gained(runs)
+        ours = {seed: here[seed] for seed in theirs}
+        test = by_seed(theirs, ours)
         found.append({
             "objective": objective, "method": method, "seeds": len(theirs),
             **over_seeds("card", [*theirs.values()]),
-            **(over_seeds("cpu", [*ours.values()]) if ours else UNKNOWN),
+            **over_seeds("cpu", [*ours.values()]),
             "difference": test.mean, "difference_low": test.low, "difference_high": test.high,
         })  # fmt: skip
     columns = {
