@@ -29,7 +29,8 @@ FOLLOW = Words(
 """What is said of S."""
 
 DRIFT = Words(
-    "Shown to drift to larger scores, D above 0", "Shown to drift to smaller scores, D below 0",
+    "Scores are shown to rise whichever way the reward points, D above 0",
+    "Scores are shown to fall whichever way the reward points, D below 0",
     "D is not shown to differ from 0",
 )  # fmt: skip
 """What is said of D."""

@@ -93,7 +93,7 @@ def front(groups: Groups) -> Table:
 
 
 UNITS = {"incompress": "kB", "compress": "kB", "aesthetic": "points"}
-COSTS = {"images": "images", "unet_forwards": "UNet passes", "seconds": "seconds a seed"}
+COSTS = {"images": "images", "unet_forwards": "UNet passes", "cpu": "CPU seconds a seed"}
 
 
 def made_table1(folder: Path) -> str:
@@ -214,6 +214,7 @@ NAMED = {
     **dict.fromkeys(FEEDBACK, "feedback.{experiment}.{error:.0%}"),
     "feedback-choices": "choices.{error:.0%}",
     "alignment": "alignment.{captions}.{sampler}.{method}",
+    "v2-again": "v2.again.{method}.{trial}",
     **version2.NAMED,
 }
 """Table -> how a number of it is called, before the name of its field."""

@@ -98,6 +98,7 @@ def tables(folder: Path, front: Callable[[Groups], Table]) -> dict[str, Callable
         shown: dict[str, tuple[Callable[[Groups], Any], Callable[[Groups], Groups]]] = {
             "v2-front": (front, dict), "v2-cost": (cost, dict), "v2-drift": (fronts, dict),
             "v2-settings": (settings, dict), "v2-control": (contrast, control),
+            "v2-control-gains": (gains, control),
             "v2-gains": (gains, main_rows), "v2-further-gains": (gains, further_rows),
             "v2-contrast": (halves, main_rows), "v2-further-contrast": (halves, further_rows),
             "v2-efficiency": (efficiency, main_rows), "v2-varied": (varied, dict),
@@ -132,15 +133,19 @@ def halves(groups: Groups) -> Table:
     """S and D of each row, how its S differs from the rival's, and what its runs kept to."""
     table, rival, tests = contrast(groups), rival_of(groups), of_rewards(groups)
     p, seen = adjusted(tests), worst(groups)
-    found = []
+    lost = to_rival({m: {s: one.recognised for s, one in own.items()} for m, own in seen.items()},
+                    rival)  # fmt: skip
+    found, unsure = [], Difference.unsure(math.nan)
     for record in table.records:
-        test = tests.get(record["method"], Difference.unsure(math.nan))
-        more = dict(zip(("difference", "difference_low", "difference_high"), test, strict=False))
-        holm, smallest = p.get(record["method"], math.nan), smallest_shown(test, len(p))
-        seeds = [*seen[record["method"]].values()]
+        method = record["method"]
+        for name, known in (("difference", tests), ("recognised_difference", lost)):
+            ends = (name, f"{name}_low", f"{name}_high")
+            record |= dict(zip(ends, known.get(method, unsure), strict=False))
+        seeds = [*seen[method].values()]
         kept = sum(not RULE.broken(one) for one in seeds)
         found.append({
-            **record, **more, "difference_p": holm, "smallest": smallest,
+            **record, "difference_p": p.get(method, math.nan),
+            "smallest": smallest_shown(tests.get(method, unsure), len(p)),
             "recognised": fmean(one.recognised for one in seeds),
             "drift": fmean(one.drift for one in seeds), "kept": f"{kept} of {len(seeds)}",
         })  # fmt: skip
@@ -148,8 +153,9 @@ def halves(groups: Groups) -> Table:
         **table.columns, f"S minus that of {rival} (95 % interval)": spread("difference"),
         "p of that, Holm": number("difference_p", ".2g"),
         "shown with 80 % power from": number("smallest", ".2g"),
-        "recognised": number("recognised", ".2f"), "drift": number("drift", ".4f"),
-        "seeds within the search's bounds": text("kept"),
+        "recognised": number("recognised", ".2f"),
+        f"recognised minus that of {rival} (95 % interval)": spread("recognised_difference"),
+        "drift": number("drift", ".4f"), "seeds within the search's bounds": text("kept"),
     }  # fmt: skip
     return Table(found, columns, left=table.left)
 
@@ -164,7 +170,11 @@ def rewards(groups: Groups) -> dict[str, Seeds]:
 
 def of_rewards(groups: Groups) -> dict[str, Difference]:
     """Method -> how its S differs from the rival's."""
-    found, rival = rewards(groups), rival_of(groups)
+    return to_rival(rewards(groups), rival_of(groups))
+
+
+def to_rival(found: Mapping[str, Seeds], rival: str) -> dict[str, Difference]:
+    """Method -> how its numbers differ from the rival's, seed by seed."""
     return {m: by_seed(own, found[rival]) for m, own in found.items() if m != rival}
 
 
@@ -302,13 +312,13 @@ def claimed(
 def _follow(groups: Groups) -> Iterator[str]:
     """By the tests of S and D, as their table adjusts them."""
     s, d = shown_halves(groups)
-    open_ = {
-        m: from_zero([*seeds.values()])
-        for m, seeds in rewards(groups).items()
-        if not s[m][1] < LEVEL
-    }
-    yield f"{said(s, FOLLOW)} {power(open_, UNIT, len(s) + len(d))}".rstrip()
-    yield said(d, DRIFT)
+    for half, words, sign in ((s, FOLLOW, -1), (d, DRIFT, 1)):
+        open_ = {
+            m: from_zero([(up + sign * down) / 2 for up, down in seeds.values()])
+            for (_, m), seeds in both_signs(groups).items()
+            if not half[m][1] < LEVEL
+        }
+        yield f"{said(half, words)} {power(open_, UNIT, len(s) + len(d))}".rstrip()
 
 
 def _by_s(groups: Groups, margin: float) -> str:
@@ -369,8 +379,18 @@ def _ordered(
     same = within({m: (test, margin) for m, test in tests.items()})
     return " ".join(filter(None, [
         said({m: (test.mean, p[m]) for m, test in tests.items() if m not in far}, than(rival)),
-        f"No order to {rival} is claimed, since the one that gains more drifts farther than any "
-        f"run of the other: {', '.join(far)}." if far else "",
+        *_unordered(far, {m: test.mean > 0 for m, test in tests.items()}, rival),
         power(open_, unit, together),
         equivalent({m: same[m] for m in open_}, margin, unit, rival) if open_ and margin else "",
     ]))  # fmt: skip
+
+
+def _unordered(far: Sequence[str], more: Mapping[str, bool], rival: str) -> Iterator[str]:
+    """Which rows are not ordered, since the one that gains more has moved farther."""
+    moved = "has moved farther from the base model than in any"
+    for gain, of, runs in (
+        (False, f"less gain, but the network of {rival}", "of their runs"),
+        (True, "more gain, but the network", f"run of {rival}"),
+    ):
+        if names := ", ".join(m for m in far if more[m] is gain):
+            yield f"No order to {rival} is claimed of {names}: {of} {moved} {runs}."

@@ -90,6 +90,13 @@ def test_a_legend_of_many_methods_stays_in_its_figure(tmp_path: Path) -> None:
     assert legend.get_window_extent().width <= figure.bbox.width
 
 
+def test_ticks_over_drift_are_round_and_not_too_close() -> None:
+    # The root of 0.011 is 0.105, a quarter of it 0.026: roots 0, 0.032, 0.071, 0.1.
+    assert figure_of.root_ticks(0.011) == pytest.approx([0, 0.001, 0.005, 0.01])
+    assert figure_of.root_ticks(1.4) == pytest.approx([0, 0.1, 0.5])
+    assert figure_of.root_ticks(0) == [0]
+
+
 def test_same_runs_same_bytes(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for seed in (0, 1):

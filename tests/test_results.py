@@ -111,7 +111,7 @@ def test_reward_and_drift_are_told_apart(tmp_path: Path) -> None:
             "seeds": "3",
             "S, by the reward (95 % interval)": "+0.650 (+0.029 to +1.271)",
             "p of S, Holm": "0.055",
-            "D, by drift (95 % interval)": "+0.850 (+0.229 to +1.471)",
+            "D, whichever way (95 % interval)": "+0.850 (+0.229 to +1.471)",
             "p of D, Holm": "0.055",
         }
     }
@@ -480,7 +480,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "results", home / "results")
     shutil.copytree(ROOT / "docs" / "notes", home / "docs" / "notes")
     shutil.copy(ROOT / "docs" / "results.md", home / "docs")
-    (home / "README.md").write_text("<!-- made: front -->\n<!-- /made -->\n")
+    (home / "README.md").write_text("<!-- made: gains -->\n<!-- /made -->\n")
     return home
 
 
@@ -505,7 +505,7 @@ def test_make_finds_everything_that_was_changed(project: Path) -> None:
     done = made(project, "--check")
     assert done.returncode == 1
     assert set(done.stdout.splitlines()) == {
-        "README.md: table front has changed",
+        "README.md: table gains has changed",
         "docs/results.md: number fidelity.two-images.gain says +0.151, not +0.141",
         "docs/notes/quick-preset.md: table step-shares has changed",
         "docs/notes/quick-preset.md: table confirm has changed",

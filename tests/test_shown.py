@@ -52,6 +52,13 @@ def test_gains_at_equal_drift_by_hand(tmp_path: Path) -> None:
     assert shown["dpok"][3] == "", "DDPO gains more with the same drift"
 
 
+def test_who_loses_is_behind_the_base_model(tmp_path: Path) -> None:
+    written(tmp_path, "d3po", 0.1, 0.1)
+    written(tmp_path, "ddpo", -0.01, 0.05)
+    (table,) = fronts(read_groups([tmp_path]))
+    assert {r["method"]: r["front"] for r in table.records} == {"d3po": True, "ddpo": False}
+
+
 @pytest.mark.parametrize(
     ("columns", "measure"),
     [({}, "KL, all steps"), ({f"kl_{i}": "0.1" for i in range(1, 21)}, "KL, steps trained on"),

@@ -113,9 +113,9 @@ def _unit(record: Record) -> str:
 def contrast(groups: Groups) -> Table:
     """A row for each method that was trained for larger and for smaller scores: S and D.
 
-    S = (gain up - gain down) / 2 is what the reward did, and D = (gain up + gain down) / 2 what
-    training did whichever way the reward pointed, which is drift. Seeds are paired. P-values are
-    adjusted for being two for each row.
+    S = (gain up - gain down) / 2 is what follows the reward, and D = (gain up + gain down) / 2 what
+    happens whichever way it points: drift, if the reward pulls equally hard both ways. Seeds are
+    paired. P-values are adjusted for being two for each row.
     """
     found: list[Record] = [
         {"objectives": objectives, "method": method, "seeds": len(seeds),
@@ -128,7 +128,7 @@ def contrast(groups: Groups) -> Table:
     columns = {
         "objectives": text("objectives"), "method": text("method"), "seeds": text("seeds"),
         "S, by the reward (95 % interval)": spread("s"), "p of S, Holm": number("s_p", ".2g"),
-        "D, by drift (95 % interval)": spread("d"), "p of D, Holm": number("d_p", ".2g"),
+        "D, whichever way (95 % interval)": spread("d"), "p of D, Holm": number("d_p", ".2g"),
     }  # fmt: skip
     return Table(found, columns, left=("objectives", "method"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,6 +133,7 @@ def curves_figure(table: Frame, x: str, scores: Mapping[str, Score]) -> Figure:
 
             axes.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
             axes.set_xlim(left=0)
+            axes.set_xticks(root_ticks(axes.get_xlim()[1]))
         if len(heights) > 1:
             below = figure.add_subplot(grid[1, column], sharex=axes)
             _draw_panel(below, part, "animal", looks)
@@ -139,6 +141,17 @@ def curves_figure(table: Frame, x: str, scores: Mapping[str, Score]) -> Figure:
     figure.supxlabel(X_LABELS[x], fontsize=10)
     _draw_legend(figure, table, looks)
     return figure
+
+
+def root_ticks(most: float) -> list[float]:
+    """0 and round numbers up to `most`, a quarter of an axis of square roots apart or more."""
+    found = [0.0]
+    if most > 0:
+        first = math.floor(math.log10(most)) - 2
+        for value in (digit * 10.0**k for k in range(first, first + 3) for digit in (1, 2, 5)):
+            if value <= most and math.sqrt(value) - math.sqrt(found[-1]) >= math.sqrt(most) / 4:
+                found.append(value)
+    return found
 
 
 def _draw_panel(axes: Axes, part: Frame, column: str, looks: Looks) -> None:
