@@ -236,7 +236,7 @@ def test_models_are_measured_once(prompts: int, tmp_path: Path) -> None:
     lines = beside.read_text().splitlines()
     assert lines[:2] == [f"{head},of,vendi", f"{own},,"]
     now, then = (np.array(line.split(",")[3:6], float) for line in (lines[2], base))
-    assert np.abs(now / then - 1).max() < (0.05 if prompts == 45 else 0.5)
+    assert np.abs(now / then - 1).max() < (0.1 if prompts == 45 else 0.5)
     measure(runs, told.append)
     assert len(told) == 1, "what is there is not measured again"
 
@@ -488,7 +488,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_make_finds_everything_that_was_changed(project: Path) -> None:
     """A number, a row of a document, rows and seeds that were dropped, figures and files."""
     results, docs = project / "results", project / "docs"
-    edit(docs / "results.md", r"(two-images.gain-->)\+0.141", r"\1+0.151")
+    edit(docs / "results.md", r"(contrast.ddpo.seeds-->)20", r"\g<1>21")
     edit(docs / "notes" / "quick-preset.md", r"\| 0.983 \|", "| 0.893 |")
     edit(docs / "notes" / "fidelity.md", r"\Z", "\n| a |\n|--:|\n| 1 |\n")
     edit(results / "search.csv", r"(fidelity/no-clip/.*\n(?:.*\n))", r"")  # two of three seeds
@@ -506,7 +506,7 @@ def test_make_finds_everything_that_was_changed(project: Path) -> None:
     assert done.returncode == 1
     assert set(done.stdout.splitlines()) == {
         "README.md: table gains has changed",
-        "docs/results.md: number fidelity.two-images.gain says +0.151, not +0.141",
+        "docs/results.md: number v2.contrast.ddpo.seeds says 21, not 20",
         "docs/notes/quick-preset.md: table step-shares has changed",
         "docs/notes/quick-preset.md: table confirm has changed",
         "docs/notes/determinism.md: table rerun-power has changed",
