@@ -46,13 +46,14 @@ def tests(cpu: Groups, card: Groups) -> Table:
             "objective": objective, "method": method, "seeds": len(theirs),
             **over_seeds("card", [*theirs.values()]),
             **over_seeds("cpu", [*ours.values()]),
-            "difference": test.mean, "difference_low": test.low, "difference_high": test.high,
+            "thousandths": 1e3 * test.mean, "thousandths_low": 1e3 * test.low,
+            "thousandths_high": 1e3 * test.high,
         })  # fmt: skip
     columns = {
         "objective": text("objective"), "method": text("method"), "seeds": text("seeds"),
         "gain on a CPU (95 % interval)": spread("cpu"),
         "gain on an H100 (95 % interval)": spread("card"),
-        "difference, seed by seed (95 % interval)": spread("difference"),
+        "difference, seed by seed, in thousandths (95 % interval)": spread("thousandths"),
     }  # fmt: skip
     return Table(found, columns, left=("objective", "method"))
 

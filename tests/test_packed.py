@@ -187,7 +187,7 @@ def test_what_another_device_changes_by_hand(published: Path, tmp_path: Path) ->
     group = ("tiny", "incompress", "ddpo")
     first = {group: [run for run in here[group] if run.seed > 1000]}
     (test,) = devices.tests(here, first).records
-    assert (test["seeds"], test["cpu"], test["difference"]) == (2, pytest.approx(0.45), 0)
+    assert (test["seeds"], test["cpu"], test["thousandths"]) == (2, pytest.approx(0.45), 0)
 
 
 def test_every_table_of_version_2_is_made(published: Path, tmp_path: Path) -> None:
