@@ -215,7 +215,7 @@ def test_prompts_that_were_judged_in_part_are_left_out_and_counted(drawn: Path) 
     training.data_of(drawn, scores, say=told.append)
     assert told == ["2 prompts are left out: not all images have been judged."]
     scores[:, 0] = np.nan
-    with pytest.raises(UserError, match=r"Of no prompt .* have all images been judged"):
+    with pytest.raises(UserError, match="Nobody has judged all images of a prompt of the"):
         training.data_of(drawn, scores)
 
 

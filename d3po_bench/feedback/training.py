@@ -150,12 +150,10 @@ def data_of(
     known = np.isfinite(scores)
     begun = int((known.any(1) & ~known.all(1)).sum())
     if not known.all(1).any():
-        found = f"Of no prompt of the round in {folder} have all images been judged" if begun else (
-            f"Nobody has voted on the round in {folder}"
-        )  # fmt: skip
+        what = "Nobody has judged all images of a prompt of" if begun else "Nobody has voted on"
         raise UserError(
-            f"{found}. Ask for votes with `d3po-bench feedback serve`, or give the --labels they "
-            "are in."
+            f"{what} the round in {folder}. Ask for votes with `d3po-bench feedback serve`, or "
+            "give the --labels they are in."
         )
     if begun:
         said = "1 prompt is" if begun == 1 else f"{begun} prompts are"
