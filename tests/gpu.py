@@ -311,7 +311,7 @@ def twice(plan: Plan, folder: Path) -> Found:
 
 
 def resumed(plan: Plan, folder: Path) -> Found:
-    """A run of one round goes on from its checkpoint: are its bytes those of one of two rounds?"""
+    """Does a run that stopped after a round and went on have the bytes of one that did not?"""
     whole, parts = folder / "whole", folder / "parts"
     end(plan, begin(plan, whole), begin(plan, parts, rounds=1))
     end(plan, begin(plan, parts))
