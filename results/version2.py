@@ -22,7 +22,6 @@ from eval.analysis.fronts import fronts
 from eval.analysis.gains import Groups, both_ends, both_signs, contrast, cost, gains, rival_of
 from eval.analysis.runs import read_groups
 from eval.analysis.scores import score_of
-from eval.analysis.settings import settings
 from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
 from eval.analysis.tables import Record, Table, number, spread, text
 from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said, within
@@ -31,8 +30,7 @@ from results.steps import RULE, worst
 
 MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
 CONTROL = "d3po_random"
-UNIT = "kB"
-"""Of JPEG sizes."""
+UNIT = "kB"  # of JPEG sizes
 
 OBJECTIVES = ("incompress", "compress", "aesthetic")
 SIGNS = OBJECTIVES[:2]
@@ -81,6 +79,11 @@ def control(groups: Groups) -> Groups:
     return {group: runs for group, runs in groups.items() if group[2] == CONTROL}
 
 
+def lead(groups: Groups) -> Groups:
+    """The paper's five methods and the control."""
+    return {group: runs for group, runs in groups.items() if group[2] in {*MAIN, CONTROL}}
+
+
 # ---- tables
 
 
@@ -96,12 +99,14 @@ def tables(folder: Path, front: Callable[[Groups], Table]) -> dict[str, Callable
         made["v2-tuning"] = partial(tuning, folder / TRIALS)
     if there(folder):
         shown: dict[str, tuple[Callable[[Groups], Any], Callable[[Groups], Groups]]] = {
-            "v2-front": (front, dict), "v2-cost": (cost, dict), "v2-drift": (fronts, dict),
-            "v2-settings": (settings, dict), "v2-control": (contrast, control),
-            "v2-control-gains": (gains, control),
+            "v2-control": (contrast, control), "v2-control-gains": (gains, control),
             "v2-gains": (gains, main_rows), "v2-further-gains": (gains, further_rows),
             "v2-contrast": (halves, main_rows), "v2-further-contrast": (halves, further_rows),
-            "v2-efficiency": (efficiency, main_rows), "v2-varied": (varied, dict),
+            "v2-front": (front, lead), "v2-further-front": (front, further_rows),
+            "v2-cost": (cost, lead), "v2-further-cost": (cost, further_rows),
+            "v2-varied": (varied, lead), "v2-further-varied": (varied, further_rows),
+            "v2-drift": (fronts, lead), "v2-further-drift": (fronts, dict),
+            "v2-efficiency": (efficiency, main_rows),
         }  # fmt: skip
         for name, (table, rows) in shown.items():
             made[name] = partial(_made, table, rows, folder)
@@ -114,7 +119,6 @@ def _made(table: Callable[[Groups], Any], rows: Callable[[Groups], Groups], fold
 
 AXES = {"images": "", "unet_forwards": "unet_forwards", "drift": "drift"}
 """What the main rows' curves are drawn over -> their folder below figures."""
-
 
 NAMED = {
     "v2-gains": "v2.{objective}.{method}",
