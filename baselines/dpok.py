@@ -61,7 +61,7 @@ class DPOK(ComparesScores):
     clip_range: float = 1e-4
     """How far the probability ratio of a step may move from 1, as in DDPO."""
     advantage_clip: float = 5.0
-    """Advantages are cut here, in standard deviations."""
+    """Advantages are cut here, in standard deviations; `value=reward` has none to count in."""
     advantage: Against = "prompt"
     """Against the last scores of the prompt, or against the images of this draw alone (GRPO)."""
     buffer: int = 16
@@ -111,8 +111,9 @@ class DPOK(ComparesScores):
         advantage = gained.to(images.x_t.device).expand(images.step.shape)
         if self.value != "off":
             advantage = advantage - self.learned_value(images, advantage, rollout.memory, rng)
-        clipped = advantage.clamp(-self.advantage_clip, self.advantage_clip)
-        return Regularised(**vars(images), advantage=clipped, pretrained=means.flatten(0, 1))
+        if self.value != "reward":  # whose unit is the score's
+            advantage = advantage.clamp(-self.advantage_clip, self.advantage_clip)
+        return Regularised(**vars(images), advantage=advantage, pretrained=means.flatten(0, 1))
 
     def loss(self, policy: Policy, items: Regularised) -> tuple[Tensor, Metrics]:
         r"""Mean over the items of the clipped policy gradient and the weighted penalty.

@@ -188,7 +188,7 @@ def test_the_value_is_learned_and_remembered(policy: Policy) -> None:
 
 
 def test_a_value_of_the_reward_is_subtracted_from_the_reward_itself(policy: Policy) -> None:
-    method = DPOK(value="reward", advantage_clip=100)
+    method = DPOK(value="reward")
     drawn = rollout_of(policy, method)
     found = []
     for more in (0.0, 10.0):
