@@ -78,7 +78,8 @@ def front(groups: Groups) -> Table:
     objectives = [name for name in UNITS if any(name == group[1] for group in groups)]
     found: dict[str, Record] = {}
     for r in records(groups):
-        line = found.setdefault(r["method"], {"method": r["method"], **{k: [] for k in COSTS}})
+        empty = {"method": r["method"], **dict.fromkeys(objectives, math.nan)}
+        line = found.setdefault(r["method"], empty | {k: [] for k in COSTS})
         gain = {"gain": r["gain"], "gain_low": r["low"], "gain_high": r["high"]}
         line |= {k.replace("gain", r["objective"]): value for k, value in gain.items()}
         for name in COSTS:

@@ -205,6 +205,15 @@ def test_every_table_of_version_2_is_made(published: Path, tmp_path: Path) -> No
     assert version2.tables(tmp_path, make.front) == version2.sentences(tmp_path) == {}
 
 
+def test_a_row_without_an_objective_has_an_empty_cell_on_the_front(published: Path) -> None:
+    groups = read_groups([published])
+    del groups["tiny", "compress", "grpo"]
+    row = cells(make.front(groups))["grpo"]
+    shown = [row[f"gain on {name}, kB (95 % interval)"] for name in ("incompress", "compress")]
+    assert shown[0].startswith("+3.1")
+    assert shown[1] == ""
+
+
 def test_what_is_said_of_version_2(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = ttest_rel([0.35, 0.40, 0.55], [0.75, 0.85, 0.95]).pvalue
     # the two smallest of four, S and D of both

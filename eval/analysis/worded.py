@@ -98,5 +98,5 @@ def equivalent(p: Mapping[str, float], margin: float, unit: str, rival: str) -> 
         rival: its name.
     """
     names = [name for name, value in p.items() if value < LEVEL]
-    size = f"{margin:g} {unit}".rstrip()
+    size = f"{margin:.2g} {unit}".rstrip()
     return f"Shown to be within {size} of {rival}: {', '.join(names) or 'none'}."
