@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from d3po_bench.d3po import D3PO
 from d3po_bench.diffusion import parallel
@@ -23,7 +24,7 @@ from d3po_bench.diffusion.sampling import (
 from d3po_bench.diffusion.seeding import stream
 from d3po_bench.diffusion.transfer import sent
 from d3po_bench.models.stable_diffusion import StableDiffusion
-from d3po_bench.types import Conditions
+from d3po_bench.types import Conditions, Rollout, Step
 from tests.conftest import CPU, disturb
 from tests.rounds import PROMPTS, rollout_of
 
@@ -60,14 +61,30 @@ def test_shared_first_step_is_computed_once(micro_model: StableDiffusion) -> Non
     assert micro_model.backwards == 0
 
 
-def test_batch_size_does_not_change_what_is_drawn(micro_model: StableDiffusion) -> None:
-    policy = Policy(micro_model, steps=3)
-    whole, single = (
-        sample(policy, PROMPTS, Draws(seed=3, round=1), images_per_prompt=2, batch=b)
-        for b in (64, 1)
-    )
-    torch.testing.assert_close(whole.latents, single.latents, rtol=1e-5, atol=1e-5)
-    assert torch.equal(whole.latents[:, :, 0], single.latents[:, :, 0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_batch_size_bounds_a_pass_and_does_not_change_what_is_drawn(
+    shared: bool, micro_model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturb(micro_model)
+    policy, rows = Policy(micro_model, steps=3), list[int]()
+
+    def step(self: Policy, x_t: Tensor, *given: Any) -> Step:
+        rows.append(len(x_t))
+        return taken(self, x_t, *given)
+
+    def drawn(batch: int) -> Rollout:
+        rows.clear()
+        return sample(policy, PROMPTS, Draws(seed=3, round=1), images_per_prompt=3,
+                      shared_noise=shared, batch=batch)  # fmt: skip
+
+    taken = Policy.step
+    monkeypatch.setattr(Policy, "step", step)
+    whole = drawn(64)
+    for batch, most in ((7, 6), (2, 2), (1, 1)):
+        part = drawn(batch)
+        assert max(rows) == most
+        torch.testing.assert_close(part.latents, whole.latents, rtol=1e-5, atol=1e-5)
+        assert torch.equal(part.latents[:, :, 0], whole.latents[:, :, 0])
 
 
 def test_same_seed_same_bytes_other_seed_not(micro_model: StableDiffusion) -> None:

@@ -20,6 +20,8 @@ from d3po_bench.types import Conditions, Method, Model, Rollout, UsesSomeImages
 
 T = TypeVar("T")
 
+ALL = slice(None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
@@ -32,20 +34,34 @@ class Draws:
     first: int = 0
     """Number of the first prompt: a part of a list draws what it would in the whole."""
 
-    def start(self, rows: range, images: int, shared: bool, shape: Sequence[int]) -> Tensor:
-        """Initial noise [P, K, C, H, W] of the prompts `rows`; K equal ones where shared."""
+    def start(
+        self, rows: range, images: int, shared: bool, shape: Sequence[int], part: slice = ALL
+    ) -> Tensor:
+        """Initial noise [P, K, C, H, W] of the prompts `rows`, equal where shared.
+
+        Args:
+            rows: numbers of the prompts.
+            images: of each prompt.
+            shared: one noise for all images of a prompt.
+            shape: of a latent.
+            part: which of the images, K of them.
+        """
         prompts = range(self.first + rows.start, self.first + rows.stop)
-        index = [p * images + (0 if shared else k) for p in prompts for k in range(images)]
+        own = range(images)[part]
+        index = [p * images + (0 if shared else k) for p in prompts for k in own]
         unique = sorted(set(index))
         drawn = normal(shape, (stream(self.seed, self.noise, self.round, i) for i in unique))
         place = torch.tensor([unique.index(i) for i in index])
-        return drawn[place].view(len(rows), images, *shape)
+        return drawn[place].view(len(rows), len(own), *shape)
 
-    def along(self, rows: range, images: int, steps: int, shape: Sequence[int]) -> Tensor:
-        """Step noise [P, K, T, C, H, W] of the prompts `rows`."""
-        index = range((self.first + rows.start) * images, (self.first + rows.stop) * images)
+    def along(
+        self, rows: range, images: int, steps: int, shape: Sequence[int], part: slice = ALL
+    ) -> Tensor:
+        """Step noise [P, K, T, C, H, W] of the prompts `rows`; see `start`."""
+        prompts = range(self.first + rows.start, self.first + rows.stop)
+        index = [p * images + k for p in prompts for k in range(images)[part]]
         streams = (stream(self.seed, self.steps, self.round, i) for i in index)
-        return normal((steps, *shape), streams).view(len(rows), images, steps, *shape)
+        return normal((steps, *shape), streams).view(len(rows), -1, steps, *shape)
 
 
 @torch.no_grad()
@@ -61,8 +77,8 @@ def sample(
         prompts: P prompts.
         draws: the random streams to use.
         images_per_prompt: K.
-        shared_noise: start the K images of a prompt from one noise; their first step is then
-            computed once.
+        shared_noise: start the K images of a prompt from one noise; the first step of those in
+            flight is then computed once.
         batch: most images in flight at a time; it does not change what is drawn.
         progress: called with the share done.
 
@@ -73,23 +89,27 @@ def sample(
     model, steps, shape = policy.model, policy.steps, policy.model.latent_shape
     conditions = model.encode(prompts)
     latents, means = (torch.empty(total, k, n, *shape) for n in (steps + 1, steps))
-    block = max(1, batch // k)
-    blocks = [range(start, min(start + block, total)) for start in range(0, total, block)]
-    parts = [slice(rows.start, rows.stop) for rows in blocks]
+    block, side = max(1, batch // k), min(batch, k)
+    parts = [
+        (slice(p, min(p + block, total)), slice(i, min(i + side, k)))
+        for p in range(0, total, block)
+        for i in range(0, k, side)
+    ]
 
     def noise(number: int) -> list[Tensor]:
-        start = draws.start(blocks[number], k, shared_noise, shape)
-        along = draws.along(blocks[number], k, steps, shape)
+        rows, images = range(total)[parts[number][0]], parts[number][1]
+        start = draws.start(rows, k, shared_noise, shape, images)
+        along = draws.along(rows, k, steps, shape, images)
         return [pinned(tensor, model.device) for tensor in (start, along)]
 
     def walk(number: int) -> None:
         part, (start, along) = parts[number], (sent(t, model.device) for t in drawn(number))
-        walked = _walk(policy, start, along, conditions.take(part), shared_noise)
+        walked = _walk(policy, start, along, conditions.take(part[0]), shared_noise)
         latents[part], means[part] = walked
-        progress(part.stop / total)
+        progress((number + 1) / len(parts))
 
-    with ahead(len(blocks), noise) as drawn:
-        parallel.share(len(blocks), walk)
+    with ahead(len(parts), noise) as drawn:
+        parallel.share(len(parts), walk)
     for number, part in enumerate(parts):
         parallel.send(latents[part], number)
         parallel.send(means[part], number)

@@ -150,5 +150,6 @@ def watched(stage: str, execution: Execution) -> Iterator[None]:
             raise
         name = STAGES[stage]
         size = getattr(execution, name)
-        remedy = f"--set {name}={size // 2}" if size > 1 else "--set gradient_checkpointing=true"
+        least = "--set gradient_checkpointing=true" if stage == "update" else "a larger card"
+        remedy = f"--set {name}={size // 2}" if size > 1 else least
         raise TooLarge(name, size, remedy) from problem
