@@ -355,8 +355,9 @@ def _named(method: str, objective: str) -> dict[str, Any]:
 
 
 ELSEWHERE = {
-    "method": "--method", "objective": "--objective", "model": "--model", "seed": "--seed-start",
-    "device": "--device", "lora": "--lora",
+    "method": "--method", "objective": "--objective", "model": "--model",
+    "seed": "--seed-start, or seeds of a grid", "device": "--device",
+    "lora": "--lora, or lora of a grid",
 }  # fmt: skip
 """Fields with an option of their own, which `--set` would only contradict."""
 

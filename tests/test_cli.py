@@ -109,7 +109,7 @@ RUN = "run --method d3po --objective incompress"
         (f"{RUN} --set learning_rate=nan", "not 'nan'"),
         (f"{RUN} --set clip=both", "clip must be ratio or one_sided or none, not 'both'"),
         (f"{RUN} --set micro_batch=-1", "micro_batch must be from 0"),
-        (f"{RUN} --set seed=1", "--set cannot change the seed. Use --seed-start."),
+        (f"{RUN} --set seed=1", "--set cannot change the seed. Use --seed-start"),
         (f"{RUN} --seeds 0", "'--seeds': 0 is not in the range 1<=x<=10000"),
         (f"{RUN} --seeds two", "'--seeds': 'two' is not a valid integer"),
         (f"{RUN} --seeds", "Option '--seeds' requires an argument"),

@@ -167,7 +167,7 @@ def test_settings_of_execution_and_method() -> None:
         ("learning_rte", "1", "Did you mean 'learning_rate'? See `d3po-bench list --settings`"),
         ("", "1", "No setting is called ''"),
         ("options", "1", "No setting is called 'options'"),
-        ("seed", "3", "--set cannot change the seed. Use --seed-start."),
+        ("seed", "3", "--set cannot change the seed. Use --seed-start, or seeds of a grid."),
         ("device", "cpu", "--set cannot change the device. Use --device."),
         ("method", "d3po", "--set cannot change the method. Use --method."),
     ],

@@ -14,7 +14,7 @@ from d3po_bench.cli import main
 from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import RunError, UserError
 from d3po_bench.launch import job, local
-from d3po_bench.launch.grid import other, read
+from d3po_bench.launch.grid import configs, other, read
 from d3po_bench.runs.run import RunFolder, find_runs
 from d3po_bench.training import trainer
 from d3po_bench.training.run import Job
@@ -102,6 +102,11 @@ def test_the_special_beats_the_general(grid: Path) -> None:
     own = found.settings_of("d3po", "compress")
     assert own["learning_rate"] == "0.002"
     assert (own["skip_ties"], own["lora_targets"]) == ("true", "to_q,to_k")
+
+
+def test_runs_of_a_grid_begin_with_its_lora(grid: Path) -> None:
+    grid.write_text('lora = "style.safetensors"\n' + grid.read_text())
+    assert {config.lora for config in configs(read(grid), TOOLS)} == {"style.safetensors"}
 
 
 def test_all_cells_run_and_finished_ones_are_skipped(

@@ -5,6 +5,7 @@ objectives = ["incompress", "compress"]
 seeds = [0, 1, 2, 3, 4]                # or 5, for seeds 0 to 4
 model = "tiny"                         # this is the default
 preset = "quick"                       # default: the one made for the model
+lora = "style.safetensors"             # where runs begin; default: untrained
 
 [set]                                  # as --set, for every cell
 eval_images = 2
@@ -115,6 +116,7 @@ class Grid(BaseModel):
     ]
     model: str = "tiny"
     preset: str | None = None
+    lora: str | None = None
     settings: Settings = Field(default={}, alias="set")
     method: dict[str, Settings] = {}
     objective: dict[str, Settings] = {}
@@ -286,6 +288,6 @@ def _requests(
     for seed, objective, method in product(grid.seeds, grid.objectives, grid.methods):
         yield RunRequest(
             method=method, objective=objective, model=grid.model, preset=grid.preset,
-            settings=grid.settings_of(method, objective), seeds=range(seed, seed + 1),
-            device=device, out=out, tools=tools, resume=resume,
+            lora=grid.lora, settings=grid.settings_of(method, objective),
+            seeds=range(seed, seed + 1), device=device, out=out, tools=tools, resume=resume,
         )  # fmt: skip
