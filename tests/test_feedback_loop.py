@@ -36,6 +36,7 @@ from d3po_bench.feedback.invitations import find_rater, invite, pool_of
 from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import SOURCES, Round
 from d3po_bench.feedback.sampling import Before, Sampling, chosen_prompts, prepared, read_rollout
+from d3po_bench.feedback.shares import clustered
 from d3po_bench.feedback.simulated import Annotator
 from d3po_bench.feedback.store import HandoutSettings, default_url, open_labels
 from d3po_bench.feedback.study import Study, one_question
@@ -503,10 +504,10 @@ def test_first_choices_by_hand(tmp_path: Path) -> None:
         found = comparisons.first_choices(effective_votes(store), 3)
     third = 1 / 3
     expected = {
-        "00000": [(0 + third) / 2, (0 + third) / 2, (1 + third) / 2],
-        "00001": [0.0, 0.5, 0.5],  # Bob alone: b over a, c over a, a tie
+        "00000": [[0, 0, 1], [third, third, third]],
+        "00001": [[0.0, 0.5, 0.5]],  # Bob alone: b over a, c over a, a tie
     }
-    assert found == {name: pytest.approx(shares) for name, shares in expected.items()}
+    assert found == expected
     target = tmp_path / "choices" / "seed-0.csv"
     arguments = ["feedback", "choices", str(folder), "--out", str(target)]
     told = CliRunner().invoke(cli, arguments).output.splitlines()
@@ -525,6 +526,28 @@ def test_first_choices_by_hand(tmp_path: Path) -> None:
     say(folder, [None] * 5 + ["a"], rater="simulated 2")
     with open_labels(folder, None) as store:
         assert {s.raters for s in comparisons.choices(store, folder)} == {"simulated"}
+
+
+def test_unanimous_choices_have_an_interval(tmp_path: Path) -> None:
+    sources = [source(tmp_path / name, ["cat", "dog"], 10 * n) for n, name in enumerate("ab")]
+    comparisons.take(tmp_path / "round", sources, PAIRS)
+    say(tmp_path / "round", ["a", "a"])
+    with open_labels(tmp_path / "round", None) as store:
+        first, second = comparisons.choices(store, tmp_path / "round")
+    far = 2 / (2 + 12.7062**2)  # Wilson with t(1) and two prompts
+    assert (first.share, first.low, first.high) == pytest.approx((1, far, 1), abs=1e-4)
+    assert (second.share, second.low, second.high) == pytest.approx((0, 0, 1 - far), abs=1e-4)
+
+
+@pytest.mark.parametrize(("prompts", "raters_", "share"), [(5, 1, 0.9), (10, 3, 0.9), (20, 3, 0.5)])
+def test_intervals_of_choices_hold_the_truth(prompts: int, raters_: int, share: float) -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        means = rng.binomial(raters_, share, prompts) / raters_
+        low, high = clustered(means.tolist(), range(prompts), prompts * raters_)
+        held += low <= share <= high
+    assert held / 400 >= 0.95
 
 
 def test_one_simulated_rater_makes_a_pool_simulated() -> None:

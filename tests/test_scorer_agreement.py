@@ -17,6 +17,7 @@ from d3po_bench.experience import dataset
 from d3po_bench.experience.dataset import Group, Table
 from d3po_bench.feedback.handout import hand_out
 from d3po_bench.feedback.invitations import find_rater, invite
+from d3po_bench.feedback.shares import clustered
 from d3po_bench.feedback.store import HandoutSettings, open_labels
 from d3po_bench.feedback.votes import cast_vote
 from eval.analysis import agreement
@@ -211,7 +212,7 @@ def test_every_layout_is_read(
 def test_intervals_at_the_ends(
     hits: list[float], clusters: str, expected: tuple[float, float]
 ) -> None:
-    assert agreement.clustered(hits, clusters) == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    assert clustered(hits, clusters) == pytest.approx(expected, abs=1e-4, nan_ok=True)
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
@@ -220,9 +221,7 @@ def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
     for _ in range(400):
         right = rng.beta(7, 3, 30)  # prompts differ in how hard they are: 70 % on average
         hits = rng.random((30, 4)) < right[:, None]
-        low, high = agreement.clustered(
-            hits.ravel().astype(float).tolist(), np.repeat(range(30), 4).tolist()
-        )
+        low, high = clustered(hits.ravel().astype(float).tolist(), np.repeat(range(30), 4).tolist())
         held += low <= 0.7 <= high
     assert 0.93 <= held / 400 <= 0.98
 

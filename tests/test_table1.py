@@ -117,15 +117,15 @@ def test_first_choices_are_means_over_files(out: Path) -> None:
     write_shares(out, 0, {"no-fine-tune": 0.3, "d3po": 0.7}, tail="-0")
     write_shares(out, 1, {"d3po": 0.5, "no-fine-tune": 0.5}, tail="-1")
     rows = written(out)
-    # two seeds, so t = 12.7062, times 10
-    assert rows["d3po"]["first choices"] == "60.0 % (-67.1 to 187.1)"
-    assert rows["no fine-tune"]["first choices"] == "40.0 % (-87.1 to 167.1)"
+    # two seeds, so t = 12.7062, times 10, cut where shares end
+    assert rows["d3po"]["first choices"] == "60.0 % (0.0 to 100.0)"
+    assert rows["no fine-tune"]["first choices"] == "40.0 % (0.0 to 100.0)"
     assert rows["ddpo"]["first choices"] == ""
     names = list(rows["d3po"])
     assert names[-2:] == ["first choices", "preferred by people, paper"]
     assert "how often people preferred" in (out / "table1.md").read_text()
-    assert "| 60.0 % (-67.1 to 187.1) | 55.7 % |" in (out / "table1.md").read_text()
-    assert "60.0 \\% ($-$67.1 to 187.1) & 55.7 \\%" in (out / "table1.tex").read_text()
+    assert "| 60.0 % (0.0 to 100.0) | 55.7 % |" in (out / "table1.md").read_text()
+    assert "60.0 \\% (0.0 to 100.0) & 55.7 \\%" in (out / "table1.tex").read_text()
 
 
 def test_the_heading_says_that_raters_are_simulated(out: Path) -> None:

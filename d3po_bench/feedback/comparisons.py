@@ -13,9 +13,9 @@ import numpy as np
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import rounds, schema
-from d3po_bench.feedback.agreement import Floats
 from d3po_bench.feedback.invitations import pool_of
 from d3po_bench.feedback.rounds import SOURCES, Item, Pool, Round, Vote
+from d3po_bench.feedback.shares import clustered
 from d3po_bench.feedback.store import LabelStore
 from d3po_bench.feedback.study import Study
 from d3po_bench.feedback.votes import effective_votes
@@ -128,10 +128,12 @@ def choices(store: LabelStore, folder: Path) -> list[Share]:
         )
     pool = pool_of(vote.rater for vote in votes)
     shares = []
-    for source, column in zip(sources, np.array(list(found.values())).T, strict=True):
-        low, high = interval(column)
+    means = np.array([np.mean(said, 0) for said in found.values()])
+    for source, column in zip(sources, means.T, strict=True):
+        low, high = clustered(column.tolist(), range(len(column)), sum(map(len, found.values())))
+        ends = (low, high) if len(column) > 1 else (None, None)
         mean = float(column.mean())
-        shares.append(Share(source=source, share=mean, low=low, high=high, raters=pool))
+        shares.append(Share(source=source, share=mean, low=ends[0], high=ends[1], raters=pool))
     return shares
 
 
@@ -154,8 +156,8 @@ def sources_of(round_: Round, folder: Path) -> list[str]:
     return found
 
 
-def first_choices(votes: Sequence[Vote], sources: int) -> dict[str, list[float]]:
-    """How often each source is a rater's first choice, by prompt; the shares of a prompt add to 1.
+def first_choices(votes: Sequence[Vote], sources: int) -> dict[str, list[list[float]]]:
+    """Raters' first choices, by prompt; the shares of a choice add to 1.
 
     A rater's first choice for a prompt is the picture that wins most of its comparisons; equals
     share it. Ties and "both bad" are won by neither. Only raters who compared all pictures of a
@@ -166,7 +168,7 @@ def first_choices(votes: Sequence[Vote], sources: int) -> dict[str, list[float]]
         sources: number of them.
 
     Returns:
-        Line number of the prompt, as in item names, -> [sources] shares.
+        Line number of the prompt, as in item names, -> [raters, sources] shares.
     """
     wins: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0] * sources)
     seen = Counter[tuple[str, str]]()
@@ -182,20 +184,7 @@ def first_choices(votes: Sequence[Vote], sources: int) -> dict[str, list[float]]
         if count == sources * (sources - 1) // 2:
             best = [n == max(wins[rater, prompt]) for n in wins[rater, prompt]]
             chosen[prompt].append([b / sum(best) for b in best])
-    return {
-        prompt: [sum(share) / len(said) for share in zip(*said, strict=True)]
-        for prompt, said in sorted(chosen.items())
-    }
-
-
-def interval(shares: Floats) -> tuple[float, float] | tuple[None, None]:
-    """Student's 95 % interval of the mean of [P] shares, within 0 to 1; none of a single one."""
-    from scipy.stats import t
-
-    if len(shares) == 1:
-        return None, None
-    half = t.ppf(0.975, len(shares) - 1) * shares.std(ddof=1) / np.sqrt(len(shares))
-    return max(0.0, float(shares.mean() - half)), min(1.0, float(shares.mean() + half))
+    return dict(sorted(chosen.items()))
 
 
 def write_choices(path: Path, found: Sequence[Share]) -> None:

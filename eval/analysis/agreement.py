@@ -24,6 +24,7 @@ from torch import Tensor
 
 from d3po_bench.errors import UserError
 from d3po_bench.experience.dataset import Group, Picture, Table, whole
+from d3po_bench.feedback.shares import clustered
 from d3po_bench.types import Scorer
 from eval.measure import scored
 
@@ -108,40 +109,6 @@ def _share(hits: Sequence[tuple[Any, float]]) -> Share:
     clusters, values = [c for c, _ in hits], [hit for _, hit in hits]
     low, high = clustered(values, clusters)
     return Share(fmean(values) if values else math.nan, low, high, len(values), len({*clusters}))
-
-
-def clustered(hits: Sequence[float], clusters: Sequence[Any]) -> tuple[float, float]:
-    """95 % interval of a mean of hits, 0 to 1, that come in clusters.
-
-    Wilson's interval with Student's t for G clusters, and with as many independent pairs as have
-    the variance v of the mean between clusters: n = p (1 - p) / v, at most all pairs.
-
-        v = G / (G - 1) * sum over clusters of (sum of hit - p)^2 / pairs^2
-
-    Where v is 0, as with all hits right, each cluster counts once.
-
-    Args:
-        hits: [M].
-        clusters: [M] which each belongs to.
-
-    Returns:
-        Ends; NaN with fewer than two clusters, which say nothing about the spread.
-    """
-    from scipy.stats import t
-
-    found = np.asarray(hits, dtype=np.float64)
-    number = {name: n for n, name in enumerate(dict.fromkeys(clusters))}
-    count = len(number)
-    if count < 2:
-        return math.nan, math.nan
-    p = float(found.mean())
-    sums = np.bincount([number[c] for c in clusters], found - p)
-    variance = count / (count - 1) * float((sums**2).sum()) / len(found) ** 2
-    n = min(p * (1 - p) / variance, len(found)) if variance > 1e-12 else count
-    square = float(t.ppf(0.975, count - 1)) ** 2
-    middle = (p + square / (2 * n)) / (1 + square / n)
-    half = math.sqrt(square * (p * (1 - p) / n + square / (4 * n**2))) / (1 + square / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 # ---- scoring the pictures

@@ -48,7 +48,7 @@ class Choices:
         if model not in self.shares[0]:
             return ""
         values = np.array([100 * share[model] for share in self.shares])
-        low, high = map(float, interval(values))
+        low, high = np.clip(interval(values), 0, 100)  # a few seeds' t reaches far beyond
         spread = "" if np.isnan(low) else f" ({low:.1f} to {high:.1f})"
         return f"{values.mean():.1f} %{spread}"
 
