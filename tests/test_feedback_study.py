@@ -379,7 +379,9 @@ def test_a_comment_is_kept_with_its_vote_and_undone_with_it(site: Site) -> None:
     page = ann.get("/").text
     for wrong in ("x" * 1001, "a\0b", "a\x1b[31m"):
         form = {**hidden(page, 'id="vote"'), "answer": "0", "comment": wrong}
-        assert ann.post("/vote", data=form).status_code == 400
+        refused = ann.post("/vote", data=form)
+        assert refused.status_code == 400
+        assert "<h1>This comment is too long, or holds control characters." in refused.text
     said = "=1+1\r\n<script>alert(1)</script> \U0001f600"
     site.work(ann, "Ann", 1, comment=said)
     (vote,) = votes.effective_votes(site.store)
@@ -392,6 +394,18 @@ def test_a_comment_is_kept_with_its_vote_and_undone_with_it(site: Site) -> None:
     assert votes.effective_votes(site.store) == []
     site.work(ann, "Ann", 1)
     assert [v.comment for v in votes.effective_votes(site.store)] == [""]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "\u4e8c\u3000\u5339", "deux\u00a0!", "\u2640\u200d\u2642", "\u06cc\u200c\u062e",
+        "\u200f\u05d0", "two\ttails",
+    ],
+)  # fmt: skip
+def test_a_comment_may_hold_what_keyboards_type(site: Site, said: str) -> None:
+    site.work(site.rater(), "Ann", 1, comment=said)
+    assert [vote.comment for vote in votes.effective_votes(site.store)] == [said]
 
 
 # ---- who to look at, and the admin

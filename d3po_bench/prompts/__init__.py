@@ -84,13 +84,18 @@ def _is_json(text: str) -> bool:
         return False
 
 
+def control_in(text: str) -> str | None:
+    """The first control character, or half of a character; tabs and ends of lines are none."""
+    return next((c for c in text if category(c) in ("Cc", "Cs") and c not in "\t\n\r"), None)
+
+
 def require_text(text: str, path: Path) -> None:
     """Refuse control characters: a prompt with one is another than it seems.
 
     Raises:
         UserError: naming the character and its place.
     """
-    strange = next((c for c in text if category(c) in ("Cc", "Cs") and c not in "\t\n\r"), None)
+    strange = control_in(text)
     if strange is not None:
         place = ascii(text[max(0, text.index(strange) - 20) :][:40])
         raise UserError(f"{path} holds the control character {strange!a} in {place}. Remove it.")

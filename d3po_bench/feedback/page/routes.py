@@ -16,6 +16,7 @@ from d3po_bench.feedback.page.sessions import Session
 from d3po_bench.feedback.questions import Answer
 from d3po_bench.feedback.report import Concern, concerns
 from d3po_bench.feedback.study import MOST_COMMENT
+from d3po_bench.prompts import control_in
 
 HERE = Path(__file__).parent
 STATIC = {
@@ -132,12 +133,14 @@ def _answer(site: access.Site, hand: Hand, form: access.Form) -> Answer:
 
 
 def _comment(site: access.Site, hand: Hand, form: access.Form) -> str:
-    """What the rater wrote; 400 if nobody asked for it, or it is no text that can be kept."""
+    """What the rater wrote, in any script; 400 if nobody asked for it, or it cannot be kept."""
     text = form.one("comment") if "comment" in form else ""
     text = text.replace("\r\n", "\n").strip()
-    fits = len(text) <= MOST_COMMENT and text.replace("\n", "").isprintable()
-    if text and not (site.round.asked(hand.item).comment and fits):
+    if text and not site.round.asked(hand.item).comment:
         raise HTTPException(400, "This form is malformed.")
+    if len(text) > MOST_COMMENT or control_in(text) is not None:
+        words = "This comment is too long, or holds control characters. Change it."
+        raise HTTPException(400, words)
     return text
 
 

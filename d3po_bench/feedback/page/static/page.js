@@ -113,6 +113,12 @@ function show(html) {
   begin();
 }
 
+// What was written stays, to be corrected and sent again.
+function refused(html) {
+  find("main").classList.remove("busy");
+  say(new DOMParser().parseFromString(html, "text/html").querySelector("h1").textContent);
+}
+
 // POST until there is an answer. 409 means that this was answered before: by an earlier try of
 // ours, or, on the first try, because this page is out of date. Either way, show the next item.
 async function post(action, body) {
@@ -139,6 +145,7 @@ async function submit(form, button) {
   find("main").classList.add("busy");
   const { page, stale } = await post(form.action, body);
   if (page.ok && new URL(page.url).pathname === `${root}/`) show(await page.text());
+  else if ([400, 413].includes(page.status)) refused(await page.text());
   else location.assign(`${root}/`);
   if (stale && find("#status")) say(words().stale);
   busy = false;
