@@ -95,7 +95,9 @@ def tag(word: str) -> dict[str, Any]:
 
 TWO = {"prompt": "cat", "image1": "/data/upload/7/0.png", "image2": "/data/local-files/?d=1.png"}
 PAIRWISE = [studio(TWO, chosen("left"), chosen("left"), chosen("right"))]
-CHOICES = [studio({"text": "cat", "image": "2.png"}, tag("Good"))]
+ONE = {"text": "cat", "image": "2.png"}
+CHOICES = [studio(ONE, tag("Good"))]
+TWICE = [studio(ONE, tag("Good"), tag("Bad"))]
 PAGE = [
     {"prompt": "'=cat", "item": "0", "repeat": r, "answer": a, "images": "0.png 1.png"}
     for r, a in ((0, "b"), (0, "tie"), (1, "a"))
@@ -125,6 +127,8 @@ CAT = ("cat", ["0.png", "1.png"])
         ("t.csv", DB, "ImageRewardDB", "pairs", [(*CAT, [-1, -2]), ("dog", ["2.png"], [-1])]),
         ("t.json", PAIRWISE, "Label Studio", "pairs", [(*CAT, [2 / 3, 1 / 3])]),
         ("t.json", CHOICES, "Label Studio", "tags", [("cat", ["2.png"], [1])]),
+        ("t.json", TWICE, "Label Studio", "tags", [("cat", ["2.png"], [0])]),
+        ("t.json", [studio(ONE), *CHOICES], "Label Studio", "tags", [("cat", ["2.png"], [1])]),
         ("t.csv", PAGE, "our page", "pairs", [("=cat", ["0.png", "1.png"], [0, 0.5])]),
         ("t.csv", GRID, "our page", "tags",
          [("cat", ["0.png", "1.png", "2.png"], [1 / 3, 1, -1 / 3])]),

@@ -128,12 +128,16 @@ TAGS: Mapping[str, float] = {
 PICTURE = re.compile(r"\.(png|jpe?g|webp)$", re.IGNORECASE)
 
 
+def _studio_pictures(row: Row) -> list[str]:
+    found = [v for v in row["data"].values() if isinstance(v, str) and PICTURE.search(v)]
+    if len(found) not in (1, 2):
+        raise ValueError(f"its data name {len(found)} pictures, not one or two")
+    return found
+
+
 def _label_studio(row: Row) -> Marks:
-    data = row["data"]
-    prompt = _text(data, "prompt", "text", "caption")
-    pictures = [v for v in data.values() if isinstance(v, str) and PICTURE.search(v)]
-    if len(pictures) not in (1, 2):
-        raise ValueError(f"its data name {len(pictures)} pictures, not one or two")
+    prompt = _text(row["data"], "prompt", "text", "caption")
+    pictures = _studio_pictures(row)
     for number, annotation in enumerate(row["annotations"]):
         if annotation.get("was_cancelled"):
             continue
@@ -259,7 +263,7 @@ LAYOUTS = (
     Layout("HPD", frozenset({"prompt", "image_path", "rank"}), _pairs, _hpd),
     Layout(
         "Label Studio", frozenset({"data", "annotations"}),
-        lambda row: "pairs" if len([*_label_studio(row)]) != 1 else "tags", _label_studio,
+        lambda row: "pairs" if len(_studio_pictures(row)) == 2 else "tags", _label_studio,
     ),
     Layout(
         "our page", frozenset({"prompt", "item", "repeat", "answer", "images"}),
