@@ -24,7 +24,7 @@ from d3po_bench.experience.dataset import Dataset, Group, Table
 from d3po_bench.feedback.handout import hand_out
 from d3po_bench.feedback.invitations import find_rater, invite
 from d3po_bench.feedback.store import HandoutSettings, open_labels
-from d3po_bench.feedback.votes import cast_vote
+from d3po_bench.feedback.votes import cast_vote, rows_as
 from d3po_bench.models.adapters import Training
 from d3po_bench.models.sources import load, model_source
 from d3po_bench.models.stable_diffusion import StableDiffusion
@@ -121,6 +121,9 @@ CAT = ("cat", ["0.png", "1.png"])
          [(*CAT, [1, 0]), ("dog", ["2.png", "3.png"], [0.5, 0.5])]),
         ("t.jsonl", [PICK[0], {**PICK[1], "has_label": False}], "Pick-a-Pic", "pairs",
          [(*CAT, [1, 0])]),
+        ("t.csv", [{**PICK[0], "has_label": "TRUE"}] + [
+            {**PICK[1], "has_label": no} for no in ("FALSE", "0", "no")
+        ], "Pick-a-Pic", "pairs", [(*CAT, [1, 0])]),
         ("t.json", HPD, "HPD", "pairs", [(*CAT, [0, 1])]),
         ("t.json", RANKED, "HPD", "pairs", [("cat", ["0.png", "1.png", "2.png"], [-3, -1, -2])]),
         ("t.json", IMAGE_REWARD, "ImageReward", "pairs", [(*CAT, [-2, -1])]),
@@ -205,6 +208,28 @@ def test_no_picture_is_opened_before_it_is_needed(
     monkeypatch.setattr(pictures, "open_picture", opened)
     monkeypatch.setattr(dataset, "open_picture", opened)
     assert len(dataset.read(table(folder / "t.csv", PICK * 500)).groups) == 1000
+
+
+@pytest.mark.parametrize("host", ["", "http://localhost:8080", "https://x.example/studio"])
+@pytest.mark.parametrize("place", ["/data/upload/7/", "/data/local-files/?d="])
+def test_label_studios_addresses_are_files(host: str, place: str, folder: Path) -> None:
+    picture(0).save(folder / "a cat.png")
+    row = studio({"text": "cat", "image": f"{host}{place}a%20cat.png"}, tag("Good"))
+    assert told(dataset.read(table(folder / "t.json", [row]))) == [("cat", ["a cat.png"], [1])]
+    out = studio({"text": "cat", "image": f"{host}{place}%2e%2e/x.png"}, tag("Good"))
+    with pytest.raises(UserError, match="is not a picture inside"):
+        dataset.read(table(folder / "t.json", [out]))
+
+
+@pytest.mark.parametrize("kind", [".csv", ".json"])
+def test_an_export_keeps_prompts_as_they_were(kind: str, folder: Path) -> None:
+    prompts = ["=cat", "'=cat", "''- cat", "' cat", "cat"]
+    rows = [
+        {"prompt": prompt, "item": str(n), "repeat": 0, "answer": "a", "images": ("0.png", "1.png")}
+        for n, prompt in enumerate(prompts)
+    ]
+    (folder / f"t{kind}").write_bytes(rows_as(rows, kind))
+    assert [group.prompt for group in dataset.read(folder / f"t{kind}").groups] == prompts
 
 
 # ---- what methods take

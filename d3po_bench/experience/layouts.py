@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 from d3po_bench.errors import UserError
 
@@ -80,7 +81,8 @@ def _list(row: Row, name: str, length: int | None = None) -> list[Any]:
 
 
 def _pick_a_pic(row: Row) -> Marks:
-    if row.get("has_label") in (False, "False", "false"):
+    # As booleans, numbers and what spreadsheets make of them.
+    if str(row.get("has_label")).strip().lower() in ("false", "no", "0", "0.0"):
         return
     for n in ("0", "1"):
         label = _number(row[f"label_{n}"], f"label_{n}")
@@ -127,6 +129,9 @@ TAGS: Mapping[str, float] = {
 
 PICTURE = re.compile(r"\.(png|jpe?g|webp)$", re.IGNORECASE)
 
+SERVED = r"(?:https?://[^?#]+)?/data/(?:upload/\d+/|local-files/\?d=)(.+)"
+"""Where Label Studio's own server shows a file."""
+
 
 def _studio_pictures(row: Row) -> list[str]:
     found = [v for v in row["data"].values() if isinstance(v, str) and PICTURE.search(v)]
@@ -166,8 +171,8 @@ def _scores(chosen: str, known: Mapping[str, Any]) -> Any:
 
 def _local(picture: str) -> str:
     """The file behind an address of Label Studio's own server."""
-    upload = re.fullmatch(r"/data/upload/\d+/(.+)", picture)
-    return upload[1] if upload else picture.removeprefix("/data/local-files/?d=")
+    file = re.fullmatch(SERVED, picture)
+    return unquote(file[1]) if file else picture
 
 
 # ---- our page, the paper authors' label files, and a plain list of tags
@@ -175,7 +180,8 @@ def _local(picture: str) -> str:
 
 def _our_page(row: Row) -> Marks:
     pictures, answer = row["images"], row["answer"]
-    pictures = pictures.split() if isinstance(pictures, str) else pictures
+    csv = isinstance(pictures, str)  # JSON has lists
+    pictures = pictures.split() if csv else pictures
     # Asked again, to measure the rater; or of pictures with a known answer.
     if str(row["repeat"]) != "0" or row.get("use") in ("gold", "practice"):
         return
@@ -192,7 +198,7 @@ def _our_page(row: Row) -> Marks:
             raise ValueError(f"answer is {ascii(answer)[:40]}, of {len(pictures)} images")
         scores = [-1.0 if n in tagged else 1.0 for n in range(len(pictures))]
     prompt = _text(row, "prompt")
-    if prompt[0] == "'" and prompt[1:].lstrip().startswith(("=", "+", "-", "@")):
+    if csv and re.match(r"'+\s*[=+@-]", prompt):
         prompt = prompt[1:]  # which keeps spreadsheets from computing it
     # Two pairs of a prompt do not say which picture of one is better than one of the other.
     alone = answer in ("a", "b", "tie", "bad")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -206,10 +207,10 @@ def rows_as(rows: Sequence[dict[str, Any]], kind: str) -> bytes:
 
 
 def _cell(value: Any) -> Any:
-    """A value as a cell that no spreadsheet computes."""
+    """A value as a cell that no spreadsheet computes, and that says what it was when it is read."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))
-    formula = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
+    formula = isinstance(value, str) and re.match(r"'*\s*[=+@-]", value)
     return f"'{value}" if formula else value
 
 
