@@ -34,6 +34,7 @@ from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.handout import Hand, hand_out
 from d3po_bench.feedback.invitations import find_rater, invite, pool_of
 from d3po_bench.feedback.questions import Answer, Kind
+from d3po_bench.feedback.questions import Judged as JudgedAs
 from d3po_bench.feedback.rounds import SOURCES, Round
 from d3po_bench.feedback.sampling import Before, Sampling, chosen_prompts, prepared, read_rollout
 from d3po_bench.feedback.shares import clustered
@@ -275,6 +276,22 @@ def test_other_methods_learn_from_the_same_votes(method: str, drawn: Path, tmp_p
     weights = RunStore(tmp_path / "run").load_checkpoint()
     assert weights is not None
     assert any(w.abs().max() > 0 for n, w in weights[0].items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("judged", "scores"),
+    [
+        # tagged by one of three or by none, and by all; then steps above the middle
+        ("tags", [[-1 / 3, 0, -1 / 3, -1, -1, -1, -1], [-1, -1, -1, -1, -1, -1, -2 / 3]]),
+        ("scale", [[1, 2, 1, 0, 0, 0, 0], [-2, -2, -2, -2, -2, -2, -1]]),
+    ],
+)
+def test_no_image_is_preferred_for_being_the_least_bad(
+    judged: JudgedAs, scores: list[list[float]], own: Path, tmp_path: Path
+) -> None:
+    data = replace(training.data_of(own, np.array(scores)), judged=judged)
+    training.train(data, request("preferred_images"), tmp_path / "run")
+    assert RunStore(tmp_path / "run").metrics[-1]["pairs"] == 3
 
 
 @pytest.mark.slow
@@ -679,7 +696,7 @@ def test_ties_alone_teach_only_who_compares_with_the_round(
     (own / "labels.sqlite").unlink()
     (tmp_path / "ann.json").write_text(json.dumps([[0] * 7, [-1] * 7]))
     train = ("feedback", "train", own, "--method", method, "--label-files", tmp_path)
-    if method in ("d3po", "preferred_images"):
+    if method == "d3po":
         refused(*train, match=f"are ties, from which {method} learns nothing")
     else:
         data = training.data_of(own, read_label_files(tmp_path))

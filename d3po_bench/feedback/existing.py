@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -21,14 +21,8 @@ from d3po_bench.feedback.agreement import Floats, read_label_files
 from d3po_bench.feedback.questions import Judged as JudgedAs
 from d3po_bench.feedback.rounds import FILE, SAMPLING, Round
 from d3po_bench.feedback.store import open_labels
-from d3po_bench.feedback.training import Learnable, TrainRequest, data_of
+from d3po_bench.feedback.training import ONE_BY_ONE, Learnable, TrainRequest, data_of
 from d3po_bench.feedback.votes import effective_votes, exported, scores_of
-
-OF_TAGS: Mapping[str, dict[str, Any]] = {
-    "kto": {"liked": "above_value"},
-    "preferred_images": {"liked": "above_value"},
-}
-"""Options of a method that differ from a preset's: a tag is no comparison."""
 
 NO_VOTES = "Nobody has voted on the round in {}. Ask for votes with `d3po-bench feedback serve`."
 
@@ -68,7 +62,7 @@ class Existing:
         """Options of a method that differ from a preset's."""
         if method == "diffusion_dpo":
             return {"skip_ties": True}
-        return OF_TAGS.get(method, {}) if self.judged != "pairs" else {}
+        return ONE_BY_ONE.get(method, {}) if self.judged != "pairs" else {}
 
     def experience(self, config: RunConfig) -> Judged:
         """It, as what a run learns from."""

@@ -37,9 +37,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Options that differ from a preset's: the paper's section 5.2 compares with the last round's
 model, and a tie between votes says nothing."""
 
-ONE_BY_ONE: dict[JudgedAs, dict[str, dict[str, Any]]] = {
-    "tags": {"kto": {"liked": "above_value", "value": -0.5}},
-    "scale": {"kto": {"liked": "above_value"}},
+ONE_BY_ONE: dict[str, dict[str, Any]] = {
+    "kto": {"liked": "above_value"},
+    "preferred_images": {"liked": "above_value"},
 }
 """The same where images were judged one by one: liked is what less than half of the raters tagged,
 or what they rated above the middle of the scale."""
@@ -86,7 +86,10 @@ class Data:
 
     def defaults(self, method: str) -> dict[str, Any]:
         """Options of a method that differ from a preset's."""
-        return DEFAULTS.get(method, {}) | ONE_BY_ONE.get(self.judged, {}).get(method, {})
+        if self.judged == "pairs" or method not in ONE_BY_ONE:
+            return DEFAULTS.get(method, {})
+        middle = {"value": -0.5} if self.judged == "tags" else {}  # tagged is -1, untouched 0
+        return ONE_BY_ONE[method] | middle
 
     @property
     def image_prompts(self) -> Sequence[str]:
