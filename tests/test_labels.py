@@ -16,7 +16,14 @@ import sqlalchemy as sql
 
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import votes
-from d3po_bench.feedback.handout import Hand, NotHandedError, find_hand, hand_out, progress
+from d3po_bench.feedback.handout import (
+    Hand,
+    NotHandedError,
+    find_hand,
+    hand_out,
+    has_finished,
+    progress,
+)
 from d3po_bench.feedback.invitations import (
     disable,
     find_rater,
@@ -281,6 +288,20 @@ def test_gold_and_repeats_are_mixed_in_at_their_rate(tmp_path: Path) -> None:
         assert len({hand.item.id for _, hand in again}) == len(again)
         # a repeat is no second vote on the item
         assert executed(tmp_path / "r", "select max(taken) from items") == [(1,)]
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_who_skips_what_is_asked_again_has_finished(skipped: int, tmp_path: Path) -> None:
+    round_ = new_round(tmp_path / "r", "tags", 20, images=2, size=2)
+    with opened(tmp_path / "r", round_, HandoutSettings(gold_every=0, repeat_every=2)) as store:
+        (ann,) = invited(store, "Ann")
+        repeats = []
+        while hand := hand_out(store, ann):
+            repeats.append(hand.repeat)
+            answer = None if hand.repeat == 1 or len(repeats) <= skipped else (0,)
+            cast_vote(store, ann, hand.id, answer, 1500, hand.step)
+        assert 1 in repeats
+        assert has_finished(store, ann) == (not skipped)
 
 
 def test_gold_is_for_everybody_whatever_the_number_of_votes(tmp_path: Path) -> None:

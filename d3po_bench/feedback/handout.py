@@ -86,10 +86,11 @@ def has_finished(store: LabelStore, rater: int) -> bool:
     """Whether a rater has given all answers that were asked of them.
 
     That is as many as the study wants of each, or, where there were fewer items, an answer to every
-    one: who skips some of them has not earned a completion code.
+    one: who skips some of them has not earned a completion code. An item that is asked again has
+    been answered.
     """
     mine = _mine(store, rater)
-    open_ = mine.where(HANDS.c.state.in_(("open", "skipped")))
+    open_ = mine.where(HANDS.c.state.in_(("open", "skipped")), HANDS.c.repeat == 0)
     free = _count(ITEMS).where(*_free(store, rater))
     with store.reading() as connection:
         answered = _answered(store, connection, rater)
