@@ -48,6 +48,16 @@ def test_alpha_and_raw_agreement_by_hand() -> None:
     assert agreement.raw_agreement(PAIRS.parts[0], CHOSEN) == pytest.approx(2 / 3)
 
 
+def test_known_answers_are_no_agreement_between_raters() -> None:
+    part = a_round("pairs", 4, 2, gold={0: "a", 1: "b"}).parts[0]
+    # of the items that both judged one is left, on which they differ: D_o = 1, D_e = 1
+    assert agreement.alpha(part, CHOSEN) == pytest.approx(0)
+    assert agreement.raw_agreement(part, CHOSEN) == 0
+    assert agreement.summary(part, CHOSEN) == {
+        "votes": 7, "raters": 2, "alpha": pytest.approx(0), "raw_agreement": 0,
+    }  # fmt: skip
+
+
 def test_alpha_of_a_published_example() -> None:
     # Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section C: four observers,
     # twelve units, five values, missing data; nominal alpha 0.743.

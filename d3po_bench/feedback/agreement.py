@@ -85,7 +85,7 @@ def alpha(part: Part, votes: Sequence[Vote]) -> float | None:
     For nominal data; for ordinal ones where the question's values have an order. None where it is
     undefined: no unit was judged twice, or everybody said the same of all.
     """
-    return alpha_of_counts(_counts(part, judgements(part, votes)[1]), part.question.ordered)
+    return alpha_of_counts(_open(part, votes), part.question.ordered)
 
 
 def alpha_of_counts(counts: NDArray[np.int64], ordered: bool = False) -> float | None:
@@ -104,12 +104,12 @@ def raw_agreement(part: Part, votes: Sequence[Vote]) -> float | None:
 
     None where no unit was judged twice.
     """
-    return _mean(_same(_counts(part, judgements(part, votes)[1])))
+    return _mean(_same(_open(part, votes)))
 
 
 def summary(part: Part, votes: Sequence[Vote]) -> Mapping[str, float | None]:
     """The numbers of a question by name: votes, raters, alpha and raw agreement."""
-    counts = _counts(part, judgements(part, votes)[1])
+    counts = _open(part, votes)
     return {
         "votes": len(votes),
         "raters": len({vote.rater for vote in votes}),
@@ -194,6 +194,12 @@ def on_gold(round_: Round, votes: Sequence[Vote], *, practice: bool = False) -> 
 
 def _values(part: Part, answer: Answer) -> list[int]:
     return part.question.values(part.images_per_item, answer)
+
+
+def _open(part: Part, votes: Sequence[Vote]) -> NDArray[np.int64]:
+    """`_counts` without known answers, whose items are chosen so that all who look agree."""
+    known = {item.id for item in part.items if item.gold is not None}
+    return _counts(part, judgements(part, [vote for vote in votes if vote.item not in known])[1])
 
 
 def _counts(part: Part, table: Floats) -> NDArray[np.int64]:
