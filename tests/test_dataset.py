@@ -350,6 +350,7 @@ def train(folder: Path, micro: Path, command: Command) -> Callable[..., Any]:
             GRID, "diffusion_dpo", 2, marks=pytest.mark.slow
         ),  # two good ones beside a bad one
         (GRID, "kto", 3),
+        (GRID, "awm", 4),  # whose images are compared, in the same pairs
     ],
 )
 def test_methods_that_need_no_chain_learn_from_a_table(
@@ -374,6 +375,8 @@ def test_methods_that_need_a_chain_say_so(method: str, folder: Path, train: Any)
 def test_what_teaches_nothing_is_refused(folder: Path, micro: Path, train: Any) -> None:
     path = table(folder / "t.csv", LIKED)
     refused(train(path, "diffusion_dpo"), "has nothing to compare. Use --method kto")
+    refused(train(path, "awm"), "so awm has nothing to compare")
+    refused(train(path, "kto", "--set=liked=above_mean"), "so kto has nothing to compare")
     tied = table(folder / "tied.csv", PICK[1:])
     refused(train(tied, "diffusion_dpo", "--model", micro), "are ties")
     refused(train(path, "kto", "--labels", "sqlite://"), "Leave out --labels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from d3po_bench import registry
-from d3po_bench.config import RunConfig
+from d3po_bench.config import RunConfig, least_images, method_of
 from d3po_bench.diffusion.sampling import needs_chain
 from d3po_bench.errors import UserError
 from d3po_bench.experience import dataset
@@ -21,8 +22,17 @@ from d3po_bench.feedback.agreement import Floats, read_label_files
 from d3po_bench.feedback.questions import Judged as JudgedAs
 from d3po_bench.feedback.rounds import FILE, SAMPLING, Round
 from d3po_bench.feedback.store import open_labels
-from d3po_bench.feedback.training import ONE_BY_ONE, Learnable, TrainRequest, data_of
+from d3po_bench.feedback.training import (
+    ONE_BY_ONE,
+    Learnable,
+    TrainRequest,
+    configured,
+    data_of,
+)
 from d3po_bench.feedback.votes import effective_votes, exported, scores_of
+
+MODEL = "tiny"
+"""Where none is asked for."""
 
 NO_VOTES = "Nobody has voted on the round in {}. Ask for votes with `d3po-bench feedback serve`."
 
@@ -53,16 +63,14 @@ class Existing:
     def decided(self, request: TrainRequest) -> dict[str, Any]:
         """What is fixed before the preset: model, seed, and pictures of a group."""
         return {
-            "model": request.model or "tiny",
+            "model": request.model or MODEL,
             "seed": request.seed or 0,
             "images_per_prompt": self.scores.shape[1],
         }
 
     def defaults(self, method: str) -> dict[str, Any]:
         """Options of a method that differ from a preset's."""
-        if method == "diffusion_dpo":
-            return {"skip_ties": True}
-        return ONE_BY_ONE.get(method, {}) if self.judged != "pairs" else {}
+        return _defaults(self.judged, method)
 
     def experience(self, config: RunConfig) -> Judged:
         """It, as what a run learns from."""
@@ -137,6 +145,12 @@ def judgements(
         return dataset.of_rows(place, iter(rows), place, content, question=question)
 
 
+def _defaults(judged: JudgedAs, method: str) -> dict[str, Any]:
+    if method == "diffusion_dpo":
+        return {"skip_ties": True}
+    return ONE_BY_ONE.get(method, {}) if judged != "pairs" else {}
+
+
 def _judged(folder: Path, round_: Round, scores: Floats, judged: JudgedAs) -> list[Group]:
     """The pictures of a round's prompts that somebody judged."""
     if judged == "tags":
@@ -170,13 +184,14 @@ def _taken(
             f"{request.method} learns from every denoising step of an image, and the pictures in "
             f"{place} came finished. Use --method {', '.join(able[:-1])} or {able[-1]}."
         )
-    # Where an option decides whether a method compares, `defaults` says that it does not.
-    compares = judged == "pairs" or getattr(method, "least_images", 1) == 2
+    # Whether a method compares may depend on its options.
+    config, _ = configured(request, partial(_defaults, judged), model=request.model or MODEL)
+    compares = judged == "pairs" or least_images(method_of(config)) > 1
     rows = dataset.pairs_of(groups, judged) if compares else dataset.singles_of(groups)
     if not rows:
         raise UserError(
             f"No two pictures of a prompt in {place} were judged differently, so {request.method} "
-            "has nothing to compare. Use --method kto or preferred_images."
+            "has nothing to compare. Use --method kto or preferred_images with liked=above_value."
             if groups
             else NO_VOTES.format(place)
         )

@@ -220,17 +220,32 @@ class Learnable(Protocol):
         """It, as what a run learns from."""
 
 
+def configured(
+    request: TrainRequest, defaults: Callable[[str], dict[str, Any]], **given: Any
+) -> tuple[RunConfig, Execution]:
+    """The config of a request, but for the number of rounds.
+
+    Args:
+        request: what was asked for.
+        defaults: of judged pictures, by method, as in `Learnable`.
+        given: settings that are not for the request to choose; the model is one.
+
+    Raises:
+        UserError: bad input, or a setting that is given twice.
+    """
+    preset = request.preset or model_source(given["model"]).preset
+    mine = defaults(registry.variant(request.method)[0])
+    changes = {name: str(value).lower() for name, value in mine.items()} | {**request.settings}
+    return make(request.method, FEEDBACK, preset, changes, eval_every=0, **given)
+
+
 def planned(data: Learnable, request: TrainRequest) -> tuple[RunConfig, Execution]:
     """The config of a training: the round's settings, the preset's for the rest.
 
     Raises:
         UserError: bad input, or a setting that the round has decided.
     """
-    given = data.decided(request)
-    preset = request.preset or model_source(given["model"]).preset
-    mine = data.defaults(registry.variant(request.method)[0])
-    changes = {name: str(value).lower() for name, value in mine.items()} | {**request.settings}
-    config, execution = make(request.method, FEEDBACK, preset, changes, eval_every=0, **given)
+    config, execution = configured(request, data.defaults, **data.decided(request))
     rounds = request.passes * data.experience(config).parts
     return replace(config, rounds=rounds), replace(execution, device=request.device)
 
