@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,25 @@ def test_better_that_is_required_and_shown(sides: tuple[Path, Path], command: Co
     assert command("compare", *sides, "--require", "better").code == 0
 
 
-def test_other_seeds_are_not_paired(sides: tuple[Path, Path]) -> None:
+def test_further_seeds_of_one_side_do_not_count_and_other_seeds_are_not_paired(
+    sides: tuple[Path, Path],
+) -> None:
+    """As in `report`."""
     ours, theirs = sides
+    known = compare(ours, theirs).difference
     write_run(theirs.parents[2], method="ddpo", seed=3, gain=0.13)
     found = compare(ours, theirs)
-    assert found.difference == pytest.approx(difference([1, 1.5, 2], [0.5, 0.9, 1.6, 1.3]))
-    assert found.sentence().endswith(", 3 and 4 seeds): no difference is shown.")
+    assert found.difference == known
+    assert "3 and 4 seeds, paired over the 3 of both): shown to be better" in found.sentence()
+    (row,) = (r for r in records(read_groups([ours.parent])) if r["method"] == "ddpo")
+    assert row["difference"] == pytest.approx(-known.mean)
+    assert row["seeds_compared"] == "3"
+    lines = [line.get_ydata() for line in comparison_figure(found).axes[0].lines[:3]]
+    np.testing.assert_allclose(np.array(lines), [[1, 0.5], [1.5, 0.9], [2, 1.6]])
+    shutil.rmtree(theirs / "seed-0")
+    found = compare(ours, theirs)
+    assert found.difference == pytest.approx(difference([1, 1.5, 2], [0.9, 1.6, 1.3]))
+    assert found.sentence().endswith(", 3 seeds each): no difference is shown.")
 
 
 def test_other_images_are_not_paired(sides: tuple[Path, Path]) -> None:

@@ -22,6 +22,7 @@ from eval.analysis.statistics import (
     interval,
     over_both,
     paired_difference,
+    paired_seeds,
     probability_of_improvement,
     smallest_shown,
 )
@@ -115,6 +116,7 @@ def test_the_same_seeds_are_paired_in_any_order_and_others_are_not() -> None:
     more = theirs | {3: 9.0}  # has no partner
     assert by_seed(ours, more) == by_seed(ours, theirs)
     assert by_seed(more, ours) == by_seed(theirs, ours)
+    assert (paired_seeds(more, ours), paired_seeds({1, 2}, {2, 3})) == ([0, 1, 2], [])
     others = {seed + 1: value for seed, value in theirs.items()}
     assert by_seed(ours, others) == difference([1.0, 1.5, 2.0], [0.5, 0.9, 1.6])
 

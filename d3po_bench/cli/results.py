@@ -141,9 +141,9 @@ def compare(a: Path, b: Path, required: str, margin: float | None, drawn: Path |
     """Say whether the runs A are better than the runs B.
 
     A and B are run folders, or folders with the seeds of one method on one objective. Their gains
-    are compared seed by seed where both have the same seeds and held-out images, else by
-    Welch's t. Exits with 0, or with 1 if A is shown to be worse (--require better: unless A is
-    shown to be better), and with 2 if they cannot be compared.
+    are compared seed by seed where one has all seeds of the other and held-out images are the
+    same, else by Welch's t. Exits with 0, or with 1 if A is shown to be worse (--require better:
+    unless A is shown to be better), and with 2 if they cannot be compared.
     With --margin, two one-sided tests also say whether they are shown to be equivalent, which a
     large p-value alone does not; choose the margin before you look.
 

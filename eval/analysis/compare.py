@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d3po_bench.errors import UserError
-from eval.analysis.gains import both_ends, records
+from eval.analysis.gains import gained, records
 from eval.analysis.runs import Run, read_groups, require_same_inputs
 from eval.analysis.scores import Score, score_of
 from eval.analysis.statistics import (
     Difference,
+    by_seed,
     difference,
     equivalence,
-    paired_difference,
+    paired_seeds,
     smallest_shown,
 )
 from eval.analysis.tables import Record, finite
@@ -43,9 +44,9 @@ class Side:
         return [run.seed for run in self.runs]
 
     @property
-    def gains(self) -> list[float]:
+    def gains(self) -> dict[int, float]:
         """Score at the end minus that of the base model, of each seed."""
-        return [end - base for base, end in map(both_ends, self.runs)]
+        return gained(self.runs)
 
     @property
     def record(self) -> Record:
@@ -80,15 +81,17 @@ class Comparison:
         return self.score.sign
 
     @property
-    def paired(self) -> bool:
-        """Whether seeds are compared one by one."""
-        return self.same_images and self.ours.seeds == self.theirs.seeds
+    def paired(self) -> list[int]:
+        """The seeds that are compared one by one, as in `report`; none of other images."""
+        return paired_seeds(self.ours.seeds, self.theirs.seeds) if self.same_images else []
 
     @property
     def difference(self) -> Difference:
         """Of the gains, in the score's own unit and sign."""
-        test = paired_difference if self.paired else difference
-        return test(self.ours.gains, self.theirs.gains)
+        ours, theirs = self.ours.gains, self.theirs.gains
+        if self.same_images:
+            return by_seed(ours, theirs)
+        return difference([*ours.values()], [*theirs.values()])
 
     @property
     def equivalence(self) -> float:
@@ -131,20 +134,22 @@ class Comparison:
     def _seeds(self) -> str:
         a, b = len(self.ours.seeds), len(self.theirs.seeds)
         each = f"{a} seed{'s' * (a > 1)} each" if a == b else f"{a} and {b} seeds"
-        return f"{each}, paired" if self.paired else each
+        if not self.paired:
+            return each
+        return f"{each}, paired" if a == b else f"{each}, paired over the {min(a, b)} of both"
 
     def as_json(self) -> dict[str, Any]:
         """Every number; None for one that there is not."""
         sides = {
-            name: {"runs": str(side.folder), "seeds": side.seeds, "gains": side.gains,
+            name: {"runs": str(side.folder), "seeds": side.seeds, "gains": [*side.gains.values()],
                    **{k: v for k, v in finite([side.record])[0].items() if k in SHOWN}}
             for name, side in (("a", self.ours), ("b", self.theirs))
         }  # fmt: skip
         found = dict(zip(("difference", "low", "high", "p"), self.difference, strict=False))
         return {
             "verdict": self.verdict, "sentence": self.sentence(), "objective": self.objective,
-            "unit": self.score.unit, "sign": self.sign, "paired": self.paired,
-            "same_images": self.same_images, "margin": self.margin,
+            "unit": self.score.unit, "sign": self.sign, "paired": bool(self.paired),
+            "seeds_paired": self.paired, "same_images": self.same_images, "margin": self.margin,
             **finite([{**found, "p_equivalent": self.equivalence,
                        "smallest": smallest_shown(self.difference)}])[0],
             **sides,
@@ -154,8 +159,8 @@ class Comparison:
 def compare(ours: Path, theirs: Path, margin: float | None = None) -> Comparison:
     """Compare the runs in two folders.
 
-    Seeds are paired where both have the same ones and were evaluated on the same images. Else
-    the difference is Welch's.
+    Seeds are paired where one has all those of the other and both were evaluated on the same
+    images. Else the difference is Welch's.
 
     Args:
         ours: a run folder, or a folder of the runs of one method on one objective.

@@ -2,8 +2,9 @@
 
 Scores are means over the held-out images, training sampler unless "eta 0" is said. Gains and
 differences keep the score's own sign, so where smaller is better a negative one is good. All is
-averaged over seeds, with 95 % t-intervals over seeds. Methods that have the same seeds are compared
-seed by seed, which is what their design is: a seed brings the same prompts and first noise to both.
+averaged over seeds, with 95 % t-intervals over seeds. Methods are compared over
+the seeds that both have, where one has all of the other: a seed brings the same prompts and first
+noise to both.
 What a run did not measure is NaN.
 """
 
@@ -22,7 +23,15 @@ from eval.analysis import measured
 from eval.analysis.gap import gap
 from eval.analysis.runs import DRIFTS, Group, Run
 from eval.analysis.scores import score_of
-from eval.analysis.statistics import Difference, by_seed, from_zero, holm, interval, smallest_shown
+from eval.analysis.statistics import (
+    Difference,
+    by_seed,
+    from_zero,
+    holm,
+    interval,
+    paired_seeds,
+    smallest_shown,
+)
 from eval.analysis.tables import Cell, Record, Table, change, number, over_seeds, spread, text
 
 Groups = Mapping[Group, Sequence[Run]]
@@ -46,6 +55,7 @@ def learned(rival: str) -> dict[str, Cell]:
         "gain (95 % interval)": spread("gain", ""), "worst seed": number("worst", "+.3f"),
         "share of excess": number("share_of_excess", "+.0%"),
         f"difference to {rival} (95 % interval)": spread("difference"),
+        "seeds compared": text("seeds_compared"),
         "p, Holm": number("p_holm", ".2g"),
         "shown with 80 % power from": number("smallest", ".2g"),
         "gain, eta 0": number("gain_eta0", "+.3f"),
@@ -173,18 +183,31 @@ def records(groups: Groups) -> list[Record]:
     number in all records.
     """
     rival = rival_of(groups)
-    tests = [_test(runs, groups.get((*g[:2], rival), ())) for g, runs in groups.items()]
+    rivals = [groups.get((*group[:2], rival), ()) for group in groups]
+    tests = [_test(*sides) for sides in zip(groups.values(), rivals, strict=True)]
+    compared = [_compared(*sides) for sides in zip(groups.values(), rivals, strict=True)]
     p = holm([test.p for test in tests])
     together = sum(not math.isnan(value) for value in p)
     return [
-        _record(group, runs, test, together) | {"p_holm": value}
-        for (group, runs), test, value in zip(groups.items(), tests, p, strict=True)
+        _record(group, runs, test, together) | {"p_holm": value, "seeds_compared": seeds}
+        for (group, runs), test, value, seeds in zip(
+            groups.items(), tests, p, compared, strict=True
+        )
     ]
 
 
 def _test(runs: Sequence[Run], rivals: Sequence[Run]) -> Difference:
     """The difference to a rival, if there is another."""
     return against(runs, rivals) if rivals and runs != rivals else Difference.unsure(math.nan)
+
+
+def _compared(runs: Sequence[Run], rivals: Sequence[Run]) -> str:
+    """How many seeds a difference is over; nothing where it is over all, as the seeds say."""
+    ours, theirs = ({run.seed for run in side} for side in (runs, rivals))
+    if not rivals or ours == theirs:
+        return ""
+    shared = paired_seeds(ours, theirs)
+    return str(len(shared)) if shared else f"{len(ours)} and {len(theirs)}, not paired"
 
 
 def _record(group: Group, runs: Sequence[Run], test: Difference, together: int) -> Record:

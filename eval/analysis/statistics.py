@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -168,10 +168,16 @@ def by_seed(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differenc
         ours: seed -> number.
         theirs: likewise.
     """
-    shared = sorted(ours.keys() & theirs.keys())
-    if len(shared) == min(len(ours), len(theirs)):
+    if shared := paired_seeds(ours, theirs):
         return paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
     return difference([*ours.values()], [*theirs.values()])
+
+
+def paired_seeds(ours: Iterable[int], theirs: Iterable[int]) -> list[int]:
+    """The seeds that both have, where one has all seeds of the other; else none are paired."""
+    ours, theirs = set(ours), set(theirs)
+    shared = ours & theirs
+    return sorted(shared) if shared in (ours, theirs) else []
 
 
 def _by_student(found: float, error: float, freedom: float, confidence: float) -> Difference:

@@ -65,10 +65,11 @@ def _draw_sides(axes: Axes, found: Comparison) -> None:
     sides = (found.ours, found.theirs)
     looks = looks_of(side.name for side in sides)
     if found.paired:
-        axes.plot([0, 1], np.array([side.gains for side in sides]), color=MUTED, alpha=0.35)
+        pairs = np.array([[side.gains[seed] for seed in found.paired] for side in sides])
+        axes.plot([0, 1], pairs, color=MUTED, alpha=0.35)
     for place, side in enumerate(sides):
         colour, marker = looks[side.name]
-        gains, record = side.gains, side.record
+        gains, record = [*side.gains.values()], side.record
         axes.plot([place] * len(gains), gains, marker, color=colour, alpha=0.6, markersize=4.5)
         ends = (record["gain"], record["low"], record["high"])
         _draw_interval(axes, place + (-0.15, 0.15)[place], ends, colour)
