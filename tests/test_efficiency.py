@@ -71,6 +71,12 @@ def test_without_the_rival(tmp_path: Path) -> None:
     assert found["images to half of d3po's gain"] == ""
 
 
+def test_half_of_a_loss_is_no_gain(tmp_path: Path) -> None:
+    for method, gain in (("d3po", -0.1), ("ddpo", 0.1)):
+        add_columns(write_run(tmp_path, method=method, gain=gain), {"unet_forwards": 100})
+    assert {row["images to half of d3po's gain"] for row in rows(tmp_path).values()} == {""}
+
+
 def test_runs_that_did_not_count_passes(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     with pytest.raises(UserError, match=rf"{folder}/metrics.jsonl .*unet_forwards of round"):

@@ -117,10 +117,13 @@ def _at_end(runs: Sequence[Run]) -> Any:
 
 
 def _images_to_half(runs: Sequence[Run], rivals: Sequence[Run] | None, sign: int) -> Any:
-    """Images of each seed [S] until half of the rival's gain, NaN for never; None without one."""
-    if rivals is None:
+    """Images of each seed [S] until half of the rival's gain, NaN for never; None without one.
+
+    A rival that got worse has none: every method is above half of its loss before it begins.
+    """
+    half = _at_end(rivals).mean() / 2 if rivals else math.nan
+    if not sign * half > 0:
         return None
-    half = _at_end(rivals).mean() / 2
     return np.array([
         float(images_to_threshold(at, score - score[0], half, sign))
         for at, score in _paths(runs, "images")
