@@ -109,8 +109,7 @@ def ends(folder: Path) -> dict[str, float]:
     """Gain, drift, KL and recognisability at the end of a finished run, NaN where not measured."""
     run = RunFolder(folder)
     last = len(run.metrics)
-    drift = [row.get("drift", math.nan) for row in _by_round(run).get(last, ())]
-    return _end(run, last) | {"drift": float(np.mean(drift)) if drift else math.nan}
+    return _end(run, last) | {"drift": _mean(_by_round(run).get(last, ()), "drift")}
 
 
 _OF_A_ROUND = ("denoising_error", "loss", "grad_norm", "kl", "saturated")
@@ -130,7 +129,7 @@ def _number(line: Record, name: str) -> Any:
 def _end(run: RunFolder, last: int) -> dict[str, float]:
     """Gain, KL and recognisability of the evaluation after that round."""
     means = {
-        (number, name): float(np.mean([row.get(name, math.nan) for row in rows]))
+        (number, name): _mean(rows, name)
         for number, rows in _by_round(run).items()
         for name in ("score", "kl", "animal")
     }
@@ -140,6 +139,12 @@ def _end(run: RunFolder, last: int) -> dict[str, float]:
         "kl": means.get((last, "kl"), nothing),
         "recognised": means.get((last, "animal"), nothing),
     }
+
+
+def _mean(rows: Sequence[Record], name: str) -> float:
+    """Over the images that have the number, as in `gains`; NaN where none has."""
+    known = [row[name] for row in rows if not math.isnan(row.get(name, math.nan))]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _by_round(run: RunFolder) -> dict[int, list[Record]]:
