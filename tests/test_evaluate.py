@@ -88,6 +88,17 @@ def test_pictures_are_scored_one_by_one(tmp_path: Path) -> None:
     assert found[0]["weights"] == "jpeg_size=code"
 
 
+def test_the_model_of_pictures_says_which_weights_suit_them(tmp_path: Path) -> None:
+    folder = gallery(tmp_path / "pictures", 1)
+    weights = [
+        plan.planned(request(folder, model=m)).weights for m in (None, "tiny", "tiny2", "sd15")
+    ]
+    assert weights == ["official", "tiny", "tiny2", "official"]
+    for name in ("nonsense", "some/model"):
+        with pytest.raises(UserError, match=f"No model is called '{name}'. Known: sd15, tiny"):
+            plan.planned(request(folder, model=name))
+
+
 def test_packages_that_brought_a_scorer_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,17 +235,23 @@ def _checked(scorers: Sequence[str]) -> tuple[str, ...]:
 
 
 def _pictures(request: EvaluateRequest) -> Plan:
-    """A folder of pictures with metadata.csv or metadata.jsonl."""
+    """A folder of pictures with metadata.csv or metadata.jsonl.
+
+    The model that drew them only says which weights of the scorers suit them.
+    """
     given = {"save": request.save, "prompts": request.prompts, "count": request.count}
     if pointless := [name for name, value in given.items() if value]:
         raise UserError(
             f"--{pointless[0]} is for what a model draws, and {request.target} holds pictures "
             f"already. Leave --{pointless[0]} out."
         )
+    named = registry.names("model")
+    if request.model is not None and request.model not in named:
+        raise registry.unknown("model", request.model, named)
     files, prompts = zip(*read_pictures(request.target), strict=True)
     digests = (sha256_of(request.target / name) for name in files)
     return Plan(
         model=str(request.target), adapter="", prompts=prompts, files=files,
         content=short(" ".join(digests)), scorers=_checked(request.scorers), samplers=("",),
-        weights="tiny" if request.model == "tiny" else "official",
+        weights=model_source(request.model).scorers if request.model else "official",
     )  # fmt: skip
