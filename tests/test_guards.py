@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3po_bench.cli import main, show
+from d3po_bench.config import FEEDBACK
 from d3po_bench.diffusion.finite import require_finite
 from d3po_bench.diffusion.gaussian import Gaussian
 from d3po_bench.errors import RunError, UserError
+from d3po_bench.models.sources import fingerprint, model_source
 from d3po_bench.models.stable_diffusion import StableDiffusion
 from d3po_bench.prompts import digest, read_prompts
 from d3po_bench.runs.run import RunFolder, content, find_runs
@@ -271,15 +273,17 @@ def test_runs_of_other_scorer_weights_are_not_put_together(tmp_path: Path) -> No
 # ---- prompts
 
 
-def run_on(folder: Path, prompts: str) -> Path:
-    """A run that ended, of the embedded model, as far as `evaluate` looks at it."""
+def run_on(folder: Path, prompts: str, model: str = "tiny", **changes: Any) -> Path:
+    """A run that ended, of an embedded model, as far as `evaluate` looks at it."""
     shutil.copytree(PUBLISHED, folder)
     (folder / "lora").mkdir()
     (folder / "lora" / "weights").write_bytes(b"of a LoRA")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "prompts": prompts}))
+    changes |= {"prompts": prompts, "model": model}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
     facts = json.loads((folder / "provenance.json").read_text())
     facts["inputs"]["prompts"] = digest(read_prompts(prompts))
+    facts["inputs"]["model"] = fingerprint(model_source(model))
     facts["content"] = content(folder, "lora")
     (folder / "provenance.json").write_text(json.dumps(facts))
     return folder
@@ -312,6 +316,19 @@ def test_held_out_prompts_that_a_run_was_trained_on_are_refused(
     one.write_text("cat\n" + read_prompts("captions-held-out")[7] + "\n")
     with pytest.raises(UserError, match="and 0 more"):
         planned(run_on(tmp_path / "c", str(one)), prompts)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny2"])
+def test_the_held_out_list_is_that_of_the_model(tmp_path: Path, model: str) -> None:
+    """By a reward, or by votes, of which nobody knows the prompts."""
+    held_out = model_source(model).prompts
+    run = run_on(tmp_path / "a", held_out, model)
+    voted = run_on(tmp_path / "b", "animals", model, objective=FEEDBACK)
+    for prompts in (None, held_out):
+        with pytest.raises(UserError, match="so they are not held out"):
+            planned(run, prompts)
+        with pytest.raises(UserError, match="which prompts it has not seen"):
+            planned(voted, prompts)
 
 
 def test_prompts_that_are_not_called_held_out_may_be_those_of_the_run(tmp_path: Path) -> None:

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
-HELD_OUT = "captions-held-out"
-"""The list of prompts that no run may have been trained on."""
-
-
 FETCHED = "prompts-image-reward"
 """The prompts that Stable Diffusion is asked for, among the weights."""
 
@@ -158,20 +154,21 @@ def _of_run(request: EvaluateRequest) -> Plan:
     config = run.config
     _require_no_other_model(request, config.model)
     wanted = request.prompts or _default_prompts(config.model, config)
+    held_out = model_source(config.model).prompts
     if config.objective == FEEDBACK:
         trained_on = None
-        if wanted == HELD_OUT:
+        if wanted == held_out:
             raise UserError(
                 f"The run in {run.folder} was trained on votes, so nothing says which prompts it "
                 "has not seen. Give some with --prompts."
             )
     else:
-        used = wanted in (HELD_OUT, config.prompt_source)
+        used = wanted in (held_out, config.prompt_source)
         trained_on = read_prompts(config.prompt_source) if used else None
     require_unchanged(run, LORA, trained_on)
     plan = _of_model(request, config.model, str(request.target / LORA), config)
     seen = sorted(set(plan.prompts) & set(trained_on or ()))
-    if wanted == HELD_OUT and seen:
+    if wanted == held_out and seen:
         raise UserError(
             f"The run in {run.folder} was trained on {seen[0]!r} and {len(seen) - 1} more of these "
             "prompts, so they are not held out. Give others with --prompts."
