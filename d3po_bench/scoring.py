@@ -65,7 +65,7 @@ class Guarded:
                 "it both: __call__(images, prompts) and, say, unit = 'points'."
             )
         self.name, self.scorer, self.unit = name, scorer, found
-        for known in ("sources", "digest"):
+        for known in ("sources", "digest", "compares"):
             if hasattr(scorer, known):
                 setattr(self, known, getattr(scorer, known))
         self.own = bool(digest)

@@ -20,7 +20,7 @@ import torch
 
 from d3po_bench import cli
 from d3po_bench.errors import RunError, UserError
-from eval.evaluate import plan, work
+from eval.evaluate import plan, summary, work
 from eval.evaluate.plan import EvaluateRequest
 from tests.conftest import disturb, loaded
 from tests.gallery import gallery
@@ -97,6 +97,26 @@ def test_the_model_of_pictures_says_which_weights_suit_them(tmp_path: Path) -> N
     for name in ("nonsense", "some/model"):
         with pytest.raises(UserError, match=f"No model is called '{name}'. Known: sd15, tiny"):
             plan.planned(request(folder, model=name))
+
+
+def test_what_compares_pictures_of_a_prompt_is_refused_for_a_folder(tmp_path: Path) -> None:
+    folder = gallery(tmp_path / "pictures", 2)
+    with pytest.raises(UserError, match="diversity, vendi would say nothing"):
+        work.run(request(folder, model="tiny", scorers=("jpeg_size", "diversity", "vendi")))
+    assert not (folder / "evaluation").exists()
+
+
+def test_a_column_without_any_number_is_told(tmp_path: Path) -> None:
+    folder = gallery(tmp_path / "pictures", 2)
+    said: list[str] = []
+    work.run(request(folder, scorers=("jpeg_size", "animal")), note=said.append)
+    assert said == []
+    table = folder / "metadata.csv"
+    table.write_text(table.read_text().replace("cat", "car"))
+    asked = request(folder, scorers=("jpeg_size", "animal"), out=tmp_path / "out")
+    work.run(asked, note=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("no image has a number of animal: ")
 
 
 def test_packages_that_brought_a_scorer_are_kept(
@@ -396,7 +416,7 @@ def test_provenance_names_scorers_and_versions(evaluation: Path) -> None:
     facts = json.loads((evaluation / "provenance.json").read_text())
     assert facts["scorers"] == {"jpeg_size": "code"}
     assert set(facts["versions"]) == {"torch", "transformers", "pillow", "numpy"}
-    assert {mean["column"] for mean in work.summary(evaluation)} >= {"jpeg_size"}
+    assert {mean["column"] for mean in summary.summary(evaluation)} >= {"jpeg_size"}
 
 
 def test_saved_pictures_are_those_that_were_scored(

@@ -222,7 +222,7 @@ def evaluate(
         d3po-bench evaluate tiny --scorers clip --count 50 --jobs 2
     """  # noqa: D301
     from d3po_bench.training.progress import IMAGE, Counted
-    from eval.evaluate import plan, work
+    from eval.evaluate import plan, summary, work
 
     names = plan.scorers_of(target) if scorers is None else scorer_names(scorers)
     request = plan.EvaluateRequest(
@@ -233,7 +233,7 @@ def evaluate(
     with board:
         told = Counted("evaluation", IMAGE, board.report)
         folder = work.run(request, told, board.note)
-    means = list(work.summary(folder))
+    means = list(summary.summary(folder))
     lines = [
         f"{m['sampler'] or 'pictures'}  {m['column']}  {m['mean']:.4f}  ({m['images']} images)"
         for m in means

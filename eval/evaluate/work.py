@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -28,6 +28,7 @@ from d3po_bench.runs.provenance import environment, now, packages
 from d3po_bench.runs.run import read_object
 from d3po_bench.runs.sessions import differing
 from eval.evaluate.plan import EvaluateRequest, Plan, planned
+from eval.evaluate.summary import silence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,8 +92,7 @@ def run(
     with _taken(out, _described(plan, request.device)):
         if unchecked:
             note(golden.note(unchecked))
-        rest = [p for p in pieces if not _is_done(out, plan, p, request)]
-        total = images(plan)
+        rest, total = [p for p in pieces if not _is_done(out, plan, p, request)], images(plan)
         left = sum(_images(plan, piece) for piece in rest)
 
         def done(task: Task | None = None) -> None:
@@ -109,6 +109,7 @@ def run(
                 _do(*task)
                 done(task)
     _finish(out, plan, pieces, request)
+    silence(out, note)
     return out
 
 
@@ -285,7 +286,23 @@ def _scorer(name: str, weights: str, device: str) -> Any:
 
 def _scorers(plan: Plan, device: str) -> dict[str, Any]:
     texts = {registry.name_of("scorer", text): text for text in plan.scorers}
-    return {name: _scorer(text, plan.weights, device) for name, text in texts.items()}
+    found = {name: _scorer(text, plan.weights, device) for name, text in texts.items()}
+    if plan.files:
+        _require_alone(found)
+    return found
+
+
+def _require_alone(scorers: Mapping[str, Any]) -> None:
+    """Refuse scorers that compare pictures: those of a folder are scored one by one.
+
+    Raises:
+        UserError: naming them.
+    """
+    if found := [name for name, scorer in scorers.items() if getattr(scorer, "compares", False)]:
+        raise UserError(
+            f"{', '.join(found)} would say nothing: pictures of a folder are scored one at a "
+            "time, and it compares those of a prompt. Leave it out of --scorers."
+        )
 
 
 @cache
@@ -379,19 +396,3 @@ def _read(path: Path) -> Any:
     import torch
 
     return torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1).unsqueeze(0)
-
-
-def summary(out: Path) -> Iterator[Row]:
-    """The mean of every column of rows.csv, for each sampler, without the KL of single steps."""
-    from d3po_bench.scoring import KL_OF_STEP
-
-    rows = read_csv(out / "rows.csv")
-    told = {"steps", "guidance", "size", "sampler", "prompt", "index", "weights", "file"}
-    for sampler in dict.fromkeys(row.get("sampler", "") for row in rows):
-        mine = [row for row in rows if row.get("sampler", "") == sampler]
-        measured = (name for name in mine[0] if name not in told)
-        for column in (name for name in measured if not KL_OF_STEP.fullmatch(name)):
-            values = [float(row[column]) for row in mine if row[column] not in ("", "nan")]
-            if values:
-                mean = sum(values) / len(values)
-                yield {"sampler": sampler, "column": column, "mean": mean, "images": len(values)}

@@ -21,6 +21,8 @@ class Vendi:
     """
 
     unit = "pictures"
+    compares = True
+    """A picture alone has no number."""
 
     def __init__(self, device: torch.device, weights: str) -> None:
         """Load the classifier that ships with the embedded model (tiny), or CLIP.
