@@ -89,12 +89,7 @@ def sample(
     model, steps, shape = policy.model, policy.steps, policy.model.latent_shape
     conditions = model.encode(prompts)
     latents, means = (torch.empty(total, k, n, *shape) for n in (steps + 1, steps))
-    block, side = max(1, batch // k), min(batch, k)
-    parts = [
-        (slice(p, min(p + block, total)), slice(i, min(i + side, k)))
-        for p in range(0, total, block)
-        for i in range(0, k, side)
-    ]
+    parts = side_by_side(total, k, batch)
 
     def noise(number: int) -> list[Tensor]:
         rows, images = range(total)[parts[number][0]], parts[number][1]
@@ -119,6 +114,22 @@ def sample(
         levels=policy.levels, training_levels=model.process.training_levels,
         scores=torch.zeros(total, k),
     )  # fmt: skip
+
+
+def side_by_side(prompts: int, images: int, most: int) -> list[tuple[slice, slice]]:
+    """Prompts and which of their images are drawn at a time: whole prompts, where one fits.
+
+    Args:
+        prompts: number of them.
+        images: of each.
+        most: images at a time.
+    """
+    block, side = max(1, most // images), min(most, images)
+    return [
+        (slice(p, min(p + block, prompts)), slice(i, min(i + side, images)))
+        for p in range(0, prompts, block)
+        for i in range(0, images, side)
+    ]
 
 
 @contextmanager
