@@ -84,6 +84,7 @@ def test_gains_by_hand(two_methods: Path) -> None:
         "worst seed": "+1.000",
         "share of excess": f"{1 / (7.1 - flat_size(32)):+.0%}",
         DIFFERENCE: "",
+        "seeds compared": "",
         "p, Holm": "",
         "shown with 80 % power from": "",
         "gain, eta 0": "+1.000",
