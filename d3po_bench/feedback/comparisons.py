@@ -128,9 +128,9 @@ def choices(store: LabelStore, folder: Path) -> list[Share]:
         )
     pool = pool_of(vote.rater for vote in votes)
     shares = []
-    means = np.array([np.mean(said, 0) for said in found.values()])
-    for source, column in zip(sources, means.T, strict=True):
-        low, high = clustered(column.tolist(), range(len(column)), sum(map(len, found.values())))
+    means, count = [np.mean(said, 0) for said in found.values()], sum(map(len, found.values()))
+    for source, column in zip(sources, np.array(means).T, strict=True):
+        low, high = clustered(column.tolist(), range(len(column)), count)
         ends = (low, high) if len(column) > 1 else (None, None)
         mean = float(column.mean())
         shares.append(Share(source=source, share=mean, low=ends[0], high=ends[1], raters=pool))

@@ -2,10 +2,9 @@
 
 Scores are means over the held-out images, training sampler unless "eta 0" is said. Gains and
 differences keep the score's own sign, so where smaller is better a negative one is good. All is
-averaged over seeds, with 95 % t-intervals over seeds. Methods are compared over
-the seeds that both have, where one has all of the other: a seed brings the same prompts and first
-noise to both.
-What a run did not measure is NaN.
+averaged over seeds, with 95 % t-intervals over seeds. Methods are compared over the seeds that both
+have, where one has all of the other: a seed brings the same prompts and first noise to both. What a
+run did not measure is NaN.
 """
 
 from __future__ import annotations
@@ -184,15 +183,14 @@ def records(groups: Groups) -> list[Record]:
     """
     rival = rival_of(groups)
     rivals = [groups.get((*group[:2], rival), ()) for group in groups]
-    tests = [_test(*sides) for sides in zip(groups.values(), rivals, strict=True)]
-    compared = [_compared(*sides) for sides in zip(groups.values(), rivals, strict=True)]
+    sides = [*zip(groups.values(), rivals, strict=True)]
+    tests = [_test(*both) for both in sides]
     p = holm([test.p for test in tests])
     together = sum(not math.isnan(value) for value in p)
     return [
-        _record(group, runs, test, together) | {"p_holm": value, "seeds_compared": seeds}
-        for (group, runs), test, value, seeds in zip(
-            groups.items(), tests, p, compared, strict=True
-        )
+        _record(group, both[0], test, together)
+        | {"p_holm": value, "seeds_compared": _compared(*both)}
+        for group, both, test, value in zip(groups, sides, tests, p, strict=True)
     ]
 
 
