@@ -1,18 +1,26 @@
 """Whether methods rank alike on UNets half and twice as large as version 2's.
 
-The runs are those of `tiny2/grid.toml` on the two other models, as PROTOCOL.md says.
+    python -m results.sizes build/sizes --device cuda --bf16 --minutes 2
+
+trains the two other models, with version 2's recipe and its own autoencoder, and writes them to
+build/sizes/half/tiny2 and build/sizes/double/tiny2. The runs are those of `tiny2/grid.toml` on
+them, as PROTOCOL.md says.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
+from d3po_bench.errors import said_in_one_line
+from d3po_bench.models.embedded.v2 import recipe
 from d3po_bench.runs.packed import PACKED
 from eval.analysis.ranks import rank_agreement
 from eval.analysis.tables import Record, Table, over_seeds, spread, text
@@ -23,8 +31,57 @@ FOLDERS = {"half": HOME / "sizes" / "half", "version 2": HOME / "tiny2",
            "double": HOME / "sizes" / "double"}  # fmt: skip
 """Size of the UNet -> where its runs are published."""
 
+CHANNELS = {"half": (32, 64, 80), "double": (64, 112, 160)}
+"""Size -> channels of the UNet's levels; version 2 has 48, 80 and 112."""
+
 Found = Mapping[str, Mapping[str, Seeds]]
 """Size -> method -> S of each seed."""
+
+
+# ---- models
+
+
+@click.command()
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--size", "sizes", multiple=True, type=click.Choice(list(CHANNELS)),
+              default=list(CHANNELS), help="Default: both.")  # fmt: skip
+@click.option("--minutes", type=float, help="Of training a UNet; default: the recipe's pictures.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--bf16/--fp32", default=False)
+def models(
+    work: Path, sizes: tuple[str, ...], minutes: float | None, device: str, bf16: bool
+) -> None:
+    """Train the UNets of the two other sizes below WORK; the same command resumes."""
+    options = {
+        "device": device, "bf16": bf16, "processes": 2 if device == "cpu" else 1,
+        "minutes": {"unet": minutes} if minutes else {},
+    }  # fmt: skip
+    prepare(work, options)
+    for size in sizes:
+        (work / size).mkdir(exist_ok=True)
+        for shared in ("tokenizer", "captions.json", "latents.json", "latents.npy", VAE):
+            if not (link := work / size / shared).exists():
+                link.symlink_to(Path("..", shared))
+        own = recipe.Recipe(unet_channels=CHANNELS[size], unet_batch=512, unet_lr=2e-3)
+        for stage in ("unet", "export"):
+            recipe.run_stage(stage, own, work / size, work / size, options)
+
+
+VAE = "vae.safetensors"
+
+
+def prepare(work: Path, options: dict[str, Any]) -> None:
+    """What both learn from: the recipe's pictures, and their latents by version 2's autoencoder."""
+    from safetensors.torch import load_file, save_file
+
+    work.mkdir(parents=True, exist_ok=True)
+    shipped = recipe.HERE / "tiny2" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: weights.float() for name, weights in load_file(shipped).items()}, work / VAE)
+    for stage in ("render", "latents"):
+        recipe.run_stage(stage, recipe.Recipe(), work, work, options)
+
+
+# ---- tables
 
 
 def tables(folders: Mapping[str, Path] = FOLDERS) -> dict[str, Callable[[], Table]]:
@@ -68,3 +125,8 @@ def _seeds(found: Mapping[str, Seeds], order: Mapping[str, Seeds]) -> Any:
     """S [seeds, methods] of the seeds that all methods have."""
     shared = set.intersection(*(set(seeds) for seeds in found.values()))
     return [[found[method][seed] for method in order] for seed in sorted(shared)]
+
+
+if __name__ == "__main__":
+    with said_in_one_line():
+        models(sys.argv[1:])

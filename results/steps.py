@@ -52,20 +52,26 @@ FACTORS = (0.5, 1, 2)
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True)
-def measure(out: Path, jobs: int) -> None:
+@click.option("--device", default="cpu", show_default=True)
+def measure(out: Path, jobs: int, device: str) -> None:
     """Make the runs below OUT, and write steps.csv."""
-    asked, cells = grid.read(GRID), list[tuple[str, str, str, Path]]()
+    cells = list(parts(out))
+    for _, _, part, place in cells:
+        grid.run(part, TOOLS, out=place, jobs=jobs, device=device, resume=True)
+    # Only now: before, a place may hold runs of another method that were interrupted.
+    rows = [row for way, rate, part, place in cells
+            for row in _rows(way, part.methods[0], rate, place / part.model)]  # fmt: skip
+    write_atomically(FILE, csv_bytes(rows))
+
+
+def parts(out: Path) -> Iterator[tuple[str, str, grid.Grid, Path]]:
+    """Way, rate, grid of one method, and where its runs lie below `out`."""
+    asked = grid.read(GRID)
     for way, factor, method in product(WAYS, FACTORS, asked.methods):
         rate = f"{factor * float(asked.method[method]['learning_rate']):.3g}"
-        part = grid.other(
-            grid.part(asked, [method], (), None), None, {**WAYS[way], "learning_rate": rate}
-        )
+        own = grid.part(asked, [method], (), None)
         place = out / f"{way.replace(' ', '-').replace('/', '-')}-{factor:g}"
-        grid.run(part, TOOLS, out=place, jobs=jobs, device="cpu", resume=True)
-        cells.append((way, method, rate, place / asked.model))
-    # Only now: before, a place may hold runs of another method that were interrupted.
-    rows = [row for cell in cells for row in _rows(*cell)]
-    write_atomically(FILE, csv_bytes(rows))
+        yield way, rate, grid.other(own, None, {**WAYS[way], "learning_rate": rate}), place
 
 
 def _rows(way: str, method: str, rate: str, folder: Path) -> Iterator[dict[str, Any]]:

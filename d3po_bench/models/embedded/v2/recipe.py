@@ -243,7 +243,8 @@ def export(recipe: Recipe, work: Path, out: Path) -> None:
     halve(pipe.unet), halve(pipe.vae)
     pipe.save_pretrained(out / "tiny2", safe_serialization=True)
     (out / "tiny2.sha256").write_text(content(out / "tiny2") + "\n")
-    logs = {n: (work / f"{n}.jsonl").read_text().splitlines() for n in ("vae", "unet")}
+    paths = (work / f"{name}.jsonl" for name in ("vae", "unet"))
+    logs = {path.stem: path.read_text().splitlines() for path in paths if path.exists()}
     card = {
         "recipe": asdict(recipe), "facts": json.loads((work / "latents.json").read_text()),
         "stages": {name: json.loads(lines[-1]) for name, lines in logs.items()},
