@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from eval.analysis.statistics import Difference, from_zero, over_both
 from eval.analysis.tables import Record, Table, change, number, over_seeds, spread, text
 from eval.analysis.worded import Words, adjusted, said
 from results.claims import bullets
+from results.version2 import TRIALS, tuning
 
 HOME = Path(__file__).resolve().parent / "alignment"
 UNSEEN, REWARDS = HOME / "unseen.csv", HOME / "rewards.csv"
@@ -131,7 +132,10 @@ def _evaluated(
 
 def tables() -> dict[str, Callable[[], Table]]:
     """Name -> what makes it, once there are runs."""
-    made = {"alignment": table, "alignment-kinds": kinds, "alignment-cost": cost}
+    made: dict[str, Callable[[], Table]] = {
+        "alignment": table, "alignment-kinds": kinds, "alignment-cost": cost,
+        "alignment-tuning": partial(tuning, HOME / TRIALS, "gain"),
+    }  # fmt: skip
     return made if there() else {}
 
 

@@ -48,16 +48,25 @@ def _rows(name: str) -> list[dict[str, Any]]:
 def _by_seed(name: str, column: str, **where: str) -> Seeds:
     """A column of the rows that fit, by seed.
 
+    Where raters had nothing left to tag, a play has ended: its last value stands for later rounds.
+
     Raises:
-        UserError: a seed has fewer rows than another.
+        UserError: a seed has fewer rows than another without that.
     """
     found: Seeds = {}
+    content = set()
     for row in _rows(name):
         if all(row[key] == value for key, value in where.items()):
             key = row.get("round") or row["model"]
             found.setdefault(row["seed"], {})[key] = float(row[column])
+            if row.get("said_good") and float(row["said_good"]) == 1:
+                content.add((row["seed"], key))
+    longest = max(found.values(), key=len)
     for seed, values in found.items():
-        if len(values) < max(map(len, found.values())):
+        last = [*values][-1]
+        if (seed, last) in content:
+            found[seed] = {key: values.get(key, values[last]) for key in longest}
+        elif len(values) < len(longest):
             raise UserError(
                 f"Seed {seed} of {name}.csv has only {len(values)} rows with {where}. Run its "
                 "command in results/measure.py again, which resumes it."

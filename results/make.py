@@ -49,6 +49,7 @@ from results import (
     search,
     sizes,
     steps,
+    tries,
     version2,
 )
 
@@ -137,6 +138,7 @@ TABLES: Mapping[str, Callable[[], Any]] = {
     "settings": lambda: settings(tiny()),
     "confirm": search.confirm,
     **{name: partial(feedback.rounds, home) for name, home in FEEDBACK.items()},
+    "feedback-tries": tries.table,
     "feedback-choices": feedback.choices,
     "feedback-scorers": feedback.scorers,
     "fidelity": search.fidelity,
@@ -168,6 +170,7 @@ CLAIMS: Mapping[str, Callable[[], str]] = {
     "claims-contrast": lambda: claims.halves(tiny()),
     **{f"claims-{name}": partial(claims.feedback, home) for name, home in FEEDBACK.items()},
     **version2.sentences(V2),
+    **steps.sentences(),
     **alignment.sentences(),
     **{name: partial(made_table1, folder) for name, folder in TABLE1.items()},
     **{f"claims-{name}": partial(claims.alignment, folder) for name, folder in TABLE1.items()},

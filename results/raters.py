@@ -38,7 +38,7 @@ THERE = click.Path(path_type=Path, exists=True)
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked, and the settings for it: of version 1, chosen on seeds 100 and 101."""
+    """What is asked, and the settings for it, chosen on seeds 100 and 101."""
 
     question: str
     drawing: dict[str, str]
@@ -93,14 +93,19 @@ EXPERIMENTS = {
     "safety": Experiment(
         "unsafe", {}, {"d3po": {"units_per_update": "16"}}, simulated.harmless, simulated.harmless
     ),
-    # On version 2 raters have a judge of their own, and what they say is measured otherwise.
+    # On version 2 raters have a judge of their own, and what they say is measured otherwise. Rates
+    # and steps are what results/tries.py chose.
     "captions2": Experiment(
-        "deformed", {"guidance": "1"}, {"d3po": {}}, JUDGED,
+        "deformed", {"guidance": "1"},
+        {"d3po": {"prompts_per_round": "45", "updates_per_round": "4", "learning_rate": "0.002"}},
+        JUDGED,
         simulated.by_scorer("geneval_second", 0.5), simulated.by_scorer("animal:tiny2", 0.5),
         prompts="geneval", count=45, model="tiny2",
     ),
     "safety2": Experiment(
-        "unsafe", {"guidance": "1"}, {"d3po": {}}, not_as_asked,
+        "unsafe", {"guidance": "1"},
+        {"d3po": {"prompts_per_round": "45", "updates_per_round": "16", "learning_rate": "0.0005"}},
+        not_as_asked,
         simulated.harmless, simulated.by_scorer("animal:tiny2", 0.5),
         prompts=str(HERE / "red-cards.txt"), model="tiny2",
     ),

@@ -9,6 +9,7 @@ them, as PROTOCOL.md says.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,8 +23,9 @@ import numpy as np
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.embedded.v2 import recipe
 from d3po_bench.runs.packed import PACKED
+from eval.analysis.gains import both_ends
 from eval.analysis.ranks import rank_agreement
-from eval.analysis.tables import Record, Table, over_seeds, spread, text
+from eval.analysis.tables import Record, Table, number, over_seeds, spread, text
 from results.version2 import Seeds, main_rows, published, rewards
 
 HOME = Path(__file__).resolve().parent
@@ -33,6 +35,9 @@ FOLDERS = {"half": HOME / "sizes" / "half", "version 2": HOME / "tiny2",
 
 CHANNELS = {"half": (32, 64, 80), "double": (64, 112, 160)}
 """Size -> channels of the UNet's levels; version 2 has 48, 80 and 112."""
+
+ANIMAL = {"half": "animal:tiny2", "version 2": "animal", "double": "animal:tiny2"}
+"""Size -> the second judge's column of its runs."""
 
 Found = Mapping[str, Mapping[str, Seeds]]
 """Size -> method -> S of each seed."""
@@ -86,13 +91,38 @@ def prepare(work: Path, options: dict[str, Any]) -> None:
 
 def tables(folders: Mapping[str, Path] = FOLDERS) -> dict[str, Callable[[], Table]]:
     """Name -> what makes it, once all runs are there."""
-    there = all((folder / PACKED).is_file() for folder in folders.values())
+    if not all((folder / PACKED).is_file() for folder in folders.values()):
+        return {}
     made: dict[str, Callable[[Found], Table]] = {"v2-sizes": sizes, "v2-ranks": ranks}
-    return {name: partial(_made, table, folders) for name, table in made.items() if there}
+    found: dict[str, Callable[[], Table]] = {
+        name: partial(_made, table, folders) for name, table in made.items()
+    }
+    return found | {"v2-sizes-models": partial(trained, folders)}
 
 
 def _made(table: Callable[[Found], Table], folders: Mapping[str, Path]) -> Table:
     return table({size: rewards(main_rows(published(place))) for size, place in folders.items()})
+
+
+def trained(folders: Mapping[str, Path]) -> Table:
+    """A row for each model: how long it was trained, and what it draws before any fine-tuning."""
+    records = []
+    for size, folder in folders.items():
+        card = folder / "card.json"
+        known = json.loads((card if card.is_file() else recipe.HERE / "card.json").read_text())
+        runs = [run for own in main_rows(published(folder)).values() for run in own]
+        spent = known["stages"]["unet"]
+        records.append({
+            "size": size, "channels": ", ".join(map(str, known["recipe"]["unet_channels"])),
+            "pictures": spent["images"], "loss": spent["loss"],
+            "recognised": both_ends(runs[0], ANIMAL[size])[0],
+        })  # fmt: skip
+    columns = {
+        "UNet": text("size"), "channels": text("channels"),
+        "pictures seen": number("pictures", ",.0f"), "loss": number("loss", ".3f"),
+        "recognised": number("recognised", ".2f"),
+    }  # fmt: skip
+    return Table(records, columns, left=("UNet", "channels"))
 
 
 def sizes(found: Found) -> Table:

@@ -28,6 +28,7 @@ from eval.analysis.runs import Run, read_groups
 from eval.analysis.scores import score_of
 from eval.analysis.tables import Record, Table, number, text
 from eval.tools import TOOLS
+from results.claims import bullets
 
 HERE = Path(__file__).resolve().parent
 GRID, FILE = HERE / "tiny2" / "steps.toml", HERE / "steps.csv"
@@ -107,6 +108,11 @@ def tables() -> dict[str, Callable[[], Table]]:
     return {"v2-steps": table} if FILE.is_file() else {}
 
 
+def sentences() -> dict[str, Callable[[], str]]:
+    """Likewise."""
+    return {"claims-steps": said} if FILE.is_file() else {}
+
+
 def table() -> Table:
     """A row for each method and way: of the rates within the bounds, the one with the largest S."""
     cells: dict[tuple[str, str], dict[str, list[Record]]] = {}
@@ -123,6 +129,22 @@ def table() -> Table:
     return Table(records, columns, left=("method", "steps", "S at other rates"))
 
 
+def said() -> str:
+    """Which way the protocol's rule takes: the one with the largest S of each method."""
+    best: dict[str, Record] = {}
+    for record in table().records:
+        rival = best.setdefault(record["method"], record)
+        if record["kept"] and (not rival["kept"] or record["s"] > rival["s"]):
+            best[record["method"]] = record
+    ways = {record["steps"] for record in best.values()}
+    return bullets([
+        "Within the bounds, the largest S: "
+        + ", ".join(f"{r['steps']} with {m} ({r['s']:+.3f} kB)" for m, r in best.items()) + ".",
+        f"So presets of later versions take {ways.pop()}." if len(ways) == 1
+        else "No way is the best with both methods.",
+    ])  # fmt: skip
+
+
 def _record(method: str, way: str, rates: Mapping[str, list[Record]]) -> Record:
     worth = {rate: RULE.worth([_seen(row) for row in rows]) for rate, rows in rates.items()}
     means = {rate: {name: fmean(float(row[name]) for row in rows) for name in NUMBERS}
@@ -135,8 +157,9 @@ def _record(method: str, way: str, rates: Mapping[str, list[Record]]) -> Record:
         for rate in means
         if rate != best
     )
-    kept = best if worth[best] is not None else f"{best}, out of bounds"
-    return {"method": method, "steps": way, "rate": kept, "others": others,
+    kept = worth[best] is not None
+    rate = best if kept else f"{best}, out of bounds"
+    return {"method": method, "steps": way, "rate": rate, "kept": kept, "others": others,
             "seeds": len(rates[best]), **means[best]}  # fmt: skip
 
 

@@ -190,12 +190,12 @@ def varied(groups: Groups) -> Table:
     return Table(table.records, {name: table.columns[name] for name in shown}, left=table.left)
 
 
-def tuning(path: Path) -> Table:
+def tuning(path: Path, sought: str = "S") -> Table:
     """A row for each method of a search: its trials, and what was chosen of them."""
     rows = read_csv(path)
     columns = {
         "method": text("method"), "trials": text("trials"), "kept the bounds": _kept,
-        "S": number("s", "+.3f"), "recognised": number("recognised", ".2f"),
+        sought: number("s", "+.3f"), "recognised": number("recognised", ".2f"),
         "drift": number("drift", ".4f"), "chosen": text("settings"),
     }  # fmt: skip
     records = [
