@@ -204,7 +204,8 @@ class RunConfig:
         by_step = self.window or self.step_weight != "equal"
         if by_step and not getattr(method, "needs_chain", True):
             raise UserError(
-                f"{self.method} learns from finished images: leave out window and step_weight."
+                f"{self.method} learns from finished images, whose steps count alike. Use --set "
+                "step_weight=equal --set window=0."
             )
         for scorer in self.eval_scorers:
             registry.require_scorer(scorer)

@@ -147,8 +147,8 @@ def rounds(
         asked = one_question("tags", own.question)
         round_ = draw_round(
             place, asked, prompts or own.prompts, count=of or own.count, seed=seed, before=before,
-            model=own.model, settings={} if before else own.drawing | pairs_of(draw),
-            device=device,
+            model=own.model, preset=None if before else "quick",
+            settings={} if before else own.drawing | pairs_of(draw), device=device,
         )  # fmt: skip
         pool = [Annotator(error=error)] * number
         simulated.simulate(place, None, pool, seed * 1000 + index, TOOLS, rule=own.said)
@@ -159,7 +159,12 @@ def rounds(
             before = place / "trained" / method
             settings = own.learning[method] | pairs_of(learn)
             request = training.TrainRequest(
-                method=method, passes=1, settings=settings, preset=None, device=device, tools=TOOLS
+                method=method,
+                passes=1,
+                settings=settings,
+                preset="quick",
+                device=device,
+                tools=TOOLS,
             )
             training.train(training.data_of(place, scores_of(place)), request, before)
 

@@ -71,7 +71,7 @@ def test_images_of_a_round_are_as_many_for_every_method_and_variant() -> None:
 
 def test_what_finished_images_cannot_have_is_refused() -> None:
     for change in ({"window": "2"}, {"step_weight": "inverse"}):
-        with pytest.raises(UserError, match="learns from finished images: leave out window and"):
+        with pytest.raises(UserError, match="learns from finished images, whose steps count alike"):
             make("raft", "incompress", "quick", change)
     with pytest.raises(UserError, match=r"window must be from 0 to 5, not 6"):
         make("d3po", "incompress", "quick", {"window": "6"})

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from d3po_bench.errors import UserError
 from d3po_bench.runs.files import read_csv
-from results import feedback, raters
+from results import feedback, raters, tries
 
 
 def test_rounds_and_choices_go_to_their_version(
@@ -40,3 +41,38 @@ def test_rounds_and_choices_go_to_their_version(
     chosen = {h: (home / h / "table1" / "choices" / "seed-0.csv").read_text()
               for h in ("tiny", "alignment")}  # fmt: skip
     assert chosen == {"tiny": "error-0", "alignment": "error-0-by-geneval_second-at-0.25"}
+
+
+@pytest.mark.parametrize("experiment", feedback.QUESTIONS["tiny2"])
+def test_what_is_played_on_version_2_has_the_settings_that_the_tries_chose(experiment: str) -> None:
+    assert raters.EXPERIMENTS[experiment].learning == {"d3po": tries.chosen(experiment)}
+
+
+def test_a_try_that_loses_the_animals_in_one_seed_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tries.csv"
+    monkeypatch.setattr(tries, "path_of", lambda home, name: path)
+    ends = {0: ((0.3, 0.8), (0.3, 0.75)), 1: ((0.9, 0.8), (0.9, 0.69)), 2: ((0.2, 1), (0.2, 1))}
+    lines = [f"safety2,{index},{seed},{at},{good},{known}" for index, seeds in ends.items()
+             for seed, end in zip(tries.SEEDS, seeds, strict=True)
+             for at, (good, known) in enumerate([(0.1, 1.0), end])]  # fmt: skip
+    path.write_text("\n".join(["experiment,try,seed,round,good,recognised", *lines]))
+    assert tries.chosen("safety2") == tries.TRIES[0]
+    path.write_text("\n".join(["experiment,try,seed,round,good,recognised", *lines[4:8]]))
+    assert tries.chosen("safety2") == tries.TRIES[1]  # none keeps them
+
+
+def test_a_play_that_ended_for_want_of_tags_keeps_its_last_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rows(said: str) -> list[dict[str, str]]:
+        of = {"0": ("0.5", "0.9", "1"), "1": ("0.5", said)}
+        return [{"seed": seed, "round": str(at), "said_good": good, "good": good}
+                for seed, course in of.items() for at, good in enumerate(course)]  # fmt: skip
+
+    monkeypatch.setattr(feedback, "_rows", lambda name: rows("1"))
+    assert feedback._by_seed("rounds", "good")["1"] == {"0": 0.5, "1": 1, "2": 1}
+    monkeypatch.setattr(feedback, "_rows", lambda name: rows("0.99"))
+    with pytest.raises(UserError, match="Seed 1 of rounds"):
+        feedback._by_seed("rounds", "good")

@@ -570,6 +570,17 @@ def test_the_grids_are_what_the_rule_makes_of_the_search(tmp_path: Path) -> None
     assert made == {path.name: path.read_text() for path in published.glob("*.toml")}
 
 
+def test_table_1_has_the_settings_that_its_search_chose() -> None:
+    home = ROOT / "results" / "alignment"
+    of, rows = grid.read(home / "table1.toml"), read_csv(home / "trials.csv")
+    for method in of.methods:
+        _, found = version2.chosen_of([row for row in rows if row["method"] == method])
+        said = of.settings | of.method[method]
+        assert {k: float(v) if v[0].isdigit() else v for k, v in found.items()} == {
+            k: float(said[k]) if v[0].isdigit() else said[k] for k, v in found.items()
+        }
+
+
 def test_the_table_of_the_search_says_what_its_trials_showed() -> None:
     """Of the further rows, whose trials are published."""
     seen: dict[tuple[str, str], dict[str, Any]] = {}

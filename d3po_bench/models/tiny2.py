@@ -8,7 +8,7 @@ HERE = Path(__file__).parent / "embedded" / "v2"
 
 SOURCE = Source(
     path=str(HERE / "tiny2"),
-    preset="quick",
+    preset="weighted",
     scorers="tiny2",
     prompts="geneval-held-out",
     small=True,
