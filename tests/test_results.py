@@ -36,7 +36,7 @@ from eval.analysis.settings import settings
 from eval.analysis.tables import Table
 from eval.tools import TOOLS
 from eval.verify.folder import FILES
-from results import grids, make, search
+from results import grids, make, search, version2
 from results import measure as measuring
 from tests.commands import PUBLISHED, TINY
 from tests.made_up import add_columns, write_run
