@@ -48,23 +48,25 @@ def _rows(name: str) -> list[dict[str, Any]]:
 def _by_seed(name: str, column: str, **where: str) -> Seeds:
     """A column of the rows that fit, by seed.
 
-    Where raters had nothing left to tag, a play has ended: its last value stands for later rounds.
+    Where raters called all pictures good, or all bad, a play of D3PO has ended: its last value
+    stands for later rounds.
 
     Raises:
         UserError: a seed has fewer rows than another without that.
     """
     found: Seeds = {}
-    content = set()
+    ended = set()
     for row in _rows(name):
         if all(row[key] == value for key, value in where.items()):
             key = row.get("round") or row["model"]
-            found.setdefault(row["seed"], {})[key] = float(row[column])
-            if row.get("said_good") and float(row["said_good"]) == 1:
-                content.add((row["seed"], key))
+            found.setdefault(row["seed"], {})[key] = float(row[column] or "nan")
+            alike = float(row.get("said_good") or "nan") in (0, 1)
+            if alike and asked(row["experiment"])[1] == "d3po":
+                ended.add((row["seed"], key))
     longest = max(found.values(), key=len)
     for seed, values in found.items():
         last = [*values][-1]
-        if (seed, last) in content:
+        if (seed, last) in ended:
             found[seed] = {key: values.get(key, values[last]) for key in longest}
         elif len(values) < len(longest):
             raise UserError(
@@ -99,10 +101,30 @@ def asked(experiment: str) -> tuple[str, str]:
 
 
 def gain(name: str, error: str) -> Difference:
-    """The last rate minus the first, over seeds."""
-    good = _by_seed("rounds", "good", experiment=name, error=error)
-    ends = [(seed[min(seed, key=int)], seed[max(seed, key=int)]) for seed in good.values()]
-    return from_zero([last - first for first, last in ends])
+    """The last rate minus what the base model has on the same prompts, over seeds."""
+    return from_zero([last - before for before, last in _ends(name, error)])
+
+
+def _ends(name: str, error: str) -> list[tuple[float, float]]:
+    """Of each seed the base model's rate, and the last one.
+
+    Where each round has other prompts, the base model has drawn those of the last one, too;
+    elsewhere it is what drew the first round.
+    """
+    where = {"experiment": name, "error": error}
+    good = _by_seed("rounds", "good", **where)
+    drawn = _by_seed("rounds", "base", **where) if _redrawn(name) else {}
+    found = []
+    for seed, rates in good.items():
+        last = max(rates, key=int)
+        first = rates[min(rates, key=int)]
+        found.append((drawn[seed][last] if drawn else first, rates[last]))
+    return found
+
+
+def _redrawn(name: str) -> bool:
+    """Whether the base model has drawn every round of an experiment."""
+    return any(row.get("base") for row in _rows("rounds") if row["experiment"] == name)
 
 
 def rounds(home: str) -> Table:
@@ -111,7 +133,7 @@ def rounds(home: str) -> Table:
         "experiment": lambda r: asked(r["experiment"])[0],
         "method": lambda r: asked(r["experiment"])[1],
         "raters' error": lambda r: f"{r['error']:.0%}", "seeds": text("seeds"),
-        "round 0": _spread("first"),
+        "base model": _spread("first"),
         "last round": lambda r: f"{_spread('last')(r)} (round {r['rounds']})",
         "gain (95 % interval)": _spread("gain"),
         "rate, round 0, 1, ...": _course("good"),
@@ -126,10 +148,10 @@ def _experiment(name: str, error: str) -> Record:
     good = _by_seed("rounds", "good", experiment=name, error=error)
     known = _by_seed("rounds", "recognised", experiment=name, error=error)
     numbers = sorted(next(iter(good.values())), key=int)
-    table = np.array([[seed[n] for n in numbers] for seed in good.values()])
     found: Record = {"experiment": name, "error": float(error), "seeds": len(good)}
     found |= {"rounds": int(numbers[-1])}
-    found |= _mean("first", table[:, 0]) | _mean("last", table[:, -1])
+    base, last = zip(*_ends(name, error), strict=True)
+    found |= _mean("first", base) | _mean("last", last)
     change = gain(name, error)
     found |= {"gain": change.mean, "gain_low": change.low, "gain_high": change.high}
     for n in numbers:
@@ -227,6 +249,11 @@ def _rounds(plt: Any, questions: Mapping[str, str]) -> Any:
             label = f"{float(error):.0%} error, {len(table)} seeds"
             mean = table.mean(0)
             axes.plot(numbers, mean, color=colour, marker=marker, markersize=5, label=label)
+        if _redrawn(name):
+            base = _by_seed("rounds", "base", experiment=name, error="0").values()
+            mean = np.mean([[seed[str(n)] for n in numbers] for seed in base], 0)
+            axes.plot(numbers, mean, color="#777777", linestyle="--", label="base model")
+            axes.legend(loc="lower left", frameon=False)
         axes.set(title=f"Rate of {question}", xlabel="rounds of feedback", ylim=(None, 1.01))
         axes.set_xticks(numbers)
     panels[0].set_ylabel("share of images")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import click
 import torch
 from torch import Tensor
 
-from d3po_bench.config import RunConfig
+from d3po_bench.config import Execution, RunConfig
 from d3po_bench.errors import UserError
 from d3po_bench.feedback import comparisons, simulated, training
 from d3po_bench.feedback.drawing import draw_round
 from d3po_bench.feedback.rounds import Round
+from d3po_bench.feedback.sampling import Sampling, draw
 from d3po_bench.feedback.simulated import Annotator, Rule
 from d3po_bench.feedback.store import open_labels
 from d3po_bench.feedback.study import one_question
@@ -134,8 +135,10 @@ def rounds(
 
     A round draws seven images of each prompt from one noise, simulated raters tag the bad ones,
     D3PO learns from the tags against the model that drew the round, and the next round draws with
-    what was learned; or another method does. Writes OUT/EXPERIMENT/error-E/seed-N/rates.csv, with
-    -METHOD after EXPERIMENT for another; the same command resumes.
+    what was learned; or another method does. Where each round has other prompts, the base model
+    draws them, too. A play ends early where raters find nothing bad, or nothing good. Writes
+    OUT/EXPERIMENT/error-E/seed-N/rates.csv, with -METHOD after EXPERIMENT for another; the same
+    command resumes.
     """
     own = EXPERIMENTS[experiment]
     name = experiment if method == "d3po" else f"{experiment}-{method}"
@@ -153,6 +156,9 @@ def rounds(
         pool = [Annotator(error=error)] * number
         simulated.simulate(place, None, pool, seed * 1000 + index, TOOLS, rule=own.said)
         rows.append({"round": index, **_rates(place, round_, own)})
+        if of or own.count:
+            base, sampling = folder / f"base-{index}", Sampling.read(place)
+            rows[-1]["base"] = untrained(sampling, own, base, device)
         click.echo(rows[-1])
         write_atomically(folder / "rates.csv", csv_bytes(rows))
         if index < count:
@@ -166,19 +172,32 @@ def rounds(
                 device=device,
                 tools=TOOLS,
             )
-            training.train(training.data_of(place, scores_of(place)), request, before)
+            try:
+                training.train(training.data_of(place, scores_of(place)), request, before)
+            except training.TiesError as problem:
+                click.echo(f"The play ends here. {problem}")
+                return
+
+
+def untrained(sampling: Sampling, own: Experiment, place: Path, device: str) -> float:
+    """The rate of the base model on the prompts and noise of a round, drawn at `place`."""
+    asked = one_question("tags", own.question), Path()
+    drawn = draw(place, replace(sampling, adapter=""), asked, None, Execution(device=device))
+    return round(_share(place, drawn, own.good), 6)
+
+
+def _share(place: Path, drawn: Round, rule: Rule) -> float:
+    """Of images that are good by a rule."""
+    worth = simulated.worths(place, drawn, rule, TOOLS)
+    return float(torch.stack([worth[item.id] > 0 for item in drawn.items]).float().mean())
 
 
 def _rates(place: Path, round_: Round, own: Experiment) -> dict[str, Any]:
     """Shares of good images, as raters said and as is measured, and of recognised animals."""
-    good, known = (
-        torch.stack([worth[item.id] > 0 for item in round_.items]).float()
-        for worth in (simulated.worths(place, round_, rule, TOOLS)
-                      for rule in (own.good, own.known))
-    )  # fmt: skip
-    said = 1 + scores_of(place).mean()
-    shares = {"said_good": said, "good": good.mean(), "recognised": known.mean()}
-    return {"images": good.numel()} | {k: round(float(v), 6) for k, v in shares.items()}
+    scores = scores_of(place)
+    shares = {"said_good": 1 + scores.mean(), "good": _share(place, round_, own.good),
+              "recognised": _share(place, round_, own.known)}  # fmt: skip
+    return {"images": scores.size} | {k: round(float(v), 6) for k, v in shares.items()}
 
 
 # ---- Figure 7: whose picture is the first choice

@@ -132,10 +132,9 @@ def table() -> Table:
 def said() -> str:
     """Which way the protocol's rule takes: the one with the largest S of each method."""
     best: dict[str, Record] = {}
-    for record in table().records:
-        rival = best.setdefault(record["method"], record)
-        if record["kept"] and (not rival["kept"] or record["s"] > rival["s"]):
-            best[record["method"]] = record
+    kept = [record for record in table().records if record["kept"]]
+    for record in sorted(kept, key=lambda record: -record["s"]):
+        best.setdefault(record["method"], record)
     ways = {record["steps"] for record in best.values()}
     return bullets([
         "Within the bounds, the largest S: "

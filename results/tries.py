@@ -8,6 +8,7 @@ tiny2/feedback/tries.csv, from which `chosen` takes the settings of the publishe
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -17,7 +18,7 @@ from typing import Any
 
 import click
 
-from d3po_bench.errors import UserError, said_in_one_line
+from d3po_bench.errors import said_in_one_line
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from eval.analysis.tables import Record, Table, number, text
 from results.feedback import QUESTIONS, asked, path_of
@@ -46,10 +47,7 @@ def measure(out: Path, device: str) -> None:
     from results.raters import rounds
 
     for options in commands(out):
-        try:
-            rounds.main([*options, "--device", device], standalone_mode=False)
-        except UserError as problem:  # nothing left to learn from: what it had reached counts
-            click.echo(f"{' '.join(options)}: {problem}", err=True)
+        rounds.main([*options, "--device", device], standalone_mode=False)
     collect(out)
 
 
@@ -89,9 +87,12 @@ def _records() -> Iterator[Record]:
         seeds.setdefault(row["seed"], []).append(row)
     for (experiment, index), seeds in found.items():
         ends = [(rows[0], rows[-1]) for rows in seeds.values()]
+        drawn = [float(last["base"]) for _, last in ends if last.get("base")]
         yield {
             "experiment": experiment, "try": index, "seeds": len(ends),
             "rise": fmean(float(last["good"]) - float(first["good"]) for first, last in ends),
+            "paired": fmean(float(last["good"]) for _, last in ends) - fmean(drawn)
+            if drawn else math.nan,
             "kept": min(float(last["recognised"]) / float(first["recognised"])
                         for first, last in ends),
         }  # fmt: skip
@@ -109,6 +110,7 @@ def table() -> Table:
     columns = {
         "rate of": text("question"), "updates a round": text("updates_per_round"),
         "learning rate": text("learning_rate"), "rise": number("rise", "+.3f"),
+        "last round minus the base model": number("paired", "+.3f"),
         "recognised, worse seed's share of the first": number("kept", ".2f"),
         "taken": text("taken"),
     }  # fmt: skip

@@ -68,7 +68,8 @@ def test_a_play_that_ended_for_want_of_tags_keeps_its_last_rate(
 ) -> None:
     def rows(said: str) -> list[dict[str, str]]:
         of = {"0": ("0.5", "0.9", "1"), "1": ("0.5", said)}
-        return [{"seed": seed, "round": str(at), "said_good": good, "good": good}
+        return [{"experiment": "safety2", "seed": seed, "round": str(at), "said_good": good,
+                 "good": good}
                 for seed, course in of.items() for at, good in enumerate(course)]  # fmt: skip
 
     monkeypatch.setattr(feedback, "_rows", lambda name: rows("1"))

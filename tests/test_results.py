@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from eval.analysis.settings import settings
 from eval.analysis.tables import Table
 from eval.tools import TOOLS
 from eval.verify.folder import FILES
-from results import grids, make, search, version2
+from results import grids, make, search, steps, version2
 from results import measure as measuring
 from tests.commands import PUBLISHED, TINY
 from tests.made_up import add_columns, write_run
@@ -568,6 +569,43 @@ def test_the_grids_are_what_the_rule_makes_of_the_search(tmp_path: Path) -> None
     assert said.exit_code == 0, said.output
     made = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert made == {path.name: path.read_text() for path in published.glob("*.toml")}
+
+
+@pytest.mark.parametrize("name", ["grid", "further"])
+def test_the_preset_of_version_2_has_the_settings_of_the_search_but_for_the_steps(
+    name: str,
+) -> None:
+    of = grid.read(ROOT / "results" / "tiny2" / f"{name}.toml")
+    kept = [f.name for f in fields(RunConfig) if f.name not in (
+        "options", "prompts", "eval_list", "eval_noise", "eval_every", "units_per_update",
+        "skip_steps", "step_weight",
+    )]  # fmt: skip
+    for method in of.methods:
+        given = of.settings_of(method, "incompress")
+        searched, _ = config.make(method, "incompress", "quick", given)
+        preset, _ = config.make(method, "incompress", "weighted", {})
+        assert {n: getattr(preset, n) for n in kept} == {n: getattr(searched, n) for n in kept}
+        assert vars(method_of(preset)) == vars(method_of(searched))
+
+
+def test_the_table_of_steps_says_what_its_runs_showed() -> None:
+    seen: dict[tuple[str, ...], dict[str, Any]] = {}
+    for run in find_runs([ROOT / "results" / "steps"]):
+        way, c = run.place.parts[-5].rpartition("-")[0], run.config
+        key = (way, c.method, f"{c.learning_rate:.3g}", str(c.seed))
+        seen.setdefault(key, {})[c.objective] = tries.ends(run.folder)
+    rows = read_csv(steps.FILE)
+    assert len(rows) == len(seen) == 60
+    for row in rows:
+        way = row["steps"].replace(" ", "-").replace("/", "-")
+        own = seen[way, row["method"], f"{float(row['rate']):.3g}", row["seed"]]
+        up, down = own["incompress"], own["compress"]
+        found = (
+            (up["gain"] - down["gain"]) / 2, (up["gain"] + down["gain"]) / 2,
+            min(up["recognised"], down["recognised"]), max(up["drift"], down["drift"]),
+        )  # fmt: skip
+        names = ("s", "d", "recognised", "drift")
+        assert found == pytest.approx([float(row[name]) for name in names], abs=1e-6)
 
 
 def test_table_1_has_the_settings_that_its_search_chose() -> None:

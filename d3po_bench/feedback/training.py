@@ -45,6 +45,10 @@ ONE_BY_ONE: dict[str, dict[str, Any]] = {
 or what they rated above the middle of the scale."""
 
 
+class TiesError(UserError):
+    """All votes of a round are alike."""
+
+
 @dataclass(frozen=True)
 class Data:
     """A round as something to learn from."""
@@ -293,7 +297,7 @@ def _require_differences(data: Learnable, config: RunConfig, scores: Tensor) -> 
     """Refuse votes that teach nothing: some methods compare with other prompts' images, too."""
     within = least_images(method_of(config)) > 1
     if not len(preferences(scores.numpy())) if within else len(scores.unique()) == 1:
-        raise UserError(
+        raise TiesError(
             f"All votes in {data.folder} are ties, from which {config.method} learns nothing. Ask "
             "for more votes."
         )
