@@ -8,6 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from d3po_bench.errors import UserError
+from d3po_bench.feedback import simulated, training
+from d3po_bench.feedback.sampling import Sampling
 from d3po_bench.runs.files import read_csv
 from results import feedback, raters, tries
 
@@ -77,3 +79,24 @@ def test_a_play_that_ended_for_want_of_tags_keeps_its_last_rate(
     monkeypatch.setattr(feedback, "_rows", lambda name: rows("0.99"))
     with pytest.raises(UserError, match="Seed 1 of rounds"):
         feedback._by_seed("rounds", "good")
+
+
+def test_a_play_ends_where_all_votes_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise training.TiesError("All votes are ties.")
+
+    nothing = dict.fromkeys(("draw_round", "scores_of"), lambda *given, **named: None)
+    for name, stub in nothing.items():
+        monkeypatch.setattr(raters, name, stub)
+    monkeypatch.setattr(raters, "_rates", lambda *given: {"said_good": 1.0, "good": 0.5})
+    monkeypatch.setattr(raters, "untrained", lambda *given: 0.25)
+    monkeypatch.setattr(Sampling, "read", lambda place: None)
+    monkeypatch.setattr(simulated, "simulate", lambda *given, **named: None)
+    monkeypatch.setattr(training, "data_of", lambda *given: None)
+    monkeypatch.setattr(training, "train", refuse)
+    said = CliRunner().invoke(raters.rounds, ["captions2", "--out", str(tmp_path)])
+    assert (said.exit_code, "The play ends here. All votes are ties." in said.output) == (0, True)
+    (rates,) = tmp_path.rglob("rates.csv")
+    assert [(row["round"], row["base"]) for row in read_csv(rates)] == [("0", "0.25")]
