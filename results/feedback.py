@@ -253,7 +253,7 @@ def _rounds(plt: Any, questions: Mapping[str, str]) -> Any:
             base = _by_seed("rounds", "base", experiment=name, error="0").values()
             mean = np.mean([[seed[str(n)] for n in numbers] for seed in base], 0)
             axes.plot(numbers, mean, color="#777777", linestyle="--", label="base model")
-            axes.legend(loc="lower left", frameon=False)
+            axes.legend(loc="upper left", frameon=False)
         axes.set(title=f"Rate of {question}", xlabel="rounds of feedback", ylim=(None, 1.01))
         axes.set_xticks(numbers)
     panels[0].set_ylabel("share of images")
