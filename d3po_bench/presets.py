@@ -99,6 +99,7 @@ of RunConfig as the rest. What it has for a variant stands above the variant's o
 quick: minutes on a laptop, for the embedded model. alignment: the same for Table 1, in five steps,
 with which the embedded model makes mistakes to unlearn. paper: Table 2 on synchronised
 devices. official_code: what one of the published code's devices runs."""
+
 _FINISHED = {"step_weight": "equal", "timestep_fraction": 1.0, "updates_per_round": 2}
 """Methods that learn from finished images have no steps to weigh."""
 
