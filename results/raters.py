@@ -278,7 +278,7 @@ def _drawn(target: Path, own: RunConfig, count: int | None, out: Path) -> Path:
         target=target, scorers=(), model=own.model, prompts=None, count=count, images=1,
         steps=own.sampling_steps, guidance=own.guidance, sampler=own.sampler, eta=own.eta,
         timestep_spacing=own.timestep_spacing, dtype=own.dtype, device="cpu", jobs=1, out=out,
-        save=True,
+        save=True, samplers=(SAMPLER,),
     )  # fmt: skip
     return work.run(request) / "pictures" / SAMPLER
 

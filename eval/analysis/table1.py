@@ -228,7 +228,7 @@ def _asked(
     place = request.out / "scoring" / name
     asked = plan.EvaluateRequest(
         target=target, scorers=request.scorers, model=None, count=request.count, images=1,
-        device=request.device, jobs=request.jobs or 1, out=place, **how,
+        device=request.device, jobs=request.jobs or 1, out=place, samplers=(SAMPLER,), **how,
     )  # fmt: skip
     if name == BASE_ROWS or (target / LORA).is_dir():  # else it is trained first
         work.require_same(place, asdict(plan.planned(asked)))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
+BOTH = ("eta1", "eta0")
+"""Samplers: with the noise of training, and with none."""
+
 FETCHED = "prompts-image-reward"
 """The prompts that Stable Diffusion is asked for, among the weights."""
 
@@ -51,7 +54,7 @@ class Plan:
     weights: str = "official"
     """Which weights scorers have that do not say so themselves."""
     long_prompts: Literal["refuse", "cut"] = "refuse"
-    samplers: tuple[str, ...] = ("eta1", "eta0")
+    samplers: tuple[str, ...] = BOTH
     dtype: Dtype = "fp32"
     full: bool = False
     """Whether the whole network was trained, which is then computed otherwise in half precision."""
@@ -74,6 +77,8 @@ class EvaluateRequest:
     out: Path | None
     save: bool = False
     """Keep the pictures that were drawn, too."""
+    samplers: tuple[str, ...] = BOTH
+    """With which noise a model draws: eta1 as in training, eta0 with none."""
     sampler: Sampler | Literal["auto"] = "auto"
     """Of a model that is no run, with its `eta`, levels, `dtype` and `full`; a run has its own."""
     eta: float = 1.0
@@ -199,6 +204,7 @@ def _of_model(
         full=how.full,
         long_prompts=request.long_prompts or (config.long_prompts if config else "refuse"),
         scorers=_checked(request.scorers),
+        samplers=request.samplers,
         weights=source.scorers,
     )
 
