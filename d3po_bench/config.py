@@ -204,8 +204,7 @@ class RunConfig:
         by_step = self.window or self.step_weight != "equal"
         if by_step and not getattr(method, "needs_chain", True):
             raise UserError(
-                f"{self.method} learns from finished images, whose steps count alike. Use --set "
-                "step_weight=equal --set window=0."
+                f"{self.method} learns from finished images: leave out window and step_weight."
             )
         for scorer in self.eval_scorers:
             registry.require_scorer(scorer)
@@ -314,6 +313,9 @@ def make(
             )
         parsed[group][key] = value_of(key, text, known[group][key])
     usual = of_preset(method, objective, preset)
+    # Presets do not know a method of the user's own, which may have no steps to weigh.
+    if not getattr(registry.method(method), "needs_chain", True):
+        usual = replace(usual, step_weight="equal", window=0)
     chosen = {"eval_scorers": usual.eval_scorers, **given, **parsed["run"]}
     chosen["eval_scorers"] = tuple(map(own.normal, chosen["eval_scorers"]))
     options = {**usual.options, **parsed["options"]}

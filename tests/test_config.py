@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,9 +70,19 @@ def test_images_of_a_round_are_as_many_for_every_method_and_variant() -> None:
             assert run.prompts_per_round * own == (80 if own == 1 else images), name
 
 
+def test_a_preset_weighs_no_steps_of_an_own_method_that_learns_from_finished_images(
+    tmp_path: Path,
+) -> None:
+    own = {name: tmp_path / f"own_{name}.py" for name in ("kto", "ddpo")}
+    for name, path in own.items():
+        path.write_text(f"from baselines.{name} import METHOD\n")
+    found = [make(str(path), "incompress", "weighted", {})[0] for path in own.values()]
+    assert [run.step_weight for run in found] == ["equal", "inverse"]
+
+
 def test_what_finished_images_cannot_have_is_refused() -> None:
     for change in ({"window": "2"}, {"step_weight": "inverse"}):
-        with pytest.raises(UserError, match="learns from finished images, whose steps count alike"):
+        with pytest.raises(UserError, match="learns from finished images: leave out window and"):
             make("raft", "incompress", "quick", change)
     with pytest.raises(UserError, match=r"window must be from 0 to 5, not 6"):
         make("d3po", "incompress", "quick", {"window": "6"})
