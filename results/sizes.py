@@ -1,6 +1,6 @@
 """Whether methods rank alike on UNets half and twice as large as version 2's.
 
-    python -m results.sizes build/sizes --device cuda --bf16 --minutes 2
+    python -m results.sizes build/sizes --device cuda --bf16 --minutes 4.5
 
 trains the two other models, with version 2's recipe and its own autoencoder, and writes them to
 build/sizes/half/tiny2 and build/sizes/double/tiny2. The runs are those of `tiny2/grid.toml` on
@@ -39,6 +39,9 @@ CHANNELS = {"half": (32, 64, 80), "double": (64, 112, 160)}
 ANIMAL = {"half": "animal:tiny2", "version 2": "animal", "double": "animal:tiny2"}
 """Size -> the second judge's column of its runs."""
 
+SHIPPED = json.loads((recipe.HERE / "card.json").read_text())
+"""The card of version 2."""
+
 Found = Mapping[str, Mapping[str, Seeds]]
 """Size -> method -> S of each seed."""
 
@@ -67,7 +70,7 @@ def models(
         for shared in ("tokenizer", "captions.json", "latents.json", "latents.npy", VAE):
             if not (link := work / size / shared).exists():
                 link.symlink_to(Path("..", shared))
-        own = recipe.Recipe(unet_channels=CHANNELS[size], unet_batch=512, unet_lr=2e-3)
+        own = recipe.Recipe(**SHIPPED["recipe"] | {"unet_channels": CHANNELS[size]})
         for stage in ("unet", "export"):
             recipe.run_stage(stage, own, work / size, work / size, options)
 
@@ -109,7 +112,7 @@ def trained(folders: Mapping[str, Path]) -> Table:
     records = []
     for size, folder in folders.items():
         card = folder / "card.json"
-        known = json.loads((card if card.is_file() else recipe.HERE / "card.json").read_text())
+        known = json.loads(card.read_text()) if card.is_file() else SHIPPED
         runs = [run for own in main_rows(published(folder)).values() for run in own]
         spent = known["stages"]["unet"]
         records.append({
