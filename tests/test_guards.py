@@ -310,7 +310,7 @@ def test_held_out_prompts_that_a_run_was_trained_on_are_refused(
 ) -> None:
     assert len(planned(run_on(tmp_path / "a", "captions"), prompts).prompts) == 300
     run = run_on(tmp_path / "b", "captions-held-out")
-    with pytest.raises(UserError, match=r"was trained on .* and 299 more"):
+    with pytest.raises(UserError, match=r"learns from .* and 299 more"):
         planned(run, prompts)
     one = tmp_path / "one.txt"
     one.write_text("cat\n" + read_prompts("captions-held-out")[7] + "\n")

@@ -175,6 +175,13 @@ def test_malformed_choices_stop_before_training(out: Path) -> None:
     assert not (out / "runs").exists()
 
 
+def test_held_out_prompts_that_would_be_learned_stop_before_training(tmp_path: Path) -> None:
+    arguments = ["table1", "--set", "prompts=captions-held-out", "--out", str(tmp_path)]
+    done = CliRunner().invoke(cli.cli, arguments)
+    assert "so they are not held out" in str(done.exception)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_redrawing_gives_the_same_bytes(out: Path) -> None:
     table1.write(out)
     names = ("table1.csv", "table1.md", "table1.tex")

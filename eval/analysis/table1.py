@@ -104,11 +104,14 @@ def run(request: Table1Request, board: Board) -> str:
     jobs = [] if request.runs else _jobs(request)
     folders = _taken(request) if request.runs else {_name(job.config): job.folder for job in jobs}
     configs = [job.config for job in jobs] or [RunFolder(f).config for f in folders.values()]
-    # Now, not after hours of training.
-    _choices(request.out, [*dict.fromkeys(config.method for config in configs)])
     drawn = _drawn(configs)
     targets = {BASE_ROWS: Path(request.model), **folders}
     asked = {name: _asked(request, folder, name, drawn) for name, folder in targets.items()}
+    # Now, not after hours of training.
+    _choices(request.out, [*dict.fromkeys(config.method for config in configs)])
+    for job in jobs:
+        wanted, prompts = asked[BASE_ROWS].prompts, plan.planned(asked[BASE_ROWS]).prompts
+        plan.require_held_out(job.config, str(wanted), prompts, job.folder)
     _require_room(request.out, asked)
     with board:
         made = _made(jobs, asked, request, board)

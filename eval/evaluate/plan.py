@@ -172,13 +172,24 @@ def _of_run(request: EvaluateRequest) -> Plan:
         trained_on = read_prompts(config.prompt_source) if used else None
     require_unchanged(run, LORA, trained_on)
     plan = _of_model(request, config.model, str(request.target / LORA), config)
-    seen = sorted(set(plan.prompts) & set(trained_on or ()))
-    if wanted == held_out and seen:
+    require_held_out(config, wanted, plan.prompts, run.folder)
+    return plan
+
+
+def require_held_out(config: RunConfig, wanted: str, prompts: Sequence[str], folder: Path) -> None:
+    """Refuse `prompts` of the model's held-out list, if that is wanted, that a run learns from.
+
+    Raises:
+        UserError: naming one, and the run's folder.
+    """
+    if wanted != model_source(config.model).prompts:
+        return
+    seen = sorted(set(prompts) & set(read_prompts(config.prompt_source)))
+    if seen:
         raise UserError(
-            f"The run in {run.folder} was trained on {seen[0]!r} and {len(seen) - 1} more of these "
+            f"The run in {folder} learns from {seen[0]!r} and {len(seen) - 1} more of these "
             "prompts, so they are not held out. Give others with --prompts."
         )
-    return plan
 
 
 def _of_model(
