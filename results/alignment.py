@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from d3po_bench.config import RunConfig
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from d3po_bench.runs.packed import PACKED
+from eval.analysis import scored
 from eval.analysis.gains import both_ends
 from eval.analysis.runs import Run, evaluated, read_groups
-from eval.analysis.statistics import Difference, from_zero, over_both
-from eval.analysis.tables import Record, Table, change, number, over_seeds, spread, text
+from eval.analysis.statistics import Difference, by_seed, from_zero, over_both
+from eval.analysis.tables import Record, Table, change, ends, number, over_seeds, spread, text
 from eval.analysis.worded import Words, adjusted, said
-from results.claims import bullets
-from results.version2 import TRIALS, tuning
+from results.claims import bullets, by_first, than
+from results.tuning import TRIALS, tuning
 
 HOME = Path(__file__).resolve().parent / "alignment"
 UNSEEN, REWARDS = HOME / "unseen.csv", HOME / "rewards.csv"
@@ -44,6 +46,12 @@ FAMILIES = (("d3po_best_of_k", "ddpo"), ("d3po",))
 BASE = "no fine-tune"
 VARIED = 20
 """Captions whose pictures are compared with each other."""
+
+TABLE1, AGAIN = HOME / "table1", HOME.parent / "table1-v2"
+"""Rows of Table 1, and the runs behind it."""
+
+RIVAL = "d3po_best_of_k"
+"""What the rows of Table 1 are compared with."""
 
 LAST = 6
 """Rounds whose rewards are compared with those that the base model gets of the same prompts and
@@ -134,6 +142,7 @@ def tables() -> dict[str, Callable[[], Table]]:
     """Name -> what makes it, once there are runs."""
     made: dict[str, Callable[[], Table]] = {
         "alignment": table, "alignment-kinds": kinds, "alignment-cost": cost,
+        "v2-table1-again": again, "v2-table1-rival": to_rival,
         "alignment-tuning": partial(tuning, HOME / TRIALS, "gain"),
     }  # fmt: skip
     return made if there() else {}
@@ -141,7 +150,11 @@ def tables() -> dict[str, Callable[[], Table]]:
 
 def sentences() -> dict[str, Callable[[], str]]:
     """Likewise."""
-    return {"claims-alignment": claims} if there() else {}
+    made = {
+        "claims-alignment": claims,
+        "claims-v2-table1-rival": lambda: by_first(compared(), than(RIVAL)),
+    }
+    return made if there() else {}
 
 
 def _unseen(name: str, sampler: str) -> dict[tuple[str, str], float]:
@@ -278,6 +291,77 @@ def _costs(method: str, own: list[Run]) -> Record:
         "images": spent[0]["images"], "passes": float(np.mean([s["unet_forwards"] for s in spent])),
         "cpu": float(np.mean([s["cpu"] for s in spent])),
     }  # fmt: skip
+
+
+# ---- Table 1, which has the same methods
+
+
+def _gain(name: str, found: list[float]) -> Record:
+    """NAME with its interval over seeds; empty where there are none."""
+    return over_seeds(name, found) if found else dict.fromkeys((name, *ends(name)), math.nan)
+
+
+def again() -> Table:
+    """A row for each method and judge: its gain on the pictures of GenEval's table, and Table 1's.
+
+    The models of Table 1 were made again, so those of GenEval's table stand beside them.
+    """
+    rows, remade = scored.rows_of(TABLE1), read_groups([AGAIN])
+    base, records = rows[scored.BASE_ROWS], list[Record]()
+    for ((_, _, method), own), judge in product(remade.items(), JUDGES):
+        seen = {
+            name: [both_ends(run, judge, scored.SAMPLER) for run in found]
+            for name, found in (("first", runs().get(method, [])), ("made", own))
+        }
+        ours = [(run[judge] - base[judge]).to_numpy() for run in scored.runs_of(method, rows)]
+        both = over_both(ours)
+        records.append({
+            "method": method, "judge": judge, "base": seen["made"][0][0],
+            "base_table1": float(base[judge].mean()),
+            **_gain("first", [end - start for start, end in seen["first"]]),
+            **_gain("made", [end - start for start, end in seen["made"]]),
+            **_gain("table1", [float(gain.mean()) for gain in ours]),
+            "both": both.mean, "both_low": both.low, "both_high": both.high,
+        })  # fmt: skip
+    columns = {
+        "method": text("method"), "judge": text("judge"), "base model": number("base", ".3f"),
+        "gain of the first models (95 % interval)": spread("first"),
+        "gain, made again (95 % interval)": spread("made"),
+        "base model, Table 1": number("base_table1", ".3f"),
+        "gain, Table 1 (95 % interval)": spread("table1"),
+        "for other captions and noise, too (95 % interval)": spread("both"),
+    }  # fmt: skip
+    return Table(records, columns, left=("method", "judge"))
+
+
+def compared() -> dict[tuple[str, str], Difference]:
+    """Method and column of Table 1 -> how its score differs from the rival's, by seed if shared."""
+    rows = scored.rows_of(TABLE1)
+    means = {
+        (method, column): {
+            int(name.rpartition("-")[2]): float(found[column].mean())
+            for name, found in rows.items() if name.rpartition("-")[0] == method
+        }
+        for method in scored.methods(rows)[1:] for column in scored.columns(rows)
+    }  # fmt: skip
+    return {
+        (method, column): by_seed(seeds, means[RIVAL, column])
+        for (method, column), seeds in means.items() if method != RIVAL
+    }  # fmt: skip
+
+
+def to_rival() -> Table:
+    """A row for each method of Table 1: how its scores differ from the rival's."""
+    tests, records = compared(), dict[str, Record]()
+    for (method, column), test in tests.items():
+        record = records.setdefault(method, {"method": method})
+        record |= dict(zip((column, *ends(column)), test, strict=False))
+    scores = dict.fromkeys(column for _, column in tests)
+    columns = {"method": text("method"), **{column: spread(column) for column in scores}}
+    return Table([*records.values()], columns, left=("method",))
+
+
+# ---- sentences
 
 
 def claims() -> str:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from eval.analysis import scored
-from eval.analysis.gains import Groups, against, contrast, rival_of
+from eval.analysis.gains import Groups, against, both_signs, contrast, rival_of
 from eval.analysis.scores import Score, score_of
-from eval.analysis.statistics import Difference
+from eval.analysis.statistics import Difference, from_zero
 from eval.analysis.worded import LEVEL, Words, adjusted, equivalent, power, said, within
 from results import feedback as rounds
 
@@ -24,7 +24,7 @@ and no more. Protocols of later runs state theirs before.
 """
 
 FOLLOW = Words(
-    "Follow the reward, S above 0", "Go against it", "S is not shown to differ from 0"
+    "Follow the reward, by S above 0", "Go against it", "S is not shown to differ from 0"
 )  # fmt: skip
 """What is said of S."""
 
@@ -95,7 +95,21 @@ def shown_halves(groups: Groups) -> Iterator[dict[str, tuple[float, float]]]:
     return ({r["method"]: (r[half], r[f"{half}_p"]) for r in records} for half in ("s", "d"))
 
 
-def _by_first(tests: Tests, words: Words) -> str:
+def both_ways(groups: Groups) -> str:
+    """Which methods move the score as asked, whichever way that is."""
+    found = [
+        method
+        for (_, method), seeds in both_signs(groups).items()
+        if from_zero([up for up, _ in seeds.values()]).low > 0
+        and from_zero([down for _, down in seeds.values()]).high < 0
+    ]
+    return (
+        "Gain on both objectives, by the 95 % interval of each, which S above 0 does not say: "
+        f"{', '.join(found) or 'none'}."
+    )
+
+
+def by_first(tests: Tests, words: Words) -> str:
     """A line for each first part of the names of tests, p-values adjusted for all of them."""
     p = adjusted(tests)
     return bullets(
@@ -108,7 +122,7 @@ def _by_first(tests: Tests, words: Words) -> str:
 def alignment(folder: Path) -> str:
     """Which gains of Table 1 are shown, of all its methods and columns together."""
     words = Words("Shown to gain in", "Shown to lose in", "Not shown to change")
-    return _by_first(scored.gained(folder), words)
+    return by_first(scored.gained(folder), words)
 
 
 def feedback(home: str) -> str:

@@ -14,7 +14,8 @@ from eval.analysis.statistics import by_seed
 from eval.analysis.tables import Record, Table, number, over_seeds, spread, text
 from eval.analysis.tries import ends
 from results.steps import RULE
-from results.version2 import SIGNS, TRIALS, published, there
+from results.tuning import TRIALS
+from results.version2 import SIGNS, published, there
 
 HOME = Path(__file__).resolve().parent
 V2 = HOME / "tiny2"

@@ -11,6 +11,7 @@ import numpy as np
 
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import read_csv
+from d3po_bench.runs.run import RunFolder
 from eval.analysis.measured import BASE
 from eval.analysis.statistics import Difference, from_zero, interval
 from eval.analysis.tables import Cell, Record, Table, text
@@ -33,6 +34,18 @@ Seeds = dict[str, dict[str, float]]
 def path_of(home: str, name: str) -> Path:
     """Where the rows of a folder of what was published lie."""
     return HERE / home / "feedback" / f"{name}.csv"
+
+
+def learned_of(runs: Path) -> Iterator[dict[str, Any]]:
+    """Where, when and by which commit each round of the plays below `runs` was learned from."""
+    for folder in sorted(path.parent for path in runs.glob("**/trained/*/provenance.json")):
+        facts = RunFolder(folder).facts
+        yield {
+            "play": folder.parents[2].relative_to(runs).as_posix(),
+            "round": folder.parents[1].name.removeprefix("round-"),
+            "commit": facts["commit"], "ended": facts["ended"],
+            "device": facts.get("gpu", facts["cpu"]), "torch": facts["packages"]["torch"],
+        }  # fmt: skip
 
 
 def homes() -> list[str]:

@@ -19,7 +19,8 @@ from d3po_bench.launch.grid import as_set
 from d3po_bench.runs.files import read_csv, write_atomically
 from d3po_bench.setting import pairs_of
 from results.steps import SEARCH
-from results.version2 import CONTROL, MAIN, OBJECTIVES, SEEDS, chosen_of
+from results.tuning import chosen_of
+from results.version2 import CONTROL, MAIN, OBJECTIVES, SEEDS
 
 PATH = click.Path(path_type=Path)
 Settings = Mapping[str, str]

@@ -171,6 +171,7 @@ CLAIMS: Mapping[str, Callable[[], str]] = {
     **{f"claims-{name}": partial(claims.feedback, home) for name, home in FEEDBACK.items()},
     **version2.sentences(V2),
     **steps.sentences(),
+    **sizes.sentences(),
     **alignment.sentences(),
     **{name: partial(made_table1, folder) for name, folder in TABLE1.items()},
     **{f"claims-{name}": partial(claims.alignment, folder) for name, folder in TABLE1.items()},

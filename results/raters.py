@@ -28,7 +28,7 @@ from d3po_bench.training.tools import Tools
 from eval.analysis.scored import BASE_ROWS, SAMPLER
 from eval.evaluate import plan, work
 from eval.tools import TOOLS
-from results.feedback import QUESTIONS, path_of
+from results.feedback import QUESTIONS, learned_of, path_of
 
 HERE = Path(__file__).resolve().parent
 PATH = click.Path(path_type=Path)
@@ -298,8 +298,11 @@ def collect(runs: Path) -> None:
         {"experiment": p.parts[-4], "error": p.parts[-3][6:], "seed": p.parts[-2][5:]} | row
         for p in sorted(runs.glob("*/error-*/seed-*/rates.csv")) for row in read_csv(p)
     ]  # fmt: skip
+    learned = [*learned_of(runs)]
     for home, own in QUESTIONS.items():
         _keep(home, "rounds", [row for row in rates if row["experiment"].partition("-")[0] in own])
+        mine = [row for row in learned if row["play"].split("/")[0].partition("-")[0] in own]
+        _keep(home, "learned", mine)
     chosen = [
         {"error": p.parts[-2][6:], "seed": p.stem[5:]} | row
         for p in sorted(runs.glob("preference/error-*/seed-*.csv"))

@@ -15,17 +15,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
-import numpy as np
 
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.models.embedded.v2 import recipe
 from d3po_bench.runs.packed import PACKED
-from eval.analysis.gains import both_ends
+from eval.analysis.gains import Groups, both_ends
 from eval.analysis.ranks import rank_agreement
-from eval.analysis.tables import Record, Table, number, over_seeds, spread, text
+from eval.analysis.tables import Record, Table, change, number, over_seeds, spread, text
+from results.claims import bullets
+from results.steps import worst
 from results.version2 import Seeds, main_rows, published, rewards
 
 HOME = Path(__file__).resolve().parent
@@ -41,9 +43,6 @@ ANIMAL = {"half": "animal:tiny2", "version 2": "animal", "double": "animal:tiny2
 
 SHIPPED = json.loads((recipe.HERE / "card.json").read_text())
 """The card of version 2."""
-
-Found = Mapping[str, Mapping[str, Seeds]]
-"""Size -> method -> S of each seed."""
 
 
 # ---- models
@@ -96,15 +95,17 @@ def tables(folders: Mapping[str, Path] = FOLDERS) -> dict[str, Callable[[], Tabl
     """Name -> what makes it, once all runs are there."""
     if not all((folder / PACKED).is_file() for folder in folders.values()):
         return {}
-    made: dict[str, Callable[[Found], Table]] = {"v2-sizes": sizes, "v2-ranks": ranks}
-    found: dict[str, Callable[[], Table]] = {
-        name: partial(_made, table, folders) for name, table in made.items()
-    }
-    return found | {"v2-sizes-models": partial(trained, folders)}
+    made = {"v2-sizes": sizes, "v2-ranks": ranks, "v2-sizes-models": trained}
+    return {name: partial(table, folders) for name, table in made.items()}
 
 
-def _made(table: Callable[[Found], Table], folders: Mapping[str, Path]) -> Table:
-    return table({size: rewards(main_rows(published(place))) for size, place in folders.items()})
+def sentences(folders: Mapping[str, Path] = FOLDERS) -> dict[str, Callable[[], str]]:
+    """Likewise."""
+    return {"claims-ranks": partial(said, folders)} if tables(folders) else {}
+
+
+def _groups(folders: Mapping[str, Path]) -> dict[str, Groups]:
+    return {size: main_rows(published(place)) for size, place in folders.items()}
 
 
 def trained(folders: Mapping[str, Path]) -> Table:
@@ -128,30 +129,48 @@ def trained(folders: Mapping[str, Path]) -> Table:
     return Table(records, columns, left=("UNet", "channels"))
 
 
-def sizes(found: Found) -> Table:
-    """A row for each method: S on each size, and its rank there."""
-    records: dict[str, Record] = {}
-    for size, methods in found.items():
-        means = {method: np.mean([*seeds.values()]) for method, seeds in methods.items()}
-        for method, seeds in methods.items():
-            record = records.setdefault(method, {"method": method})
-            record |= over_seeds(size, [*seeds.values()])
-            record[f"{size}_rank"] = 1 + sum(mean > means[method] for mean in means.values())
-    columns = {"method": text("method")}
-    for size in found:
-        columns[f"S, {size} (95 % interval)"] = spread(size)
-        columns[f"rank, {size}"] = text(f"{size}_rank")
-    return Table([*records.values()], columns, left=("method",))
+def sizes(folders: Mapping[str, Path]) -> Table:
+    """A row for each size and method: S and its rank there, and what the worse runs kept."""
+    records: list[Record] = []
+    for size, groups in _groups(folders).items():
+        found, seen = rewards(groups), worst(groups, ANIMAL[size])
+        before = both_ends(next(iter(groups.values()))[0], ANIMAL[size])[0]
+        means = {method: fmean(seeds.values()) for method, seeds in found.items()}
+        records += [
+            {
+                "size": size, "method": method, "seeds": len(seeds),
+                **over_seeds("s", [*seeds.values()]),
+                "rank": 1 + sum(mean > means[method] for mean in means.values()),
+                "recognised_before": before,
+                "recognised": fmean(one.recognised for one in seen[method].values()),
+                "drift": fmean(one.drift for one in seen[method].values()),
+            } for method, seeds in found.items()
+        ]  # fmt: skip
+    columns = {
+        "UNet": text("size"), "method": text("method"), "seeds": text("seeds"),
+        "S (95 % interval)": spread("s"), "rank": text("rank"),
+        "recognised": change("recognised", ".2f"), "drift": number("drift", ".4f"),
+    }  # fmt: skip
+    return Table(records, columns, left=("UNet", "method"))
 
 
-def ranks(found: Found) -> Table:
+def ranks(folders: Mapping[str, Path]) -> Table:
     """A row for each two sizes: how far they put the methods in the same order."""
+    found = {size: rewards(groups) for size, groups in _groups(folders).items()}
     records = []
     for one, other in combinations(found, 2):
         tau, low, high = rank_agreement(*(_seeds(found[size], found[one]) for size in (one, other)))
         records.append({"sizes": f"{one}, {other}", "tau": tau, "tau_low": low, "tau_high": high})
     columns = {"sizes": text("sizes"), "Kendall's tau (95 % interval)": spread("tau")}
     return Table(records, columns, left=("sizes",))
+
+
+def said(folders: Mapping[str, Path]) -> str:
+    """Which two sizes are shown to agree."""
+    shown = [record["sizes"] for record in ranks(folders).records if record["tau_low"] > 0]
+    return bullets([
+        f"Shown to put the rows in a like order, tau above 0: {'; '.join(shown) or 'no two UNets'}."
+    ])  # fmt: skip
 
 
 def _seeds(found: Mapping[str, Seeds], order: Mapping[str, Seeds]) -> Any:

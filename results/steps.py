@@ -86,19 +86,26 @@ def _rows(way: str, method: str, rate: str, folder: Path) -> Iterator[dict[str, 
                **{name: f"{value:.6f}" for name, value in numbers.items()}}  # fmt: skip
 
 
-def worst(groups: Groups) -> dict[str, dict[int, Seen]]:
-    """Method -> seed -> S, and of its runs for both signs the least recognised, the most drift."""
+def worst(groups: Groups, animal: str = "animal") -> dict[str, dict[int, Seen]]:
+    """Method -> seed -> S, and of its runs for both signs the least recognised, the most drift.
+
+    Args:
+        groups: runs for both signs.
+        animal: the second judge's column.
+    """
     found = {}
     for (objectives, method), seeds in both_signs(groups).items():
         runs = [run for (_, objective, name), of in groups.items() for run in of
                 if name == method and objective in objectives.split(", ")]  # fmt: skip
-        found[method] = {seed: _seen_of([r for r in runs if r.seed == seed]) for seed in seeds}
+        found[method] = {
+            seed: _seen_of([r for r in runs if r.seed == seed], animal) for seed in seeds
+        }
     return found
 
 
-def _seen_of(runs: Sequence[Run]) -> Seen:
+def _seen_of(runs: Sequence[Run], animal: str) -> Seen:
     """What the runs of one seed showed, one for each sign."""
-    ends = [{"gain": gained([run])[run.seed], "recognised": both_ends(run, "animal")[1],
+    ends = [{"gain": gained([run])[run.seed], "recognised": both_ends(run, animal)[1],
              "drift": both_ends(run, "drift")[1]} for run in runs]  # fmt: skip
     return seen_of(ends, [score_of(run.files).sign for run in runs])
 

@@ -21,7 +21,7 @@ import click
 from d3po_bench.errors import said_in_one_line
 from d3po_bench.runs.files import csv_bytes, read_csv, write_atomically
 from eval.analysis.tables import Record, Table, number, text
-from results.feedback import QUESTIONS, asked, path_of
+from results.feedback import QUESTIONS, asked, learned_of, path_of
 
 HOME = "tiny2"
 SEEDS = (100, 101)
@@ -59,13 +59,14 @@ def commands(out: Path) -> Iterator[list[str]]:
 
 
 def collect(out: Path) -> None:
-    """Write tries.csv of what was played below `out`."""
+    """Write tries.csv of what was played below `out`, and where and when it was."""
     rows = [
         {"experiment": name, "try": index, "seed": seed} | row
         for name, index, seed in product(QUESTIONS[HOME], range(len(TRIES)), SEEDS)
         for row in read_csv(out / f"try-{index}" / name / "error-0" / f"seed-{seed}" / "rates.csv")
     ]
     write_atomically(path_of(HOME, "tries"), csv_bytes(rows))
+    write_atomically(path_of(HOME, "tries-learned"), csv_bytes([*learned_of(out)]))
 
 
 def chosen(experiment: str) -> Mapping[str, str]:

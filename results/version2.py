@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from d3po_bench.errors import UserError
 from d3po_bench.runs.files import read_csv
 from d3po_bench.runs.packed import PACKED
 from eval.analysis.efficiency import efficiency
@@ -23,10 +22,11 @@ from eval.analysis.gains import Groups, both_ends, both_signs, contrast, cost, g
 from eval.analysis.runs import read_groups
 from eval.analysis.scores import score_of
 from eval.analysis.statistics import Difference, between, by_seed, from_zero, smallest_shown
-from eval.analysis.tables import Record, Table, number, spread, text
+from eval.analysis.tables import Table, number, spread, text
 from eval.analysis.worded import LEVEL, adjusted, equivalent, power, said, within
-from results.claims import DRIFT, FOLLOW, bullets, differences, shown_halves, than
+from results.claims import DRIFT, FOLLOW, both_ways, bullets, differences, shown_halves, than
 from results.steps import RULE, worst
+from results.tuning import TRIALS, trials, tuning
 
 MAIN = ("d3po_of_two", "ddpo", "dpok_value", "reward_weighted", "preferred_images")
 CONTROL = "d3po_random"
@@ -44,9 +44,6 @@ VARIED = range(1000, 1005)
 
 MARGIN = 0.25
 """A difference in S that would not matter, as a share of the rival's S in the search."""
-
-TRIALS = "trials.csv"
-"""What `d3po-bench tune` wrote."""
 
 Seeds = Mapping[int, float]
 """Seed -> number."""
@@ -97,6 +94,7 @@ def tables(folder: Path, front: Callable[[Groups], Table]) -> dict[str, Callable
     made: dict[str, Callable[[], Any]] = {}
     if (folder / TRIALS).is_file():
         made["v2-tuning"] = partial(tuning, folder / TRIALS)
+        made["v2-trials"] = partial(trials, folder / TRIALS, MAIN[-2:])
     if there(folder):
         shown: dict[str, tuple[Callable[[Groups], Any], Callable[[Groups], Groups]]] = {
             "v2-control": (contrast, control), "v2-control-gains": (gains, control),
@@ -190,53 +188,6 @@ def varied(groups: Groups) -> Table:
     return Table(table.records, {name: table.columns[name] for name in shown}, left=table.left)
 
 
-def tuning(path: Path, sought: str = "S") -> Table:
-    """A row for each method of a search: its trials, and what was chosen of them."""
-    rows = read_csv(path)
-    columns = {
-        "method": text("method"), "trials": text("trials"), "kept the bounds": _kept,
-        sought: number("s", "+.3f"), "recognised": number("recognised", ".2f"),
-        "drift": number("drift", ".4f"), "chosen": text("settings"),
-    }  # fmt: skip
-    records = [
-        _tuned([row for row in rows if row["method"] == method])
-        for method in dict.fromkeys(row["method"] for row in rows)
-    ]
-    return Table(records, columns, left=("method", "kept the bounds", "chosen"))
-
-
-def chosen_of(trials: Sequence[Record]) -> tuple[Record, dict[str, str]]:
-    """Of the trials of a method the chosen one, else the one that drifted least; its settings.
-
-    Raises:
-        UserError: none has ended.
-    """
-    chosen = next((row for row in trials if row["chosen"]), None)
-    ended = [row for row in trials if math.isfinite(float(row["drift"] or "nan"))]
-    if not chosen and not ended:
-        raise UserError(f"No trial of {trials[0]['method']} has ended. Search it again.")
-    row = chosen or min(ended, key=lambda row: float(row["drift"]))
-    names = [*row][[*row].index("drift") + 1 :]
-    return row, {name: row[name] for name in names if row[name]}
-
-
-def _tuned(trials: list[Record]) -> Record:
-    row, settings = chosen_of(trials)
-    seen = [float(v) for name, v in row.items() if name.startswith("gain, seed") and v]
-    return {
-        "method": row["method"], "trials": len(trials),
-        "kept": sum(bool(row["value"]) for row in trials),
-        "s": fmean(seen) if seen else math.nan,
-        "recognised": float(row["recognised"] or "nan"), "drift": float(row["drift"] or "nan"),
-        "settings": " ".join(f"{name}={value}" for name, value in settings.items()),
-    }  # fmt: skip
-
-
-def _kept(record: Record) -> str:
-    found = f"{record['kept']} of {record['trials']}"
-    return found if record["kept"] else f"{found}: the least drifting is taken"
-
-
 # ---- sentences
 
 
@@ -308,7 +259,7 @@ def claimed(
     if not coin.low <= 0 <= coin.high:
         return bullets([f"{told}, which excludes 0: the measure is at fault. Nothing is claimed."])
     chosen = rows(groups)
-    shown = [*_follow(chosen), _by_s(chosen, margin)]
+    shown = [*_follow(chosen), both_ways(chosen), _by_s(chosen, margin)]
     shown += _by_gain(chosen) if gains is None else gains
     return bullets([f"{told}, which includes 0.", *shown])
 
@@ -393,8 +344,8 @@ def _unordered(far: Sequence[str], more: Mapping[str, bool], rival: str) -> Iter
     """Which rows are not ordered, since the one that gains more has moved farther."""
     moved = "has moved farther from the base model than in any"
     for gain, of, runs in (
-        (False, f"less gain, but the network of {rival}", "of their runs"),
-        (True, "more gain, but the network", f"run of {rival}"),
+        (False, f"They gain less, but the network of {rival}", "of their runs"),
+        (True, "They gain more, but their network", f"run of {rival}"),
     ):
         if names := ", ".join(m for m in far if more[m] is gain):
-            yield f"No order to {rival} is claimed of {names}: {of} {moved} {runs}."
+            yield f"Not ranked against {rival}: {names}. {of} {moved} {runs}."

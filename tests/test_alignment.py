@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
 from results import alignment, gradients
 from tests.made_up import write_run
@@ -103,3 +103,28 @@ def test_how_far_gradients_agree_by_hand() -> None:
     # A common part of length 1 and one of its own of length 1: half of the squared length.
     assert gradients.agreement(torch.cat([noise, signal], 1)) == 0.5
     assert gradients.agreement(torch.tensor([[1.0, 0], [-1, 0]])) == -1
+
+
+def test_table_1_is_compared_with_the_rival_seed_by_seed_where_seeds_are_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D3PO has seeds of its own, and DDPO those of the rival."""
+    scores = {
+        "no-fine-tune": (0, 0), "d3po_best_of_k-0": (1, 2), "d3po_best_of_k-1": (2, 4),
+        "ddpo-0": (2, 3.5), "ddpo-1": (2.5, 5), "d3po-5": (1, 0), "d3po-6": (0, 2),
+    }  # fmt: skip
+    (tmp_path / "rows").mkdir()
+    for name, pair in scores.items():
+        rows = [f"eta1,p,{i},{score}" for i, score in enumerate(pair)]
+        (tmp_path / "rows" / f"{name}.csv").write_text("\n".join([HEAD, *rows]) + "\n")
+    monkeypatch.setattr(alignment, "TABLE1", tmp_path)
+    found = alignment.compared()
+    paired = ttest_rel([2.75, 3.75], [1.5, 3.0])
+    apart = ttest_ind([0.5, 1.0], [1.5, 3.0], equal_var=False)
+    for method, test, mean in (("ddpo", paired, 1.0), ("d3po", apart, -1.5)):
+        got = found[method, "clip"]
+        assert (got.mean, got.p) == pytest.approx((mean, test.pvalue))
+    assert alignment.to_rival().cells()[0] == ["method", "clip"]
+
+
+HEAD = "sampler,prompt,index,clip"

@@ -133,20 +133,30 @@ def test_an_archive_that_nobody_packed_is_refused(
 # ---- version 2
 
 
-def test_methods_rank_alike_on_other_sizes(published: Path, tmp_path: Path) -> None:
+def test_methods_rank_alike_on_other_sizes(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "ANIMAL", dict.fromkeys(("half", "double"), "animal"))
     tables = sizes.tables({"half": published, "double": published})
     assert sizes.tables({"half": published, "double": tmp_path}) == {}
-    found = cells(tables["v2-sizes"]())
-    assert found["d3po_of_two"]["S, double (95 % interval)"] == "+0.850 (+0.602 to +1.098)"
-    assert [row["rank, half"] for row in found.values()] == ["1", "2"]
+    found = tables["v2-sizes"]()
+    shown = {
+        row["UNet"]: row for row in map(dict, rows_of(found)) if row["method"] == "d3po_of_two"
+    }
+    assert shown["double"]["S (95 % interval)"] == "+0.850 (+0.602 to +1.098)"
+    assert [row["rank"] for row in rows_of(found)] == ["1", "2"] * 2
     (row,) = tables["v2-ranks"]().records
     assert (row["sizes"], row["tau"]) == ("half, double", 1)
 
 
+def rows_of(table: Table) -> list[dict[str, str]]:
+    """Heading -> cell, for each row."""
+    return [{name: show(r) for name, show in table.columns.items()} for r in table.records]
+
+
 def cells(table: Table) -> dict[str, dict[str, str]]:
     """Method -> heading -> cell."""
-    return {r["method"]: {name: show(r) for name, show in table.columns.items()}
-            for r in table.records}  # fmt: skip
+    return {row["method"]: row for row in rows_of(table)}
 
 
 def test_rewards_of_version_2_by_hand(published: Path) -> None:
@@ -191,7 +201,7 @@ def test_what_another_device_changes_by_hand(published: Path, tmp_path: Path) ->
 
 
 def test_every_table_of_version_2_is_made(published: Path, tmp_path: Path) -> None:
-    (published / version2.TRIALS).write_text(TRIALS)
+    (published / "trials.csv").write_text(TRIALS)
     tables = version2.tables(published, make.front)
     assert {*version2.NAMED} < {*tables}
     heads = {name: table() for name, table in tables.items()}
@@ -225,22 +235,25 @@ def test_what_is_said_of_version_2(published: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(version2, "SEEDS", seeds)
     said = version2.sentences(published)["v2-claims"]().splitlines()
     follow = (
-        f"- Follow the reward, S above 0: d3po_of_two (p = {first:.2g}). S is not shown to differ "
-        f"from 0: ddpo (p = {second:.2g}). A difference of 0.68 kB would be shown with 80 % power."
+        f"- Follow the reward, by S above 0: d3po_of_two (p = {first:.2g}). S is not shown to "
+        f"differ from 0: ddpo (p = {second:.2g}). A difference of 0.68 kB would be shown with 80 % "
+        "power."
     )
     # Twice the p of d3po_of_two's D would be less than the one before, which Holm does not allow.
     drift = f"- D is not shown to differ from 0: d3po_of_two, ddpo (p at least {second:.2g})."
     drift += " A difference of 0.65 to 0.68 kB would be shown with 80 % power."
-    assert said[:4] == [
+    both = "- Gain on both objectives, by the 95 % interval of each, which S above 0 does not say: "
+    assert said[:5] == [
         "- The control's S is +0.000 (-0.124 to +0.124) kB, which includes 0.",
         follow,
         drift,
+        f"{both}d3po_of_two.",
         f"- **S.** Shown to gain less than d3po_of_two: ddpo (p = {p:.2g}).",
     ]
-    assert said[4].startswith("- **compress.** No difference to d3po_of_two is shown: ddpo")
-    assert said[5].startswith("- **incompress.** Shown to gain less than d3po_of_two: ddpo (p = ")
+    assert said[5].startswith("- **compress.** No difference to d3po_of_two is shown: ddpo")
+    assert said[6].startswith("- **incompress.** Shown to gain less than d3po_of_two: ddpo (p = ")
     far = version2.sentences(published)["v2-further-claims"]()
-    unsure = "No order to d3po_of_two is claimed of grpo: more gain, but the network has moved far"
+    unsure = "Not ranked against d3po_of_two: grpo. They gain more, but their network has moved far"
     assert far.count(unsure) == 2
     assert "Shown to gain more" not in far
 
@@ -264,13 +277,15 @@ def test_of_a_table_without_an_objective_s_alone_is_spoken_of(
     write_grids(published)
     monkeypatch.setattr(version2, "SEEDS", {"grid.toml": range(1000, 1003)})
     said = version2.sentences(published)["v2-claims"]().splitlines()
-    assert [line.split()[1] for line in said] == ["The", "Follow", "D", "**S.**", "**Gains.**"]
+    assert [line.split()[1] for line in said] == [
+        "The", "Follow", "D", "Gain", "**S.**", "**Gains.**",
+    ]  # fmt: skip
     assert "18 of the 27 runs" in said[-1]
 
 
 def test_the_margin_is_a_quarter_of_the_rivals_reward_in_the_search(tmp_path: Path) -> None:
     assert version2.margin_of(tmp_path) == 0
-    (tmp_path / version2.TRIALS).write_text(TRIALS.replace("ddpo", "d3po_of_two"))
+    (tmp_path / "trials.csv").write_text(TRIALS.replace("ddpo", "d3po_of_two"))
     assert version2.margin_of(tmp_path) == pytest.approx(0.2 / 4)
 
 
@@ -300,17 +315,22 @@ raft,2,fail,,,The update is not finite.,,,,0.005,
 """
 
 
+WINDOW = "rates with S above 0, within the bounds"
+
+
 def test_the_search_of_version_2_by_hand(tmp_path: Path) -> None:
-    (tmp_path / version2.TRIALS).write_text(TRIALS)
+    (tmp_path / "trials.csv").write_text(TRIALS)
     found = cells(version2.tables(tmp_path, make.front)["v2-tuning"]())
     assert found == {
         "ddpo": {
             "method": "ddpo", "trials": "3", "kept the bounds": "2 of 3", "S": "+0.200",
+            WINDOW: "0.001 to 0.002 (2 trials)",
             "recognised": "0.50", "drift": "0.0200", "chosen": "learning_rate=0.002 clip_range=0.1",
         },
         "raft": {
             "method": "raft", "trials": "3",
             "kept the bounds": "0 of 3: the least drifting is taken", "S": "+0.100",
+            WINDOW: "none",
             "recognised": "0.20", "drift": "0.0200", "chosen": "learning_rate=0.004",
         },
     }  # fmt: skip

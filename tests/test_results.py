@@ -37,7 +37,7 @@ from eval.analysis.settings import settings
 from eval.analysis.tables import Table
 from eval.tools import TOOLS
 from eval.verify.folder import FILES
-from results import grids, make, search, steps, version2
+from results import grids, make, search, steps, tuning
 from results import measure as measuring
 from tests.commands import PUBLISHED, TINY
 from tests.made_up import add_columns, write_run
@@ -612,7 +612,7 @@ def test_table_1_has_the_settings_that_its_search_chose() -> None:
     home = ROOT / "results" / "alignment"
     of, rows = grid.read(home / "table1.toml"), read_csv(home / "trials.csv")
     for method in of.methods:
-        _, found = version2.chosen_of([row for row in rows if row["method"] == method])
+        _, found = tuning.chosen_of([row for row in rows if row["method"] == method])
         said = of.settings | of.method[method]
         assert {k: float(v) if v[0].isdigit() else v for k, v in found.items()} == {
             k: float(said[k]) if v[0].isdigit() else said[k] for k, v in found.items()
