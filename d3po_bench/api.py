@@ -35,7 +35,7 @@ __all__ = [
 def run(
     *, objective: str | Objective | Scorer | Callable[..., Any],
     method: str | Method[Any] | type[Method[Any]] = "d3po",
-    scorers: Sequence[str | Scorer] = (), seeds: int | range = 1, model: str | Path = "tiny",
+    scorers: str | Sequence[str | Scorer] = (), seeds: int | range = 1, model: str | Path = "tiny",
     prompts: str | Path | None = None, preset: str | None = None,
     settings: Mapping[str, object] | None = None, rounds: int | None = None, device: str = "auto",
     jobs: int = 1, ranks: int = 1, out: str | Path = "runs", resume: bool = True,
@@ -70,9 +70,9 @@ def run(
         UserError: bad input, before anything is written.
         RunError: a run failed; the others have finished.
     """
+    _require_kinds(rounds=rounds, jobs=jobs, ranks=ranks, settings=settings, out=out)
     learns, options = _method(method)
-    watching = {"eval_scorers": [_text(scorer) for scorer in scorers]} if scorers else {}
-    chosen = {**options, **(settings or {}), **watching}
+    chosen = {**options, **(settings or {}), **_watching(scorers)}
     request = launch.RunRequest(
         method=learns, objective=_objective(objective), model=str(model), preset=preset,
         prompts=None if prompts is None else str(prompts), settings=_as_text(chosen),
@@ -84,8 +84,34 @@ def run(
         return Runs(tuple(launch.run(request, Board(Level.QUIET if quiet else Level.NORMAL))))
 
 
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "rounds": (lambda v: type(v) is int, "a whole number"),
+    **dict.fromkeys(("jobs", "ranks"), (lambda v: type(v) is int and v > 0, "a number from 1")),
+    "settings": (lambda v: isinstance(v, Mapping), 'a mapping such as {"learning_rate": 1e-3}'),
+    "out": (lambda v: isinstance(v, str | Path), "a folder or an address"),
+}
+"""Argument -> what it has to be, and how that is said."""
+
+
+def _require_kinds(**given: Any) -> None:
+    """Refuse what type checkers would have refused.
+
+    Raises:
+        UserError: an argument is of another kind.
+    """
+    for name, value in given.items():
+        fits, words = _KINDS[name]
+        if not fits(value) and not (value is None and name in ("rounds", "settings")):
+            raise UserError(f"{name}={value!r} is not {words}. Give one.")
+
+
 def _out(place: str | Path) -> Path:
     return remote.workplace(str(place)) if remote.is_address(str(place)) else Path(place)
+
+
+def _watching(scorers: str | Sequence[str | Scorer]) -> dict[str, list[str]]:
+    judges = [scorers] if isinstance(scorers, str) else scorers
+    return {"eval_scorers": [_text(scorer) for scorer in judges]} if judges else {}
 
 
 def _text(thing: Any) -> str:
@@ -114,9 +140,9 @@ def _method(given: Any) -> tuple[str, dict[str, object]]:
 
 def _counted(seeds: int | range) -> range:
     found = range(seeds) if isinstance(seeds, int) else seeds
-    if not 0 < len(found) <= MOST_SEEDS or min(found) < 0:
+    if not isinstance(found, range) or not 0 < len(found) <= MOST_SEEDS or min(found) < 0:
         raise UserError(f"seeds={seeds} are no seeds. Give a number from 1 to {MOST_SEEDS}, or a "
-                        "range of numbers from 0.")  # fmt: skip
+                        "range of numbers from 0, such as range(5, 10).")  # fmt: skip
     return found
 
 

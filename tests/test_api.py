@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -131,6 +131,15 @@ def test_the_pipeline_draws_as_diffusers_with_the_lora_does(micro: Path, finishe
         (lambda: db.run(objective="compress", model="tinny"), "Did you mean 'tiny'?"),
         (lambda: db.run(objective="compress", seeds=0), "seeds=0 are no seeds. Give a number"),
         (lambda: db.run(objective="compress", seeds=range(-1, 2)), r"range\(-1, 2\) are no seeds"),
+        (lambda: db.run(objective="compress", seeds=cast(Any, [0, 1])), r"\[0, 1\] are no seeds"),
+        (
+            lambda: db.run(objective="compress", rounds=cast(Any, 2.5)),
+            "rounds=2.5 is not a whole",
+        ),
+        (lambda: db.run(objective="compress", jobs=0), "jobs=0 is not a number from 1"),
+        (lambda: db.run(objective="compress", out=cast(Any, None)), "out=None is not a folder"),
+        (lambda: db.run(objective="compress", settings=cast(Any, ["a=1"])), "is not a mapping"),
+        (lambda: db.run(objective="compress", scorers="animl"), "Did you mean 'animal'?"),
         (lambda: db.run(objective="compress", rounds=0), "rounds must be from 1"),
         (lambda: db.run(objective="compress", settings={"lr": 1}), "No setting is called 'lr'"),
         (lambda: db.run(objective="compress", settings={"steps": None}), "are no settings"),

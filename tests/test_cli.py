@@ -230,7 +230,7 @@ def test_lora_targets_that_the_unet_lacks_are_refused(command: Command, micro: P
         (b"", "list.txt holds no prompt"),
         (b"\n \n", "list.txt holds no prompt"),
         (b"caf\xe9\n", "list.txt is not UTF-8 text (byte 0xe9 at position 3)"),
-        (b"cat\n" + b"a " * 15, "1 of 3 prompts have more tokens than the text encoder reads: 'a"),
+        (b"cat\n" + b"a " * 15, "1 of 2 prompts have more tokens than the text encoder reads: 'a"),
     ],
 )
 def test_a_bad_prompt_file_is_refused(

@@ -206,6 +206,8 @@ def test_scores_by_kind() -> None:
     assert columns["geneval_colors"].isnan().tolist() == [True, True, False, True]
     told = _geneval.by_kind(columns["geneval"], prompts)
     assert told == {"single_object": 0.5, "colors": 1.0, "mean": 0.75}
+    with pytest.raises(UserError, match="64 pixels wide and high, and these have 32 x 32"):
+        scorer(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), prompts)
 
 
 # ---- judges

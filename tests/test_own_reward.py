@@ -99,6 +99,16 @@ def test_a_run_is_not_resumed_with_another_text(here: Path, command: Command, mi
     assert command(*line).code == 0
 
 
+def test_a_run_that_came_to_nothing_begins_again_with_a_corrected_text(
+    here: Path, command: Command, micro: Path
+) -> None:
+    line = run(micro, "my_reward.py", rounds=1, eval_every=0)
+    (here / "my_reward.py").write_text(REWARD.replace("return ", "return float('nan') * "))
+    assert command(*line).code == 1
+    (here / "my_reward.py").write_text(REWARD)
+    assert command(*line).code == 0
+
+
 @pytest.mark.slow
 def test_worker_processes_load_it_too(here: Path, command: Command, micro: Path) -> None:
     line = run(micro, "my_reward.py", "--seeds", "2", "--jobs", "2", rounds=1, eval_every=0)

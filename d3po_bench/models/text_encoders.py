@@ -48,7 +48,7 @@ def lent(parts: Mapping[str, Any], device: torch.device) -> Iterator[None]:
             encoder.to("cpu")
 
 
-NAMED = 50
+NAMED = 5
 """Of the prompts that are too long, so many are named."""
 
 
@@ -60,10 +60,10 @@ def require_short(
     Args:
         parts: of the pipeline, by name, tokenizers among them.
         limits: tokens of tokenizers whose own limit is another.
-        prompts: P texts.
+        prompts: P texts; an empty one, the unconditional, does not count.
 
     Raises:
-        UserError: naming all of them, with their tokens.
+        UserError: naming some of them, with their tokens.
     """
     long: dict[str, str] = {}
     for name in (name for name in parts if name.startswith("tokenizer") and prompts):
@@ -74,8 +74,9 @@ def require_short(
                 long.setdefault(prompt, f"{prompt[:40]!r} has {len(ids) - marks} of {limit}")
     if long:
         rest = f", and {len(long) - NAMED} more" if len(long) > NAMED else ""
+        count = sum(map(bool, prompts))
         raise UserError(
-            f"{len(long)} of {len(prompts)} prompts have more tokens than the text encoder reads: "
+            f"{len(long)} of {count} prompts have more tokens than the text encoder reads: "
             f"{', '.join(list(long.values())[:NAMED])}{rest}. Shorten them, or have them cut: "
             "--set long_prompts=cut, or --long-prompts cut of `evaluate`."
         )

@@ -119,7 +119,8 @@ class RunStore:
         Raises:
             UserError: an input is another than the run began with.
         """
-        RunFolder(self.folder).require_inputs(inputs, "give another --out")
+        if after is not None:
+            RunFolder(self.folder).require_inputs(inputs, "give another --out")
         known = {} if after is None else self.provenance()
         known = {name: fact for name, fact in known.items() if name not in ENDED}
         if not (self.folder / "config.json").exists():

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from d3po_bench.errors import UserError
 from d3po_bench.models.embedded.render import COLOURS
-from d3po_bench.models.embedded.v2 import judge
+from d3po_bench.models.embedded.v2 import judge, render
 from d3po_bench.models.embedded.v2.captions import ANIMALS, RELATIONS, Asked, Wanted, read
 from d3po_bench.models.embedded.v2.judge import Found, Judge, Seen, objects
 
@@ -135,7 +136,17 @@ class GenEval:
         self.unit = "share right" if rule is hard else "probability"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [N] of images [N, 3, h, w] uint8."""
+        """Scores [N] of images [N, 3, h, w] uint8.
+
+        Raises:
+            UserError: they are smaller than what the judge has learned from.
+        """
+        if min(images.shape[-2:]) < render.SIZE:
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"{self.name} judges the pictures of tiny2, {render.SIZE} pixels wide and high, "
+                f"and these have {width} x {height}. Give --model tiny2, or leave {self.name} out."
+            )
         asked = [read(prompt) for prompt in prompts]
         known = [i for i, a in enumerate(asked) if a]
         scores = torch.full((len(prompts),), float("nan"))
