@@ -28,7 +28,7 @@ from eval.analysis.runs import read_groups
 from eval.evaluate import plan
 from eval.scorers import _clip
 from eval.scorers.jpeg_size import JpegSize
-from tests.commands import PUBLISHED, run_of
+from tests.commands import PUBLISHED, Command, refused, run_of
 from tests.gallery import gallery
 from tests.made_up import write_run
 
@@ -381,3 +381,11 @@ def test_a_seed_twice_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "b", seed=3)
     with pytest.raises(UserError, match="Seed 3 of d3po is there twice"):
         read_groups([tmp_path])
+
+
+def test_what_compares_the_pictures_of_a_prompt_is_refused_where_there_is_one(
+    command: Command, micro: Path
+) -> None:
+    line = run_of(micro, rounds=1, eval_scorers="diversity:tiny", eval_images=1)
+    refused(command(*line), "diversity:tiny would say nothing", "--set eval_images=2")
+    assert not Path("runs").exists()

@@ -42,7 +42,7 @@ class Evaluation:
         """Load the scorers that the objective does not need.
 
         Raises:
-            UserError: one cannot be loaded.
+            UserError: one cannot be loaded, or would say nothing.
         """
         self.config, self.tools = config, tools
         self.from_base = experience.initial is None and not config.lora
@@ -66,6 +66,7 @@ class Evaluation:
                     f"{problem} Or leave it out: --set eval_scorers={others}"
                 ) from problem
             self.texts[name] = text
+        self._require_several()
         prompts = read_prompts(config.eval_list) if config.eval_list else experience.prompts
         self.what = EvaluationSet(
             prompts=spread(prompts, config.eval_prompts),
@@ -79,6 +80,19 @@ class Evaluation:
             batch=execution.sample_batch,
             decode_batch=execution.decode_batch,
         )
+
+    def _require_several(self) -> None:
+        """Refuse scorers that compare the pictures of a prompt where there is one of each.
+
+        Raises:
+            UserError: naming them.
+        """
+        comparing = [n for n, scorer in self.named.items() if getattr(scorer, "compares", False)]
+        if comparing and self.config.eval_images == 1 and self.config.eval_every:
+            raise UserError(
+                f"{', '.join(comparing)} would say nothing: pictures of a prompt are compared, and "
+                "eval_images=1 draws one. Add --set eval_images=2, or leave it out."
+            )
 
     def _of_objective(self, experience: Experience) -> dict[str, Scorer]:
         text, scorer = str(experience.objective.scorer), experience.scorer
