@@ -19,7 +19,10 @@ from eval import downloads
 
 """Small scorers that ship with the project."""
 
-EXTRAS = {"open-clip": "open_clip", "feedback": "fastapi", "track": "tensorboard", "cluster": "ray"}
+EXTRAS = {
+    "open-clip": "open_clip", "feedback": "fastapi", "parquet": "pyarrow", "tune": "optuna",
+    "track": "tensorboard", "cluster": "ray", "storage": "obstore",
+}  # fmt: skip
 """Extra -> a module that it brings."""
 
 

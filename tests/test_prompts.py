@@ -140,6 +140,7 @@ def test_prompts_have_an_option_of_their_own(command: Command, micro: Path) -> N
     ("more", "said"),
     [
         (["--prompts", "nowhere.csv"], "No prompt list is called 'nowhere.csv'"),
+        (["--prompts", "animal"], "Did you mean 'animals'?"),
         (["--prompts", ""], "'--prompts': it is empty"),
         (["--prompts", "animals", "--set", "prompts=captions"], "--set prompts=captions"),
         (["--rounds", "5", "--set", "rounds=3"], "--set rounds=3"),

@@ -128,7 +128,8 @@ def several(micro: Path, to: Path) -> None:
         (of_another_model, (), "cannot be trained on: .* Give --lora one of the unet of --model"),
         (damaged, (), "cannot be trained on"),
         (several, (), "holds 2 files, of which any can be the LoRA"),
-        (lambda micro, to: None, (), "holds no LoRA as .safetensors"),
+        (lambda micro, to: to.mkdir(), (), "holds no LoRA as .safetensors"),
+        (lambda micro, to: None, (), "is not there. Give the folder or the file"),
         (trained, ("--set=lora_rank=2",), "--set lora_rank=4 --set lora_targets=to_k,to_out.0,"),
         (
             trained,

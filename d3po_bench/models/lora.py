@@ -75,6 +75,8 @@ def file_of(place: Path) -> Path:
             f"{place} holds {len(files)} files, of which any can be the LoRA: "
             f"{', '.join(f.name for f in files[:3])}. Give the path of one file."
         )
+    if not place.exists():
+        raise UserError(f"{place} is not there. Give the folder or the file of a LoRA.")
     raise UserError(f"{place} holds no LoRA as .safetensors; no other files are loaded.")
 
 

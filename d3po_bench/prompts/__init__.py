@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from unicodedata import category
 
@@ -36,9 +37,11 @@ def read_prompts(source: str) -> list[str]:
         prompts = texts_of(path, field) if _is_table(path) else _lines(path)
     except (OSError, ValueError) as problem:  # ValueError: a null byte in the name
         reason = getattr(problem, "strerror", None) or problem
+        near = get_close_matches(source, names(), n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UserError(
             f"No prompt list is called {source[:200]!r}, and no such file can be read: {reason}. "
-            f"Give {', '.join(names())}, or a file with one prompt on each line."
+            f"{hint}Give {', '.join(names())}, or a file with one prompt on each line."
         ) from problem
     prompts = [re.sub("\r\n?|\n", " ", prompt.strip()) for prompt in prompts]
     require_text("\n".join(prompts), path)
