@@ -259,7 +259,7 @@ def test_what_can_be_compared_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="as in `d3po-bench report 'runs/my grid'`"):
         read_groups([Path("runs")])
     Path("runs", "trials.log").touch()
-    with pytest.raises(UserError, match="trials of a search.* such as runs/my grid/tiny"):
+    with pytest.raises(UserError, match=r"trials of a search.* such as runs/my grid/tiny"):
         read_groups([Path()])
 
 
