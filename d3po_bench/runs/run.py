@@ -22,7 +22,7 @@ from d3po_bench.config import RunConfig
 from d3po_bench.digests import files_below
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import Row, read_csv, readable
-from d3po_bench.runs.packed import PACKED, place_of, unpacked
+from d3po_bench.runs.packed import PACKED, packed_at, place_of, unpacked
 
 TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 """A run's text files but provenance.json, which holds their digests."""
@@ -228,11 +228,15 @@ def find_runs(paths: Iterable[Path], *, trials: bool = False) -> list[RunFolder]
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Every file below a folder, those in packed files too."""
+    """Every file below a folder, those in packed files too, also one that lies above it."""
+    holds_runs = False
     for file in files_below(path):
         yield file
+        holds_runs |= file.name in ("config.json", PACKED)
         if file.name == PACKED:
             yield from files_below(unpacked(file))
+    if not holds_runs and (part := packed_at(path)):
+        yield from files_below(part)
 
 
 def _untried(path: Path) -> list[Path]:
