@@ -252,6 +252,17 @@ def test_methods_that_draw_differently_are_not_compared(
     assert len(read_groups([tmp_path / "tiny" / "incompress" / "ddpo"])) == 1
 
 
+def test_what_can_be_compared_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs", "my grid"), guidance=1.0)
+    write_run(Path("runs"), seed=1)
+    with pytest.raises(UserError, match="as in `d3po-bench report 'runs/my grid'`"):
+        read_groups([Path("runs")])
+    Path("runs", "trials.log").touch()
+    with pytest.raises(UserError, match=r"trials of a search.* such as runs/my grid/tiny"):
+        read_groups([Path()])
+
+
 @pytest.mark.parametrize("value", ["high", None, [1]])
 @pytest.mark.parametrize("name", ["score_mean", "kl"])
 def test_a_record_of_runs_has_numbers_alone(

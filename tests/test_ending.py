@@ -83,6 +83,7 @@ def test_runs_without_a_table_have_ended_well(tmp_path: Path) -> None:
     table, lines = ending([alone], tmp_path)
     assert table == ""
     assert "eval_every=0" in lines[0]
+    assert lines[1:] == [f"The LoRA is in {alone}/lora"]  # `report` and `plot` would refuse it
 
 
 def test_a_run_ends_with_its_table_on_stdout(command: Command, micro: Path) -> None:

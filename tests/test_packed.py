@@ -22,7 +22,7 @@ from eval.analysis.runs import read_groups
 from eval.analysis.tables import Table
 from results import devices, make, sizes, version2
 from results import measure as measuring
-from tests.commands import contents
+from tests.commands import Command, contents, refused
 from tests.made_up import add_columns, write_run
 
 GAINS = {
@@ -72,6 +72,20 @@ def test_packed_runs_are_read_as_their_folders(runs: Path, published: Path) -> N
     assert report([published], tables) == report([runs], tables).replace(str(runs), str(published))
     places = [run.place.relative_to(published) for run in find_runs([published])]
     assert places == [run.folder.relative_to(runs) for run in find_runs([runs])]
+
+
+def test_a_part_of_packed_runs_is_named_as_if_it_stood_there(
+    runs: Path, published: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(published, tmp_path / "tiny2")
+    there, part = tmp_path / "tiny2", Path("incompress", "ddpo")
+    assert report([there / part]) == report([runs / part])
+    seed = part / "seed-1000"
+    assert command("show", there / seed).out == command("show", runs / seed).out != ""
+    (there / part / "plots").mkdir(parents=True)  # as `plot` leaves them
+    assert find_runs([there / part])[0].place == there / seed
+    refused(command("show", there / part), "is not a run folder")
+    refused(command("report", there / "nowhere"), "There are no run folders")
 
 
 def test_the_same_runs_give_the_same_bytes_there_and_back(

@@ -420,7 +420,9 @@ def test_run_cut_short_before_its_evaluation(tmp_path: Path) -> None:
 
 def test_run_that_asks_for_no_evaluation_is_passed_over(tmp_path: Path) -> None:
     (write_run(tmp_path, seed=1, eval_every=0) / "eval.csv").unlink()
-    assert "There are no run folders" in refused(lambda: figure_of.plot([tmp_path]))
+    assert "was evaluated, since all have the setting eval_every=0" in refused(
+        lambda: figure_of.plot([tmp_path])
+    )
     folder = write_run(tmp_path, seed=0)
     assert [run.folder for run in evaluated([tmp_path])] == [folder]
 

@@ -11,7 +11,7 @@ import pytest
 
 from d3po_bench.config import RunConfig
 from d3po_bench.errors import UserError
-from d3po_bench.runs.run import RunFolder, find_runs
+from d3po_bench.runs.run import JOURNAL, RunFolder, find_runs
 from tests.commands import PUBLISHED
 
 HEAD = "round,sampler,prompt,index,score,animal\n"
@@ -110,3 +110,17 @@ def test_runs_are_found_at_any_depth_each_once(tmp_path: Path) -> None:
     found = find_runs([tmp_path, tmp_path / "a", tmp_path / "a" / ".." / "b"])
     assert sorted(run.folder.resolve() for run in found) == sorted(places)
     assert find_runs([tmp_path / "nowhere"]) == []
+
+
+def test_trials_of_a_search_are_found_where_it_is_named(tmp_path: Path) -> None:
+    trial, run = tmp_path / "runs" / "tune" / "trial-000", tmp_path / "runs" / "tiny"
+    for place in (trial, run):
+        place.mkdir(parents=True)
+        (place / "config.json").touch()
+    (trial.parent / JOURNAL).touch()
+    (run.parent / "trials.csv").touch()
+    assert [found.folder for found in find_runs([run.parent])] == [run]
+    for named in (trial.parent, trial):
+        assert [found.folder for found in find_runs([named])] == [trial]
+        assert [found.folder for found in find_runs([run.parent, named])] == [run, trial]
+    assert [found.folder for found in find_runs([run.parent], trials=True)] == [run, trial]

@@ -123,6 +123,15 @@ def test_the_published_results_agree_with_themselves() -> None:
     assert found(ROOT) == {}
 
 
+def test_the_trials_of_a_search_are_checked_too(home: Path) -> None:
+    run = find_runs([home / "results"])[0].folder
+    search = home / "results" / "tune"
+    shutil.copytree(run, search / "trial-000" / "seed-0")
+    (search / "trials.log").touch()
+    (search / "trial-000" / "seed-0" / "metrics.jsonl").unlink()
+    assert "tune/trial-000/seed-0" in str(verify.verify(home / "results")["runs"])
+
+
 def test_an_untouched_copy_is_fine(home: Path) -> None:
     done = CliRunner().invoke(cli, ["verify", str(home / "results")])
     assert done.output.splitlines() == [

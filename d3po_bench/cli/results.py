@@ -372,7 +372,7 @@ class _Checks:
             yield name, f"{len(problems)} problems" if problems else "fine", problems
         if self.count is not None:
             for verdict in again.rerun(
-                self.folder, find_runs([self.folder]), self.count, seed=self.seed,
+                self.folder, find_runs([self.folder], trials=True), self.count, seed=self.seed,
                 settings=pairs_of(self.settings), out=self.out, board=self.board,
             ):  # fmt: skip
                 self.failed += not verdict.reproduced

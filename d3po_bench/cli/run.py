@@ -219,7 +219,7 @@ def sweep(
     \b
     Example:
         d3po-bench sweep grid.toml
-        d3po-bench sweep results/tiny/grid.toml --out runs/grid --jobs 2
+        d3po-bench sweep results/tiny/grid.toml --out grid --jobs 2
         d3po-bench sweep grid.toml --where slurm --ask timeout_min=120 --ask gpus_per_node=1
         d3po-bench sweep grid.toml --objective incompress --seeds 5 --model FOLDER
         d3po-bench sweep grid.toml --status

@@ -15,6 +15,7 @@ from d3po_bench.config import RunConfig, of_preset
 from d3po_bench.errors import UserError
 from d3po_bench.presets import PRESETS
 from d3po_bench.runs.files import Row
+from d3po_bench.runs.packed import packed_at
 from d3po_bench.runs.run import BESIDE, IMAGE, LAST, LORA, SAMPLES, RunFolder, content, finite
 from d3po_bench.runs.sessions import differing, sessions
 
@@ -39,12 +40,13 @@ def known(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
     Raises:
         UserError: it is not a run, or a file in it is damaged or of a newer version.
     """
-    if not (folder / "config.json").is_file():
+    place = folder if (folder / "config.json").is_file() else packed_at(folder)
+    if not place or not (place / "config.json").is_file():
         raise UserError(
             f"{folder} is not a run folder: it has no config.json. Give the folder "
             "MODEL/OBJECTIVE/METHOD/seed-N of a run."
         )
-    run = RunFolder(folder)
+    run = RunFolder(place)
     yield "run", _what(run)
     yield "settings", _settings(run.config)
     yield "made with", _made_with(run.facts)

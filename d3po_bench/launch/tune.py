@@ -34,14 +34,15 @@ from d3po_bench.launch.space import (
 )
 from d3po_bench.launch.state import State, read_state
 from d3po_bench.runs.files import csv_bytes, taken, write_atomically
+from d3po_bench.runs.run import JOURNAL
 from d3po_bench.training.progress import label
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-JOURNAL, TABLE = "trials.log", "trials.csv"
-"""What Optuna remembers a search by, and what is published of it."""
+TABLE = "trials.csv"
+"""What is published of a search, beside the `JOURNAL` that Optuna remembers it by."""
 
 # ---- what is asked for
 

@@ -96,6 +96,19 @@ def _decoded(data: bytes) -> bytes:
     return found
 
 
+def packed_at(path: Path) -> Path | None:
+    """What would stand at a path if the nearest archive above it were unpacked in its place.
+
+    Returns:
+        A folder, which need not exist; None where there is no archive.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    home = next((p for p in path.parents if (p / PACKED).is_file()), None)
+    return unpacked(home / PACKED) / path.relative_to(home) if home else None
+
+
 def place_of(folder: Path) -> Path:
     """Where a run's folder would stand if the archive that it was unpacked from were one."""
     for parent in folder.parents:

@@ -22,7 +22,7 @@ from d3po_bench.config import RunConfig
 from d3po_bench.digests import files_below
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import Row, read_csv, readable
-from d3po_bench.runs.packed import PACKED, place_of, unpacked
+from d3po_bench.runs.packed import PACKED, packed_at, place_of, unpacked
 
 TEXT = ("config.json", "metrics.jsonl", "timing.jsonl", "eval.csv")
 """A run's text files but provenance.json, which holds their digests."""
@@ -37,6 +37,9 @@ LORA, LAST = "lora", "checkpoints/last.safetensors"
 
 SAMPLES = "samples"
 """The pictures that a run leaves, to look at; runs of earlier versions have no record of them."""
+
+JOURNAL = "trials.log"
+"""What a search remembers its trials by, in its folder; nothing else has one."""
 
 IMAGE = ("round", "sampler", "prompt", "index")
 """Columns of eval.csv that name an evaluation image; the others, first the score, measure it."""
@@ -205,13 +208,18 @@ def require_inputs(
         )
 
 
-def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
+def find_runs(paths: Iterable[Path], *, trials: bool = False) -> list[RunFolder]:
     """The runs at or below `paths`, at any depth, packed ones too, each once, sorted by place.
+
+    Args:
+        paths: run folders, or folders of them.
+        trials: those of searches below `paths`, too. Trials differ in their settings, so whoever
+            compares runs has to name their folder.
 
     Raises:
         UserError: a packed file is damaged.
     """
-    files = (file for path in paths for file in _files(path))
+    files = (file for path in paths for file in (_files if trials else _untried)(path))
     folders = {f.parent.resolve(): f.parent for f in files if f.name == "config.json"}
     # A network that was trained has one, too, in the folder of its run.
     trained = {place / LORA for place in folders}
@@ -220,11 +228,22 @@ def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Every file below a folder, those in packed files too."""
+    """Every file below a folder, those in packed files too, also one that lies above it."""
+    holds_runs = False
     for file in files_below(path):
         yield file
+        holds_runs |= file.name in ("config.json", PACKED)
         if file.name == PACKED:
             yield from files_below(unpacked(file))
+    if not holds_runs and (part := packed_at(path)):
+        yield from files_below(part)
+
+
+def _untried(path: Path) -> list[Path]:
+    """Every file below a folder, but those of searches further down."""
+    files = {file: place_of(file) for file in _files(path)}
+    searches = {place.parent for place in files.values() if place.name == JOURNAL} - {path}
+    return [file for file, place in files.items() if searches.isdisjoint(place.parents)]
 
 
 def content(run: Path, *more: str) -> dict[str, str]:

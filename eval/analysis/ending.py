@@ -36,13 +36,17 @@ def ending(folders: Sequence[Path], out: Path) -> tuple[str, list[str]]:
             lines.append(f"note: There is no table of these runs. {problem}")
     else:
         lines.append("note: eval_every=0 switched evaluation off, so there are no gains to show.")
-    return table, [*lines, *_next(folders, groups, shlex.quote(str(out)))]
+        return "", [*lines, _trained(folders)]
+    return table, [*lines, _trained(folders), *_next(groups, shlex.quote(str(out)))]
 
 
-def _next(folders: Sequence[Path], groups: Groups, out: str) -> Iterator[str]:
+def _trained(folders: Sequence[Path]) -> str:
     what = "trained network" if RunFolder(folders[0]).config.full else "LoRA"
     whose = f"The {what} is" if len(folders) == 1 else f"The {what} of each run is"
-    yield f"{whose} in {_pattern(folders) / LORA}"
+    return f"{whose} in {_pattern(folders) / LORA}"
+
+
+def _next(groups: Groups, out: str) -> Iterator[str]:
     if groups and min(map(len, groups.values())) == 1:
         yield "One seed has no interval. For one, give the same command with more of them."
     if pair := _rivals(groups):

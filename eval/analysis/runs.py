@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,12 +178,27 @@ def evaluated(paths: Iterable[Path]) -> list[RunFolder]:
                 "and run it again, or leave it out."
             )
     if not found:
-        raise UserError(
-            "There are no run folders (with config.json and eval.csv) below "
-            f"{', '.join(map(str, paths)) or 'the given paths'}. Make one with `d3po-bench run`, "
-            "or name another folder."
-        )
+        raise UserError(_nothing(paths))
     return found
+
+
+def _nothing(paths: Sequence[Path]) -> str:
+    """Why nothing below `paths` can be shown, and what to do."""
+    where = ", ".join(map(str, paths)) or "the given paths"
+    if unseen := find_runs(paths):
+        return (
+            f"No run below {where} was evaluated, since all have the setting eval_every=0. Score "
+            f"one with `d3po-bench evaluate {unseen[0].place}`, or name another folder."
+        )
+    if trials := find_runs(paths, trials=True):
+        return (
+            f"All runs below {where} are trials of a search, which differ in their settings. Name "
+            f"one of them, such as {trials[0].place}, or another folder."
+        )
+    return (
+        f"There are no run folders (with config.json and eval.csv) below {where}. Make one with "
+        "`d3po-bench run`, or name another folder."
+    )
 
 
 def read_run(run: RunFolder) -> Run:
@@ -260,15 +276,21 @@ def _require_one(what: str, found: Iterable[tuple[RunFolder, Any]]) -> None:
     Raises:
         UserError: naming two such runs.
     """
-    known = [(run.folder, value) for run, value in found if value is not None]
+    known = [(run.place, value) for run, value in found if value is not None]
     for folder, value in known:
         first, expected = known[0]
         if value != expected:
             raise UserError(
                 f"These runs do not share the {what}: it is {expected!r} in {first} and "
-                f"{value!r} in {folder}. Such runs cannot be compared: name only those that "
-                "share it."
+                f"{value!r} in {folder}. Such runs cannot be compared: name only folders of runs "
+                f"that share it, as in `d3po-bench report {_without(first, folder)}`."
             )
+
+
+def _without(run: Path, other: Path) -> str:
+    """The outermost folder that holds a run but not the other, for a command."""
+    apart = (p for p in run.parents[::-1] if p.absolute() not in other.absolute().parents)
+    return shlex.quote(str(next(apart, run)))
 
 
 def _require_seeds(members: Sequence[RunFolder]) -> None:

@@ -52,7 +52,7 @@ def verify(folder: Path) -> dict[str, list[str]]:
     Raises:
         UserError: it carries no manifest.
     """
-    runs = find_runs([folder])
+    runs = find_runs([folder], trials=True)
     return {
         "manifest": list(check_manifest(folder)),
         "runs": [f"{r.place.relative_to(folder)}: {what}" for r in runs for what in check_run(r)],
