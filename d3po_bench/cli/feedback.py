@@ -306,8 +306,8 @@ def train(
 )  # fmt: skip
 @click.option(
     "--by", shell_complete=completion.of("scorer"),
-    help="Judge by this scorer, or scorer:weights, such as geneval_soft or clip:tiny; default: the "
-    "rule of the question.",
+    help="Judge tags or pairs, on questions of your own, too, by this scorer, or scorer:weights, "
+    "such as geneval_soft or clip:tiny; default: the rule of the question.",
 )  # fmt: skip
 @click.option(
     "--bad-below", type=Range(-1e9, 1e9),
@@ -327,8 +327,10 @@ def simulate(
 
     Deformed: the embedded classifier does not see the prompted animal. Alignment and better: the
     embedded ImageReward-shaped model's score. Unsafe: a stand-in, too much red. These rules are
-    for pictures of tiny; for those of another model give --by. Votes are stored like people's;
-    results from them must be called simulated.
+    for pictures of tiny; for those of another model, and for questions of your own, give --by.
+    Scales and rankings are for people alone. Votes are stored like people's; results from them
+    must be called simulated. The same command continues after an interruption; raters who have
+    voted do not vote again by another rule.
 
     \b
     Example:
@@ -345,7 +347,7 @@ def simulate(
     pool = [simulated.Annotator(error, first, temperature)] * raters
     with board:
         told = Counted("voting", "vote", board.report)
-        votes = simulated.simulate(folder, labels, pool, seed, TOOLS, told, rule)
+        votes = simulated.simulate(folder, labels, pool, seed, TOOLS, told, rule, board.say)
     return Result([], {"votes": votes}, [f"{votes} simulated votes"])
 
 
