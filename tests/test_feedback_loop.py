@@ -827,6 +827,15 @@ def test_an_empty_round_and_no_round_are_refused(own: Path, tmp_path: Path) -> N
     refused("feedback", "status", tmp_path / "nothing", match="no round.json")
 
 
+def test_what_is_not_there_and_cannot_be_written_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "pairs.csv"
+    refused("feedback", "train", gone, match="pairs.csv is not there. Give the folder of a round")
+    refused("feedback", "agreement", gone, "--scorers", "clip:tiny", match="is not there")
+    gone.write_text("")
+    pictures = ("--pictures", source(tmp_path / "a", ["cat", "cat"]))
+    refused("feedback", "new", gone / "round", *pictures, match="in its place. Give another FOLDER")
+
+
 def test_a_folder_with_another_round_is_left_alone(own: Path, micro: Path) -> None:
     before = files(own)
     with pytest.raises(UserError, match="its prompts differ"):

@@ -20,7 +20,7 @@ from d3po_bench.cli.options import (
     Result,
     Working,
 )
-from d3po_bench.errors import UserError
+from d3po_bench.errors import RunError, UserError, placed_by
 
 if TYPE_CHECKING:
     from d3po_bench.feedback.questions import Kind
@@ -76,6 +76,7 @@ VOTES = click.option(
 @SEED
 @SETTINGS
 @DEVICE
+@placed_by("FOLDER")
 def new(
     folder: Path, prompts: str | None, count: int | None, kind: Kind | None, question: str | None,
     scale: str | None, study: Path | None, images: int | None, before: Path | None,
@@ -149,10 +150,13 @@ def serve(
     from d3po_bench.feedback.store import HandoutSettings
 
     settings = HandoutSettings(votes, gold_every, repeat_every)
-    server.serve(
-        folder, labels, host, port, raters, settings=settings, renew=renew, public_url=public_url,
-        echo=click.echo,
-    )  # fmt: skip
+    try:
+        server.serve(
+            folder, labels, host, port, raters, settings=settings, renew=renew,
+            public_url=public_url, echo=click.echo,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise RunError("Interrupted. Votes are kept, and the same command serves on.") from None
 
 
 @click.command(cls=Answering)
