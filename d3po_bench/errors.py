@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import NoReturn
 
 
@@ -38,6 +39,20 @@ class TooLarge(MemoryError):  # noqa: N818
 def install(extra: str) -> str:
     """The command that installs an extra of this package."""
     return f"pip install -c constraints.txt 'd3po-bench[{extra}]'"
+
+
+PLACED_BY: ContextVar[str] = ContextVar("PLACED_BY", default="--out")
+"""What people give to have something written elsewhere."""
+
+
+@contextlib.contextmanager
+def placed_by(name: str) -> Iterator[None]:
+    """Around a command whose argument or option for what it writes is not --out."""
+    before = PLACED_BY.set(name)
+    try:
+        yield
+    finally:
+        PLACED_BY.reset(before)
 
 
 class InUseError(UserError):

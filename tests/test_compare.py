@@ -157,6 +157,9 @@ def test_the_plot_shows_every_seed_and_the_difference(
     command("compare", *sides, "--plot", tmp_path / "figures" / "both.png")
     with Image.open(tmp_path / "figures" / "both.png") as image:
         assert min(image.size) > 400
+    (tmp_path / "file").touch()
+    done = command("compare", *sides, "--plot", tmp_path / "file" / "both.png")
+    refused(done, "both.png cannot be written", "Give another --plot that can be written")
     left, right = comparison_figure(compare(*sides)).axes
     pairs = [np.asarray(line.get_ydata()) for line in left.lines[:3]]
     np.testing.assert_allclose(pairs, [[1, 0.5], [1.5, 0.9], [2, 1.6]])

@@ -162,7 +162,7 @@ def test_the_authors_label_files_have_their_prompts_beside_the_pictures(folder: 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([*PICK, {**PICK[0], "jpg_1": "9.png"}], r"Row 3 of .*'9.png' is not a picture inside"),
+        ([*PICK, {**PICK[0], "jpg_1": "9.png"}], r"Row 3 .*'9.png' is not a .*--pictures"),
         ([PICK[0], {**PICK[0], "jpg_0": "../x.png"}], r"Row 2 .* is not a picture inside"),
         ([{**PICK[0], "jpg_0": "https://x/0.png"}], r"Row 1 .*is an address: save the picture"),
         ([PICK[0], {**PICK[0], "jpg_0": None}], r"Row 2 .*None names no picture"),

@@ -458,6 +458,78 @@ def test_pictures_are_judged_by_the_rule_of_the_question(tmp_path: Path) -> None
         assert [vote.answer for vote in effective_votes(store)] == ["a", "a"]
 
 
+def cast_so_far(folder: Path) -> list[tuple[str, str, Answer]]:
+    with open_labels(folder, None) as store:
+        return sorted((vote.rater, vote.item, vote.answer) for vote in effective_votes(store))
+
+
+def test_raters_who_have_voted_do_not_go_on_by_another_rule(tmp_path: Path) -> None:
+    new_round(tmp_path, "pairs", 4, question="unsafe", size=8)
+    rule = simulated.by_scorer("jpeg_size")
+    assert simulated.simulate(tmp_path, None, [Annotator(0.2)] * 2, 0, TOOLS) == 8
+    before = cast_so_far(tmp_path)
+    for pool, seed, other, said in (
+        (
+            [Annotator(0.9)] * 2,
+            0,
+            None,
+            "simulated 1, simulated 2 voted .*error 0.2, not error 0.9",
+        ),
+        (
+            [Annotator(0.2), Annotator(), Annotator()],
+            0,
+            None,
+            r"simulated 2 voted .*not error 0\.0",
+        ),
+        ([Annotator(0.2)] * 2, 1, None, "seed 0, not seed 1"),
+        ([Annotator(0.2)] * 2, 0, rule, "by the question's rule, not by jpeg_size"),
+    ):
+        with pytest.raises(UserError, match=f"{said}.*votes stay.* --labels"):
+            simulated.simulate(tmp_path, None, pool, seed, TOOLS, rule=other)
+    assert cast_so_far(tmp_path) == before
+    assert simulated.simulate(tmp_path, None, [Annotator(0.2)] * 3, 0, TOOLS) == 4
+
+
+def test_simulated_votes_resume_and_those_of_earlier_versions_stay_readable(tmp_path: Path) -> None:
+    def ask(name: str, heard: list[str], *, stop: int = 99) -> int:
+        def told(done: int, total: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        pool = [Annotator(0.5)] * 2
+        return simulated.simulate(tmp_path / name, None, pool, 0, TOOLS, told, say=heard.append)
+
+    heard = list[str]()
+    for name in ("whole", "cut"):
+        new_round(tmp_path / name, "pairs", 4, question="unsafe", size=8)
+    assert ask("whole", heard) == 8
+    with pytest.raises(KeyboardInterrupt):
+        ask("cut", heard, stop=3)
+    assert ask("cut", heard) == 5
+    assert cast_so_far(tmp_path / "cut") == cast_so_far(tmp_path / "whole")
+    assert ask("cut", heard) == 0
+    assert heard == []
+    with contextlib.closing(sqlite3.connect(tmp_path / "cut/labels.sqlite")) as labels, labels:
+        labels.execute("delete from facts where name like 'simulated %'")
+    assert ask("cut", heard) == 0
+    assert heard == ["simulated 1, simulated 2 had voted before; by which rule is not on record."]
+
+
+def test_a_scorer_answers_tags_and_pairs_of_a_study(tmp_path: Path) -> None:
+    """Items of its questions show seven and two pictures."""
+    folder = tmp_path / "both"
+    plain = new_round(folder, "tags", 1, size=8)
+    both = [*one_question("tags", "Odd?").question, *one_question("pairs", "Redder?").question]
+    Round(Study(question=both), plain.groups).write(folder)
+    asked = ("feedback", "simulate", folder)
+    refused(*asked, match="Give a scorer with --by")
+    assert CliRunner().invoke(cli, [*map(str, asked), "--by", "jpeg_size"]).exit_code == 0
+    assert len(cast_so_far(folder)) == 1 + 21
+    new_round(tmp_path / "scale", "scale", 1, question="How real?", size=8)
+    refused("feedback", "simulate", tmp_path / "scale", "--by", "jpeg_size",
+            match="asks for a scale, and simulated raters answer tags and pairs alone")  # fmt: skip
+
+
 def test_what_the_rule_does_not_know_is_not_called_good(tmp_path: Path) -> None:
     new_round(tmp_path / "a", "tags", 2, prompt="house {}")
     with pytest.raises(UserError, match="cannot say how good a picture of 'house 0' is"):
@@ -753,6 +825,15 @@ def test_an_empty_round_and_no_round_are_refused(own: Path, tmp_path: Path) -> N
     (own / "round.json").write_text(json.dumps({**whole, "items": []}))
     refused("feedback", "status", own, match="at least 1 item")
     refused("feedback", "status", tmp_path / "nothing", match="no round.json")
+
+
+def test_what_is_not_there_and_cannot_be_written_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "pairs.csv"
+    refused("feedback", "train", gone, match="pairs.csv is not there. Give the folder of a round")
+    refused("feedback", "agreement", gone, "--scorers", "clip:tiny", match="is not there")
+    gone.write_text("")
+    pictures = ("--pictures", source(tmp_path / "a", ["cat", "cat"]))
+    refused("feedback", "new", gone / "round", *pictures, match="in its place. Give another FOLDER")
 
 
 def test_a_folder_with_another_round_is_left_alone(own: Path, micro: Path) -> None:

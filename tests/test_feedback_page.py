@@ -25,6 +25,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from itsdangerous import URLSafeTimedSerializer
 
+from d3po_bench.cli import main
 from d3po_bench.errors import UserError
 from d3po_bench.feedback.handout import find_hand
 from d3po_bench.feedback.invitations import (
@@ -737,6 +738,21 @@ def serving(folder: Path, *options: str) -> Iterator[int]:
             yield port
         finally:
             process.terminate()
+
+
+def test_an_interrupted_server_says_that_votes_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uvicorn.Server, "run", interrupted)
+    new_round(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["feedback", "serve", str(tmp_path), "--port", "0"])
+    assert end.value.code == 1
+    error = capsys.readouterr().err
+    assert error == "error: Interrupted. Votes are kept, and the same command serves on.\n"
 
 
 @contextlib.contextmanager

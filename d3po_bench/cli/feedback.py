@@ -20,7 +20,7 @@ from d3po_bench.cli.options import (
     Result,
     Working,
 )
-from d3po_bench.errors import UserError
+from d3po_bench.errors import RunError, UserError, placed_by
 
 if TYPE_CHECKING:
     from d3po_bench.feedback.questions import Kind
@@ -76,6 +76,7 @@ VOTES = click.option(
 @SEED
 @SETTINGS
 @DEVICE
+@placed_by("FOLDER")
 def new(
     folder: Path, prompts: str | None, count: int | None, kind: Kind | None, question: str | None,
     scale: str | None, study: Path | None, images: int | None, before: Path | None,
@@ -149,10 +150,13 @@ def serve(
     from d3po_bench.feedback.store import HandoutSettings
 
     settings = HandoutSettings(votes, gold_every, repeat_every)
-    server.serve(
-        folder, labels, host, port, raters, settings=settings, renew=renew, public_url=public_url,
-        echo=click.echo,
-    )  # fmt: skip
+    try:
+        server.serve(
+            folder, labels, host, port, raters, settings=settings, renew=renew,
+            public_url=public_url, echo=click.echo,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise RunError("Interrupted. Votes are kept, and the same command serves on.") from None
 
 
 @click.command(cls=Answering)
@@ -306,8 +310,8 @@ def train(
 )  # fmt: skip
 @click.option(
     "--by", shell_complete=completion.of("scorer"),
-    help="Judge by this scorer, or scorer:weights, such as geneval_soft or clip:tiny; default: the "
-    "rule of the question.",
+    help="Judge tags or pairs, on questions of your own, too, by this scorer, or scorer:weights, "
+    "such as geneval_soft or clip:tiny; default: the rule of the question.",
 )  # fmt: skip
 @click.option(
     "--bad-below", type=Range(-1e9, 1e9),
@@ -327,8 +331,10 @@ def simulate(
 
     Deformed: the embedded classifier does not see the prompted animal. Alignment and better: the
     embedded ImageReward-shaped model's score. Unsafe: a stand-in, too much red. These rules are
-    for pictures of tiny; for those of another model give --by. Votes are stored like people's;
-    results from them must be called simulated.
+    for pictures of tiny; for those of another model, and for questions of your own, give --by.
+    Scales and rankings are for people alone. Votes are stored like people's; results from them
+    must be called simulated. The same command continues after an interruption; raters who have
+    voted do not vote again by another rule.
 
     \b
     Example:
@@ -345,7 +351,7 @@ def simulate(
     pool = [simulated.Annotator(error, first, temperature)] * raters
     with board:
         told = Counted("voting", "vote", board.report)
-        votes = simulated.simulate(folder, labels, pool, seed, TOOLS, told, rule)
+        votes = simulated.simulate(folder, labels, pool, seed, TOOLS, told, rule, board.say)
     return Result([], {"votes": votes}, [f"{votes} simulated votes"])
 
 

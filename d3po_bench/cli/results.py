@@ -24,7 +24,7 @@ from d3po_bench.cli.options import (
     scorer_names,
 )
 from d3po_bench.config import MOST_SEEDS
-from d3po_bench.errors import RunError, UserError
+from d3po_bench.errors import RunError, UserError, placed_by
 
 if TYPE_CHECKING:
     from d3po_bench.launch.progress import Board
@@ -134,9 +134,8 @@ def report(
     "--margin", type=Range(0, 1e9, min_open=True),
     help="A difference that would not matter, in the score's unit: is A equivalent to B?",
 )  # fmt: skip
-@click.option(
-    "--plot", "drawn", type=PLACE, help="Draw the seeds and their difference: .png, .svg."
-)
+@click.option("--plot", "drawn", type=PLACE, help="Draw seeds and their difference: .png, .svg.")
+@placed_by("--plot")
 def compare(a: Path, b: Path, required: str, margin: float | None, drawn: Path | None) -> Result:
     """Say whether the runs A are better than the runs B.
 

@@ -290,7 +290,9 @@ def _place(picture: Any, number: int, folder: Path) -> Picture:
     if "\0" in picture or ".." in place.parts or not place.is_relative_to(folder):
         place = folder
     if not place.is_file():
-        raise ValueError(f"{picture[:80]!a} is not a picture inside {folder}")
+        raise ValueError(
+            f"{picture[:80]!a} is not a picture inside {folder} (--pictures gives another folder)"
+        )
     return place
 
 

@@ -99,6 +99,7 @@ def learnable(
     Raises:
         UserError: it is none of them, or the method cannot learn from it.
     """
+    _require_there(place)
     if place.is_file():
         if labels or label_files:
             raise UserError(f"{place} holds its own judgements. Leave out --labels.")
@@ -131,6 +132,7 @@ def judgements(
     Raises:
         UserError: it is neither, nobody has voted, or a row is malformed.
     """
+    _require_there(place)
     if place.is_file():
         if labels:
             raise UserError(f"{place} holds its own judgements. Leave out --labels.")
@@ -143,6 +145,13 @@ def judgements(
             raise UserError(NO_VOTES.format(place))
         content = store.round.content
         return dataset.of_rows(place, iter(rows), place, content, question=question)
+
+
+def _require_there(place: Path) -> None:
+    if not place.exists():
+        raise UserError(
+            f"{place} is not there. Give the folder of a round, or a table of judged pictures."
+        )
 
 
 def _defaults(judged: JudgedAs, method: str) -> dict[str, Any]:

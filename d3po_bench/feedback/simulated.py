@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import sqlalchemy as sql
 import torch
 from torch import Generator, Tensor
 
@@ -21,12 +22,20 @@ from d3po_bench.feedback.handout import Hand, hand_out
 from d3po_bench.feedback.invitations import SIMULATED, find_rater, invite
 from d3po_bench.feedback.questions import Answer, Kind
 from d3po_bench.feedback.rounds import Round
-from d3po_bench.feedback.store import HandoutSettings, LabelStore, open_labels
+from d3po_bench.feedback.store import (
+    FACTS,
+    RATERS,
+    VOTES,
+    HandoutSettings,
+    LabelStore,
+    open_labels,
+)
 from d3po_bench.feedback.votes import cast_vote
 from d3po_bench.pictures import open_picture
 from d3po_bench.training.tools import Tools
 
 Told = Callable[[int, int], None]
+Say = Callable[[str], None]
 
 Rule = Callable[[Tensor, Sequence[str], Tools], Tensor]
 """Pictures [N, 3, h, w] uint8, their prompts, where scorers come from -> how good each is, [N].
@@ -117,6 +126,7 @@ def by_scorer(name: str, bad_below: float = 0.0) -> Rule:
         worth: Tensor = judge(images, prompts) - bad_below
         return worth
 
+    rule.__name__ = f"{name} above {bad_below}" if bad_below else name
     return rule
 
 
@@ -147,35 +157,105 @@ def worths(folder: Path, round_: Round, rule: Rule, tools: Tools) -> dict[str, T
             f"Simulated raters cannot say how good a picture of {unclear!r} is: their rule knows "
             "no such thing. Ask another --question, or give other prompts."
         )
-    table = found.view(len(round_.items), -1)
-    return {item.id: row for item, row in zip(round_.items, table, strict=True)}
+    rows = found.split([len(item.images) for item in round_.items])
+    return {item.id: row for item, row in zip(round_.items, rows, strict=True)}
 
 
 def simulate(
     folder: Path, labels: str | None, pool: Sequence[Annotator], seed: int, tools: Tools,
     told: Told = lambda done, total: None, rule: Rule | None = None,
+    say: Say = lambda line: None,
 ) -> int:  # fmt: skip
     """Let a pool judge the round in `folder` by a rule, else that of its question.
 
-    `told` is called with the votes that are given, and those that all raters could give.
+    `told` is called with the votes that are given, and those that all raters could give; `say`
+    hears of earlier votes whose rule is not known, where they are all there are.
 
     Returns:
         The number of votes.
 
     Raises:
-        UserError: the round or its labels are damaged, a simulated rater is blocked, or there is
-            no such scorer.
+        UserError: the round or its labels are damaged, its questions are not for this rule, a
+            simulated rater is blocked or has voted by another rule, or there is no such scorer.
     """
     settings = HandoutSettings(votes_per_item=len(pool), gold_every=0, repeat_every=0)
     with open_labels(folder, labels, settings, new=True) as store:
-        if store.round.study.plain is None:
-            raise UserError(
-                f"The round in {folder} asks questions of its own, and simulated raters have a "
-                f"rule for {', '.join(RULES)} alone, as tags or pairs. Let people judge it."
-            )
-        rule = rule or RULES[store.round.study.plain[1]]
-        worth = worths(folder, store.round, rule, tools)
-        return let_vote(store, worth, pool, seed, told)
+        chosen = _rule_for(store.round, folder, rule)
+        unknown = _record(store, pool, seed, rule.__name__ if rule else "the question's rule")
+        worth = worths(folder, store.round, chosen, tools)
+        votes = let_vote(store, worth, pool, seed, told)
+    if unknown and not votes:
+        say(f"{_listed(unknown)} had voted before; by which rule is not on record.")
+    return votes
+
+
+def _rule_for(round_: Round, folder: Path, rule: Rule | None) -> Rule:
+    """The rule that was given, else that of the round's question.
+
+    Raises:
+        UserError: no rule answers the round's questions, or none does without being given.
+    """
+    study = round_.study
+    if beyond := [q.kind for q in study.question if q.kind not in ("tags", "pairs")]:
+        raise UserError(
+            f"The round in {folder} asks for a {beyond[0]}, and simulated raters answer tags and "
+            "pairs alone. Let people judge it."
+        )
+    if rule is None and study.plain is None:
+        raise UserError(
+            f"The round in {folder} asks questions of its own, and simulated raters have a "
+            f"rule for {', '.join(RULES)} alone. Give a scorer with --by, or let people judge it."
+        )
+    return rule or RULES[study.plain[1]]  # type: ignore[index]  # one of them is there
+
+
+def _record(store: LabelStore, pool: Sequence[Annotator], seed: int, by: str) -> list[str]:
+    """Keep what a pool votes by, with its votes.
+
+    Returns:
+        Who has voted already by what an earlier version did not keep.
+
+    Raises:
+        UserError: some have voted already by something else.
+    """
+    ways = {SIMULATED.format(n + 1): _way(annotator, by, seed) for n, annotator in enumerate(pool)}
+    query = sql.select(RATERS.c.name).join(VOTES, VOTES.c.rater == RATERS.c.id).distinct()
+    facts = sql.select(FACTS.c.name, FACTS.c.value)
+    with store.writing() as connection:
+        voted = {*connection.execute(query).scalars()}
+        known = {n: way for n, way in connection.execute(facts) if n in ways and n in voted}
+        _require_same(known, ways)
+        fresh = [name for name in ways if name not in voted]
+        connection.execute(sql.delete(FACTS).where(FACTS.c.name.in_(fresh)))
+        rows = [{"name": name, "value": ways[name]} for name in fresh]
+        if rows:
+            connection.execute(sql.insert(FACTS), rows)
+    return [name for name in ways if name in voted and name not in known]
+
+
+def _way(annotator: Annotator, by: str, seed: int) -> str:
+    """What a rater votes by, in words."""
+    numbers = [f"{name} {float(value)}" for name, value in asdict(annotator).items()]
+    return ", ".join([*numbers, f"by {by}", f"seed {seed}"])
+
+
+def _require_same(known: Mapping[str, str], ways: Mapping[str, str]) -> None:
+    """Refuse raters who would go on by something else than they voted by."""
+    others = [name for name in ways if known.get(name, ways[name]) != ways[name]]
+    if others:
+        before, now = (way[others[0]].split(", ") for way in (known, ways))
+        was = ", ".join(part for part in before if part not in now)
+        asked = ", ".join(part for part in now if part not in before)
+        raise UserError(
+            f"{_listed(others)} voted on this round with other settings ({was}, not {asked}), and "
+            "their votes stay. Make another round, or keep other votes of this one apart with "
+            "--labels sqlite:///FILE."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def let_vote(

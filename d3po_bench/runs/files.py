@@ -21,7 +21,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from d3po_bench.errors import OF_THE_DISK, InUseError, RunError, UserError, is_out_of_memory
+from d3po_bench.errors import (
+    OF_THE_DISK,
+    PLACED_BY,
+    InUseError,
+    RunError,
+    UserError,
+    is_out_of_memory,
+)
 from d3po_bench.runs.holder import DEAD, SIZE, Holder, beating
 
 if TYPE_CHECKING:
@@ -116,7 +123,9 @@ def write_error(path: Path, problem: Exception) -> UserError:
             "again; a run resumes from its last checkpoint."
         )
     reason = getattr(problem, "strerror", None) or problem
-    return UserError(f"{path} cannot be written: {reason}. Give a writable folder with --out.")
+    return UserError(
+        f"{path} cannot be written: {reason}. Give another {PLACED_BY.get()} that can be written."
+    )
 
 
 @contextlib.contextmanager
@@ -297,7 +306,8 @@ def taken(folder: Path) -> Iterator[Hold]:
         file = _lock_file(path)
     except (FileExistsError, NotADirectoryError) as problem:
         raise UserError(
-            f"{folder} cannot be made: there is a file in its place. Give another --out."
+            f"{folder} cannot be made: there is a file in its place. Give another "
+            f"{PLACED_BY.get()}."
         ) from problem
     except OSError as problem:
         raise write_error(folder, problem) from problem
@@ -347,7 +357,8 @@ def _busy(folder: Path, who: Holder | None = None) -> InUseError:
     wait = f" If it is dead, its folder is free {DEAD:.0f} s after its last sign of life." if (
         who and not who.near) else ""  # fmt: skip
     return InUseError(
-        f"Another process is running in {folder}{named}. Wait for it, or give another --out.{wait}"
+        f"Another process is running in {folder}{named}. Wait for it, or give another "
+        f"{PLACED_BY.get()}.{wait}"
     )
 
 
