@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from d3po_bench.errors import UserError
 from eval.analysis.gains import records
 from eval.analysis.lm_eval import results
 from eval.analysis.report import report
@@ -126,3 +127,9 @@ def test_what_cannot_be_shown_is_refused_and_nothing_written(
     refused(command("report", *arguments, "--out", "page.html"), said)
     assert (tmp_path / "page.html").read_text() == "mine"
     refused(command("report", "runs", "--format", "html", "--out", "broken"), "cannot be written")
+
+
+def test_a_table_without_a_row_says_what_it_needs(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with pytest.raises(UserError, match="contrast has no row of these runs. It needs a method's"):
+        report([tmp_path], ["contrast"])

@@ -105,5 +105,13 @@ def report(
 
 
 def _made(name: str, runs: Sequence[Path], groups: Groups) -> list[Table]:
-    found = tries.table(runs) if name == "runs" else TABLES[name](groups)
-    return found if isinstance(found, list) else [found]
+    made = tries.table(runs) if name == "runs" else TABLES[name](groups)
+    found = made if isinstance(made, list) else [made]
+    if not any(table.records for table in found):
+        need = NEEDS.get(name, "other runs")
+        raise UserError(f"The table {name} has no row of these runs. It needs {need}.")
+    return found
+
+
+NEEDS = {"contrast": "a method's runs on objectives of both signs, such as incompress and compress"}
+"""Table -> the runs that it is about, where not all are."""
