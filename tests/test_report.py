@@ -307,6 +307,36 @@ def test_nothing_of_a_full_figure_overlaps(
     )
 
 
+SUM = "press-1-image_reward-0.5-aesthetic-0.25"
+
+
+@pytest.mark.parametrize("others", [("incom" + SUM,), ("incom" + SUM, "my_reward-1-compress-0.05")])
+def test_titles_of_sums_stay_apart_and_inside(tmp_path: Path, others: tuple[str, ...]) -> None:
+    for objective in ("com" + SUM, *others):
+        write_run(tmp_path, objective)
+    with style.own_style():
+        figure = drawn(tmp_path)
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
+    titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    assert titles[-1].x1 <= figure.bbox.x1
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(titles))
+
+
+@pytest.mark.parametrize(
+    ("letters", "lines"),
+    [
+        (23, "incompress-1-|image_reward-0.5-|aesthetic-0.25|(↑ better)"),
+        (33, "incompress-1-image_reward-0.5-|aesthetic-0.25 (↑ better)"),
+        (12, "incompress-|1-image_|reward-0.5-|aesthetic-|0.25|(↑ better)"),
+    ],
+)
+def test_lines_end_where_names_do(letters: int, lines: str) -> None:
+    words = f"incom{SUM} (↑ better)"
+    assert style.wrapped(words, letters) == lines.replace("|", "\n")
+    assert style.wrapped(words, 100) == words
+
+
 def test_colours_stay_with_methods(tmp_path: Path) -> None:
     write_run(tmp_path, "compress", "ddpo")
     write_run(tmp_path, "incompress", "d3po")
