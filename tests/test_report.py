@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import matplotlib
 import numpy as np
@@ -406,6 +407,25 @@ def test_mean_beside_pictures_is_of_their_sampler(tmp_path: Path) -> None:
     # 7 + 0.1 * 10, and 1 kB more with eta0
     strip = sheets._strip(read_run(folder), 10)
     assert strip.label == "after 320 pairs\nmean 9.00 kB"
+
+
+def test_columns_of_a_sheet_are_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = Mock(return_value="")
+    monkeypatch.setattr(sheets, "_wrapped", wrapped)
+    folder = write_run(tmp_path)
+    rows = (folder / "eval.csv").read_text().replace("sea horse", "Cat!")
+    (folder / "eval.csv").write_text(rows)
+    write_samples(folder)
+    for path in folder.rglob("sea-horse.png"):
+        path.rename(path.with_stem("cat-2"))
+    sheet(folder)
+    assert [call.args[0] for call in wrapped.call_args_list] == ["Cat!", "cat"]
+
+
+def test_prompts_of_wide_letters_stay_over_their_pictures() -> None:
+    font = sheets._font("DejaVuSans", 20)
+    lines = sheets._wrapped("WWWWWW MMM", font, 102).split("\n")
+    assert max(map(font.getlength, lines)) <= 102 < font.getlength("WWWWWW")
 
 
 def test_lowest_seed_with_samples(runs: Path) -> None:
