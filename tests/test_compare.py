@@ -18,6 +18,7 @@ from eval.analysis.gains import records
 from eval.analysis.runs import read_groups
 from eval.analysis.statistics import difference
 from eval.figures.compare import comparison_figure
+from eval.figures.style import own_style
 from tests.commands import Command, files, refused
 from tests.made_up import write_run
 
@@ -166,6 +167,21 @@ def test_the_plot_shows_every_seed_and_the_difference(
     assert [label.get_text() for label in left.get_xticklabels()] == ["d3po", "ddpo"]
     assert right.get_ylabel() == "difference (kB)"
     assert left.figure.get_suptitle() == "d3po is better on incompress (↑ better)"
+
+
+def test_long_folder_names_stay_apart_in_the_plot(tmp_path: Path) -> None:
+    names = ("a_WIDE_NAME_of_the_first_runs", "A-WIDE-NAME-of-the-other-runs")
+    gains = ((1, 1.5, 2), (0.5, 0.9, 1.6))
+    ours, theirs = (
+        side(tmp_path / name, "d3po", own) for name, own in zip(names, gains, strict=True)
+    )
+    with own_style():
+        figure = comparison_figure(compare(ours, theirs))
+        figure.draw_without_rendering()
+    one, other = (x.get_window_extent() for x in figure.axes[0].get_xticklabels())
+    assert one.x1 < other.x0
+    (title,) = figure.texts
+    assert title.get_window_extent().x0 > 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from eval.analysis.gains import records
 from eval.analysis.leaderboard import boards
 from eval.analysis.runs import read_groups
 from eval.figures import sheets, vector
+from eval.figures.curves import plot
 from eval.figures.html import page
 from eval.figures.strips import pairs_of
 from tests.commands import ROOT, Command, edit_json
@@ -193,6 +194,22 @@ def test_pictures_are_a_runs_own_or_cut_from_its_sheet(tmp_path: Path) -> None:
     with Image.open(place) as picture:
         picture.copy().save(place)  # without the text that says where its pictures are
     assert cut(tmp_path / "runs", tmp_path) is None
+
+
+def test_pictures_are_named_by_prompts_not_by_files(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "runs")
+    rows = folder / "eval.csv"
+    rows.write_text(rows.read_text().replace("sea horse", "Cat").replace("cat", "猫, <b>"), "utf-8")
+    rows.write_text(rows.read_text("utf-8").replace("猫, <b>", '"猫, <b>"'), "utf-8")
+    write_samples(folder, "b", "cat")
+    assert [pair.prompt for pair in cut(folder, tmp_path).pictures] == ["猫, <b>", "Cat"]
+    assert "猫, &lt;b&gt;</span>" in page([folder])
+    sheet = tmp_path / "plots" / "samples-tiny-incompress-d3po.png"
+    plot([folder], sheet.parent)
+    shutil.rmtree(folder / "samples")
+    found = cut(folder, tmp_path)
+    assert found.sheet == sheet.name
+    assert [pair.prompt for pair in found.pictures] == ["猫, <b>", "Cat"]
 
 
 LAYOUT = {"seed": 0, "rounds": [0, 1], "prompts": ["cat"], "left": 0, "top": 0, "side": 8, "gap": 2}

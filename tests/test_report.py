@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import matplotlib
 import numpy as np
@@ -307,6 +308,36 @@ def test_nothing_of_a_full_figure_overlaps(
     )
 
 
+SUM = "press-1-image_reward-0.5-aesthetic-0.25"
+
+
+@pytest.mark.parametrize("others", [("incom" + SUM,), ("incom" + SUM, "my_reward-1-compress-0.05")])
+def test_titles_of_sums_stay_apart_and_inside(tmp_path: Path, others: tuple[str, ...]) -> None:
+    for objective in ("com" + SUM, *others):
+        write_run(tmp_path, objective)
+    with style.own_style():
+        figure = drawn(tmp_path)
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
+    titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    assert titles[-1].x1 <= figure.bbox.x1
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(titles))
+
+
+@pytest.mark.parametrize(
+    ("letters", "lines"),
+    [
+        (23, "incompress-1-|image_reward-0.5-|aesthetic-0.25|(↑ better)"),
+        (33, "incompress-1-image_reward-0.5-|aesthetic-0.25 (↑ better)"),
+        (12, "incompress-|1-image_|reward-0.5-|aesthetic-|0.25|(↑ better)"),
+    ],
+)
+def test_lines_end_where_names_do(letters: int, lines: str) -> None:
+    words = f"incom{SUM} (↑ better)"
+    assert style.wrapped(words, letters) == lines.replace("|", "\n")
+    assert style.wrapped(words, 100) == words
+
+
 def test_colours_stay_with_methods(tmp_path: Path) -> None:
     write_run(tmp_path, "compress", "ddpo")
     write_run(tmp_path, "incompress", "d3po")
@@ -376,6 +407,25 @@ def test_mean_beside_pictures_is_of_their_sampler(tmp_path: Path) -> None:
     # 7 + 0.1 * 10, and 1 kB more with eta0
     strip = sheets._strip(read_run(folder), 10)
     assert strip.label == "after 320 pairs\nmean 9.00 kB"
+
+
+def test_columns_of_a_sheet_are_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapped = Mock(return_value="")
+    monkeypatch.setattr(sheets, "_wrapped", wrapped)
+    folder = write_run(tmp_path)
+    rows = (folder / "eval.csv").read_text().replace("sea horse", "Cat!")
+    (folder / "eval.csv").write_text(rows)
+    write_samples(folder)
+    for path in folder.rglob("sea-horse.png"):
+        path.rename(path.with_stem("cat-2"))
+    sheet(folder)
+    assert [call.args[0] for call in wrapped.call_args_list] == ["Cat!", "cat"]
+
+
+def test_prompts_of_wide_letters_stay_over_their_pictures() -> None:
+    font = sheets._font("DejaVuSans", 20)
+    lines = sheets._wrapped("WWWWWW MMM", font, 102).split("\n")
+    assert max(map(font.getlength, lines)) <= 102 < font.getlength("WWWWWW")
 
 
 def test_lowest_seed_with_samples(runs: Path) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,16 @@ def content(run: Path, *more: str) -> dict[str, str]:
                         digest = hashlib.file_digest(file, "sha256").hexdigest()
                     digests[path.relative_to(run).as_posix()] = digest
     return digests
+
+
+def samples_of(prompts: Iterable[str]) -> dict[str, str]:
+    """What the file of a prompt's picture below `SAMPLES` is called, without .png -> the prompt."""
+    found: dict[str, str] = {}
+    for prompt in prompts:
+        name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
+        others = (f"{name}-{n}" for n in count(2))
+        found[next(n for n in chain([name], others) if n not in found)] = prompt
+    return found
 
 
 def read_object(path: Path) -> Row:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from d3po_bench.runs.files import (
 )
 from d3po_bench.runs.provenance import environment, now, packages
 from d3po_bench.runs.remote import Mirror
-from d3po_bench.runs.run import LAST, LORA, SAMPLES, TEXT, RunFolder, content
+from d3po_bench.runs.run import LAST, LORA, SAMPLES, TEXT, RunFolder, content, samples_of
 from d3po_bench.runs.sessions import kept
 from d3po_bench.runs.tensors import packed, read_tensors
 
@@ -201,13 +199,8 @@ class RunStore:
 
     def save_samples(self, round_: int, images: Mapping[str, Tensor]) -> None:
         """Keep the evaluation image [3, h, w] uint8 of each prompt as PNG."""
-        taken_names: set[str] = set()
-        for prompt, image in images.items():
-            name = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:60].strip("-") or "prompt"
-            others = (f"{name}-{n}" for n in count(2))
-            name = next(n for n in chain([name], others) if n not in taken_names)
-            taken_names.add(name)
-            self._write(f"samples/round-{round_:05d}/{name}.png", png_bytes(image))
+        for name, prompt in samples_of(images).items():
+            self._write(f"samples/round-{round_:05d}/{name}.png", png_bytes(images[prompt]))
 
     def keep_until(self, round_: int) -> None:
         """Forget what was logged after round `round_`: the run resumes from there."""

@@ -26,12 +26,9 @@ from d3po_bench.training.progress import (
     evaluations_after,
     planned,
 )
-from d3po_bench.training.tools import spread
+from d3po_bench.training.tools import SHOWN, spread
 
 Row = dict[str, Any]
-
-SHOWN = 10
-"""Prompts whose evaluation images are kept as PNG files."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+SHOWN = 10
+"""Prompts whose evaluation images are kept as PNG files."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:

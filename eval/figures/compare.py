@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,16 @@ import numpy as np
 from d3po_bench.errors import UserError
 from d3po_bench.runs.files import write_atomically
 from eval.analysis.compare import Comparison
-from eval.figures.style import MUTED, looks_of, own_style, rendered
+from eval.figures.style import MUTED, fit, looks_of, own_style, rendered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KINDS = (".png", ".svg")
+
+WIDTH, BETWEEN = 6.4, 1.3
+"""Inches of a figure, and from one side's name to the other's."""
 
 
 def require_kind(path: Path) -> None:
@@ -40,7 +42,7 @@ def comparison_figure(found: Comparison) -> Figure:
     """Left the seeds of both sides with their means and intervals, right the difference."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     _draw_sides(left, found)
     _draw_interval(right, 0, tuple(found.difference[:3]), MUTED)
@@ -50,7 +52,7 @@ def comparison_figure(found: Comparison) -> Figure:
         axes.set_ylabel(f"{what} ({unit})" if unit else what)
         axes.grid(visible=False, axis="x")
     right.set(xticks=[0], xticklabels=["left - right\n(95 % interval)"], xlim=(-1, 1))
-    figure.suptitle(textwrap.fill(_title(found), 70), fontweight="bold")
+    fit(figure.suptitle(_title(found), fontweight="bold"), WIDTH - 0.3)
     return figure
 
 
@@ -73,8 +75,9 @@ def _draw_sides(axes: Axes, found: Comparison) -> None:
         axes.plot([place] * len(gains), gains, marker, color=colour, alpha=0.6, markersize=4.5)
         ends = (record["gain"], record["low"], record["high"])
         _draw_interval(axes, place + (-0.15, 0.15)[place], ends, colour)
-    names = [textwrap.fill(side.name, 24) for side in sides]
-    axes.set(xticks=[0, 1], xticklabels=names, xlim=(-0.6, 1.6))
+    axes.set_xticks([0, 1], [side.name for side in sides])
+    axes.set_xticklabels([fit(label, BETWEEN) for label in axes.get_xticklabels()])
+    axes.set_xlim(-0.6, 1.6)
 
 
 def _draw_interval(axes: Axes, place: float, ends: tuple[float, ...], colour: str) -> None:

@@ -13,6 +13,7 @@ from eval.figures.sheets import samples_sheet, sheet_name
 from eval.figures.style import (
     MUTED,
     Looks,
+    fit,
     looks_of,
     own_style,
     rendered,
@@ -40,6 +41,10 @@ X_LABELS = {
 }
 """What curves are drawn over: what was spent, or how far the model has moved, which makes a front
 of reward, drift and, in the panels below, recognisability."""
+
+
+BESIDE_TITLES = 0.85
+"""Inches of a panel's width that its title leaves free, for it stands in the middle of the axes."""
 
 
 SEEDS_SHOWN = 3
@@ -125,7 +130,9 @@ def curves_figure(table: Frame, x: str, scores: Mapping[str, Score]) -> Figure:
         part = table[table["objective"] == objective]
         axes = figure.add_subplot(grid[0, column])
         better, unit = scores[objective].better, scores[objective].unit
-        axes.set_title(f"{objective} ({better})" if better else objective, fontweight="bold")
+        words = f"{objective} ({better})" if better else objective
+        title = axes.set_title(words, fontweight="bold")
+        fit(title, width / len(objectives) - BESIDE_TITLES)
         axes.set_ylabel(f"held-out score ({unit})" if unit else "held-out score")
         _draw_panel(axes, part, "score", looks)
         if x in DRIFTS:  # a square of how far weights have moved: its root spreads the beginning

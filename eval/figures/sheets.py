@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from d3po_bench.errors import UserError
 from d3po_bench.pictures import open_picture
-from d3po_bench.runs.run import SAMPLES
+from d3po_bench.runs.run import SAMPLES, samples_of
+from d3po_bench.training.tools import SHOWN, spread
 from eval.analysis.runs import Group, Run
 from eval.analysis.scores import shown_score
 from eval.figures.style import INK, short_name
@@ -46,6 +47,18 @@ class Strip:
     pictures: dict[str, Image.Image]
 
 
+class Labels(dict[str, str]):
+    """What pictures of a run show, by file name; of files that are not the run's, their words."""
+
+    def __init__(self, run: Run) -> None:
+        """Of its evaluated prompts, those whose pictures are kept."""
+        prompts = [row["prompt"] for row in run.files.table]
+        super().__init__(samples_of(spread(prompts, SHOWN)))
+
+    def __missing__(self, name: str) -> str:
+        return name.replace("-", " ")
+
+
 def samples_sheet(runs: Sequence[Run]) -> bytes | None:
     """The sample images of the lowest seed that has any, as PNG; None where no run has.
 
@@ -61,7 +74,7 @@ def samples_sheet(runs: Sequence[Run]) -> bytes | None:
             model, objective, method = run.group
             title = f"{method} on {objective}, {short_name(model)}, seed {run.seed}"
             strips = [_strip(run, round_) for round_ in shown]
-            return _sheet(title, strips, {"seed": run.seed, "rounds": shown})
+            return _sheet(title, strips, Labels(run), {"seed": run.seed, "rounds": shown})
     return None
 
 
@@ -139,7 +152,9 @@ def _picture(path: Path) -> Image.Image:
     return image
 
 
-def _sheet(title: str, strips: Sequence[Strip], facts: Mapping[str, Any]) -> bytes:
+def _sheet(
+    title: str, strips: Sequence[Strip], labels: Mapping[str, str], facts: Mapping[str, Any]
+) -> bytes:
     """The strips under each other, with a title, prompts on top and labels at the left; as PNG."""
     from PIL import Image, ImageDraw
     from PIL.PngImagePlugin import PngInfo
@@ -151,10 +166,9 @@ def _sheet(title: str, strips: Sequence[Strip], facts: Mapping[str, Any]) -> byt
         _font("DejaVuSans", 22),
         _font("DejaVuSans", 20),
     )
-    letter = small.getlength(ascii_lowercase) / len(ascii_lowercase)
-    prompts = [_wrapped(name, int((side + GAP) / letter)) for name in names]
-    labels = [line for strip in strips for line in strip.label.split("\n")]
-    left = 5 * GAP + int(max(map(plain.getlength, labels)))
+    prompts = [_wrapped(labels[name], small, side + GAP) for name in names]
+    beside = [line for strip in strips for line in strip.label.split("\n")]
+    left = 5 * GAP + int(max(map(plain.getlength, beside)))
     top = TITLE + GAP + LINE * max(prompt.count("\n") + 1 for prompt in prompts)
     width = max(left + len(names) * (side + GAP), int(bold.getlength(title)) + 4 * GAP)
     sheet = Image.new("RGB", (width + GAP, top + len(strips) * (side + GAP)), "white")
@@ -176,9 +190,14 @@ def _sheet(title: str, strips: Sequence[Strip], facts: Mapping[str, Any]) -> byt
     return buffer.getvalue()
 
 
-def _wrapped(name: str, letters: int) -> str:
-    """A file name as the prompt it stands for, in at most two lines of so many letters."""
-    lines = textwrap.wrap(name.replace("-", " "), max(4, letters), max_lines=2, placeholder="…")
+def _wrapped(prompt: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A prompt in at most two lines of so many pixels."""
+    lines: list[str] = []
+    letter = font.getlength(ascii_lowercase) / len(ascii_lowercase)
+    for letters in range(max(4, int(width / letter)), 0, -1):
+        lines = textwrap.wrap(prompt, letters, max_lines=2, placeholder="…")
+        if max(map(font.getlength, lines), default=0) <= width:
+            break
     return "\n".join(lines)
 
 

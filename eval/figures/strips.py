@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from d3po_bench.pictures import open_picture, opened
 from d3po_bench.runs.files import readable
 from eval.analysis.runs import Group, Run
-from eval.figures.sheets import CELL, COLUMNS, LAYOUT, folder_of, sampled_rounds, sheet_name
+from eval.figures.sheets import (
+    CELL,
+    COLUMNS,
+    LAYOUT,
+    Labels,
+    folder_of,
+    sampled_rounds,
+    sheet_name,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,19 +71,21 @@ def pairs_of(group: Group, runs: Sequence[Run], folders: Sequence[Path]) -> Pair
         rounds = [n for n in sampled_rounds(run) if n in run.spent]
         if len(rounds) > 1:
             return Pairs(run.seed, rounds[-1], "", list(_kept(run, rounds)))
+    labels = Labels(runs[0])  # of all seeds: they are evaluated on the same prompts
     places = (folder / name / sheet_name(group) for folder in folders for name in SHEETS)
-    return next((found for p in places if p.is_file() and (found := _cut(p))), None)
+    return next((found for p in places if p.is_file() and (found := _cut(p, labels))), None)
 
 
 def _kept(run: Run, rounds: Sequence[int]) -> Iterator[Pair]:
     first, last = folder_of(run, rounds[0]), folder_of(run, rounds[-1])
+    labels = Labels(run)
     names = [path.name for path in sorted(first.glob("*.png")) if (last / path.name).is_file()]
     for name in names[:COLUMNS]:
         pictures = [open_picture(folder / name) for folder in (first, last)]
-        yield _pair(name.removesuffix(".png").replace("-", " "), *pictures)
+        yield _pair(labels[name.removesuffix(".png")], *pictures)
 
 
-def _cut(path: Path) -> Pairs | None:
+def _cut(path: Path, labels: Mapping[str, str]) -> Pairs | None:
     """The first and last row of a sheet; None where it does not say where its pictures are."""
     with opened(path) as picture:
         written = picture.info.get(LAYOUT)
@@ -86,7 +96,7 @@ def _cut(path: Path) -> Pairs | None:
         found = json.loads(written)
         left, top, side, gap = (int(found[key]) for key in ("left", "top", "side", "gap"))
         rounds = [int(n) for n in found["rounds"]]
-        prompts = [str(name).replace("-", " ") for name in found["prompts"]][:COLUMNS]
+        prompts = [labels[str(name)] for name in found["prompts"]][:COLUMNS]
         rows = (top, top + (len(rounds) - 1) * (side + gap))
         columns = range(left, left + len(prompts) * (side + gap), side + gap)
         pictures = [_pair(prompt, *(_cell(sheet, x, y, side) for y in rows))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; a marker beside each.
@@ -78,6 +80,41 @@ def own_style() -> AbstractContextManager[None]:
     from matplotlib import style
 
     return style.context(["default", STYLE])
+
+
+BREAKS = (r"(?<=\s)(?![^(]*\))", r"(?<=[-/])(?=[^\W\d])", r"(?<=[-/_])")
+"""Where lines may end, the best places first: at a space outside of brackets, before a name that
+is part of another, as in incompress-1-clip-0.5, after a sign."""
+
+
+def fit(text: Text, inches: float) -> str:
+    """Break a text of a figure into lines, until none is wider; says what it then reads."""
+    words, figure = text.get_text(), cast("Figure", text.get_figure(root=True))
+    for letters in range(len(words), 0, -1):
+        text.set_text(wrapped(words, letters))
+        if text.get_window_extent().width <= inches * figure.dpi:
+            break
+    return text.get_text()
+
+
+def wrapped(words: str, letters: int) -> str:
+    """Lines of at most so many letters."""
+    lines = [""]
+    for piece in _pieces(words, letters):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > letters:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _pieces(words: str, letters: int, breaks: Sequence[str] = BREAKS) -> list[str]:
+    """What lines are made of: as large as fits."""
+    if len(words.rstrip()) <= letters:
+        return [words]
+    if not breaks:
+        return [words[i : i + letters] for i in range(0, len(words), letters)]
+    parts = filter(None, re.split(breaks[0], words))
+    return [piece for part in parts for piece in _pieces(part, letters, breaks[1:])]
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
