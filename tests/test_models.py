@@ -369,4 +369,4 @@ def test_a_run_keeps_the_commit_and_resumes_with_it_alone(hub: Path, tmp_path: P
     run.start(config, trainer.inputs)
     assert run.provenance()["inputs"]["model_commit"] == OLD
     with pytest.raises(UserError, match=rf"other inputs: model_commit {OLD}, not {NEW}"):
-        run.start(config, {**trainer.inputs, "model_commit": NEW})
+        run.start(config, {**trainer.inputs, "model_commit": NEW}, after=1)

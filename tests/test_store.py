@@ -40,8 +40,10 @@ def test_a_run_resumes_with_the_inputs_that_it_began_with(run: RunStore) -> None
     run.start(CONFIG, inputs={"model": "a1", "prompts": "b2"})
     before = (run.folder / "provenance.json").read_bytes()
     with pytest.raises(UserError, match=r"began with other inputs: prompts b2, not c3"):
-        run.start(CONFIG, inputs={"model": "a1", "prompts": "c3"})
+        run.start(CONFIG, inputs={"model": "a1", "prompts": "c3"}, after=1)
     assert (run.folder / "provenance.json").read_bytes() == before
+    run.start(CONFIG, inputs={"model": "a1", "prompts": "c3"})  # nothing is kept: it begins anew
+    assert run.provenance()["inputs"]["prompts"] == "c3"
 
 
 # ---- a folder is one run's

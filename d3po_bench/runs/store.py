@@ -115,7 +115,7 @@ class RunStore:
             how: where and how it is computed, beside what this process knows of itself.
 
         Raises:
-            UserError: an input is another than the run began with.
+            UserError: an input is another than that of the rounds which are kept.
         """
         if after is not None:
             RunFolder(self.folder).require_inputs(inputs, "give another --out")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import d3po_bench
+from d3po_bench import registry
 from d3po_bench.config import RunConfig
 from d3po_bench.digests import changed, sha256_of
 from d3po_bench.errors import UserError
@@ -221,8 +222,17 @@ def check_sets(runs: Sequence[RunFolder], folder: Path) -> Problems:
             yield f"{run.place} and {first.place} differ in more than the seed"
         for what, numbers in {"seed": (*cell, config.seed), **own}.items():
             other = seen.setdefault((what, numbers), run)
-            if numbers and other is not run:
+            if numbers and other is not run and not _same_but_in_name(run, other):
                 yield f"{run.place} and {other.place} have the same {what}"
+
+
+def _same_but_in_name(run: RunFolder, other: RunFolder) -> bool:
+    """Whether two names of one method, as `raft` and its `preferred_images`, have made one run."""
+    one, two = (
+        {**r.recorded, "method": registry.variant(r.config.method)[0], "run_id": ""}
+        for r in (run, other)
+    )
+    return run.config.method != other.config.method and one == two
 
 
 def _own(run: RunFolder) -> dict[str, Hashable]:
