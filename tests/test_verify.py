@@ -516,9 +516,3 @@ def test_a_run_that_cannot_be_read_is_named_once(home: Path) -> None:
     problems = found(home)
     assert list(problems) == ["runs"]
     assert len(problems["runs"]) == 1
-
-
-def test_two_names_of_one_method_may_have_made_one_run() -> None:
-    """RAFT is what preferred images are with eight images of a prompt; both searches tried that."""
-    folder = ROOT / "results" / "search2"
-    assert [*verify.check_sets(find_runs([folder], trials=True), folder)] == []

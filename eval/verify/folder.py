@@ -227,7 +227,7 @@ def check_sets(runs: Sequence[RunFolder], folder: Path) -> Problems:
 
 
 def _same_but_in_name(run: RunFolder, other: RunFolder) -> bool:
-    """Whether two names of one method, as `raft` and its `preferred_images`, have made one run."""
+    """Whether two names of one method have made one run, as `raft` and `preferred_images` may."""
     one, two = (
         {**r.recorded, "method": registry.variant(r.config.method)[0], "run_id": ""}
         for r in (run, other)
