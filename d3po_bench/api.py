@@ -85,9 +85,12 @@ def run(
 
 
 _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "rounds": (lambda v: type(v) is int, "a whole number"),
+    "rounds": (lambda v: v is None or type(v) is int, "a whole number"),
     **dict.fromkeys(("jobs", "ranks"), (lambda v: type(v) is int and v > 0, "a number from 1")),
-    "settings": (lambda v: isinstance(v, Mapping), 'a mapping such as {"learning_rate": 1e-3}'),
+    "settings": (
+        lambda v: v is None or isinstance(v, Mapping),
+        'a mapping such as {"learning_rate": 1e-3}',
+    ),
     "out": (lambda v: isinstance(v, str | Path), "a folder or an address"),
 }
 """Argument -> what it has to be, and how that is said."""
@@ -101,7 +104,7 @@ def _require_kinds(**given: Any) -> None:
     """
     for name, value in given.items():
         fits, words = _KINDS[name]
-        if not fits(value) and not (value is None and name in ("rounds", "settings")):
+        if not fits(value):
             raise UserError(f"{name}={value!r} is not {words}. Give one.")
 
 

@@ -32,16 +32,15 @@ def tuning(path: Path, sought: str = "S") -> Table:
 
 
 def trials(path: Path, methods: Sequence[str]) -> Table:
-    """A row for each trial of some methods, in the order of their rates."""
+    """A row for each trial of some methods, each method's in the order of their rates."""
     found = [row for row in read_csv(path) if row["method"] in methods]
-    records = [_trial(row) for row in sorted(found, key=lambda r: float(r["learning_rate"]))]
+    found.sort(key=lambda row: (methods.index(row["method"]), float(row["learning_rate"])))
     columns = {
         "method": text("method"), "trial": text("trial"), "S": number("s", "+.3f"),
         "recognised": number("recognised", ".2f"), "drift": number("drift", ".4f"),
         "bounds": text("bounds"), "settings": text("settings"),
     }  # fmt: skip
-    records.sort(key=lambda r: methods.index(r["method"]))
-    return Table(records, columns, left=("method", "bounds", "settings"))
+    return Table([_trial(row) for row in found], columns, left=("method", "bounds", "settings"))
 
 
 def chosen_of(trials: Sequence[Record]) -> tuple[Record, dict[str, str]]:

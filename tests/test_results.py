@@ -638,4 +638,4 @@ def test_the_table_of_the_search_says_what_its_trials_showed(part: str, count: i
             min(up["recognised"], down["recognised"]), max(up["drift"], down["drift"]),
         )  # fmt: skip
         names = ("learning_rate", "gain, seed 901", "recognised", "drift")
-        assert found == pytest.approx([float(row[name]) for name in names])
+        assert found == tuple(float(row[name]) for name in names)

@@ -109,9 +109,9 @@ def run(request: Table1Request, board: Board) -> str:
     asked = {name: _asked(request, folder, name, drawn) for name, folder in targets.items()}
     # Now, not after hours of training.
     _choices(request.out, [*dict.fromkeys(config.method for config in configs)])
+    wanted, prompts = str(asked[BASE_ROWS].prompts), plan.planned(asked[BASE_ROWS]).prompts
     for job in jobs:
-        wanted, prompts = asked[BASE_ROWS].prompts, plan.planned(asked[BASE_ROWS]).prompts
-        plan.require_held_out(job.config, str(wanted), prompts, job.folder)
+        plan.require_held_out(job.config, wanted, prompts, job.folder)
     _require_room(request.out, asked)
     with board:
         made = _made(jobs, asked, request, board)
